@@ -1,0 +1,203 @@
+"""Checkpoints: written so that a crash cannot spoil them, read so that a stranger's file cannot run code.
+
+Writing: into a temporary file beside the target, pushed down to the disk, then renamed. A rename is all or
+nothing, so at every moment the name holds either the complete old file or the complete new one, power cuts and
+`kill -9` included.
+
+Reading: only with `weights_only=True`. A pickle may name any Python function to be called while it is read; the
+restricted reader knows tensors and plain data and refuses the rest. Source:
+https://docs.pytorch.org/docs/stable/notes/serialization.html
+"""
+
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from utils.errors import UserError
+
+FORMAT_VERSION = 1  # raise it when old files can no longer be read as they are
+PLAIN = (str, int, float, bool, type(None))
+
+
+# --- names --------------------------------------------------------------------------------------------------
+
+
+def checkpoint_name(short: str, index: int, epoch: int) -> str:
+    """`TinySeek_Pre3_0.pkl`: the checkpoint number `index` of epoch `epoch` of stage `short`."""
+    return f"TinySeek_{short}{index}_{epoch}.pkl"
+
+
+def final_name(short: str) -> str:
+    """`TinySeek_Pre_final.pkl`: the result of stage `short`, which the next stage starts from."""
+    return f"TinySeek_{short}_final.pkl"
+
+
+def find_checkpoints(out: str | Path, short: str) -> list[Path]:
+    """The checkpoints on the way of stage `short` in folder `out`, oldest first: by epoch, then by index."""
+    pattern = re.compile(rf"TinySeek_{re.escape(short)}(\d+)_(\d+)\.pkl")
+    found = []
+    for path in Path(out).glob("TinySeek_*.pkl"):
+        if match := pattern.fullmatch(path.name):
+            index, epoch = map(int, match.groups())
+            found.append((epoch, index, path))
+    return [path for _, _, path in sorted(found)]
+
+
+def latest_checkpoint(out: str | Path, short: str) -> Path | None:
+    """The newest checkpoint on the way, or None."""
+    return next(reversed(find_checkpoints(out, short)), None)
+
+
+def prune_checkpoints(out: str | Path, short: str, keep: int = 2) -> None:
+    """Delete all but the newest `keep` checkpoints on the way, and what a killed run left half-written."""
+    found = find_checkpoints(out, short)
+    half_written = re.compile(rf"TinySeek_{re.escape(short)}(\d+_\d+|_final)\.pkl\.tmp")
+    leftovers = [path for path in Path(out).glob("TinySeek_*.tmp") if half_written.fullmatch(path.name)]
+    for path in found[: max(0, len(found) - keep)] + leftovers:
+        path.unlink(missing_ok=True)
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: str | Path, data: dict) -> None:
+    """Write `data` (nested dicts and lists of tensors and plain values) to `path`, completely or not at all.
+
+    Raises `UserError` when the disk refuses; what was at `path` before is then still there, unharmed. Raises
+    `TypeError` for a value that the restricted reader would refuse later, when it is too late.
+    """
+    path = Path(path)
+    check_plain(data, "checkpoint")
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save({"format_version": FORMAT_VERSION, **data}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        remove_quietly(temporary)
+        # torch.save reports a full disk as a RuntimeError of its own; the disk's words are one link back
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError) and isinstance(error, (OSError, RuntimeError)):
+            raise UserError(
+                f"could not write {path}: {cause.strerror or cause}. Earlier checkpoints are intact: "
+                "free some space and continue with --resume"
+            ) from error
+        raise
+
+
+def check_plain(value, where: str) -> None:
+    """Raise `TypeError` naming the place, if `value` holds anything but tensors and plain data."""
+    if type(value) in PLAIN or isinstance(value, torch.Tensor):
+        return
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if type(key) not in (str, int):
+                raise TypeError(f"{where}: key {key!r} is neither text nor integer")
+            check_plain(part, f"{where}.{key}")
+    elif type(value) in (list, tuple):
+        for index, part in enumerate(value):
+            check_plain(part, f"{where}[{index}]")
+    else:
+        raise TypeError(f"{where} is a {type(value).__name__}: checkpoints hold tensors and plain data only")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the rename itself durable. Windows cannot open a folder, and does not need it."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems refuse; the file's content is on the disk already
+    finally:
+        os.close(descriptor)
+
+
+def remove_quietly(path: Path) -> None:
+    """Delete `path` if it can be deleted: this runs while another error is on its way out."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        pass
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict:
+    """The dictionary that `save_checkpoint` wrote, its tensors on `device`. No file can run code here.
+
+    Raises `UserError` if the file is missing, damaged, no checkpoint, carries code, or is of another format.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            starts_as_zip = file.read(2) == b"PK"
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if not starts_as_zip:
+        raise UserError(f"{path}: not a TinySeek checkpoint (torch.save writes another format)")
+    if not zipfile.is_zipfile(path):  # the table of contents is at the end of a zip file
+        raise UserError(f"{path}: the checkpoint is cut short; take an earlier one, or copy it again")
+    try:
+        data = torch.load(path, map_location=device, weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  a damaged file fails in as many ways as it has bytes
+        raise UserError(f"{path}: {why_unreadable(error)}") from None
+    if not isinstance(data, dict) or "format_version" not in data:
+        raise UserError(f"{path}: not a TinySeek checkpoint (it has no format_version)")
+    if data["format_version"] != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: written in format {data['format_version']!r}, and this TinySeek reads format "
+            f"{FORMAT_VERSION}; use the version that wrote it"
+        )
+    return data
+
+
+def why_unreadable(error: Exception) -> str:
+    """What is wrong with a file on which `torch.load` raised `error`, in a few words."""
+    if isinstance(error, pickle.UnpicklingError) and (match := re.search(r"GLOBAL ([\w.]+)", str(error))):
+        return f"refused, it carries code or a foreign object ({match[1]}); checkpoints hold plain data only"
+    return f"the checkpoint is damaged ({type(error).__name__}); take an earlier one, or copy it again"
+
+
+def load_weights(module: torch.nn.Module, state_dict: dict[str, torch.Tensor], where: str) -> None:
+    """Copy `state_dict` into `module`, all of it and nothing else; `where` names its source in the error.
+
+    Raises `UserError` that says which weights are missing, unexpected or of another shape; then nothing is copied.
+    """
+    own = module.state_dict()
+    shapes = [
+        f"{name} {tuple(state_dict[name].shape)} where the model has {tuple(own[name].shape)}"
+        for name in own
+        if name in state_dict and state_dict[name].shape != own[name].shape
+    ]
+    faults = {
+        "missing": [name for name in own if name not in state_dict],
+        "unexpected": [name for name in state_dict if name not in own],
+        "of another shape": shapes,
+    }
+    words = [f"{len(names)} {fault} ({first_few(names)})" for fault, names in faults.items() if names]
+    if words:
+        raise UserError(
+            f"{where} does not fit this model: weights {'; '.join(words)}. The model settings must be those "
+            "it was trained with"
+        )
+    module.load_state_dict(state_dict)
+
+
+def first_few(names: list[str], count: int = 3) -> str:
+    """The first names and three dots for the rest."""
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

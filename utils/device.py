@@ -1,0 +1,189 @@
+"""Where a run computes: device, number format, threads, and the random states that make it repeatable."""
+
+import os
+import platform
+import random
+from pathlib import Path
+
+import numpy
+import torch
+
+from utils.errors import UserError
+
+# Dense peaks in FLOP/s with bf16 inputs and fp32 sums, from the vendors' data sheets; longer names first.
+PEAK_FLOPS_BF16 = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 4080": 97.5e12,
+    "RTX 3090": 71e12,
+}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `mps`; `auto` takes the fastest that is there.
+
+    Raises `UserError` if the one asked for is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if name not in there:
+        raise UserError(f"--device {name}: choose auto, {', '.join(there)}")
+    if not there[name]:
+        here = ", ".join(kind for kind in there if there[kind])
+        raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) sees none; it sees {here}")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, bool, str]:
+    """The number format for matrix products, whether gradients need a scaler, and the reason in one line.
+
+    `name` is `auto`, `fp32`, `bf16` or `fp16`. Half the bytes are a gain only where the processor multiplies
+    them natively: elsewhere bf16 is emulated, and slower than fp32. Raises `UserError` for fp16 without CUDA.
+    """
+    native = {"cuda": cuda_multiplies_bf16, "cpu": cpu_multiplies_bf16, "mps": lambda: False}[device.type]()
+    if name == "fp16":
+        if device.type != "cuda":
+            raise UserError(f"train.dtype=fp16 is for CUDA, not for {device.type}: take bf16 or fp32")
+        return torch.float16, True, "fp16 with a gradient scaler, as asked for"
+    if name == "bf16":
+        return torch.bfloat16, False, "bf16, as asked for" + ("" if native else f" (slow on this {device.type})")
+    if name == "fp32":
+        return torch.float32, False, "fp32, as asked for"
+    if native:
+        return torch.bfloat16, False, f"bf16: this {device.type} multiplies it natively"
+    if device.type == "cuda":
+        return torch.float16, True, "fp16 with a gradient scaler: this GPU has no native bf16"
+    return torch.float32, False, f"fp32: this {device.type} has no native bf16"
+
+
+def cuda_multiplies_bf16() -> bool:
+    """True from Ampere on; older GPUs emulate bf16."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def cpu_multiplies_bf16() -> bool:
+    """True if this processor has bf16 dot products (AVX512-BF16, AMX-BF16, or ARM's BF16 under Linux)."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        has = {name for name, value in torch.cpu.get_capabilities().items() if value}
+    else:  # PyTorch before 2.12
+        cpuinfo = Path("/proc/cpuinfo")
+        has = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.is_file() else set()
+    if {"avx512_bf16", "amx_bf16"} & has:
+        return True
+    return platform.system() == "Linux" and platform.machine() == "aarch64" and "bf16" in has
+
+
+def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s of a GPU by its name (`torch.cuda.get_device_name()`), or None where we do not know it.
+
+    bf16 and fp16 run equally fast on these. For fp32 there is no one peak: it depends on TF32.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    words = device_name.replace("-", " ").split()
+    for name, flops in PEAK_FLOPS_BF16.items():
+        if all(word in words for word in name.split()):
+            return flops
+    return None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done its work, so that a clock read now means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+# --- threads ------------------------------------------------------------------------------------------------
+
+
+def set_threads() -> int:
+    """Fix the number of CPU threads; returns it. A fixed number, because it decides the order of sums.
+
+    One thread per physical core that this process may use, shared between the processes of one machine.
+    `OMP_NUM_THREADS` overrides it, as everywhere.
+    """
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    share = max(1, physical_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    count = int(told) if told.isdigit() and int(told) > 0 else share
+    torch.set_num_threads(count)
+    return count
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may use: affinity and container limits count, hyper-threads do not."""
+    if not hasattr(os, "sched_getaffinity"):  # macOS, Windows
+        return torch.get_num_threads()
+    allowed = os.sched_getaffinity(0)
+    cores = {siblings_of(cpu) for cpu in allowed}
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        limit = int(quota) // int(period)
+    except (OSError, ValueError):  # no such file, or the word `max`
+        limit = len(cores)
+    return max(1, min(len(cores), limit))
+
+
+def siblings_of(cpu: int) -> str:
+    """The logical processors that share a core with `cpu`, as Linux writes them; else `cpu` itself."""
+    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return str(cpu)
+
+
+# --- randomness ---------------------------------------------------------------------------------------------
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch (all devices)."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)  # NumPy takes 32 bits
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict:
+    """Where all generators stand, as tensors and plain data that a checkpoint may hold."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = numpy.random.get_state()
+    state = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [str(kind), keys.tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()  # of the current GPU: each process has its own
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict) -> None:
+    """Put all generators back to where `random_state()` found them, as far as their devices are here."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = state["numpy"]
+    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())  # the checkpoint may have been loaded onto a GPU
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"].cpu())

@@ -1,0 +1,22 @@
+"""Errors that teach: one clear line on standard error and exit code 2, never a traceback.
+
+`UserError` is for what a person can mend (a wrong flag, a missing file, a broken checkpoint). Its message says what
+is wrong, where, and the way out. Anything else that goes wrong is a bug of ours and keeps its traceback.
+"""
+
+import sys
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: what is wrong, where, and how to mend it."""
+
+
+def run_main(main) -> None:
+    """Run `main()`; a `UserError` becomes one line on standard error and exit code 2."""
+    try:
+        code = main()
+    except UserError as error:
+        line = " ".join(str(error).split())
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    sys.exit(code or 0)
