@@ -1,0 +1,99 @@
+"""The curves of a run: loss, perplexity, learning rate, throughput, and expert load where there are experts.
+
+    python utils/plot.py                                        # out/pre_train/log.txt -> curves.png beside it
+    python utils/plot.py out/a/pre_train/log.txt out/b/pre_train/log.txt --out compare.png
+"""
+
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the repository root, so that imports work from anywhere
+
+import argparse
+import math
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from utils.errors import UserError, run_main
+from utils.log import read_log
+
+ROOT = Path(__file__).resolve().parents[1]
+COLORS = ["#1f6fb4", "#d95f02", "#2a9d5c", "#8e5bb5", "#c2406b", "#7a7a2a"]
+
+# title, unit of the vertical axis, and the log keys drawn: first a thin line, then (evaluations) a thick one with dots
+PANELS = [
+    ("Loss", "nats per token", ["loss", "val_loss"]),
+    ("Perplexity", "exp(loss), log scale", ["ppl", "val_ppl"]),
+    ("Learning rate", "learning rate", ["lr"]),
+    ("Throughput", "tokens per second", ["tok_s"]),
+    ("Expert load, worst layer", "(max - mean) / mean", ["max_vio"]),
+]
+
+
+def plot_curves(log_path: str | Path | list, png_path: str | Path) -> None:
+    """Draw the curves of one log, or of several over each other, into `png_path`.
+
+    Raises `UserError` if a log is missing or holds no step yet.
+    """
+    paths = log_path if isinstance(log_path, list) else [log_path]
+    logs = {str(path): [row for row in read_log(path) if "step" in row] for path in paths}
+    for path, rows in logs.items():
+        if not rows:
+            raise UserError(f"{path}: no step is logged yet, so there is nothing to draw")
+    panels = [panel for panel in PANELS if any(panel[2][0] in row for rows in logs.values() for row in rows)]
+    if not panels:
+        raise UserError(f"{paths[0]}: none of the keys {', '.join(panel[2][0] for panel in PANELS)} is in it")
+
+    figure = Figure(figsize=(10, 3.2 * math.ceil(len(panels) / 2)), layout="constrained")
+    FigureCanvasAgg(figure)  # no window, and no state shared with other figures
+    names = run_names(list(logs))
+    for place, (title, unit, keys) in enumerate(panels, start=1):
+        axes = figure.add_subplot(math.ceil(len(panels) / 2), 2, place)
+        for rows, name, color in zip(logs.values(), names, COLORS * len(names)):
+            draw(axes, rows, keys, name if len(names) > 1 else "", color)
+        axes.set_title(title, fontsize=13)
+        axes.set_xlabel("step (optimizer updates)", fontsize=11)
+        axes.set_ylabel(unit, fontsize=11)
+        axes.grid(alpha=0.3)
+        if title == "Perplexity":
+            axes.set_yscale("log")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=10)
+    try:
+        Path(png_path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(png_path, dpi=130)
+    except OSError as error:
+        raise UserError(f"cannot write {png_path}: {error.strerror}") from None
+
+
+def draw(axes, rows: list[dict], keys: list[str], name: str, color: str) -> None:
+    """The curves of one run in one panel: what is measured at each step, and over it what evaluations measured."""
+    for key, style in zip(keys, ({"linewidth": 1.2, "alpha": 0.75}, {"linewidth": 2, "marker": "o"})):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if not points:
+            continue
+        words = [name, {"loss": "training", "ppl": "training"}.get(key, "validation" if "val" in key else "")]
+        shade = "#111111" if "val" in key and not name else color
+        axes.plot(*zip(*points), color=shade, markersize=4, label=" ".join(filter(None, words)) or None, **style)
+
+
+def run_names(paths: list[str]) -> list[str]:
+    """What tells the logs apart: their paths without the parts that all of them share."""
+    parts = [Path(path).resolve().parts for path in paths]
+    differing = [i for i in range(max(map(len, parts))) if len({p[i] if i < len(p) else "" for p in parts}) > 1]
+    return ["/".join(p[i] for i in differing if i < len(p)) for p in parts]
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Draw the curves of one or more runs.")
+    parser.add_argument("logs", nargs="*", metavar="LOG", help="log files (default: out/pre_train/log.txt)")
+    parser.add_argument("--out", metavar="PNG", help="the picture (default: curves.png beside the first log)")
+    args = parser.parse_args()
+    logs = [Path(log) for log in args.logs] or [ROOT / "out" / "pre_train" / "log.txt"]
+    png = Path(args.out) if args.out else logs[0].parent / "curves.png"
+    plot_curves(logs, png)
+    print(f"drawn: {png}")
+
+
+if __name__ == "__main__":
+    run_main(main)
