@@ -1,0 +1,1 @@
+"""What can be chosen: dataclasses with validation (`schema.py`) and presets as JSON (`presets/`)."""

@@ -1,0 +1,99 @@
+"""From a preset, a JSON file and `--set` to one checked `RunConfig`.
+
+Precedence, weakest first: the defaults of `config/schema.py`, the preset or JSON file, `--set section.key=value`.
+An unknown section or key is an error that names the nearest known one; nothing is guessed and nothing executed.
+"""
+
+import difflib
+import json
+import types
+import typing
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from config.schema import RunConfig
+from utils.errors import UserError
+
+PRESETS = Path(__file__).resolve().parent / "presets"
+DEFAULT_PRESET = "laptop"
+
+
+def preset_names() -> list[str]:
+    """Names that `--config` takes."""
+    return sorted(path.stem for path in PRESETS.glob("*.json"))
+
+
+def load_config(name: str | None = None, settings: list[str] = ()) -> RunConfig:
+    """The checked configuration of preset or JSON file `name` with the `section.key=value` of `settings` on top."""
+    config = RunConfig()
+    name = name or DEFAULT_PRESET
+    path = PRESETS / f"{name}.json" if not name.endswith(".json") else Path(name)
+    if not path.is_file():
+        hint = f"; presets: {', '.join(preset_names())}" if not name.endswith(".json") else ""
+        raise UserError(f"--config {name}: no such {'file' if not hint else 'preset'}{hint}")
+    apply_dict(config, read_json(path), where=str(path))
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or key.count(".") != 1:
+            raise UserError(f"--set {text}: write it as section.key=value, for example train.max_steps=100")
+        section, name = key.strip().split(".")
+        hint = typing.get_type_hints(type(find(config, section, "--set", "section"))).get(name)
+        apply_dict(config, {section: {name: parse_value(value.strip(), hint)}}, where=f"--set {text}")
+    return config.validate()
+
+
+def from_dict(data: dict, where: str) -> RunConfig:
+    """A checked `RunConfig` from the nested dictionary that a checkpoint holds."""
+    config = RunConfig()
+    apply_dict(config, data, where)
+    return config.validate()
+
+
+def to_dict(config: RunConfig) -> dict:
+    """The configuration as plain nested data, for checkpoints."""
+    return asdict(config)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a UTF-8 text file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object with sections, found a {type(data).__name__}")
+    return data
+
+
+def apply_dict(config: RunConfig, data: dict, where: str) -> None:
+    """Write `{section: {key: value}}` into `config`; unknown names are errors. Types are checked by `validate`."""
+    for section_name, values in data.items():
+        section = find(config, section_name, where, "section")
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: section {section_name} must be an object of settings, not {values!r}")
+        for key, value in values.items():
+            find(section, key, where, f"setting of section {section_name}")
+            setattr(section, key, value)
+
+
+def find(holder, name: str, where: str, what: str):
+    """Field `name` of a dataclass; an unknown one is an error that suggests the nearest."""
+    known = [item.name for item in fields(holder)]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        raise UserError(f"{where}: unknown {what} {name!r}; {hint}")
+    return getattr(holder, name)
+
+
+def parse_value(text: str, hint) -> object:
+    """The text of `--set` as JSON where a text is not what the field wants (`hint` is the field's type)."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if str in allowed:
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)

@@ -1,0 +1,185 @@
+"""Every choice of a run, as dataclasses that check themselves.
+
+A run has one `RunConfig` with five sections: `model`, `tokenizer`, `data`, `optim`, `train`. Presets (JSON files in
+`config/presets/`) and the command line fill it in; `config/load.py` does the filling. Field names follow Hugging
+Face where Hugging Face has the field, so that a reader meets known words.
+
+Each section checks types and single-field limits through the field's metadata (`at_least`, `above`, `choices`), and relations
+between fields in its `check()`. A violation is a `UserError` that names the field, the value and the rule.
+"""
+
+import types
+import typing
+from dataclasses import dataclass, field, fields
+
+from utils.errors import UserError
+
+
+def option(default, **limits):
+    """A dataclass field with limits: `at_least`, `above`, `at_most`, `below` (numbers), `choices` (values)."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=limits)
+    return field(default=default, metadata=limits)
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a TinySeek decoder. Names as in Hugging Face's `Qwen3Config`."""
+
+    vocab_size: int = option(0, at_least=0)  # 0: as many as the tokenizer has
+    hidden_size: int = option(256, at_least=1)
+    num_hidden_layers: int = option(4, at_least=1)
+    num_attention_heads: int = option(8, at_least=1)
+    num_key_value_heads: int = option(4, at_least=1)
+    head_dim: int | None = option(None, at_least=2)  # None: hidden_size / num_attention_heads
+    intermediate_size: int = option(768, at_least=1)
+    max_position_embeddings: int = option(512, at_least=1)
+    rms_norm_eps: float = option(1e-6, above=0)
+    qk_norm: bool = True
+    attention_bias: bool = False  # on q, k, v and o
+    sliding_window: int | None = option(None, at_least=1)  # tokens seen, the query's own included
+    rope_theta: float = option(10000.0, above=1)  # raising it is ABF, arXiv 2309.16039
+    rope_scaling: dict | None = None  # old or new Hugging Face spelling, see modules/rope_scaling.py
+    rope_interleaved: bool = False  # pairs (0,1),(2,3).. instead of (0,D/2),(1,D/2+1)..
+    tie_word_embeddings: bool = True
+    dropout: float = option(0.0, at_least=0, below=1)  # on embeddings and on each block's two outputs
+    attention_dropout: float = option(0.0, at_least=0, below=1)
+    final_logit_softcapping: float | None = option(None, above=0)  # None keeps the Hugging Face twin exact
+    initializer_range: float = option(0.02, above=0)
+    zero_init_residual: bool = False  # o_proj and down_proj start at zero: each block starts as the identity
+    attn_implementation: str = option("auto", choices=("auto", "sdpa", "eager"))
+
+    def check(self):
+        """Fill in `head_dim` and check that heads and groups fit."""
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise UserError(
+                    f"model.hidden_size={self.hidden_size} does not divide by model.num_attention_heads="
+                    f"{self.num_attention_heads}: change one, or set model.head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim={self.head_dim} is odd: rotary embeddings turn pairs of numbers")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"model.num_attention_heads={self.num_attention_heads} does not divide by "
+                f"model.num_key_value_heads={self.num_key_value_heads}: each key/value head serves the same "
+                "number of query heads"
+            )
+
+
+@dataclass
+class TokenizerConfig:
+    """How text becomes ids."""
+
+    kind: str = option("bpe", choices=("bpe", "char"))
+    vocab_size: int = option(4096, at_least=300)  # bpe only, special tokens included
+    train_bytes: int = option(16_000_000, at_least=1)  # bpe reads at most this much text to learn its merges
+
+
+@dataclass
+class DataConfig:
+    """Which text, and how it is cut."""
+
+    paths: list[str] = option(["python"])  # files, folders, or the word `python`: the standard library
+    sequence_length: int = option(512, at_least=2)
+    val_fraction: float = option(0.05, above=0, below=1)
+    worked_examples: int = option(20_000, at_least=0)  # `>>> expression` and its value, with `python` only
+    limit: int | None = option(None, at_least=1)  # at most this many documents
+    cache_dir: str = "out/cache"  # relative to the repository
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer and the course of its learning rate."""
+
+    optimizer: str = option("adamw", choices=("adam", "adamw", "muon"))
+    lr: float = option(1e-3, above=0)
+    muon_lr: float = option(0.02, above=0)  # for matrices, when optimizer is muon
+    muon_momentum: float = option(0.95, at_least=0, below=1)
+    beta1: float = option(0.9, at_least=0, below=1)
+    beta2: float = option(0.95, at_least=0, below=1)
+    eps: float = option(1e-8, above=0)
+    weight_decay: float = option(0.1, at_least=0)  # matrices only
+    grad_clip: float = option(1.0, at_least=0)  # largest gradient norm; 0 switches clipping off
+    schedule: str = option("wsd", choices=("cosine", "exponential", "wsd"))
+    warmup_steps: int = option(50, at_least=0)
+    decay_fraction: float = option(0.5, above=0, at_most=1)  # wsd: the last part of the run, spent decaying
+    min_lr_ratio: float = option(0.0, at_least=0, at_most=1)  # where the decay ends, as a share of lr
+
+
+@dataclass
+class TrainConfig:
+    """How long, how much at a time, and how often to look."""
+
+    batch_size: int = option(8, at_least=1)  # sequences in one micro-batch of one process
+    accumulation_steps: int = option(1, at_least=1)  # micro-batches per optimizer step and process
+    max_steps: int | None = option(None, at_least=1)
+    max_seconds: float | None = option(None, above=0)
+    log_every: int = option(10, at_least=1)
+    eval_every: int = option(250, at_least=1)
+    eval_batches: int = option(16, at_least=1)  # on the way; the last evaluation always reads all of it
+    save_every: int = option(250, at_least=1)
+    dtype: str = option("auto", choices=("auto", "fp32", "bf16", "fp16"))
+    compile: bool = False
+    device: str = option("auto", choices=("auto", "cpu", "cuda", "mps"))
+    seed: int = option(0, at_least=0)
+
+    def check(self):
+        """A run needs an end."""
+        if self.max_steps is None and self.max_seconds is None:
+            raise UserError("a run needs an end: set train.max_steps or train.max_seconds")
+
+
+@dataclass
+class RunConfig:
+    """All sections of one run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def validate(self) -> "RunConfig":
+        """Check every field of every section; returns itself. Raises `UserError` on the first violation."""
+        for section in fields(self):
+            validate_section(section.name, getattr(self, section.name))
+        return self
+
+
+def validate_section(name: str, section) -> None:
+    """Types, single-field limits, then the section's own `check()`."""
+    hints = typing.get_type_hints(type(section))
+    for item in fields(section):
+        value = getattr(section, item.name)
+        setattr(section, item.name, checked(f"{name}.{item.name}", value, hints[item.name], item.metadata))
+    if hasattr(section, "check"):
+        section.check()
+
+
+def checked(key: str, value, hint, limits) -> object:
+    """`value` if it has the type and keeps to the limits (an int is taken where a float is meant)."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    kinds = tuple(typing.get_origin(kind) or kind for kind in allowed if kind is not type(None))
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        names = " or ".join(kind.__name__ for kind in kinds) + (" or null" if type(None) in allowed else "")
+        raise UserError(f"{key} must be {names}, not {value!r} ({type(value).__name__})")
+    if list in kinds and not all(isinstance(part, str) for part in value):
+        raise UserError(f"{key} must be a list of strings, not {value!r}")
+    rules = {
+        "at_least": lambda bound: value >= bound,
+        "above": lambda bound: value > bound,
+        "at_most": lambda bound: value <= bound,
+        "below": lambda bound: value < bound,
+        "choices": lambda bound: value in bound,
+    }
+    for rule, bound in limits.items():
+        if not rules[rule](bound):
+            words = f"one of {', '.join(bound)}" if rule == "choices" else f"{rule.replace('_', ' ')} {bound}"
+            raise UserError(f"{key}={value!r} must be {words}")
+    return value

@@ -1,0 +1,1 @@
+"""Generation engine and chat."""

@@ -1,0 +1,184 @@
+"""Key/value caches: what attention has computed for past tokens is kept, not computed again.
+
+Generating token t without a cache costs t tokens of work, with one it costs 1. The price is memory:
+2 * layers * G * D numbers per token (keys and values), the reason for grouped-query attention and for MLA.
+
+One class per kind of content, all with the same verbs:
+
+  begin(tokens, new_tokens)  a forward over `tokens` columns starts; of row b only `new_tokens[b]` are real
+  append(layer, ...)         one layer hands in its part for the new tokens and reads back all that may be looked at
+  advance()                  all layers are done: rows grow by their new tokens
+  crop(lengths)              forget the newest tokens, down to a length per row (rejected drafts of speculation)
+  start_with(layer, ...)     put a prefix in front, once, before any token
+
+`lengths` is a plain list of ints, one per row: rows of one batch may differ, and knowing them costs no device synchronisation.
+Memory is taken once, at the start. A token's index is its place in its row; `key_index` says which token each slot
+holds, -1 for none, and `modules/attention_context.py` turns that into the mask.
+"""
+
+import torch
+
+
+class KVCache:
+    """Keys and values of every past token: slot s holds token s.
+
+    Args:
+        num_layers, batch_size, num_key_value_heads (G), head_dim (D): shapes.
+        capacity: the most tokens that a row can hold.
+    """
+
+    def __init__(self, num_layers, batch_size, capacity, num_key_value_heads, head_dim, dtype, device):
+        shape = (num_layers, 2, batch_size, num_key_value_heads, capacity, head_dim)
+        self.store = torch.zeros(shape, dtype=dtype, device=device)  # zeros: an unread slot must not be NaN
+        self.capacity, self.lengths, self.device = capacity, [0] * batch_size, device
+
+    @property
+    def uniform_past(self) -> int | None:
+        """The common length of all rows before this forward, or None where they differ."""
+        return self._past[0] if self._uniform else None
+
+    def begin(self, tokens: int, new_tokens: list[int] | None = None) -> None:
+        """Open a forward over `tokens` columns; of row b the first `new_tokens[b]` are real (default: all)."""
+        self._past, self._tokens = list(self.lengths), tokens
+        self._new = list(new_tokens) if new_tokens is not None else [tokens] * len(self.lengths)
+        self._uniform = len(set(self._past)) == 1 and new_tokens is None
+        if max(self._past) + tokens > self.capacity:
+            raise ValueError(
+                f"the cache holds {self.capacity} tokens a row; {max(self._past)} + {tokens} do not fit: "
+                "make it with a larger capacity"
+            )
+        if self._uniform:
+            start = self._past[0]
+            self.query_index = torch.arange(start, start + tokens, device=self.device)[None]  # (1, T)
+        else:
+            past = torch.tensor(self._past, device=self.device)[:, None]
+            self.query_index = past + torch.arange(tokens, device=self.device)  # (B, T)
+        self._plan()
+
+    def _plan(self):
+        """Which token each slot holds once the new ones are written: slot s holds token s, so the past is k <= q."""
+        self._span = max(self._past) + self._tokens
+        self.key_index = torch.arange(self._span, device=self.device)[None]  # (1, S)
+
+    def append(self, layer: int, keys, values):
+        """keys, values (B, G, T, D) of the new tokens -> all keys, values (B, G, S, D).
+
+        Columns beyond a row's real tokens are written too, but no query of that row can see them, and the next
+        tokens overwrite them.
+        """
+        stored_keys, stored_values = self.store[layer, 0], self.store[layer, 1]  # (B, G, capacity, D)
+        if self._uniform:
+            start, stop = self._past[0], self._past[0] + self._tokens
+            stored_keys[:, :, start:stop] = keys
+            stored_values[:, :, start:stop] = values
+        else:
+            rows = torch.arange(len(self.lengths), device=self.device)[:, None]  # (B, 1), beside query_index (B, T)
+            stored_keys[rows, :, self.query_index] = keys.transpose(1, 2).to(stored_keys.dtype)
+            stored_values[rows, :, self.query_index] = values.transpose(1, 2).to(stored_values.dtype)
+        return stored_keys[:, :, : self._span], stored_values[:, :, : self._span]
+
+    def advance(self) -> None:
+        """Close the forward: each row grows by its real new tokens."""
+        self.lengths = [past + new for past, new in zip(self._past, self._new, strict=True)]
+
+    def crop(self, lengths: list[int]) -> None:
+        """Forget all tokens of row b from index lengths[b] on."""
+        for row, (old, new) in enumerate(zip(self.lengths, lengths, strict=True)):
+            if not 0 <= new <= old:
+                raise ValueError(f"row {row} holds {old} tokens and cannot be cropped to {new}")
+        self.lengths = list(lengths)
+
+    def start_with(self, layer: int, keys, values) -> None:
+        """Put a prefix (B or 1, G, P, D) in front; call for every layer before the first token."""
+        length = keys.shape[2]
+        if set(self.lengths) - {0, length}:
+            raise ValueError("a prefix goes in front of the first token: the cache already holds tokens")
+        self.store[layer, 0, :, :, :length] = keys
+        self.store[layer, 1, :, :, :length] = values
+        self.lengths = [length] * len(self.lengths)
+
+    @property
+    def bytes(self) -> int:
+        """Memory taken, in bytes."""
+        return self.store.numel() * self.store.element_size()
+
+
+class RollingKVCache(KVCache):
+    """Keys and values of the last W tokens only, in a ring: token t lives in slot t mod capacity.
+
+    For models with a sliding window: memory does not grow with the text. The ring has `margin` slots more than the W - 1
+    past tokens that a window needs; up to `margin` tokens can be written before they are read, and as many be cropped
+    again. A longer piece (a prompt) is attended to beside the ring, and only its end is kept.
+    """
+
+    def __init__(
+        self, num_layers, batch_size, window, num_key_value_heads, head_dim, dtype, device, margin: int = 16
+    ):
+        super().__init__(num_layers, batch_size, window - 1 + margin, num_key_value_heads, head_dim, dtype, device)
+        self.ring, self.window, self.margin = self.capacity, window, margin
+        self.capacity = 2**62  # rows may grow without end; `ring` is what they occupy
+        self.held = torch.full((batch_size, self.ring), -1, dtype=torch.long, device=device)  # token in each slot
+
+    @property
+    def uniform_past(self) -> None:
+        """Always None: slots of a ring are out of order or empty, so attention always needs the mask."""
+        return None
+
+    def _plan(self):
+        """Slots to write, and the index of every key that queries will see: (B, ring), or (B, ring + T) if long."""
+        offsets = torch.arange(self._tokens, device=self.device)
+        new = torch.tensor(self._new, device=self.device)[:, None]  # (B, 1)
+        index = self.query_index.expand(len(self.lengths), -1)  # (B, T)
+        self._long = self._tokens > self.margin
+        real = offsets < new
+        # Of a long piece only the last `ring` real tokens are kept; the others would be overwritten anyway.
+        keep = real & (offsets >= new - self.ring)
+        self._row, self._column = keep.nonzero(as_tuple=True)
+        self._slot = index[self._row, self._column] % self.ring
+        before = self.held.clone()
+        self.held[self._row, self._slot] = index[self._row, self._column]
+        self.key_index = torch.cat([before, index.masked_fill(~real, -1)], dim=1) if self._long else self.held
+
+    def append(self, layer: int, keys, values):
+        """keys, values (B, G, T, D) of the new tokens -> those that a window may reach, in the order of `key_index`."""
+        read = []
+        for stored, new in ((self.store[layer, 0], keys), (self.store[layer, 1], values)):
+            beside = torch.cat([stored, new], dim=2) if self._long else None  # before the ring is overwritten
+            stored[self._row, :, self._slot] = new[self._row, :, self._column].to(stored.dtype)
+            read.append(beside if self._long else stored)
+        return read
+
+    def crop(self, lengths: list[int]) -> None:
+        """Forget all tokens of row b from index lengths[b] on; at most `margin` of them."""
+        if any(old - new > self.margin for old, new in zip(self.lengths, lengths, strict=True)):
+            raise ValueError(f"a rolling cache can forget at most {self.margin} tokens: what they replaced is gone")
+        super().crop(lengths)
+        limit = torch.tensor(lengths, device=self.device)[:, None]
+        self.held.masked_fill_(self.held >= limit, -1)
+
+    def start_with(self, layer: int, keys, values) -> None:
+        """Not for a ring: a prefix must stay, and a ring forgets."""
+        raise ValueError("a prefix cannot live in a rolling cache: use a model without sliding_window")
+
+
+def lesson():
+    """What a cache saves, and what it costs: work and memory to generate 256 tokens."""
+    layers, heads, groups, dim, tokens = 4, 8, 4, 32, 256
+    without = sum(range(1, tokens + 1))
+    print(f"KV cache: tokens pushed through the model to generate {tokens}: {without:,} without, {tokens} with")
+    for name, kv_heads in (("MHA", heads), ("GQA", groups), ("MQA", 1)):
+        cache = KVCache(layers, 1, tokens, kv_heads, dim, torch.bfloat16, "cpu")
+        print(f"  {name} with {kv_heads} key/value heads: {cache.bytes / tokens:6.0f} bytes per token")
+    rolling = RollingKVCache(layers, 1, 64, groups, dim, torch.bfloat16, "cpu")
+    print(f"  a window of 64 tokens needs {rolling.bytes:,} bytes, however long the text")
+    cache = KVCache(1, 2, 8, 1, 2, torch.float32, "cpu")
+    cache.begin(3, new_tokens=[3, 1])  # two prompts in one batch, of 3 tokens and of 1
+    cache.append(0, torch.ones(2, 1, 3, 2), torch.ones(2, 1, 3, 2))
+    cache.advance()
+    print("  rows of one batch may differ: lengths", cache.lengths)
+    cache.crop([2, 1])
+    print("  a rejected draft is forgotten: lengths", cache.lengths)
+
+
+if __name__ == "__main__":
+    lesson()

@@ -1,0 +1,117 @@
+"""Cross-entropy of the next token, straight from hidden states: the output head and the loss in one piece.
+
+    logits = h W^T     nll_n = logsumexp(logits_n) - logits_n[label_n]     loss = sum_n nll_n
+
+In a small model the head (C x V) is the largest product and the (N, V) logits the largest tensor by far. Two savings:
+
+1. Logits only where there is a label: padding and questions (label -100) are dropped before the product.
+2. The logits of one chunk of tokens at a time, with their gradient taken while they are still in the processor's cache:
+   d logits = softmax(logits) - onehot(label) needs nothing from later layers, since the loss is a plain sum.
+
+    hidden: (N, C)   weight: (V, C)   labels: (N,)  ->  loss sum (), nll (N,) without gradient
+
+`plain_cross_entropy` is the textbook form, `linear_cross_entropy` the chunked one; a test holds them together.
+Trap: softmax and log in fp32; bf16 logits keep about three digits, enough for the products but not for the sum over V.
+"""
+
+import torch
+import torch.nn.functional as F
+
+CHUNK = 256  # tokens; 256 x 6400 logits are 3 MB in bf16
+
+
+def plain_cross_entropy(hidden, weight, labels, softcap: float | None = None):
+    """The reference: all logits at once. hidden (N, C), weight (V, C), labels (N,) -> sum (), nll (N,)."""
+    logits = soft_cap(F.linear(hidden, weight).float(), softcap)
+    nll = F.cross_entropy(logits, labels, reduction="none")
+    return nll.sum(), nll.detach()
+
+
+def soft_cap(logits, cap: float | None):
+    """cap * tanh(logits / cap): logits stay within +-cap (Gemma 2, arXiv 2408.00118). None leaves them alone."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def linear_cross_entropy(hidden, weight, labels, softcap: float | None = None):
+    """The same by chunks. Rows labelled -100 count nothing and cost nothing; their nll is not returned.
+
+    Returns the sum over the labelled rows, and the nll of each labelled row, in order, without gradient.
+    """
+    keep = labels != -100
+    if not keep.all():
+        hidden, labels = hidden[keep], labels[keep]
+    # Under autocast the products run in its dtype, as F.linear would.
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return ChunkedCrossEntropy.apply(hidden, weight, labels, softcap, dtype)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Loss and gradient in one pass over chunks of tokens; `backward` only scales what `forward` has found."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, softcap, dtype):
+        """hidden (N, C), weight (V, C), labels (N,) -> sum (), nll (N,)."""
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        head, rows = weight.to(dtype), hidden.to(dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        nll = torch.empty(len(labels), dtype=wide, device=hidden.device)
+        grad_hidden = torch.empty_like(rows) if wants_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wants_weight else None
+        for start in range(0, len(labels), CHUNK):
+            part = slice(start, start + CHUNK)
+            label = labels[part, None]  # (n, 1)
+            logits = soft_cap(rows[part] @ head.T, softcap)  # (n, V)
+            log_probs = logits.log_softmax(dim=-1, dtype=wide)
+            nll[part] = -log_probs.gather(1, label).squeeze(1)
+            if not (wants_hidden or wants_weight):
+                continue
+            grad = log_probs.exp_()  # softmax
+            grad.scatter_add_(1, label, torch.full_like(grad[:, :1], -1.0))  # minus the one-hot label
+            if softcap is not None:
+                grad *= 1 - (logits / softcap).square()  # derivative of cap * tanh(x / cap)
+            grad = grad.to(dtype)
+            if wants_hidden:
+                torch.mm(grad, head, out=grad_hidden[part])
+            if wants_weight:
+                grad_weight += grad.T @ rows[part]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.mark_non_differentiable(nll)
+        return nll.sum(), nll
+
+    @staticmethod
+    def backward(ctx, grad_sum, _):
+        """grad_sum () -> gradients of hidden and weight."""
+        grad_hidden, grad_weight = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (
+            grad_hidden.to(hidden_dtype) * grad_sum if grad_hidden is not None else None,
+            grad_weight.to(weight_dtype) * grad_sum if grad_weight is not None else None,
+            None, None, None,
+        )  # fmt: skip
+
+
+def lesson():
+    """What a loss means, and what the two savings save."""
+    import math
+
+    for vocab, bytes_per_token in ((256, 1.0), (4096, 3.4)):
+        nats = math.log(vocab)
+        print(
+            f"guessing among {vocab:5d} tokens: loss {nats:.2f} nats, perplexity {math.exp(nats):.0f}, "
+            f"{nats / math.log(2) / bytes_per_token:.2f} bits per byte at {bytes_per_token} bytes a token"
+        )
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1024, 64), torch.randn(2048, 64) * 0.1
+    labels = torch.randint(0, 2048, (1024,))
+    labels[::2] = -100  # every second token is a question's
+    plain = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    total, nll = linear_cross_entropy(hidden, weight, labels)
+    print(f"plain {plain:.3f}, chunked and only where labelled {total:.3f}, over {len(nll)} of {len(labels)} tokens")
+    print(f"logits held at once: {1024 * 2048 * 4 / 1e6:.1f} MB against {CHUNK * 2048 * 4 / 1e6:.1f} MB")
+    print(f"mean probability of the right token {(-nll).exp().mean():.4f}, perplexity {nll.mean().exp():.0f}")
+
+
+if __name__ == "__main__":
+    lesson()

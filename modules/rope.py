@@ -1,0 +1,113 @@
+"""Rotary position embedding (RoPE): turn each pair of query and key channels by an angle that grows with position.
+
+    angle(position, i) = position * base^(-2i/D),   i = 0 .. D/2-1
+    (x_i, x_j) -> (x_i cos - x_j sin,  x_j cos + x_i sin)
+
+A dot product of two turned vectors depends on the difference of their positions only, so attention sees distance, not place.
+Small i turn fast (near neighbours differ), large i slowly (far positions stay apart).
+
+Which channels make a pair is a matter of taste, and the best-known trap when weights are moved between projects:
+  half-split  (Hugging Face Llama, Qwen): channel i with channel i + D/2
+  interleaved (the paper, GPT-J, DeepSeek): channel 2i with channel 2i + 1
+Both give the same scores once the rows of the query and key projections are permuted (`interleaved_to_half`).
+
+    q: (B, H, T, D)   cos, sin: (B or 1, T, D)   ->   (B, H, T, D)
+
+Paper: Su et al., "RoFormer", arXiv 2104.09864. Longer contexts: `rope_scaling.py`.
+Trap: angles are computed in fp32; in bf16 positions above 256 are no longer distinct integers.
+"""
+
+import torch
+from torch import nn
+
+from modules.rope_scaling import rope_frequencies
+
+
+class RotaryEmbedding(nn.Module):
+    """Positions to tables: `forward(positions (B, T))` gives cos and sin, each (B, T, D), in fp32.
+
+    Args:
+        head_dim: D, even.
+        theta: the base of the frequencies; a larger one turns more slowly (ABF, arXiv 2309.16039).
+        scaling: a Hugging Face `rope_scaling` dictionary or None, see `rope_scaling.py`.
+        max_positions: the length that the model was made for; some scaling rules need it.
+        interleaved: pair channels (2i, 2i+1) instead of (i, i + D/2).
+    """
+
+    def __init__(self, head_dim, theta=10000.0, scaling=None, max_positions=2048, interleaved=False):
+        super().__init__()
+        self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
+        self.max_positions, self.interleaved = max_positions, interleaved
+        inv_freq, factor = rope_frequencies(head_dim, theta, scaling, max_positions)
+        self.attention_factor = factor
+        # Not part of a checkpoint: it follows from the configuration.
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.depends_on_length = (scaling or {}).get("rope_type", (scaling or {}).get("type")) == "dynamic"
+
+    @torch.no_grad()
+    def forward(self, positions):
+        """positions (B, T) int -> cos, sin (B, T, D) fp32."""
+        inv_freq, factor = self.inv_freq, self.attention_factor
+        if self.depends_on_length:  # dynamic NTK stretches with the longest position seen in this call
+            length = int(positions.max()) + 1
+            inv_freq, factor = rope_frequencies(
+                self.head_dim, self.theta, self.scaling, self.max_positions, length
+            )
+            inv_freq = inv_freq.to(positions.device)
+        # The buffer follows .double() so that a model in fp64 has tables in fp64; half precision never enters here.
+        wide = inv_freq.double() if self.inv_freq.dtype == torch.float64 else inv_freq.float()
+        angles = positions[..., None].to(wide.dtype) * wide  # (B, T, D/2)
+        spread = angles.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat([angles, angles], dim=-1)
+        return spread.cos() * factor, spread.sin() * factor
+
+
+def rotate_half(x):
+    """(x_1, x_2) -> (-x_2, x_1) with halves as pairs. (..., D) -> (..., D)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+def rotate_interleaved(x):
+    """The same for neighbours as pairs. (..., D) -> (..., D)."""
+    return torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+
+
+def apply_rotary(x, cos, sin, interleaved=False):
+    """Turn x (B, H, T, D) by the tables (B or 1, T, D); the tables take the dtype of x."""
+    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)  # (B, 1, T, D): one for all heads
+    turned = rotate_interleaved(x) if interleaved else rotate_half(x)
+    return x * cos + turned * sin
+
+
+def interleaved_to_half(weight, num_heads):
+    """Reorder the rows of a q or k projection (H*D, C), or its bias (H*D,), made for interleaved pairs, for half-split.
+
+    The gains of QK-norm (D,) need the same permutation: pass them with num_heads=1.
+    """
+    rows = weight.reshape(num_heads, -1, 2, *weight.shape[1:])  # (H, D/2, 2, ...)
+    return rows.transpose(1, 2).reshape(weight.shape)
+
+
+def lesson():
+    """How far apart can two positions be told? Scores of a vector with itself, turned."""
+    torch.manual_seed(0)
+    head_dim = 64
+    x = torch.ones(1, 1, 1, head_dim) / head_dim**0.5
+    print("RoPE: score of a vector with its own copy, `distance` positions away")
+    for theta in (100.0, 10000.0, 1000000.0):
+        rope = RotaryEmbedding(head_dim, theta)
+        cos, sin = rope(torch.tensor([[0, 1, 4, 16, 64, 256, 1024]]))
+        turned = apply_rotary(x.expand(1, 1, 7, head_dim), cos, sin)[0, 0]
+        scores = turned @ turned[0]
+        print(f"  theta {theta:9.0f}:", *[f"{s:6.2f}" for s in scores.tolist()])
+    print("  distance        :      0      1      4     16     64    256   1024")
+    q, k = torch.randn(2, 1, 1, 1, head_dim)
+    rope = RotaryEmbedding(head_dim)
+    for a, b in ((5, 2), (105, 102), (1005, 1002)):
+        cos, sin = rope(torch.tensor([[a, b]]))
+        score = (apply_rotary(q, cos[:, :1], sin[:, :1]) * apply_rotary(k, cos[:, 1:], sin[:, 1:])).sum()
+        print(f"  q at {a:4d}, k at {b:4d}: score {score.item():.4f} (only the distance counts)")
+
+
+if __name__ == "__main__":
+    lesson()

@@ -1,0 +1,163 @@
+"""Longer contexts for RoPE: rules that slow its frequencies so that far positions look like ones seen in training.
+
+With s the stretch factor (new length / old length) and inv_i = base^(-2i/D):
+
+  linear   inv_i / s                                     every frequency alike (arXiv 2306.15595)
+  ntk      base' = base * s^(D/(D-2))                    the fastest is kept, the slowest divided by s
+  dynamic  ntk with s grown to fit the present length    nothing changes up to the trained length
+  yarn     fast ones kept, slow ones divided by s, a ramp between; and the logits are cooled by a
+           temperature m = 0.1 ln(s) + 1 on both cos and sin (arXiv 2309.00071)
+  llama3   by wavelength: short kept, long divided by s, smooth between (Llama-3.1's rule)
+  ABF      no rule at all: a larger `rope_theta` (arXiv 2309.16039)
+
+`rope_frequencies` returns the D/2 inverse frequencies in fp32 and the factor for cos and sin. The dictionary may be
+in the old Hugging Face spelling ({"type": "yarn", "factor": 4.0}) or the new one ({"rope_type": ..., "rope_theta": ...}).
+
+Traps: YaRN's ramp runs over the D/2 frequencies, not over D channels; it uses the *original* length; and the temperature
+multiplies cos and sin both, so that scores get m^2.
+"""
+
+import math
+
+import torch
+
+from utils.errors import UserError
+
+NEEDS = {  # the parameters that each rule reads, with their defaults (None: the dictionary must give it)
+    "default": {},
+    "linear": {"factor": None},
+    "ntk": {"factor": None},
+    "dynamic": {"factor": None},
+    "yarn": {
+        "factor": None, "original_max_position_embeddings": 0, "beta_fast": 32.0, "beta_slow": 1.0,
+        "attention_factor": 0, "mscale": 0, "mscale_all_dim": 0, "truncate": True,
+    },
+    "llama3": {
+        "factor": None, "low_freq_factor": None, "high_freq_factor": None,
+        "original_max_position_embeddings": None,
+    },
+}  # fmt: skip
+
+
+def read_scaling(scaling: dict | None, theta: float) -> tuple[str, float, dict]:
+    """Check a `rope_scaling` dictionary of either spelling: (rule, theta, parameters with defaults filled in)."""
+    given = dict(scaling or {})
+    rule = given.pop("rope_type", given.pop("type", "default"))
+    given.pop("type", None)
+    theta = given.pop("rope_theta", theta)
+    if rule not in NEEDS:
+        raise UserError(f"model.rope_scaling: unknown rope_type {rule!r}; known: {', '.join(NEEDS)}")
+    values = dict(NEEDS[rule])
+    unknown = set(given) - set(values)
+    if unknown:
+        raise UserError(f"model.rope_scaling: {rule} takes no {', '.join(sorted(unknown))}; it takes {list(values)}")
+    values.update({key: value for key, value in given.items() if value is not None})
+    missing = [key for key, value in values.items() if value is None]
+    if missing:
+        raise UserError(f"model.rope_scaling: {rule} needs {', '.join(missing)}")
+    for key, value in values.items():
+        if isinstance(value, bool) != (key == "truncate") or not isinstance(value, (int, float)):
+            raise UserError(f"model.rope_scaling: {key} must be a {'bool' if key == 'truncate' else 'number'}, not {value!r}")
+    if values.get("factor", 1) < 1:
+        raise UserError(f"model.rope_scaling: factor must be at least 1, not {values['factor']}")
+    return rule, float(theta), values
+
+
+def rope_frequencies(head_dim, theta, scaling=None, max_positions=2048, length=None):
+    """Inverse frequencies (D/2,) in fp32 and the factor on cos and sin.
+
+    Args:
+        head_dim: D, the channels that are turned.
+        theta: the base, unless `scaling` carries `rope_theta`.
+        scaling: Hugging Face dictionary or None.
+        max_positions: the configured context length (`max_position_embeddings`).
+        length: tokens in use now; only `dynamic` reads it.
+    """
+    rule, theta, p = read_scaling(scaling, theta)
+    factor = p.get("factor", 1.0)
+    if rule == "dynamic":
+        length = max(length or max_positions, max_positions)
+        stretch = factor * length / max_positions - (factor - 1)
+        return plain(head_dim, theta * stretch ** (head_dim / (head_dim - 2))), 1.0
+    if rule == "ntk":
+        return plain(head_dim, theta * factor ** (head_dim / (head_dim - 2))), 1.0
+    inv_freq = plain(head_dim, theta)
+    if rule == "linear":
+        return inv_freq / factor, 1.0
+    if rule == "llama3":
+        return llama3(inv_freq, p), 1.0
+    if rule == "yarn":
+        original = p["original_max_position_embeddings"] or max_positions
+        low, high = yarn_range(head_dim, theta, original, p["beta_fast"], p["beta_slow"], p["truncate"])
+        position = torch.arange(head_dim // 2, dtype=torch.float32)
+        ramp = ((position - low) / (high - low)).clamp(0, 1)  # 0: fast, kept as it is; 1: slow, divided
+        return inv_freq / factor * ramp + inv_freq * (1 - ramp), yarn_temperature(p)
+    return inv_freq, 1.0
+
+
+def plain(head_dim, theta):
+    """base^(-2i/D) for i = 0 .. D/2-1."""
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+
+def yarn_range(head_dim, theta, original, beta_fast=32.0, beta_slow=1.0, truncate=True):
+    """The first and last frequency of YaRN's ramp.
+
+    A frequency that makes `n` full turns over the original length has the index D ln(L / (2 pi n)) / (2 ln base).
+    More than beta_fast turns: fast, kept. Fewer than beta_slow: slow, divided.
+    """
+
+    def index(turns):
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = index(beta_fast), index(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    return low, high + 0.001 if low == high else high  # no division by zero
+
+
+def yarn_temperature(p):
+    """The factor on cos and sin; DeepSeek's pair of mscales cancels where they are equal (the softmax has it then)."""
+
+    def mscale(scale, weight=1.0):
+        return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+
+    if p["attention_factor"]:
+        return p["attention_factor"]
+    if p["mscale"] and p["mscale_all_dim"]:
+        return mscale(p["factor"], p["mscale"]) / mscale(p["factor"], p["mscale_all_dim"])
+    return mscale(p["factor"])
+
+
+def llama3(inv_freq, p):
+    """Keep wavelengths below L/high, divide those above L/low by the factor, blend between."""
+    original, low, high = p["original_max_position_embeddings"], p["low_freq_factor"], p["high_freq_factor"]
+    wavelength = 2 * math.pi / inv_freq
+    blend = ((original / wavelength - low) / (high - low)).clamp(0, 1)  # 1: short wave, kept; 0: long, divided
+    return (1 - blend) * inv_freq / p["factor"] + blend * inv_freq
+
+
+def lesson():
+    """Turns that each frequency makes over 16384 positions, for a model trained on 4096 (where 1 turn is the most
+    that the slowest ones have seen)."""
+    rules = {
+        "plain": None,
+        "linear": {"rope_type": "linear", "factor": 4.0},
+        "ntk": {"rope_type": "ntk", "factor": 4.0},
+        "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
+    }
+    picks = [0, 8, 16, 24, 32, 40, 48, 56, 63]
+    print("turns over 16384 positions, D = 128, base 10000, trained on 4096")
+    print("  frequency :", *[f"{i:7d}" for i in picks])
+    trained = plain(128, 10000.0) * 4096 / (2 * math.pi)
+    print("  in training", *[f"{trained[i]:7.2f}" for i in picks])
+    for name, scaling in rules.items():
+        inv_freq, factor = rope_frequencies(128, 10000.0, scaling, 4096)
+        turns = inv_freq * 16384 / (2 * math.pi)
+        print(f"  {name:10s}:", *[f"{turns[i]:7.2f}" for i in picks], f"  cos and sin times {factor:.4f}")
+    print("  yarn's ramp runs from frequency", *yarn_range(128, 10000.0, 4096))
+
+
+if __name__ == "__main__":
+    lesson()
