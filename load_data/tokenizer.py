@@ -114,7 +114,7 @@ class Tokenizer:
             if data["kind"] == "bpe":
                 return BpeTokenizer([tuple(pair.split(" ")) for pair in data["merges"]], data["pattern"])
             problem = f"unknown kind {data['kind']!r}"
-        except Exception as error:  # the regular expression library raises plain Exception
+        except Exception as error:  # noqa: BLE001 - a bad pattern raises plain Exception
             problem = f"{type(error).__name__}: {error}"
         raise UserError(f"{where}: not a tokenizer that TinySeek wrote ({problem})")
 
