@@ -1,8 +1,9 @@
 """The embedded corpus: the standard library of the Python that runs this, as source and as docstrings.
 
-Nothing is downloaded, nothing imported and nothing executed: files are read, and `ast` finds the docstrings. Files are
-divided into training and validation before anything is taken from them, so that no docstring of a held-out file is
-ever trained on. The text depends on the Python version; `summary` and `digest` say which text it was.
+Nothing is downloaded, nothing imported and nothing executed: files are read, and `ast` finds the docstrings.
+Files are divided into training and validation before anything is taken from them, so that no docstring of a
+held-out file is ever trained on. The text depends on the Python version; `summary` and `digest` say which
+text it was.
 """
 
 import ast
@@ -18,7 +19,15 @@ from load_data.reserved import unit_hash
 from utils.errors import UserError
 
 # Folders by name, at any depth: tests, installed packages, and what is not source.
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "lib-dynload",
+    "__pycache__",
+}
 # Tables written by programs, and (encodings) a hundred copies of one template: data in the clothes of source.
 SKIPPED_TABLES = (
     "encodings/",
@@ -73,9 +82,9 @@ class PythonCorpus:
 
 
 def read_python_corpus(val_fraction: float, root: Path | None = None) -> PythonCorpus:
-    """The standard library below `root` (default: the running interpreter's), divided by a hash of each file's name.
+    """The standard library below `root` (default: of the running interpreter), divided by a hash of file names.
 
-    Raises `UserError` where the library is not there as source (some minimal installations ship bytecode only).
+    Raises `UserError` where the library is not there as source: minimal installations ship bytecode only.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     corpus = PythonCorpus([], [])
@@ -91,16 +100,16 @@ def read_python_corpus(val_fraction: float, root: Path | None = None) -> PythonC
             (corpus.val if unit_hash(name) < val_fraction else corpus.train).append(SourceFile(name, text))
     if not corpus.train or not corpus.val:
         raise UserError(
-            f"--data python: {len(corpus.files)} Python source files in {root}, too few to train and validate on; "
-            "use a full Python installation, or give your own text with --data FILE"
+            f"--data python: {len(corpus.files)} Python source files in {root}, too few to train and validate "
+            "on; use a full Python installation, or give your own text with --data FILE"
         )
     return corpus
 
 
 def docstring_documents(file: SourceFile) -> Iterator[str]:
-    """One text for each docstring of `file`: a line that says what is described, then the docstring, unindented.
+    """One text for each docstring of `file`: a line that says what is described, then the docstring.
 
-    `textwrap.dedent(text)`, for example, or `class queue.Queue`, or `module json.decoder`.
+    The line is `textwrap.dedent(text)`, for example, or `class queue.Queue`, or `module json.decoder`.
     """
     try:
         tree = ast.parse(file.text)

@@ -1,7 +1,8 @@
 """Which items later stages are scored on, decided before any training text is made.
 
-An item is a short text such as `12 + 7`. A tenth of all possible items is reserved, by a hash of the text alone: every
-stage, on every machine, agrees on the answer without a list, and no stage trains on a reserved item.
+An item is a short text such as `12 + 7`. A tenth of all possible items is reserved, by a hash of the text
+alone: every stage, on every machine, agrees on the answer without a list, and no stage trains on a reserved
+item.
 """
 
 import hashlib

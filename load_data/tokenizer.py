@@ -1,11 +1,12 @@
 """Text to token ids and back.
 
-Two kinds share one class. `bpe` is byte-level byte-pair encoding (Sennrich et al., arXiv 1508.07909; bytes as in
-GPT-2): every text is a sequence of UTF-8 bytes, so nothing is ever unknown, and pairs that occur often are merged
-into longer tokens. `char` gives one id to each distinct character, the smallest tokenizer that can be explained.
+Two kinds share one class. `bpe` is byte-level byte-pair encoding (Sennrich et al., arXiv 1508.07909; bytes as
+in GPT-2): every text is a sequence of UTF-8 bytes, so nothing is ever unknown, and pairs that occur often are
+merged into longer tokens. `char` gives one id to each distinct character, the smallest tokenizer that can be
+explained.
 
-Special tokens take the first ids and exist only as ids: they are not in the vocabulary that `encode` can reach, so no
-text, whatever it says, can produce one. Only the chat template writes them.
+Special tokens take the first ids and exist only as ids: they are not in the vocabulary that `encode` can
+reach, so no text, whatever it says, can produce one. Only the chat template writes them.
 """
 
 import codecs
@@ -24,10 +25,10 @@ PAD = "<|pad|>"
 UNKNOWN = "<unk>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", "User：", "Assistant：", "System：", PAD)
 
-# BPE merges only within the pieces that this pattern cuts, from left to right: a word with one leading space or sign;
-# a single digit, so that numbers are written the way sums are done; signs together with the line break and indentation
-# that follow; line breaks with indentation; other white space. Made for code: 3.85 bytes per token on held-out Python
-# at 4096 tokens, where GPT-2's pattern with single digits reaches 3.50.
+# BPE merges only within the pieces that this pattern cuts, from left to right: a word with one leading space
+# or sign; a single digit, so that numbers are written the way sums are done; signs together with the line
+# break and indentation that follow; line breaks with indentation; other white space. Made for code: 3.85
+# bytes per token on held-out Python at 4096 tokens, where GPT-2's pattern with single digits reaches 3.50.
 SPLIT_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+(?:\s*[\r\n]+[ \t]*)?"
     r"|\s*[\r\n]+[ \t]*|[ \t]+(?!\S)|\s+"
@@ -37,8 +38,8 @@ SPLIT_PATTERN = (
 def byte_characters() -> list[str]:
     """The visible character that stands for each of the 256 bytes (GPT-2's table).
 
-    Printable Latin-1 bytes stand for themselves; the rest are moved up to U+0100 and beyond, so that vocabularies and
-    merges can be read and written without white space or control characters.
+    Printable Latin-1 bytes stand for themselves; the rest are moved up to U+0100 and beyond, so that
+    vocabularies and merges can be read and written without white space or control characters.
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
@@ -69,7 +70,7 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """(V,) int32: UTF-8 bytes that each id stands for, 0 for special tokens. Makes bits per byte from losses."""
+        """(V,) int32: UTF-8 bytes that each id stands for, 0 for special tokens; for bits per byte."""
         return np.array([len(part) for part in self.id_to_bytes], dtype=np.int32)
 
     @cached_property
@@ -86,7 +87,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids, skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Special tokens are left out or spelled out."""
+        """The text of `ids`, special tokens left out or spelled out; bytes that are not UTF-8 are U+FFFD."""
         spelled = {} if skip_special else self.special_spellings
         parts = (spelled.get(int(one), self.id_to_bytes[one]) for one in ids)
         return b"".join(parts).decode("utf-8", errors="replace")
@@ -120,7 +121,7 @@ class Tokenizer:
 
 
 class BpeTokenizer(Tokenizer):
-    """Byte-level BPE: special tokens, then the 256 bytes, then one token per merge, in the order of learning."""
+    """Byte-level BPE: special tokens, then the 256 bytes, then one token per merge, in the order learned."""
 
     kind = "bpe"
 
@@ -151,12 +152,16 @@ class BpeTokenizer(Tokenizer):
 
     def to_json(self) -> str:
         """See `Tokenizer.to_json`: the pattern and the merges are all there is."""
-        data = {"kind": self.kind, "pattern": self.pattern, "merges": [" ".join(pair) for pair in self.merges]}
+        data = {
+            "kind": self.kind,
+            "pattern": self.pattern,
+            "merges": [" ".join(pair) for pair in self.merges],
+        }
         return json.dumps(data, ensure_ascii=False)
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character: special tokens, `<unk>`, then the known characters in the order of their code points."""
+    """One id per character: special tokens, `<unk>`, then the known characters by code point."""
 
     kind = "char"
 
@@ -203,5 +208,5 @@ def split_and_spell(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def without_surrogates(text: str) -> str:
-    """`text` with U+FFFD for each half of a surrogate pair (they come from JSON escapes and odd terminals)."""
+    """`text` with U+FFFD for each half of a surrogate pair (they come from JSON escapes and terminals)."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

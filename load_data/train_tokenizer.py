@@ -31,17 +31,20 @@ def train_tokenizer(
 ) -> Tokenizer:
     """A tokenizer learned from `texts`, or the one kept in `cache_dir` from the last time.
 
-    `key` identifies the texts without reading them; without it they are read and hashed. Raises `UserError` when
-    there is no text.
+    `key` identifies the texts without reading them; without it they are read and hashed. Raises `UserError`
+    when there is no text.
     """
     if key is None:
         texts = list(texts)
         key = content_hash(texts)
-    settings = {"char": (config.kind,), "bpe": (config.kind, config.vocab_size, config.train_bytes, SPLIT_PATTERN)}
+    settings = {
+        "char": (config.kind,),
+        "bpe": (config.kind, config.vocab_size, config.train_bytes, SPLIT_PATTERN),
+    }
     name = hashlib.sha256(repr((key, settings[config.kind])).encode("utf-8")).hexdigest()[:16]
     path = Path(cache_dir) / f"tokenizer_{name}.json"
     if path.is_file():
-        return Tokenizer.from_json(path.read_text(encoding="utf-8"), where=f"{path} (delete it to start afresh)")
+        return Tokenizer.from_json(path.read_text(encoding="utf-8"), where=f"{path} (delete it to retrain)")
     learn = {"char": learn_characters, "bpe": learn_merges}
     tokenizer = learn[config.kind](config, texts)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +55,7 @@ def train_tokenizer(
 
 
 def learn_merges(config: TokenizerConfig, texts: Iterable[str]) -> BpeTokenizer:
-    """Byte-level BPE with `config.vocab_size` ids, or fewer where the text has no more pairs that occur twice."""
+    """Byte-level BPE with `config.vocab_size` ids, or fewer where no more pairs occur twice."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = split_and_spell(SPLIT_PATTERN)
     trainer = trainers.BpeTrainer(

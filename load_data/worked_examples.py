@@ -1,8 +1,8 @@
 """Worked examples: `>>> expression` and its value, as an interpreter shows them.
 
-An expression is a tree that this file builds itself. Its text and its value come from the same tree, so nothing is
-ever evaluated from text. Reserved items (see `load_data/reserved.py`) are left out, on their own and inside larger
-expressions.
+An expression is a tree that this file builds itself. Its text and its value come from the same tree, so
+nothing is ever evaluated from text. Reserved items (see `load_data/reserved.py`) are left out, on their own
+and inside larger expressions.
 """
 
 import operator
@@ -15,14 +15,14 @@ from load_data.reserved import is_reserved
 
 EXAMPLES_PER_DOCUMENT = 16
 LARGEST = 9999  # of whole numbers on the way; larger ones are arithmetic for machines
-ATOM, PRODUCT, SUM, COMPARISON = 4, 3, 2, 1  # how strongly an expression holds together, as in Python's grammar
+ATOM, PRODUCT, SUM, COMPARISON = 4, 3, 2, 1  # how strongly an expression holds together
 SUM_OF_SMALL = re.compile(r"(?<![\w.])(?=(\d{1,2} [+-] \d{1,2})(?![\w.]))")
-WORDS = "apple bird blue cat code dog fish green hello list map moon name node open python red river seven sun tree"
+WORDS = "apple bird blue cat code dog fish green hello list map moon name node open python red river sun tree"
 
 
 @dataclass(frozen=True)
 class Expression:
-    """A piece of Python and its value. `items` are the texts that must not be reserved: itself and its parts."""
+    """A piece of Python and its value. `items`, its own text and its parts', must not be reserved."""
 
     text: str
     value: object
@@ -42,7 +42,7 @@ def literal(value) -> Expression:
 def infix(left: Expression, sign: str, right: Expression) -> Expression:
     """`left sign right` for the signs of `INFIX`."""
     function, strength = INFIX[sign]
-    # Python reads a - b - c from the left, so the right side needs parentheses sooner; comparisons would chain.
+    # Python reads a - b - c from the left: the right side needs parentheses sooner. Comparisons would chain.
     left_text = left.within(strength + (strength == COMPARISON))
     text = f"{left_text} {sign} {right.within(strength + 1)}"
     return Expression(text, function(left.value, right.value), strength, (*left.items, *right.items, text))
@@ -76,7 +76,11 @@ TEXT_TO_TEXT = {
     "{}[0]": lambda text: text[0],
     "{}[-1]": lambda text: text[-1],
 }
-TEXT_TO_NUMBER = {"len({})": len, "{}.count('e')": lambda text: text.count("e"), "{}.find('o')": lambda t: t.find("o")}
+TEXT_TO_NUMBER = {
+    "len({})": len,
+    "{}.count('e')": lambda text: text.count("e"),
+    "{}.find('o')": lambda t: t.find("o"),
+}
 LIST_TO_ANY = {
     "len({})": len,
     "sum({})": sum,
@@ -159,7 +163,7 @@ KINDS = (  # how often, and how each is made
 
 
 def touches_reserved(expression: Expression) -> bool:
-    """Whether the expression or a part of it is reserved; a small sum counts wherever its text can be read."""
+    """Whether the expression or a part is reserved; a small sum counts wherever its text can be read."""
     return any(map(is_reserved, (*expression.items, *SUM_OF_SMALL.findall(expression.text))))
 
 
