@@ -57,13 +57,27 @@ def to_dict(config: RunConfig) -> dict:
 def read_json(path: Path) -> dict:
     """The JSON object in `path`."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a UTF-8 text file") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    except KeyError as error:
+        raise UserError(f"{path}: {error.args[0]} is there twice in one object; keep one") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object with sections, found a {type(data).__name__}")
+    return data
+
+
+def without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object as a dictionary. Python would silently keep the last of two equal keys: `KeyError` instead."""
+    data = {}
+    for key, value in pairs:
+        if key in data:
+            raise KeyError(key)
+        data[key] = value
     return data
 
 

@@ -8,6 +8,7 @@ Each section checks types and single-field limits through the field's metadata (
 between fields in its `check()`. A violation is a `UserError` that names the field, the value and the rule.
 """
 
+import math
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -169,6 +170,8 @@ def checked(key: str, value, hint, limits) -> object:
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         names = " or ".join(kind.__name__ for kind in kinds) + (" or null" if type(None) in allowed else "")
         raise UserError(f"{key} must be {names}, not {value!r} ({type(value).__name__})")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={value} must be a finite number")
     if list in kinds and not all(isinstance(part, str) for part in value):
         raise UserError(f"{key} must be a list of strings, not {value!r}")
     rules = {

@@ -76,11 +76,11 @@ class CostCard:
         active = f", {self.active_parameters:,} active" if self.active_parameters != self.parameters else ""
         return [
             f"parameters  {self.parameters:,}{active} ({parts})",
-            f"compute     {flops(self.train_flops())} per token to train, {flops(self.forward_flops())} forward "
-            f"(causal, sequences of {self.sequence_length})",
-            f"kv cache    {size(self.kv_cache_bytes(BF16))} per token in bf16, {size(self.kv_cache_bytes(FP32))} in fp32",
-            f"memory      {size(self.train_bytes())} to train ({state}, activations of {self.batch_tokens:,} tokens "
-            f"about {size(self.activation_bytes)})",
+            f"compute     per token: {flops(self.train_flops())} to train, {flops(self.forward_flops())} forward "
+            + f"(causal, sequences of {self.sequence_length})",
+            f"kv cache    per token: {size(self.kv_cache_bytes(BF16))} in bf16, {size(self.kv_cache_bytes(FP32))} in fp32",
+            f"memory      {size(self.train_bytes())} to train ({state}, activations of {self.batch_tokens:,} "
+            + f"tokens about {size(self.activation_bytes)})",
         ]
 
 

@@ -168,9 +168,9 @@ class WeightWitness:
     """Remembers the weights at the start, and proves at the end that exactly the trainable ones have moved.
 
     Weight decay shrinks a weight even if no gradient ever reaches it. So the witness keeps, for each parameter, the
-    product of (1 - lr * weight_decay) over the steps: times the first value, that is where decay alone would lead.
-    It means decoupled decay, as in AdamW and Muon. The memory it takes is on the CPU; of frozen tensors it keeps
-    only a fingerprint.
+    product of (1 - lr * weight_decay) over the steps. Decay alone leads from the first value w to s * w for some s
+    between that product and 1, and a weight has learned if it is anywhere else. (Decoupled decay, as in AdamW and
+    Muon.) The first values are kept on the CPU, of frozen tensors only a fingerprint.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -182,9 +182,8 @@ class WeightWitness:
                 self.start[name] = parameter.detach().to("cpu", copy=True)
             else:
                 self.fingerprints[name] = fingerprint(parameter)
-        self.decay = Counter()  # for each parameter, the logarithm would do too; a product is easier to read
-        self.steps = Counter()  # how many steps each was in an optimizer with a learning rate above zero
-        self.listed = set()  # parameters seen in an optimizer
+        self.decay = {}  # by id of the parameter: the product of (1 - lr * weight_decay)
+        self.steps = {}  # by id of the parameter: optimizer steps with a learning rate above zero
 
     def note_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Call once per optimizer step, while the groups still hold the learning rates of that step."""
@@ -192,17 +191,18 @@ class WeightWitness:
             factor = 1 - group["lr"] * group.get("weight_decay", 0)
             for parameter in group["params"]:
                 key = id(parameter)
-                self.listed.add(key)
                 self.decay[key] = self.decay.get(key, 1.0) * factor
-                self.steps[key] += group["lr"] > 0
+                self.steps[key] = self.steps.get(key, 0) + (group["lr"] > 0)
 
     def prove_moved(self, may_be_unreached: Callable[[str], bool] = lambda name: False) -> str:
         """One line about how far the weights moved. Raises `UserError` naming those that did not behave."""
+        if not self.steps:
+            return "weights not compared: no step was taken"
         parameters = dict(self.model.named_parameters())
         changed = [name for name, before in self.fingerprints.items() if fingerprint(parameters[name]) != before]
         if changed:
             raise UserError(f"frozen, yet changed by training: {describe(self.model, changed)}")
-        relative = {}
+        relative, stuck = {}, {}
         for name, start in self.start.items():
             key = id(parameters[name])
             now = parameters[name].detach().to("cpu", torch.float64)
@@ -210,14 +210,16 @@ class WeightWitness:
                 raise UserError(f"training made it infinite or NaN: {describe(self.model, [name])}; lower the lr")
             first = start.double()
             decay = self.decay.get(key, 1.0)
+            shrunk = ((now * first).sum() / (first * first).sum().clamp_min(1e-30)).clamp(decay, 1.0)
             # each decay step rounds once; without decay nothing rounds, and any change counts
             rounding = 0 if decay == 1.0 else torch.finfo(start.dtype).eps * self.steps[key] * first.norm()
-            if (now - decay * first).norm() > rounding:
+            if (now - shrunk * first).norm() > rounding:
                 relative[name] = ((now - first).norm() / first.norm().clamp_min(1e-12)).item()
             elif not may_be_unreached(name):
-                raise UserError(
-                    f"trainable, yet not moved by training: {describe(self.model, [name])}; {self.why(key)}"
-                )
+                stuck.setdefault(self.why(key), []).append(name)
+        if stuck:
+            words = [f"{describe(self.model, names)}: {why}" for why, names in stuck.items()]
+            raise UserError(f"trainable, yet not moved by training: {'; '.join(words)}")
         ratios = [ratio for name, ratio in relative.items() if self.start[name].any()] or [0.0]
         return (
             f"weights proven: {len(relative)} trainable tensors moved ({min(ratios):.2g} to {max(ratios):.2g} of "
@@ -227,10 +229,10 @@ class WeightWitness:
 
     def why(self, key: int) -> str:
         """The likely cause why a parameter did not move."""
-        if key not in self.listed:
-            return "it is not in the optimizer"
+        if key not in self.steps:
+            return "not in the optimizer"
         if not self.steps[key]:
-            return "its learning rate was 0 in every step"
+            return "the learning rate was 0 in every step"
         return "no gradient reached it, so that weight decay alone acted on it"
 
 

@@ -1,0 +1,158 @@
+"""Configurations: every preset is right, and every mistake is one line that names it."""
+
+import json
+
+import pytest
+
+from config.load import DEFAULT_PRESET, from_dict, load_config, preset_names, to_dict
+from config.schema import ModelConfig, RunConfig, validate_section
+from utils.errors import UserError, run_main
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_right(name):
+    config = load_config(name)
+    assert config.model.head_dim
+    assert config.data.sequence_length <= config.model.max_position_embeddings
+    again = from_dict(json.loads(json.dumps(to_dict(config))), where="checkpoint")
+    assert again == config
+
+
+def test_the_default_preset_exists_and_ends_in_time():
+    config = load_config()
+    assert config == load_config(DEFAULT_PRESET)
+    assert config.train.max_seconds <= 600
+
+
+def line_of(*settings, file=None) -> str:
+    """The one line that a configuration is refused with."""
+    with pytest.raises(UserError) as caught:
+        load_config(file and str(file), list(settings))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+MISTAKES = {
+    "nothing": ["section.key=value"],
+    "train.max_steps": ["section.key=value"],
+    "max_steps=3": ["section.key=value", "max_steps=3"],
+    "a.b.c=3": ["section.key=value"],
+    "trian.max_steps=3": ["trian", "did you mean train?"],
+    "zzzz.max_steps=3": ["zzzz", "known: model, tokenizer"],
+    "train.max_step=3": ["max_step", "section train", "did you mean max_steps?"],
+    "train.max_steps=0": ["train.max_steps=0", "at least 1"],
+    "train.max_steps=3.5": ["train.max_steps", "int", "3.5"],
+    "train.max_steps=true": ["train.max_steps", "int", "True"],
+    "train.max_steps=many": ["train.max_steps", "int", "'many'"],
+    "train.batch_size=null": ["train.batch_size", "int", "None"],
+    "train.compile=1": ["train.compile", "bool", "1"],
+    "train.device=tpu": ["train.device", "auto, cpu, cuda, mps"],
+    "optim.lr=0": ["optim.lr", "above 0"],
+    "optim.lr=NaN": ["optim.lr", "finite"],
+    "optim.lr=Infinity": ["optim.lr", "finite"],
+    "optim.lr=true": ["optim.lr", "float"],
+    "optim.lr=fast": ["optim.lr", "float", "'fast'"],
+    "optim.beta1=1": ["optim.beta1", "below 1"],
+    "model.dropout=-0.1": ["model.dropout", "at least 0"],
+    "model.dropout=NaN": ["model.dropout"],
+    "model.hidden_size=100": ["model.hidden_size=100", "model.num_attention_heads=8"],
+    "model.num_key_value_heads=3": ["model.num_key_value_heads=3", "model.num_attention_heads=8"],
+    "model.head_dim=33": ["model.head_dim=33", "odd"],
+    "model.rope_scaling=4": ["model.rope_scaling", "dict or null", "4"],
+    "data.paths=python": ["data.paths", "list"],
+    'data.paths=["a", 3]': ["data.paths", "list of strings"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("setting", "words"), MISTAKES.items(), ids=MISTAKES)
+def test_mistakes_on_the_command_line(setting, words):
+    line = line_of(setting)
+    assert all(word in line for word in words), line
+
+
+def test_settings_are_read_as_what_their_field_is():
+    settings = ["optim.lr=1", "train.max_seconds=null", "data.paths=[\"a.txt\"]", "train.compile=true",
+                "data.cache_dir=123", "model.rope_scaling={\"type\": \"linear\", \"factor\": 2}"]  # fmt: skip
+    config = load_config("tiny", settings)
+    assert config.optim.lr == 1.0
+    assert type(config.optim.lr) is float
+    assert config.train.max_seconds is None
+    assert config.data.paths == ["a.txt"]
+    assert config.train.compile is True
+    assert config.data.cache_dir == "123"
+    assert config.model.rope_scaling["factor"] == 2
+    assert load_config("tiny", ["train.max_steps=3", "train.max_steps=4"]).train.max_steps == 4
+
+
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"train": {"max_steps": 5, "seed": 7}}', encoding="utf-8")
+    config = load_config(str(path), ["train.max_steps=6"])
+    assert (config.train.max_steps, config.train.seed) == (6, 7)
+    assert config.optim == RunConfig().optim
+
+
+def test_mistakes_in_a_file(tmp_path):
+    path = tmp_path / "mine.json"
+    assert "no such file" in line_of(file=path)
+    contents = {
+        '{"train":\n {"max_steps": 5,}}': ["line 2", "JSON"],
+        "": ["line 1", "JSON"],
+        "[1, 2]": ["JSON object", "list"],
+        '{"train": 5}': ["section train", "5"],
+        '{"train": {"max_steps": "5"}}': ["train.max_steps", "'5'"],
+        '{"train": {"max_steps": true}}': ["train.max_steps", "True"],
+        '{"trains": {}}': ["'trains'", "did you mean train?"],
+        '{"train": {"max_steps": 5}, "optim": {"lr": NaN}}': ["optim.lr"],
+        '{"train": {"max_steps": 5, "max_steps": 6}}': ["max_steps", "twice"],
+        '{"train": {"seed": 5}}': ["train.max_steps", "train.max_seconds"],
+    }
+    for content, words in contents.items():
+        path.write_text(content, encoding="utf-8")
+        line = line_of(file=path)
+        assert all(word in line for word in words), (content, line)
+    path.write_bytes(b'{"train": "\xff"}')
+    assert "UTF-8" in line_of(file=path)
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):  # as Windows editors write it
+    path = tmp_path / "mine.json"
+    path.write_text('{"train": {"max_steps": 5}}', encoding="utf-8-sig")
+    assert load_config(str(path)).train.max_steps == 5
+
+
+def test_an_unknown_preset_names_the_known_ones():
+    with pytest.raises(UserError, match=r"--config huge: no such preset; presets: .*laptop.*tiny"):
+        load_config("huge")
+
+
+def test_two_configurations_share_nothing():
+    one, two = load_config("tiny"), load_config("tiny")
+    one.data.paths.append("more")
+    assert two.data.paths == ["python"]
+    assert RunConfig().data.paths == ["python"]
+
+
+def test_head_dim_follows_the_heads():
+    config = ModelConfig(hidden_size=96, num_attention_heads=6, num_key_value_heads=2)
+    validate_section("model", config)
+    assert config.head_dim == 16
+    explicit = ModelConfig(hidden_size=100, num_attention_heads=6, num_key_value_heads=2, head_dim=16)
+    validate_section("model", explicit)
+    assert explicit.head_dim == 16
+
+
+def test_an_error_is_one_line_and_exit_code_two(capsys):
+    def fail():
+        raise UserError("first\n  second")
+
+    with pytest.raises(SystemExit) as caught:
+        run_main(fail)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: first second\n"
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        run_main(lambda: 1 / 0)
+    for returned, code in ((None, 0), (0, 0), (3, 3)):
+        with pytest.raises(SystemExit) as caught:
+            run_main(lambda returned=returned: returned)
+        assert (caught.value.code or 0) == code

@@ -1,0 +1,82 @@
+"""Curves are drawn from real logs, one or several."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from utils.errors import UserError
+from utils.log import RunLog
+from utils.plot import plot_curves, run_names
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_log(path, experts=False):
+    log = RunLog(path)
+    for step in range(1, 40):
+        row = {"step": step, "loss": 5 / step, "ppl": 2.7 ** (5 / step), "lr": 1e-3, "tok_s": 1000.0 + step}
+        log.write(row | ({"max_vio": 1 / step} if experts else {}))
+        if step % 10 == 0:
+            log.write({"step": step, "val_loss": 6 / step, "val_ppl": 2.7 ** (6 / step)})
+    return path
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    return figures
+
+
+def test_panels_hold_what_the_log_holds(tmp_path, drawn):
+    plot_curves(write_log(tmp_path / "log.txt"), tmp_path / "deep" / "curves.png")
+    assert (tmp_path / "deep" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    axes = {panel.get_title(): panel for panel in drawn[0].axes}
+    assert list(axes) == ["Loss", "Perplexity", "Learning rate", "Throughput"]
+    train, val = axes["Loss"].get_lines()
+    assert train.get_xydata()[3].tolist() == [4, 1.25]
+    assert val.get_xydata().tolist() == [[10, 0.6], [20, 0.3], [30, 0.2]]
+    assert all(panel.get_xlabel() and panel.get_ylabel() for panel in axes.values())
+    assert [text.get_text() for text in axes["Loss"].get_legend().get_texts()] == ["training", "validation"]
+
+
+def test_experts_get_a_panel_and_several_logs_a_legend(tmp_path, drawn):
+    logs = [write_log(tmp_path / name / "log.txt", experts=name == "b") for name in "ab"]
+    plot_curves(logs, tmp_path / "c.png")
+    axes = {panel.get_title(): panel for panel in drawn[0].axes}
+    assert len(axes["Loss"].get_lines()) == 4
+    assert len(axes["Expert load, worst layer"].get_lines()) == 1
+    assert axes["Throughput"].get_legend().get_texts()[0].get_text() == "a"
+    assert run_names([str(log) for log in logs]) == ["a", "b"]
+
+
+def test_nothing_to_draw_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="cannot read"):
+        plot_curves(tmp_path / "log.txt", tmp_path / "c.png")
+    (tmp_path / "log.txt").write_text("")
+    with pytest.raises(UserError, match="no step is logged"):
+        plot_curves(tmp_path / "log.txt", tmp_path / "c.png")
+    (tmp_path / "log.txt").write_text("step=1  other=2\n")
+    with pytest.raises(UserError, match="none of the keys"):
+        plot_curves(tmp_path / "log.txt", tmp_path / "c.png")
+
+
+def test_the_command(tmp_path):
+    log = write_log(tmp_path / "run" / "log.txt")
+    command = [sys.executable, str(ROOT / "utils" / "plot.py"), str(log)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "curves.png").is_file()
+
+
+def test_the_command_without_a_log(tmp_path):
+    command = [sys.executable, str(ROOT / "utils" / "plot.py"), "nowhere.txt"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: nowhere.txt: cannot read the log")
+    assert done.stderr.count("\n") == 1
