@@ -37,9 +37,10 @@ def eager_attention(q, k, v, context: AttentionContext, scale: float, dropout: f
     if context.is_causal:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        # A finite lowest value, not -inf: a row with nothing to attend to would be 0/0 = NaN, forward and backward.
+        # A finite low value, not -inf: a row with nothing to attend to would be 0/0 = NaN, forward and backward.
+        # Half of the lowest: with a negative score on top, fp16 must not come out at -inf after all.
         bias = torch.zeros(mask.shape, dtype=scores.dtype, device=q.device)
-        scores = scores + bias.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        scores = scores + bias.masked_fill_(~mask, torch.finfo(scores.dtype).min / 2)
     probs = scores.softmax(dim=-1)
     if context.mask is not None:
         probs = probs * context.mask  # rows with nothing to attend to become zeros

@@ -16,13 +16,15 @@ Trap: softmax and log in fp32; bf16 logits keep about three digits, enough for t
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 CHUNK = 256  # tokens; 256 x 6400 logits are 3 MB in bf16
 
 
 def plain_cross_entropy(hidden, weight, labels, softcap: float | None = None):
     """The reference: all logits at once. hidden (N, C), weight (V, C), labels (N,) -> sum (), nll (N,)."""
-    logits = soft_cap(F.linear(hidden, weight).float(), softcap)
+    logits = F.linear(hidden, weight)
+    logits = soft_cap(logits if logits.dtype == torch.float64 else logits.float(), softcap)
     nll = F.cross_entropy(logits, labels, reduction="none")
     return nll.sum(), nll.detach()
 
@@ -43,16 +45,17 @@ def linear_cross_entropy(hidden, weight, labels, softcap: float | None = None):
     # Under autocast the products run in its dtype, as F.linear would.
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return ChunkedCrossEntropy.apply(hidden, weight, labels, softcap, dtype)
+    return ChunkedCrossEntropy.apply(hidden, weight, labels, softcap, dtype, torch.is_grad_enabled())
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and gradient in one pass over chunks of tokens; `backward` only scales what `forward` has found."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, softcap, dtype):
+    def forward(ctx, hidden, weight, labels, softcap, dtype, training):
         """hidden (N, C), weight (V, C), labels (N,) -> sum (), nll (N,)."""
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        # needs_input_grad knows nothing of no_grad: an evaluation would pay for gradients that nobody reads.
+        wants_hidden, wants_weight = (training and wanted for wanted in ctx.needs_input_grad[:2])
         head, rows = weight.to(dtype), hidden.to(dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         nll = torch.empty(len(labels), dtype=wide, device=hidden.device)
@@ -81,6 +84,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return nll.sum(), nll
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_sum, _):
         """grad_sum () -> gradients of hidden and weight."""
         grad_hidden, grad_weight = ctx.saved_tensors
@@ -88,7 +92,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return (
             grad_hidden.to(hidden_dtype) * grad_sum if grad_hidden is not None else None,
             grad_weight.to(weight_dtype) * grad_sum if grad_weight is not None else None,
-            None, None, None,
+            None, None, None, None,
         )  # fmt: skip
 
 

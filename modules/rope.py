@@ -42,7 +42,15 @@ class RotaryEmbedding(nn.Module):
         self.attention_factor = factor
         # Not part of a checkpoint: it follows from the configuration.
         self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.exact = inv_freq  # a plain attribute, which no cast reaches
         self.depends_on_length = (scaling or {}).get("rope_type", (scaling or {}).get("type")) == "dynamic"
+
+    def _apply(self, fn, recurse=True):
+        """`.to(bfloat16)` and `.half()` must not round the frequencies; `.double()` and device moves are followed."""
+        super()._apply(fn, recurse)
+        wide = torch.float64 if self.inv_freq.dtype == torch.float64 else torch.float32
+        self.inv_freq = self.exact.to(self.inv_freq.device, wide)
+        return self
 
     @torch.no_grad()
     def forward(self, positions):
@@ -54,9 +62,8 @@ class RotaryEmbedding(nn.Module):
                 self.head_dim, self.theta, self.scaling, self.max_positions, length
             )
             inv_freq = inv_freq.to(positions.device)
-        # The buffer follows .double() so that a model in fp64 has tables in fp64; half precision never enters here.
-        wide = inv_freq.double() if self.inv_freq.dtype == torch.float64 else inv_freq.float()
-        angles = positions[..., None].to(wide.dtype) * wide  # (B, T, D/2)
+        inv_freq = inv_freq.to(self.inv_freq.dtype)  # fp64 in a model in fp64, else fp32; never half precision
+        angles = positions[..., None].to(inv_freq.dtype) * inv_freq  # (B, T, D/2)
         spread = angles.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat([angles, angles], dim=-1)
         return spread.cos() * factor, spread.sin() * factor
 
@@ -74,9 +81,25 @@ def rotate_interleaved(x):
 
 def apply_rotary(x, cos, sin, interleaved=False):
     """Turn x (B, H, T, D) by the tables (B or 1, T, D); the tables take the dtype of x."""
-    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)  # (B, 1, T, D): one for all heads
-    turned = rotate_interleaved(x) if interleaved else rotate_half(x)
-    return x * cos + turned * sin
+    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)  # (B or 1, 1, T, D): one for all heads
+    return Rotate.apply(x, cos, sin, rotate_interleaved if interleaved else rotate_half)
+
+
+class Rotate(torch.autograd.Function):
+    """x cos + rotate(x) sin. The gradient of a rotation is the rotation back: the same with -sin, nothing of x is kept."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, rotate):
+        """x (B, H, T, D), cos and sin (B or 1, 1, T, D) -> (B, H, T, D)."""
+        ctx.save_for_backward(cos, sin)
+        ctx.rotate = rotate
+        return (x * cos).addcmul_(rotate(x), sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """grad (B, H, T, D) -> gradient of x; the tables are constants."""
+        cos, sin = ctx.saved_tensors
+        return (grad * cos).addcmul_(ctx.rotate(grad), sin, value=-1), None, None, None
 
 
 def interleaved_to_half(weight, num_heads):

@@ -4,7 +4,8 @@ With s the stretch factor (new length / old length) and inv_i = base^(-2i/D):
 
   linear   inv_i / s                                     every frequency alike (arXiv 2306.15595)
   ntk      base' = base * s^(D/(D-2))                    the fastest is kept, the slowest divided by s
-  dynamic  ntk with s grown to fit the present length    nothing changes up to the trained length
+  dynamic  ntk with s grown to fit the present length    nothing changes up to the trained length; beyond it, keys
+           already in a cache keep the base of their time, so cached and uncached logits differ there
   yarn     fast ones kept, slow ones divided by s, a ramp between; and the logits are cooled by a
            temperature m = 0.1 ln(s) + 1 on both cos and sin (arXiv 2309.00071)
   llama3   by wavelength: short kept, long divided by s, smooth between (Llama-3.1's rule)

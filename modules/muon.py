@@ -1,0 +1,108 @@
+"""Muon: momentum whose matrix is replaced by the nearest orthogonal one before it is applied.
+
+    buffer <- mu * buffer + (1 - mu) * gradient;      u = (1 - mu) * gradient + mu * buffer       (Nesterov)
+    U S V^T = u;   update = U V^T                     (all singular values become about 1)
+    W <- W - lr * wd * W - lr * sqrt(max(1, rows / columns)) * update
+
+A gradient's few large singular values drown its many small directions; Muon gives every direction the same step. The singular
+value decomposition is replaced by five Newton-Schulz steps, three matrix products each, that push singular values
+towards 1 (to between 0.7 and 1.2: exactness buys nothing) and run well in bf16.
+
+For matrices of hidden layers only: embeddings, the output head, gains and biases go to AdamW. Matrices of equal shape are
+orthogonalised together as one batch (measured 1.4 to 5 times faster than one by one for small models on a CPU); a stack of
+experts (E, rows, columns) is a batch by itself, each expert a matrix of its own.
+
+Source: Keller Jordan, "Muon" (2024, kellerjordan.github.io/posts/muon); Moonlight, arXiv 2502.16982. Equal to
+`torch.optim.Muon` slice by slice.
+"""
+
+from collections import defaultdict
+
+import torch
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a x + b x^3 + c x^5, steep at zero
+STEPS = 5
+EPS = 1e-7
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for parameters of shape (rows, columns) or (experts, rows, columns).
+
+    Args:
+        params: matrices or stacks of them; anything else is an error.
+        lr: step size; one update changes a square matrix by about lr in every direction.
+        momentum: mu.
+        weight_decay: wd, decoupled, with the plain lr.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.dim() not in (2, 3):
+                    raise ValueError(f"Muon takes matrices and stacks of matrices, not shape {tuple(parameter.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            batches = defaultdict(list)  # (rows, columns) with rows <= columns -> parameters
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    rows, columns = sorted(parameter.shape[-2:])
+                    batches[rows, columns, parameter.device].append(parameter)
+            for parameters in batches.values():
+                self.update(parameters, **{key: group[key] for key in ("lr", "momentum", "weight_decay")})
+
+    def update(self, parameters, lr, momentum, weight_decay):
+        """Momentum, orthogonalisation and step for parameters whose matrices have one shape, up to transposition."""
+        directions = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer = state["momentum_buffer"]
+            buffer.lerp_(parameter.grad, 1 - momentum)
+            ahead = parameter.grad.lerp(buffer, momentum)
+            tall = ahead.shape[-2] > ahead.shape[-1]
+            directions.append((ahead.mT if tall else ahead).reshape(-1, *sorted(ahead.shape[-2:])))
+        orthogonal = orthogonalize(torch.cat(directions))  # (all matrices, rows, columns)
+        for parameter, part in zip(parameters, orthogonal.split([len(d) for d in directions]), strict=True):
+            rows, columns = parameter.shape[-2:]
+            update = (part.mT if rows > columns else part).reshape(parameter.shape)
+            parameter.mul_(1 - lr * weight_decay)
+            parameter.add_(update, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+
+
+def orthogonalize(matrices):
+    """(N, rows, columns), rows <= columns -> the same shape, singular values near 1, in bf16.
+
+    X <- a X + (b A + c A^2) X with A = X X^T acts on each singular value as a x + b x^3 + c x^5.
+    """
+    a, b, c = COEFFICIENTS
+    x = matrices.bfloat16()
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)  # Frobenius: all singular values now at most 1
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x
+
+
+def lesson():
+    """Singular values of a gradient-like matrix before and after, and how much of the step the largest one takes."""
+    torch.manual_seed(0)
+    spectrum = torch.logspace(0, -2, 8)
+    u, v = torch.linalg.qr(torch.randn(8, 8))[0], torch.linalg.qr(torch.randn(16, 8))[0]
+    gradient = u @ torch.diag(spectrum) @ v.T
+    update = orthogonalize(gradient[None])[0].float()
+    for name, matrix in (("gradient", gradient), ("Muon's update", update)):
+        values = torch.linalg.svdvals(matrix)
+        share = values[0] ** 2 / values.square().sum()
+        print(f"{name:14s} singular values", *[f"{s:5.2f}" for s in values.tolist()], f" largest: {share:.0%}")
+    cosine = torch.nn.functional.cosine_similarity(update.flatten(), (u @ v.T).flatten(), dim=0)
+    print(f"cosine between the update and the exact U V^T: {cosine:.3f}")
+
+
+if __name__ == "__main__":
+    lesson()
