@@ -1,7 +1,8 @@
 """From a preset, a JSON file and `--set` to one checked `RunConfig`.
 
-Precedence, weakest first: the defaults of `config/schema.py`, the preset or JSON file, `--set section.key=value`.
-An unknown section or key is an error that names the nearest known one; nothing is guessed and nothing executed.
+Precedence, weakest first: the defaults of `config/schema.py`, the preset or JSON file, `--set
+section.key=value`. An unknown section or key is an error that names the nearest known one; nothing is guessed
+and nothing executed.
 """
 
 import difflib
@@ -24,7 +25,7 @@ def preset_names() -> list[str]:
 
 
 def load_config(name: str | None = None, settings: list[str] = ()) -> RunConfig:
-    """The checked configuration of preset or JSON file `name` with the `section.key=value` of `settings` on top."""
+    """The checked configuration: preset or JSON file `name`, then `settings` (`section.key=value`)."""
     config = RunConfig()
     name = name or DEFAULT_PRESET
     path = PRESETS / f"{name}.json" if not name.endswith(".json") else Path(name)
@@ -72,7 +73,7 @@ def read_json(path: Path) -> dict:
 
 
 def without_repeats(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object as a dictionary. Python would silently keep the last of two equal keys: `KeyError` instead."""
+    """A JSON object as a dictionary. Of two equal keys Python silently keeps the last; `KeyError` instead."""
     data = {}
     for key, value in pairs:
         if key in data:
@@ -82,7 +83,7 @@ def without_repeats(pairs: list[tuple[str, object]]) -> dict:
 
 
 def apply_dict(config: RunConfig, data: dict, where: str) -> None:
-    """Write `{section: {key: value}}` into `config`; unknown names are errors. Types are checked by `validate`."""
+    """Write `{section: {key: value}}` into `config`; unknown names are errors. `validate` checks types."""
     for section_name, values in data.items():
         section = find(config, section_name, where, "section")
         if not isinstance(values, dict):

@@ -1,11 +1,12 @@
 """Every choice of a run, as dataclasses that check themselves.
 
-A run has one `RunConfig` with five sections: `model`, `tokenizer`, `data`, `optim`, `train`. Presets (JSON files in
-`config/presets/`) and the command line fill it in; `config/load.py` does the filling. Field names follow Hugging
-Face where Hugging Face has the field, so that a reader meets known words.
+A run has one `RunConfig` with five sections: `model`, `tokenizer`, `data`, `optim`, `train`. Presets (JSON
+files in `config/presets/`) and the command line fill it in; `config/load.py` does the filling. Field names
+follow Hugging Face where Hugging Face has the field, so that a reader meets known words.
 
-Each section checks types and single-field limits through the field's metadata (`at_least`, `above`, `choices`), and relations
-between fields in its `check()`. A violation is a `UserError` that names the field, the value and the rule.
+Each section checks types and single-field limits through the field's metadata (`at_least`, `above`,
+`choices`), and relations between fields in its `check()`. A violation is a `UserError` that names the field,
+the value and the rule.
 """
 
 import math
@@ -17,7 +18,7 @@ from utils.errors import UserError
 
 
 def option(default, **limits):
-    """A dataclass field with limits: `at_least`, `above`, `at_most`, `below` (numbers), `choices` (values)."""
+    """A dataclass field with limits: `at_least`, `above`, `at_most`, `below` (numbers) or `choices`."""
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=limits)
     return field(default=default, metadata=limits)

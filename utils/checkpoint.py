@@ -1,11 +1,11 @@
 """Checkpoints: written so that a crash cannot spoil them, read so that a stranger's file cannot run code.
 
 Writing: into a temporary file beside the target, pushed down to the disk, then renamed. A rename is all or
-nothing, so at every moment the name holds either the complete old file or the complete new one, power cuts and
-`kill -9` included.
+nothing, so at every moment the name holds either the complete old file or the complete new one, power cuts
+and `kill -9` included.
 
-Reading: only with `weights_only=True`. A pickle may name any Python function to be called while it is read; the
-restricted reader knows tensors and plain data and refuses the rest. Source:
+Reading: only with `weights_only=True`. A pickle may name any Python function to be called while it is read;
+the restricted reader knows tensors and plain data and refuses the rest. Source:
 https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
 
@@ -23,7 +23,7 @@ FORMAT_VERSION = 1  # raise it when old files can no longer be read as they are
 PLAIN = (str, int, float, bool, type(None))
 
 
-# --- names --------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 def checkpoint_name(short: str, index: int, epoch: int) -> str:
@@ -61,7 +61,7 @@ def prune_checkpoints(out: str | Path, short: str, keep: int = 2) -> None:
         path.unlink(missing_ok=True)
 
 
-# --- writing ------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def save_checkpoint(path: str | Path, data: dict) -> None:
@@ -130,7 +130,7 @@ def remove_quietly(path: Path) -> None:
         pass
 
 
-# --- reading ------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict:
@@ -168,7 +168,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
 
 
 def check_sums(path: Path) -> None:
-    """Compare the checksums that a zip file holds: `torch.load` does not, and would take a flipped bit for a weight.
+    """Compare the checksums that a zip file holds: `torch.load` does not, and would take a flipped bit for a
+    weight.
 
     Raises `zipfile.BadZipFile` on the first difference.
     """
@@ -187,7 +188,8 @@ def why_unreadable(error: Exception) -> str:
 def load_weights(module: torch.nn.Module, state_dict: dict[str, torch.Tensor], where: str) -> None:
     """Copy `state_dict` into `module`, all of it and nothing else; `where` names its source in the error.
 
-    Raises `UserError` that says which weights are missing, unexpected or of another shape; then nothing is copied.
+    Raises `UserError` that says which weights are missing, unexpected or of another shape; then nothing is
+    copied.
     """
     own = module.state_dict()
     shapes = [

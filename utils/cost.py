@@ -1,10 +1,11 @@
-"""What a model costs before it is built: parameters, FLOPs, key/value cache and memory, from its settings alone.
+"""What a model costs, from its settings alone: parameters, FLOPs, key/value cache and memory.
 
-Conventions (Kaplan et al. 2001.08361, PaLM 2204.02311, appendix B). A weight used in a matrix product costs 2 FLOPs per
-token forward and 4 backward, so 6 in training; an embedding is looked up and costs none. Attention compares each
-query with the keys it may see: per layer and key 2 * H * D FLOPs for the scores and as many for the weighted sum,
-12 * H * D in training. A causal query sees T / 2 keys on average. Published numbers often count all T: the card
-gives that too (`full_attention=True`). Recomputation does not count (that is model FLOPs, as in MFU).
+Conventions (Kaplan et al. 2001.08361, PaLM 2204.02311, appendix B). A weight used in a matrix product costs 2
+FLOPs per token forward and 4 backward, so 6 in training; an embedding is looked up and costs none. Attention
+compares each query with the keys it may see: per layer and key 2 * H * D FLOPs for the scores and as many for
+the weighted sum, 12 * H * D in training. A causal query sees T / 2 keys on average. Published numbers often
+count all T: the card gives that too (`full_attention=True`). Recomputation does not count (that is model
+FLOPs, as in MFU).
 """
 
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class CostCard:
         return self.kv_cache_numbers * bytes_per_number
 
     def train_bytes(self) -> int:
-        """Memory to train: weights, gradients, optimizer state and, roughly, activations of one micro-batch."""
+        """Memory to train: weights, gradients, optimizer state and (rough) activations of a micro-batch."""
         return sum(self.state_bytes.values()) + self.activation_bytes
 
     def lines(self) -> list[str]:
@@ -76,9 +77,10 @@ class CostCard:
         active = f", {self.active_parameters:,} active" if self.active_parameters != self.parameters else ""
         return [
             f"parameters  {self.parameters:,}{active} ({parts})",
-            f"compute     per token: {flops(self.train_flops())} to train, {flops(self.forward_flops())} forward "
-            + f"(causal, sequences of {self.sequence_length})",
-            f"kv cache    per token: {size(self.kv_cache_bytes(BF16))} in bf16, {size(self.kv_cache_bytes(FP32))} in fp32",
+            f"compute     {flops(self.train_flops())} per token to train, "
+            + f"{flops(self.forward_flops())} forward (causal, sequences of {self.sequence_length})",
+            f"kv cache    {size(self.kv_cache_bytes(BF16))} per token in bf16, "
+            + f"{size(self.kv_cache_bytes(FP32))} in fp32",
             f"memory      {size(self.train_bytes())} to train ({state}, activations of {self.batch_tokens:,} "
             + f"tokens about {size(self.activation_bytes)})",
         ]
@@ -100,7 +102,7 @@ def cost_card(
     groups = parameter_groups(config)
     blocks = groups["attention"].multiplied + groups["feed-forward"].multiplied
     total = sum(group.total for group in groups.values())
-    # Adam keeps two moments of each parameter; Muon one momentum of each matrix in the blocks, and Adam the rest
+    # Adam keeps two moments of each parameter; Muon one of each matrix in the blocks, and Adam the rest
     moments = 2 * total - (blocks if optimizer == "muon" else 0)
     return CostCard(
         groups=groups,
@@ -144,8 +146,8 @@ def keys_seen(length: int, window: int | None) -> float:
 def activation_numbers(config: ModelConfig) -> int:
     """Numbers per token that are kept for the backward pass, roughly: which ones a kernel keeps differs.
 
-    Per layer: two norms keep input and output, attention keeps its projections before and after norm and rotation
-    and its output, SwiGLU keeps gate, up, SiLU and product. Then logits and their probabilities.
+    Per layer: two norms keep input and output, attention keeps its projections before and after norm and
+    rotation and its output, SwiGLU keeps gate, up, SiLU and product. Then logits and their probabilities.
     """
     HD = config.num_attention_heads * config.head_dim
     GD = config.num_key_value_heads * config.head_dim

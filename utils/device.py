@@ -62,7 +62,11 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, bool, str]
             raise UserError(f"train.dtype=fp16 is for CUDA, not for {device.type}: take bf16 or fp32")
         return torch.float16, True, "fp16 with a gradient scaler, as asked for"
     if name == "bf16":
-        return torch.bfloat16, False, "bf16, as asked for" + ("" if native else f" (slow on this {device.type})")
+        return (
+            torch.bfloat16,
+            False,
+            "bf16, as asked for" + ("" if native else f" (slow on this {device.type})"),
+        )
     if name == "fp32":
         return torch.float32, False, "fp32, as asked for"
     if native:
@@ -111,7 +115,7 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-# --- threads ------------------------------------------------------------------------------------------------
+# --- threads --------------------------------------------------------------------------------------
 
 
 def set_threads() -> int:
@@ -150,7 +154,7 @@ def siblings_of(cpu: int) -> str:
         return str(cpu)
 
 
-# --- randomness ---------------------------------------------------------------------------------------------
+# --- randomness -----------------------------------------------------------------------------------
 
 
 def seed_everything(seed: int) -> None:

@@ -2,12 +2,12 @@
 
     torchrun --nproc_per_node 2 train/pre_train.py
 
-Why not `DistributedDataParallel`? It hooks into the model's forward and into each gradient as it is made. A loss
-term that goes around the forward (a balance loss read from a layer, a second head called directly), a parameter
-that gets no gradient in one process (an expert without tokens), or several backward passes per step need care
-there, and where care is missing the processes drift apart without an error. Here nothing is hooked: after all
-backward passes of a step, `sum_gradients` adds up what is there, once. It gives up some overlap of computing and
-sending, and can be read in a minute.
+Why not `DistributedDataParallel`? It hooks into the model's forward and into each gradient as it is made. A
+loss term that goes around the forward (a balance loss read from a layer, a second head called directly), a
+parameter that gets no gradient in one process (an expert without tokens), or several backward passes per step
+need care there, and where care is missing the processes drift apart without an error. Here nothing is hooked:
+after all backward passes of a step, `sum_gradients` adds up what is there, once. It gives up some overlap of
+computing and sending, and can be read in a minute.
 
 The loss is divided by the number of supervised tokens of **all** processes, so the sum of gradients is the
 gradient of the whole batch: no further division.
@@ -77,8 +77,9 @@ def exchange_device() -> torch.device:
 def sum_gradients(parameters) -> None:
     """Replace each gradient by its sum over all processes: once per optimizer step, after the last backward.
 
-    A parameter without gradient here, but with one in another process, takes part as zeros, because all processes
-    must send the same messages. One without gradient anywhere keeps None, as in a run of one process.
+    A parameter without gradient here, but with one in another process, takes part as zeros, because all
+    processes must send the same messages. One without gradient anywhere keeps None, as in a run of one
+    process.
     """
     if not dist.is_initialized():
         return
@@ -97,7 +98,7 @@ def sum_gradients(parameters) -> None:
 
 
 def buckets(tensors: list[torch.Tensor]):
-    """Yield `tensors` in their order, in groups of one dtype and at most `BUCKET_BYTES` (or a single tensor)."""
+    """Yield `tensors` in order, in groups of one dtype and at most `BUCKET_BYTES` (or a single tensor)."""
     group, size = [], 0
     for tensor in tensors:
         if group and (size + tensor.nbytes > BUCKET_BYTES or tensor.dtype != group[0].dtype):
@@ -133,7 +134,9 @@ def same_on_all_ranks(text: str, what: str = "settings") -> None:
     extremes = torch.tensor([code, -code], device=exchange_device())
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)  # the largest code, and minus the smallest
     if extremes[0] != -extremes[1]:
-        raise UserError(f"the processes of this run disagree about the {what}: start all with the same command")
+        raise UserError(
+            f"the processes of this run disagree about the {what}: start all with the same command"
+        )
 
 
 def barrier() -> None:
@@ -144,7 +147,7 @@ def barrier() -> None:
 
 @contextmanager
 def rank_zero_first():
-    """The first process of each machine runs the block before the others: it makes the files that they find."""
+    """The first process of each machine runs the block before the others: it makes files that they find."""
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if not first:
         barrier()

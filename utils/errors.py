@@ -1,7 +1,8 @@
 """Errors that teach: one clear line on standard error and exit code 2, never a traceback.
 
-`UserError` is for what a person can mend (a wrong flag, a missing file, a broken checkpoint). Its message says what
-is wrong, where, and the way out. Anything else that goes wrong is a bug of ours and keeps its traceback.
+`UserError` is for what a person can mend (a wrong flag, a missing file, a broken checkpoint). Its message
+says what is wrong, where, and the way out. Anything else that goes wrong is a bug of ours and keeps its
+traceback.
 """
 
 import sys

@@ -1,12 +1,12 @@
 """Proof that training trains: gradients checked before the first step, movement checked after the last.
 
-A model with half of its parameters cut off still learns something, and its loss curve looks like any other. So
-before a run `prove_gradients_before` sends one batch forth and back through a copy, and after it
+A model with half of its parameters cut off still learns something, and its loss curve looks like any other.
+So before a run `prove_gradients_before` sends one batch forth and back through a copy, and after it
 `WeightWitness.prove_moved` compares every weight with what it was.
 
-The copy has small random numbers where the model has tensors of zeros: a projection that starts at zero (LoRA's B,
-the last layer of each block under `zero_init_residual`) passes no gradient to what lies before it on the very first
-step, and a healthy model would look broken.
+The copy has small random numbers where the model has tensors of zeros: a projection that starts at zero
+(LoRA's B, the last layer of each block under `zero_init_residual`) passes no gradient to what lies before it
+on the very first step, and a healthy model would look broken.
 """
 
 import copy
@@ -53,12 +53,12 @@ def prove_gradients_before(
     batches: list,
     may_be_unreached: Callable[[str], bool] = lambda name: False,
 ) -> GradientReport:
-    """Prove on a copy of `model` that every trainable parameter gets a finite, non-zero gradient, and no frozen one.
+    """Prove on a copy of `model` that every trainable parameter gets a gradient, and no frozen one.
 
-    `loss_fn(model, batches)` returns the loss, or a dictionary of its terms, each of which must train something. It
-    must use the model that it is given. `may_be_unreached(name)` excuses parameters that a batch may miss.
-    The model, its gradients and the random states are left as they were. Raises `UserError` naming the parameters,
-    the modules they belong to and the likely cause.
+    `loss_fn(model, batches)` returns the loss, or a dictionary of its terms, each of which must train
+    something. It must use the model that it is given. `may_be_unreached(name)` excuses parameters that a
+    batch may miss. The model, its gradients and the random states are left as they were. Raises `UserError`
+    naming the parameters, the modules they belong to and the likely cause.
     """
     check_one_device(model, batches)
     before = random_state()
@@ -84,8 +84,8 @@ def prove_gradients_before(
     cut_off = [name for name in missed if not may_be_unreached(name)]
     if cut_off:
         raise UserError(
-            f"cut off from the loss, so never trained: {describe(trial, cut_off)}; is it used in the forward, or is "
-            "there a detach(), an .item() or a multiplication by zero on the way?"
+            f"cut off from the loss, so never trained: {describe(trial, cut_off)}; is it used in the "
+            "forward, or is there a detach(), an .item() or a multiplication by zero on the way?"
         )
     return GradientReport(
         trainable=count_by_group({name: parameters[name] for name in trainable}),
@@ -109,16 +109,20 @@ def fill_zeros(model: torch.nn.Module) -> list[str]:
 
 
 def reached_parameters(model: torch.nn.Module, losses: Mapping[str, torch.Tensor]) -> dict[str, set[str]]:
-    """For each loss term, the names of the parameters that it gives a non-zero gradient. All must be finite."""
+    """For each loss term, the names of the parameters that it gives a finite, non-zero gradient."""
     reached = {}
     for term, loss in losses.items():
-        if not isinstance(loss, torch.Tensor) or loss.grad_fn is None:  # requires_grad_(True) makes no graph either
+        if (
+            not isinstance(loss, torch.Tensor) or loss.grad_fn is None
+        ):  # requires_grad_(True) makes no graph either
             raise UserError(
-                f"{term} has no graph behind it, so it cannot train anything: was it computed under no_grad(), "
-                "detached, or turned into a number with .item()?"
+                f"{term} has no graph behind it, so it cannot train anything: was it computed under "
+                "no_grad(), detached, or turned into a number with .item()?"
             )
         if not torch.isfinite(loss).all():
-            raise UserError(f"{term} is {loss.item()} on the first batch: check the data and the initial weights")
+            raise UserError(
+                f"{term} is {loss.item()} on the first batch: check the data and the initial weights"
+            )
         model.zero_grad(set_to_none=True)
         loss.backward(retain_graph=True)
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -126,12 +130,14 @@ def reached_parameters(model: torch.nn.Module, losses: Mapping[str, torch.Tensor
             raise UserError(f"{term} gives gradients that are not finite: {describe(model, broken)}")
         reached[term] = {name for name, gradient in gradients.items() if gradient.any()}
         if not reached[term]:
-            raise UserError(f"{term} reaches no trainable parameter: is it computed from the model it is given?")
+            raise UserError(
+                f"{term} reaches no trainable parameter: is it computed from the model it is given?"
+            )
     model.zero_grad(set_to_none=True)
     return reached
 
 
-# --- one device -----------------------------------------------------------------------------------------------
+# --- one device -----------------------------------------------------------------------------------
 
 
 def check_one_device(model: torch.nn.Module, batches) -> None:
@@ -161,16 +167,17 @@ def tensors_in(value, where: str) -> Iterator[tuple[str, torch.Tensor]]:
             yield from tensors_in(getattr(value, item.name), f"{where}.{item.name}")
 
 
-# --- after the last step --------------------------------------------------------------------------------------
+# --- after the last step --------------------------------------------------------------------------
 
 
 class WeightWitness:
     """Remembers the weights at the start, and proves at the end that exactly the trainable ones have moved.
 
-    Weight decay shrinks a weight even if no gradient ever reaches it. So the witness keeps, for each parameter, the
-    product of (1 - lr * weight_decay) over the steps. Decay alone leads from the first value w to s * w for some s
-    between that product and 1, and a weight has learned if it is anywhere else. (Decoupled decay, as in AdamW and
-    Muon.) The first values are kept on the CPU, of frozen tensors only a fingerprint.
+    Weight decay shrinks a weight even if no gradient ever reaches it. So the witness keeps, for each
+    parameter, the product of (1 - lr * weight_decay) over the steps. Decay alone leads from the first value w
+    to s * w for some s between that product and 1, and a weight has learned if it is anywhere else.
+    (Decoupled decay, as in AdamW and Muon.) The first values are kept on the CPU, of frozen tensors only a
+    fingerprint.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -199,7 +206,9 @@ class WeightWitness:
         if not self.steps:
             return "weights not compared: no step was taken"
         parameters = dict(self.model.named_parameters())
-        changed = [name for name, before in self.fingerprints.items() if fingerprint(parameters[name]) != before]
+        changed = [
+            name for name, before in self.fingerprints.items() if fingerprint(parameters[name]) != before
+        ]
         if changed:
             raise UserError(f"frozen, yet changed by training: {describe(self.model, changed)}")
         relative, stuck = {}, {}
@@ -207,7 +216,9 @@ class WeightWitness:
             key = id(parameters[name])
             now = parameters[name].detach().to("cpu", torch.float64)
             if not torch.isfinite(now).all():
-                raise UserError(f"training made it infinite or NaN: {describe(self.model, [name])}; lower the lr")
+                raise UserError(
+                    f"training made it infinite or NaN: {describe(self.model, [name])}; lower the lr"
+                )
             first = start.double()
             decay = self.decay.get(key, 1.0)
             shrunk = ((now * first).sum() / (first * first).sum().clamp_min(1e-30)).clamp(decay, 1.0)
@@ -222,9 +233,9 @@ class WeightWitness:
             raise UserError(f"trainable, yet not moved by training: {'; '.join(words)}")
         ratios = [ratio for name, ratio in relative.items() if self.start[name].any()] or [0.0]
         return (
-            f"weights proven: {len(relative)} trainable tensors moved ({min(ratios):.2g} to {max(ratios):.2g} of "
-            f"their size), {len(self.start) - len(relative)} had no gradient, as may be, {len(self.fingerprints)} "
-            "frozen ones are unchanged"
+            f"weights proven: {len(relative)} trainable tensors moved ({min(ratios):.2g} to {max(ratios):.2g}"
+            f" of their size), {len(self.start) - len(relative)} had no gradient, as may be, "
+            f"{len(self.fingerprints)} frozen ones are unchanged"
         )
 
     def why(self, key: int) -> str:
@@ -242,11 +253,11 @@ def fingerprint(tensor: torch.Tensor) -> str:
     return hashlib.sha256(data.numpy()).hexdigest()
 
 
-# --- words ----------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------
 
 
 def group_of(name: str) -> str:
-    """`layers.3.self_attn.q_proj.weight` -> `layers.*.self_attn`: the part of the model a parameter belongs to."""
+    """`layers.3.self_attn.q_proj.weight` -> `layers.*.self_attn`: the part that a parameter belongs to."""
     parts = ["*" if part.isdigit() else part for part in name.split(".")]
     if "*" in parts:
         return ".".join(parts[: parts.index("*") + 2])

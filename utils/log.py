@@ -1,4 +1,4 @@
-"""The log of a run: one line per logged step, `key=value` pairs, two spaces between. Read it, grep it, plot it.
+"""The log of a run: one line of `key=value` pairs per logged step. Read it, grep it, plot it.
 
     step=10  tokens=5120  epoch=0.01  loss=5.2318  ppl=187.12  lr=0.001  tok_s=10432.5
 

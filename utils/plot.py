@@ -1,12 +1,13 @@
 """The curves of a run: loss, perplexity, learning rate, throughput, and expert load where there are experts.
 
-    python utils/plot.py                                        # out/pre_train/log.txt -> curves.png beside it
-    python utils/plot.py out/a/pre_train/log.txt out/b/pre_train/log.txt --out compare.png
+    python utils/plot.py                         # out/pre_train/log.txt -> out/pre_train/curves.png
+    python utils/plot.py LOG LOG --out both.png  # several runs over each other
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the repository root, so that imports work from anywhere
 
 import argparse
+import itertools
 import math
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from utils.log import read_log
 ROOT = Path(__file__).resolve().parents[1]
 COLORS = ["#1f6fb4", "#d95f02", "#2a9d5c", "#8e5bb5", "#c2406b", "#7a7a2a"]
 
-# title, unit of the vertical axis, and the log keys drawn: first a thin line, then (evaluations) a thick one with dots
+# title, label of the vertical axis, and the log keys drawn: a thin line, then evaluations as a thick one
 PANELS = [
     ("Loss", "nats per token", ["loss", "val_loss"]),
     ("Perplexity", "exp(loss), log scale", ["ppl", "val_ppl"]),
@@ -66,21 +67,23 @@ def plot_curves(log_path: str | Path | list, png_path: str | Path) -> None:
 
 
 def draw(axes, rows: list[dict], keys: list[str], name: str, color: str) -> None:
-    """The curves of one run in one panel: what is measured at each step, and over it what evaluations measured."""
+    """The curves of one run in one panel: what each step measured, and over it what evaluations measured."""
     for key, style in zip(keys, ({"linewidth": 1.2, "alpha": 0.75}, {"linewidth": 2, "marker": "o"})):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if not points:
             continue
         words = [name, {"loss": "training", "ppl": "training"}.get(key, "validation" if "val" in key else "")]
         shade = "#111111" if "val" in key and not name else color
-        axes.plot(*zip(*points), color=shade, markersize=4, label=" ".join(filter(None, words)) or None, **style)
+        label = " ".join(filter(None, words)) or None
+        axes.plot(*zip(*points), color=shade, markersize=4, label=label, **style)
 
 
 def run_names(paths: list[str]) -> list[str]:
     """What tells the logs apart: their paths without the parts that all of them share."""
     parts = [Path(path).resolve().parts for path in paths]
-    differing = [i for i in range(max(map(len, parts))) if len({p[i] if i < len(p) else "" for p in parts}) > 1]
-    return ["/".join(p[i] for i in differing if i < len(p)) for p in parts]
+    columns = itertools.zip_longest(*parts, fillvalue="")
+    differing = [column for column in columns if len(set(column)) > 1]
+    return ["/".join(filter(None, run)) for run in zip(*differing)] or [""]
 
 
 def main() -> None:

@@ -148,7 +148,11 @@ def test_weights_must_fit(tmp_path):
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     good = {name: torch.full_like(tensor, 2.0) for name, tensor in model.state_dict().items()}
     before = model[0].weight.detach().clone()
-    bad = {name: tensor for name, tensor in good.items() if name not in ("0.bias", "2.bias", "3.bias", "3.weight")}
+    bad = {
+        name: tensor
+        for name, tensor in good.items()
+        if name not in ("0.bias", "2.bias", "3.bias", "3.weight")
+    }
     bad |= {"1.weight": torch.zeros(4, 5), "extra": torch.zeros(1)}
     with pytest.raises(UserError) as caught:
         load_weights(model, bad, "x.pkl")

@@ -47,7 +47,13 @@ def test_parameters_as_in_transformers(changes):
 
     counted = dict.fromkeys(card.groups, 0)
     for name, parameter in model.named_parameters():
-        kinds = {"norm": "norms", "embed": "embedding", "self_attn": "attention", "mlp": "feed-forward", "lm_head": "head"}
+        kinds = {
+            "norm": "norms",
+            "embed": "embedding",
+            "self_attn": "attention",
+            "mlp": "feed-forward",
+            "lm_head": "head",
+        }
         counted[next(group for word, group in kinds.items() if word in name)] += parameter.numel()
     assert {name: group.total for name, group in card.groups.items()} == counted
 
@@ -117,14 +123,20 @@ def test_memory_of_the_optimizer_is_what_the_optimizer_holds():
     held = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
     card = cost_card(config, batch_tokens=8)
     assert card.state_bytes["optimizer"] == held
-    assert card.state_bytes["weights"] == card.state_bytes["gradients"] == sum(p.nbytes for p in model.parameters())
+    assert (
+        card.state_bytes["weights"]
+        == card.state_bytes["gradients"]
+        == sum(p.nbytes for p in model.parameters())
+    )
 
     matrices = [p for name, p in model.named_parameters() if "proj" in name]
     others = [p for name, p in model.named_parameters() if "proj" not in name]
     muon, adam = torch.optim.Muon(matrices), torch.optim.AdamW(others)
     muon.step()
     adam.step()
-    held = sum(t.nbytes for o in (muon, adam) for state in o.state.values() for t in state.values() if t.dim())
+    held = sum(
+        t.nbytes for o in (muon, adam) for state in o.state.values() for t in state.values() if t.dim()
+    )
     assert cost_card(config, batch_tokens=8, optimizer="muon").state_bytes["optimizer"] == held
 
 
@@ -154,4 +166,4 @@ def test_the_card_reads_well():
     assert [line.split()[0] for line in lines] == ["parameters", "compute", "kv", "memory"]
     assert "596,049,920" in lines[0]
     assert "active" not in lines[0]
-    assert "112 KiB in bf16, 224 KiB in fp32" in lines[2]
+    assert "112 KiB per token in bf16, 224 KiB in fp32" in lines[2]

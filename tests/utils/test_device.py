@@ -88,7 +88,11 @@ def test_hyper_threads_and_affinity_count(monkeypatch):
 
 def draw() -> list[float]:
     """Numbers from every generator, an odd count so that a cached Gaussian is left over."""
-    torch_numbers = [torch.rand(1).item(), *torch.randn(3).tolist(), torch.nn.functional.dropout(torch.ones(9)).sum().item()]
+    torch_numbers = [
+        torch.rand(1).item(),
+        *torch.randn(3).tolist(),
+        torch.nn.functional.dropout(torch.ones(9)).sum().item(),
+    ]
     return [random.gauss(0, 1), random.random(), numpy.random.randn(), numpy.random.rand(), *torch_numbers]
 
 

@@ -23,7 +23,12 @@ def torchrun(code: str, folder: Path, size: int = 2) -> subprocess.CompletedProc
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [*command, str(script), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -81,7 +86,8 @@ TWO_PROCESSES = """
 
     # weights start equal, buffers too
     torch.manual_seed(world.rank)
-    model = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.Linear(7, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    layers = nn.Linear(6, 7), nn.BatchNorm1d(7), nn.Linear(7, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+    model = nn.Sequential(*layers)
     model[1].running_mean.fill_(world.rank)
     model[4].requires_grad_(False)
     distributed.broadcast_parameters(model)

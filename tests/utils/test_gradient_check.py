@@ -174,7 +174,7 @@ def test_the_tensor_on_the_wrong_device_is_named(batches):
         prove_gradients_before(Toy(), loss_fn, batches)
 
 
-# --- after ---------------------------------------------------------------------------------------------------
+# --- after ----------------------------------------------------------------------------------------
 
 
 def train(model, batches, optimizer, steps=5, loss=loss_fn):

@@ -9,7 +9,14 @@ from utils.log import TIMING_KEYS, RunLog, format_line, read_log, without_timing
 
 
 def test_a_line_reads_as_promised():
-    values = {"step": 10, "tokens": 123456789, "loss": 5.23184219, "lr": 0.001, "tok_s": 10432.54321, "max_vio": 1.0}
+    values = {
+        "step": 10,
+        "tokens": 123456789,
+        "loss": 5.23184219,
+        "lr": 0.001,
+        "tok_s": 10432.54321,
+        "max_vio": 1.0,
+    }
     assert format_line(values) == (
         "step=10  tokens=123456789  loss=5.23184  lr=0.001  tok_s=10432.5  max_vio=1"
     )
