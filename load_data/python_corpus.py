@@ -82,7 +82,7 @@ class PythonCorpus:
 
 
 def read_python_corpus(val_fraction: float, root: Path | None = None) -> PythonCorpus:
-    """The standard library below `root` (default: of the running interpreter), divided by a hash of file names.
+    """The standard library below `root` (default: the interpreter's own), divided by a hash of file names.
 
     Raises `UserError` where the library is not there as source: minimal installations ship bytecode only.
     """
@@ -100,8 +100,8 @@ def read_python_corpus(val_fraction: float, root: Path | None = None) -> PythonC
             (corpus.val if unit_hash(name) < val_fraction else corpus.train).append(SourceFile(name, text))
     if not corpus.train or not corpus.val:
         raise UserError(
-            f"--data python: {len(corpus.files)} Python source files in {root}, too few to train and validate "
-            "on; use a full Python installation, or give your own text with --data FILE"
+            f"--data python: {len(corpus.files)} Python source files in {root}, too few to train and "
+            "validate on; use a full Python installation, or give your own text with --data FILE"
         )
     return corpus
 
