@@ -57,6 +57,8 @@ def plot_curves(log_path: str | Path | list, png_path: str | Path) -> None:
         axes.grid(alpha=0.3)
         if title == "Perplexity":
             axes.set_yscale("log")
+        if title == "Throughput":
+            axes.set_ylim(bottom=0)  # else a little noise fills the panel
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=10)
     try:

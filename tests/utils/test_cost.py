@@ -30,10 +30,7 @@ def qwen3(config: ModelConfig):
     """The same model in transformers, with eager attention: that is what the FLOP counter can see."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    shared = (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "intermediate_size max_position_embeddings attention_bias tie_word_embeddings"
-    ).split()
+    shared = [*TINY, "attention_bias", "tie_word_embeddings"]
     settings = {name: getattr(config, name) for name in shared}
     return Qwen3ForCausalLM(Qwen3Config(**settings, attn_implementation="eager"))
 
@@ -64,10 +61,7 @@ PUBLISHED = {  # model: settings, parameters
     "Llama-3-8B": ((128256, 4096, 32, 32, 8, 128, 14336, False, False), 8_030_261_248),
     "Mistral-7B": ((32000, 4096, 32, 32, 8, 128, 14336, False, False), 7_241_732_096),
 }
-FIELDS = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "intermediate_size tie_word_embeddings qk_norm"
-).split()
+FIELDS = [*list(TINY)[:7], "tie_word_embeddings", "qk_norm"]
 
 
 def published(name: str) -> ModelConfig:
