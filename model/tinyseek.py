@@ -143,7 +143,8 @@ class TinySeek(nn.Module):
             padding_mask: (B, T), True for real tokens.
             cache: past keys and values; grows by the new tokens.
             new_tokens: real tokens per row, where the rest of a row's T columns is padding on the right (with a cache).
-            last_only: logits of each row's last real token only, (B, 1, V): all that generation needs.
+            last_only: logits of each row's last token only, (B, 1, V): all that generation needs. With `new_tokens` the
+                last real one (a row with 0 of them gets a logit without meaning); `padding_mask` is not looked at.
         """
         hidden = self.model(input_ids, position_ids, document_ids, padding_mask, cache, new_tokens)
         if labels is not None:

@@ -68,6 +68,8 @@ def build_context(
         past = cache.uniform_past  # None where rows have different lengths
     positions = query_index if position_ids is None else position_ids
     narrow = window is not None and (past is None or past + tokens > window)
+    if not causal and window is None and document_ids is None and padding_mask is None and cache is None:
+        return AttentionContext(positions, None, is_causal=False)  # everyone sees everyone
     if causal and not narrow and document_ids is None and padding_mask is None and past is not None:
         if past == 0:
             return AttentionContext(positions, None, is_causal=True)

@@ -28,7 +28,7 @@ class KVCache:
     """
 
     def __init__(self, num_layers, batch_size, capacity, num_key_value_heads, head_dim, dtype, device):
-        shape = (num_layers, 2, batch_size, num_key_value_heads, capacity, head_dim)
+        shape = (num_layers, 2, batch_size, num_key_value_heads, capacity, head_dim)  # (L, 2, B, G, S, D)
         self.store = torch.zeros(shape, dtype=dtype, device=device)  # zeros: an unread slot must not be NaN
         self.capacity, self.lengths, self.device = capacity, [0] * batch_size, device
 
@@ -42,10 +42,14 @@ class KVCache:
         self._past, self._tokens = list(self.lengths), tokens
         self._new = list(new_tokens) if new_tokens is not None else [tokens] * len(self.lengths)
         self._uniform = len(set(self._past)) == 1 and new_tokens is None
-        if max(self._past) + tokens > self.capacity:
+        if len(self._new) != len(self.lengths) or not all(0 <= new <= tokens for new in self._new):
+            raise ValueError(f"new_tokens must be {len(self.lengths)} numbers from 0 to {tokens}, not {self._new}")
+        ends = [past + new for past, new in zip(self._past, self._new, strict=True)]
+        if max(ends) > self.capacity:
+            row = ends.index(max(ends))
             raise ValueError(
-                f"the cache holds {self.capacity} tokens a row; {max(self._past)} + {tokens} do not fit: "
-                "make it with a larger capacity"
+                f"the cache holds {self.capacity} tokens a row; row {row} has {self._past[row]} and would get "
+                f"{self._new[row]} more: make it with a larger capacity"
             )
         if self._uniform:
             start = self._past[0]
@@ -57,14 +61,27 @@ class KVCache:
 
     def _plan(self):
         """Which token each slot holds once the new ones are written: slot s holds token s, so the past is k <= q."""
-        self._span = max(self._past) + self._tokens
+        self._span = max(past + new for past, new in zip(self._past, self._new, strict=True))
         self.key_index = torch.arange(self._span, device=self.device)[None]  # (1, S)
+        if not self._uniform:
+            self._row, self._column, self._slot = self._writes(self.capacity)
+
+    def _writes(self, slots: int):
+        """Row, column and slot of every new token that is kept: the last `slots` real ones of each row.
+
+        From the lists, without asking the device anything.
+        """
+        kept = [
+            (row, column, (past + column) % slots)
+            for row, (past, new) in enumerate(zip(self._past, self._new, strict=True))
+            for column in range(max(0, new - slots), new)
+        ]
+        return torch.tensor(kept, dtype=torch.long).view(-1, 3).T.to(self.device)
 
     def append(self, layer: int, keys, values):
         """keys, values (B, G, T, D) of the new tokens -> all keys, values (B, G, S, D).
 
-        Columns beyond a row's real tokens are written too, but no query of that row can see them, and the next
-        tokens overwrite them.
+        Columns beyond a row's real tokens are not kept; what their queries see has no meaning.
         """
         stored_keys, stored_values = self.store[layer, 0], self.store[layer, 1]  # (B, G, capacity, D)
         if self._uniform:
@@ -72,9 +89,8 @@ class KVCache:
             stored_keys[:, :, start:stop] = keys
             stored_values[:, :, start:stop] = values
         else:
-            rows = torch.arange(len(self.lengths), device=self.device)[:, None]  # (B, 1), beside query_index (B, T)
-            stored_keys[rows, :, self.query_index] = keys.transpose(1, 2).to(stored_keys.dtype)
-            stored_values[rows, :, self.query_index] = values.transpose(1, 2).to(stored_values.dtype)
+            for stored, new in ((stored_keys, keys), (stored_values, values)):
+                stored[self._row, :, self._slot] = new[self._row, :, self._column].to(stored.dtype)
         return stored_keys[:, :, : self._span], stored_values[:, :, : self._span]
 
     def advance(self) -> None:
@@ -93,6 +109,8 @@ class KVCache:
         length = keys.shape[2]
         if set(self.lengths) - {0, length}:
             raise ValueError("a prefix goes in front of the first token: the cache already holds tokens")
+        if length > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens a row; a prefix of {length} does not fit")
         self.store[layer, 0, :, :, :length] = keys
         self.store[layer, 1, :, :, :length] = values
         self.lengths = [length] * len(self.lengths)
@@ -118,6 +136,7 @@ class RollingKVCache(KVCache):
         self.ring, self.window, self.margin = self.capacity, window, margin
         self.capacity = 2**62  # rows may grow without end; `ring` is what they occupy
         self.held = torch.full((batch_size, self.ring), -1, dtype=torch.long, device=device)  # token in each slot
+        self.longest = [0] * batch_size  # the most tokens that each row ever had: those `ring` before are overwritten
 
     @property
     def uniform_past(self) -> None:
@@ -126,18 +145,16 @@ class RollingKVCache(KVCache):
 
     def _plan(self):
         """Slots to write, and the index of every key that queries will see: (B, ring), or (B, ring + T) if long."""
-        offsets = torch.arange(self._tokens, device=self.device)
-        new = torch.tensor(self._new, device=self.device)[:, None]  # (B, 1)
         index = self.query_index.expand(len(self.lengths), -1)  # (B, T)
         self._long = self._tokens > self.margin
-        real = offsets < new
-        # Of a long piece only the last `ring` real tokens are kept; the others would be overwritten anyway.
-        keep = real & (offsets >= new - self.ring)
-        self._row, self._column = keep.nonzero(as_tuple=True)
-        self._slot = index[self._row, self._column] % self.ring
-        before = self.held.clone()
+        self._row, self._column, self._slot = self._writes(self.ring)
+        before = self.held.clone() if self._long else None
         self.held[self._row, self._slot] = index[self._row, self._column]
-        self.key_index = torch.cat([before, index.masked_fill(~real, -1)], dim=1) if self._long else self.held
+        self.key_index = self.held
+        if self._long:
+            ends = torch.tensor(self._past) + torch.tensor(self._new)
+            padding = index >= ends.to(self.device)[:, None]
+            self.key_index = torch.cat([before, index.masked_fill(padding, -1)], dim=1)
 
     def append(self, layer: int, keys, values):
         """keys, values (B, G, T, D) of the new tokens -> those that a window may reach, in the order of `key_index`."""
@@ -149,12 +166,22 @@ class RollingKVCache(KVCache):
         return read
 
     def crop(self, lengths: list[int]) -> None:
-        """Forget all tokens of row b from index lengths[b] on; at most `margin` of them."""
-        if any(old - new > self.margin for old, new in zip(self.lengths, lengths, strict=True)):
-            raise ValueError(f"a rolling cache can forget at most {self.margin} tokens: what they replaced is gone")
+        """Forget all tokens of row b from index lengths[b] on: at most `margin` below the longest it ever was, since
+        every newer token has replaced one that the window would need again."""
+        for row, (most, new) in enumerate(zip(self.longest, lengths, strict=True)):
+            if most > self.ring and most - new > self.margin:
+                raise ValueError(
+                    f"row {row} of a rolling cache has held {most} tokens and can be cropped to {most - self.margin}, "
+                    f"not to {new}: older tokens are gone"
+                )
         super().crop(lengths)
         limit = torch.tensor(lengths, device=self.device)[:, None]
         self.held.masked_fill_(self.held >= limit, -1)
+
+    def advance(self) -> None:
+        """Close the forward: each row grows by its real new tokens."""
+        super().advance()
+        self.longest = [max(pair) for pair in zip(self.longest, self.lengths, strict=True)]
 
     def start_with(self, layer: int, keys, values) -> None:
         """Not for a ring: a prefix must stay, and a ring forgets."""

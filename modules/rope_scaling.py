@@ -24,13 +24,13 @@ import torch
 
 from utils.errors import UserError
 
-NEEDS = {  # the parameters that each rule reads, with their defaults (None: the dictionary must give it)
+NEEDS = {  # the numbers that each rule reads, with their defaults (None: the dictionary must give it; 0: not given)
     "default": {},
     "linear": {"factor": None},
     "ntk": {"factor": None},
     "dynamic": {"factor": None},
     "yarn": {
-        "factor": None, "original_max_position_embeddings": 0, "beta_fast": 32.0, "beta_slow": 1.0,
+        "factor": 0, "original_max_position_embeddings": 0, "beta_fast": 32.0, "beta_slow": 1.0,
         "attention_factor": 0, "mscale": 0, "mscale_all_dim": 0, "truncate": True,
     },
     "llama3": {
@@ -41,26 +41,40 @@ NEEDS = {  # the parameters that each rule reads, with their defaults (None: the
 
 
 def read_scaling(scaling: dict | None, theta: float) -> tuple[str, float, dict]:
-    """Check a `rope_scaling` dictionary of either spelling: (rule, theta, parameters with defaults filled in)."""
-    given = dict(scaling or {})
-    rule = given.pop("rope_type", given.pop("type", "default"))
-    given.pop("type", None)
-    theta = given.pop("rope_theta", theta)
-    if rule not in NEEDS:
+    """Check a `rope_scaling` dictionary of either spelling: (rule, theta, parameters with defaults filled in).
+
+    A null is as good as absent. YaRN without a factor takes max_position_embeddings / original_max_position_embeddings,
+    as Hugging Face does.
+    """
+    given = {key: value for key, value in (scaling or {}).items() if value is not None}
+    rule = given.pop("type", "default")
+    rule = given.pop("rope_type", rule)
+    if given.get("partial_rotary_factor") == 1:  # Hugging Face may write that the whole head is turned: so it is here
+        del given["partial_rotary_factor"]
+    if not isinstance(rule, str) or rule not in NEEDS:
         raise UserError(f"model.rope_scaling: unknown rope_type {rule!r}; known: {', '.join(NEEDS)}")
+    for key, value in given.items():
+        kind, name = (bool, "true or false") if key == "truncate" else ((int, float), "a positive number")
+        if not isinstance(value, kind) or (kind is not bool and (isinstance(value, bool) or not 0 < value < math.inf)):
+            raise UserError(f"model.rope_scaling: {key} must be {name}, not {value!r}")
+    theta = given.pop("rope_theta", theta)
+    if theta <= 1:
+        raise UserError(f"model.rope_scaling: rope_theta must be above 1, not {theta}")
     values = dict(NEEDS[rule])
     unknown = set(given) - set(values)
     if unknown:
         raise UserError(f"model.rope_scaling: {rule} takes no {', '.join(sorted(unknown))}; it takes {list(values)}")
-    values.update({key: value for key, value in given.items() if value is not None})
+    values.update(given)
     missing = [key for key, value in values.items() if value is None]
+    if rule == "yarn" and not values["factor"] and not values["original_max_position_embeddings"]:
+        missing = ["factor"]
     if missing:
         raise UserError(f"model.rope_scaling: {rule} needs {', '.join(missing)}")
-    for key, value in values.items():
-        if isinstance(value, bool) != (key == "truncate") or not isinstance(value, (int, float)):
-            raise UserError(f"model.rope_scaling: {key} must be a {'bool' if key == 'truncate' else 'number'}, not {value!r}")
-    if values.get("factor", 1) < 1:
+    if 0 < values.get("factor", 0) < 1:
         raise UserError(f"model.rope_scaling: factor must be at least 1, not {values['factor']}")
+    for small, large in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+        if small in values and not values[small] < values[large]:
+            raise UserError(f"model.rope_scaling: {small}={values[small]} must be below {large}={values[large]}")
     return rule, float(theta), values
 
 
@@ -75,6 +89,11 @@ def rope_frequencies(head_dim, theta, scaling=None, max_positions=2048, length=N
         length: tokens in use now; only `dynamic` reads it.
     """
     rule, theta, p = read_scaling(scaling, theta)
+    if rule == "yarn":
+        p["original_max_position_embeddings"] = p["original_max_position_embeddings"] or max_positions
+        p["factor"] = p["factor"] or max(1.0, max_positions / p["original_max_position_embeddings"])
+    if rule in ("ntk", "dynamic") and head_dim < 4:
+        raise UserError(f"model.rope_scaling: {rule} needs a head_dim of at least 4: with 2 there is one frequency, kept")
     factor = p.get("factor", 1.0)
     if rule == "dynamic":
         length = max(length or max_positions, max_positions)
@@ -88,8 +107,8 @@ def rope_frequencies(head_dim, theta, scaling=None, max_positions=2048, length=N
     if rule == "llama3":
         return llama3(inv_freq, p), 1.0
     if rule == "yarn":
-        original = p["original_max_position_embeddings"] or max_positions
-        low, high = yarn_range(head_dim, theta, original, p["beta_fast"], p["beta_slow"], p["truncate"])
+        original, fast, slow = p["original_max_position_embeddings"], p["beta_fast"], p["beta_slow"]
+        low, high = yarn_range(head_dim, theta, original, fast, slow, p["truncate"])
         position = torch.arange(head_dim // 2, dtype=torch.float32)
         ramp = ((position - low) / (high - low)).clamp(0, 1)  # 0: fast, kept as it is; 1: slow, divided
         return inv_freq / factor * ramp + inv_freq * (1 - ramp), yarn_temperature(p)
