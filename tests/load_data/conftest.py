@@ -40,7 +40,7 @@ def run_config(tmp_path):
 
 @pytest.fixture
 def write(tmp_path):
-    """A function: write a file below the test's folder (bytes, text, or a list of records) and give its path."""
+    """A function: write a file below the test's folder (bytes, text or records) and give its path."""
 
     def make(name, content):
         path = tmp_path / name

@@ -1,12 +1,22 @@
 """Tokenizers against raw UTF-8 bytes and against a slow and obvious BPE."""
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import regex
 
-from load_data.tokenizer import SPECIAL_TOKENS, UNKNOWN, BpeTokenizer, CharTokenizer, Tokenizer, byte_characters
+from config.schema import TokenizerConfig
+from load_data.tokenizer import (
+    SPECIAL_TOKENS,
+    UNKNOWN,
+    BpeTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    byte_characters,
+)
+from load_data.train_tokenizer import learn_characters, learn_merges
 from utils.errors import UserError
 
 ODD_TEXTS = [
@@ -39,9 +49,9 @@ def slow_bpe(tokenizer, text):
     ids = []
     for piece in regex.findall(tokenizer.pattern, text):
         parts = [names[byte] for byte in piece.encode("utf-8")]
-        while pairs := [pair for pair in zip(parts, parts[1:], strict=False) if pair in rank]:
+        while pairs := [pair for pair in pairwise(parts) if pair in rank]:
             best = min(pairs, key=rank.get)
-            at = list(zip(parts, parts[1:], strict=False)).index(best)
+            at = list(pairwise(parts)).index(best)
             parts[at : at + 2] = ["".join(best)]
         ids += [id_of[bytes(names.index(letter) for letter in part)] for part in parts]
     return ids
@@ -92,9 +102,6 @@ def test_special_tokens_take_the_first_ids(bpe):
 
 def test_no_text_makes_a_special_id():
     """Not even where training saw the markers a thousand times."""
-    from config.schema import TokenizerConfig
-    from load_data.train_tokenizer import learn_characters, learn_merges
-
     markers = "".join(SPECIAL_TOKENS)
     for learn in (learn_merges, learn_characters):
         tokenizer = learn(TokenizerConfig(vocab_size=400), [markers * 1000])
@@ -183,7 +190,7 @@ def test_malformed_json_is_one_clear_error(text):
 def test_bytes_have_distinct_visible_names():
     names = byte_characters()
     assert len(set(names)) == 256 and not any(name.isspace() or not name.isprintable() for name in names)
-    assert names[ord("a")] == "a" and names[ord(" ")] == "Ġ" and names[ord("\n")] == "Ċ"  # as GPT-2 writes them
+    assert names[ord("a")] == "a" and names[ord(" ")] == "Ġ" and names[ord("\n")] == "Ċ"  # as in GPT-2
 
 
 def test_a_token_spelled_by_two_merges_has_one_id():
