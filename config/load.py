@@ -1,7 +1,7 @@
 """From a preset, a JSON file and `--set` to one checked `RunConfig`.
 
-Precedence, weakest first: the defaults of `config/schema.py`, the preset or JSON file, `--set
-section.key=value`. An unknown section or key is an error that names the nearest known one; nothing is guessed
+Precedence, weakest first: the defaults of `config/schema.py`, the preset or JSON file, the checkpoint that a
+run starts from, the command line's own flags, `--set section.key=value`. An unknown section or key is an error that names the nearest known one; nothing is guessed
 and nothing executed.
 """
 
@@ -24,8 +24,17 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
-def load_config(name: str | None = None, settings: list[str] = ()) -> RunConfig:
-    """The checked configuration: preset or JSON file `name`, then `settings` (`section.key=value`)."""
+def load_config(
+    name: str | None = None, settings: list[str] = (), inherited: dict | None = None, flags: dict | None = None
+) -> RunConfig:
+    """The checked configuration of a run.
+
+    Args:
+        name: a preset or a JSON file; None for the default preset.
+        settings: texts `section.key=value`, the strongest.
+        inherited: sections of the checkpoint that a run starts from.
+        flags: sections with what the command line's own flags say.
+    """
     config = RunConfig()
     name = name or DEFAULT_PRESET
     path = PRESETS / f"{name}.json" if not name.endswith(".json") else Path(name)
@@ -33,6 +42,8 @@ def load_config(name: str | None = None, settings: list[str] = ()) -> RunConfig:
         hint = f"; presets: {', '.join(preset_names())}" if not name.endswith(".json") else ""
         raise UserError(f"--config {name}: no such {'file' if not hint else 'preset'}{hint}")
     apply_dict(config, read_json(path), where=str(path))
+    apply_dict(config, inherited or {}, where="--init")
+    apply_dict(config, flags or {}, where="the command line")
     for text in settings:
         key, equals, value = text.partition("=")
         if not equals or key.count(".") != 1:

@@ -109,6 +109,11 @@ class OptimConfig:
     decay_fraction: float = option(0.5, above=0, at_most=1)  # wsd: the last part of the run, spent decaying
     min_lr_ratio: float = option(0.0, at_least=0, at_most=1)  # where the decay ends, as a share of lr
 
+    def check(self):
+        """An exponential never reaches zero."""
+        if self.schedule == "exponential" and self.min_lr_ratio == 0:
+            raise UserError("optim.schedule=exponential needs optim.min_lr_ratio above 0, for example 0.01")
+
 
 @dataclass
 class TrainConfig:

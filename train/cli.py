@@ -1,0 +1,100 @@
+"""The command line that all stages share: flags in, one checked `Command` out.
+
+Everything is decided and checked here, before any work: the configuration, where the run writes, and whether it may.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from config.load import DEFAULT_PRESET, load_config, preset_names
+from config.schema import RunConfig
+from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Command:
+    """What one call asks for."""
+
+    config: RunConfig
+    out: Path
+    init: dict | None  # the checkpoint to start from, loaded
+    resume: bool
+    overwrite: bool
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all others."""
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def parse_command(stage: str, short: str, description: str, argv=None) -> Command:
+    """Read the flags of stage `stage` (checkpoints named `short`). Raises `UserError`; writes nothing."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config", metavar="NAME|FILE.json", help=f"preset ({', '.join(preset_names())}) or JSON file")
+    add("--data", nargs="+", metavar="PATH", help=".txt, .jsonl, a folder of them, or the word python")
+    add("--init", metavar="CHECKPOINT", help="start from these weights, with their model and tokenizer")
+    add("--out", metavar="DIR", help="where to write (default: out/, or out/<preset>/ for other presets)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out; starts if there is none")
+    add("--overwrite", action="store_true", help="start anew although --out holds a run of this stage")
+    add("--max-steps", type=int, metavar="N", help="end after N steps (replaces the preset's bounds)")
+    add("--max-seconds", type=float, metavar="S", help="end after S seconds, evaluations included (the same)")
+    add("--limit", type=int, metavar="N", help="use at most N documents")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"))
+    add("--seed", type=int, metavar="N")
+    add("--set", action="append", default=[], metavar="section.key=value", dest="settings",
+        help="any setting of config/schema.py, for example train.batch_size=4; may be repeated")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite exclude each other: go on, or start anew?")
+
+    init = load_checkpoint(args.init) if args.init else None
+    inherited = {}
+    if init:
+        inherited = {section: init["config"][section] for section in ("model", "tokenizer")}
+    config = load_config(args.config, args.settings, inherited, flags=flag_settings(args))
+    preset = Path(args.config).stem if args.config else DEFAULT_PRESET
+    out = Path(args.out) if args.out else ROOT / "out" / (preset if preset != DEFAULT_PRESET else "")
+    refuse_to_overwrite(out, stage, short, args.resume or args.overwrite)
+    return Command(config, out, init, args.resume, args.overwrite)
+
+
+def flag_settings(args) -> dict:
+    """The flags that are settings, as nested sections. A bound from the command line replaces both of the preset's."""
+    train, data = {}, {}
+    if args.max_steps is not None or args.max_seconds is not None:
+        train["max_steps"], train["max_seconds"] = args.max_steps, args.max_seconds
+    if args.device is not None:
+        train["device"] = args.device
+    if args.seed is not None:
+        train["seed"] = args.seed
+    if args.data is not None:
+        data["paths"] = args.data
+    if args.limit is not None:
+        data["limit"] = args.limit
+    return {"train": train, "data": data}
+
+
+def refuse_to_overwrite(out: Path, stage: str, short: str, allowed: bool) -> None:
+    """Stop if `out` holds a run of this stage and neither --resume nor --overwrite was given."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if allowed:
+        return
+    final, on_the_way = out / final_name(short), latest_checkpoint(out, short)
+    if final.exists():
+        raise UserError(
+            f"{final} is a finished run of {stage}: talk to it with `python inference/chat.py`, give it more "
+            "steps with --resume --max-steps N, start anew with --overwrite, or write elsewhere with --out DIR"
+        )
+    if on_the_way:
+        raise UserError(
+            f"{on_the_way} is an unfinished run of {stage}: go on with --resume, start anew with --overwrite, "
+            "or write elsewhere with --out DIR"
+        )

@@ -1,0 +1,441 @@
+"""The one training engine: what every stage shares lives here, once.
+
+A stage says what makes it itself (`Stage`: model, data, loss, evaluation, what it saves). The engine does the rest: the
+gradient proof, accumulation, mixed precision, clipping, schedules, logging, evaluation, checkpoints, resuming, signals,
+data parallelism.
+
+One optimizer step:
+
+    1. take all its micro-batches and count their supervised tokens, over all processes
+    2. for each: loss = sum over its tokens / count of the whole step;  backward
+    3. add up the gradients of all processes, clip, step
+
+The loss is thus the mean over all supervised tokens of the step, and 1 x 32, 4 x 8 and 2 processes x 16 give the same gradient.
+The usual mean of means gives short micro-batches too much weight.
+
+Every step seeds the random generators from (seed, step, process), so a checkpoint need not hold their state, and a resumed run
+draws the same dropout masks as one that was never stopped.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from config.load import to_dict
+from config.schema import RunConfig
+from load_data.loader import IGNORED
+from load_data.tokenizer import Tokenizer
+from train.optim import build_optimizers, set_lr
+from train.schedule import lr_factor, progress
+from utils import checkpoint as files
+from utils import distributed
+from utils.device import pick_device, pick_dtype, seed_everything, set_threads, synchronize
+from utils.errors import UserError
+from utils.gradient_check import WeightWitness, prove_gradients_before
+from utils.log import RunLog
+from utils.plot import plot_curves
+
+@dataclass
+class Machine:
+    """Where and how this process computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    scaled: bool  # fp16 needs its gradients scaled
+    world: distributed.World
+
+    def autocast(self):
+        """Matrix products in `dtype`; weights and sums stay in fp32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def say(self, *words) -> None:
+        """Print, in the first process only, without breaking the progress bar."""
+        if self.world.is_first:
+            tqdm.write(" ".join(str(word) for word in words))
+
+
+def start_machine(config: RunConfig) -> Machine:
+    """Device, number format, threads, processes and seed, each said aloud with its reason."""
+    device = pick_device(config.train.device)
+    world = distributed.start(device.type)
+    dtype, scaled, reason = pick_dtype(config.train.dtype, device)
+    threads = set_threads()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+    seed_everything(config.train.seed)
+    machine = Machine(device, dtype, scaled, world)
+    machine.say(f"device: {device}, {threads} threads, {world.size} process{'es' * (world.size > 1)}; {reason}")
+    return machine
+
+
+@dataclass
+class Stage:
+    """What makes a stage itself.
+
+    Attributes:
+        name, short: `pre_train`, `Pre`: the names of its log folder and of its checkpoints.
+        model: trainable are the parameters that require gradients.
+        loader: `next_step()` gives the micro-batches of one optimizer step; `epoch`, `epoch_progress`, `state_dict()`,
+            `load_state_dict()`.
+        loss: (model, micro-batch, tokens of the whole step) -> (terms, measures): the loss is the sum of the terms,
+            each already divided by the tokens; measures are numbers for the log, divided likewise.
+        evaluate: (model, batches or None for all) -> numbers for the log, `val_loss` among them; its attribute
+            `batches` is how many there are in all.
+        tokenizer: goes into every checkpoint.
+        data_digest: identifies the training data; a resumed run must find the same.
+    """
+
+    name: str
+    short: str
+    model: torch.nn.Module
+    loader: object
+    loss: Callable
+    evaluate: Callable
+    tokenizer: Tokenizer
+    data_digest: str
+
+
+class Trainer:
+    """Trains one stage from its first step, or from its newest checkpoint, to its end: `Trainer(...).run()`."""
+
+    def __init__(self, stage: Stage, config: RunConfig, machine: Machine, out: Path, resume: bool = False):
+        self.stage, self.config, self.machine, self.out = stage, config, machine, Path(out)
+        self.step = self.tokens = self.skipped = 0
+        self.elapsed, self.reserve = 0.0, 0.0  # seconds of training so far; seconds kept for the last evaluation
+        self.window: dict[str, float] = {}  # sums since the last logged step
+        self.saved_in_epoch, self.saved_epoch = 0, 0
+        self.last_good, self.finished, self.signal = None, False, None
+        self.model = stage.model.to(machine.device)
+        distributed.broadcast_parameters(self.model)
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        distributed.same_on_all_ranks("\n".join(names), "trainable parameters")
+        self.optimizers = build_optimizers(self.model, config.optim)
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.scaled)
+        newest = files.latest_checkpoint(self.out, stage.short) if resume else None
+        if newest:
+            self.restore(newest)
+        elif machine.world.is_first:
+            self.clear()
+        distributed.barrier()
+        self.log = None
+        if machine.world.is_first:
+            self.log = RunLog(self.out / stage.name / "log.txt", resume_at=self.log_position if newest else None)
+        # The compiled model is another object over the same weights; checkpoints always come from the plain one.
+        self.runner = torch.compile(self.model) if config.train.compile else self.model
+
+    # ------------------------------------------------------------------------------------------------ the run
+
+    def run(self) -> dict:
+        """Prove, train, evaluate, save, plot. Returns the numbers of the last evaluation."""
+        if self.finished:
+            self.machine.say(f"the run in {self.out} is finished at step {self.step}; more: --max-steps N")
+        else:
+            self.prove_before()
+            witness = WeightWitness(self.model)
+            self.train(witness)
+            if self.signal:
+                return self.interrupted()
+            self.finish(witness)
+        if self.machine.world.is_first:
+            self.save_final()
+            plot_curves(self.log.path, self.log.path.with_name("curves.png"))
+            self.log.close()
+        distributed.barrier()
+        return self.last_evaluation
+
+    def prove_before(self) -> None:
+        """Every trainable parameter gets a gradient from a real batch, every frozen one none; see gradient_check."""
+        state = self.stage.loader.state_dict()
+        batches = [self.to_device(batch) for batch in self.stage.loader.next_step()]
+        self.stage.loader.load_state_dict(state)
+
+        def terms(model, batches):
+            with self.machine.autocast():
+                parts = [self.stage.loss(model, batch, max(1, supervised(batch)))[0] for batch in batches]
+            return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+        report = prove_gradients_before(self.model, terms, batches)
+        self.machine.say(report)
+
+    def train(self, witness: WeightWitness) -> None:
+        """Steps until a bound or a signal ends them."""
+        self.started = time.monotonic() - self.elapsed
+        before = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        if self.step == 0:
+            self.estimate_reserve(self.evaluate(self.config.train.eval_batches))
+        bar = tqdm(total=100, disable=None if self.machine.world.is_first else True, leave=False,
+                   bar_format="{percentage:3.0f}%|{bar:24}| {postfix}")  # fmt: skip
+        try:
+            while self.progress < 1 and not self.signal:
+                self.one_step(witness, bar)
+        finally:
+            bar.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is over, 0 to 1. Time is that of the first process, so that all agree."""
+        train = self.config.train
+        seconds = max(train.max_seconds - self.reserve, 1e-9) if train.max_seconds else None
+        return progress(self.step, train.max_steps, self.elapsed, seconds)
+
+    def one_step(self, witness: WeightWitness, bar: tqdm) -> None:
+        """One optimizer step, and what is due after it."""
+        clock = time.perf_counter()
+        micro_batches = self.stage.loader.next_step()
+        waited = time.perf_counter() - clock
+        world = self.machine.world
+        counts = [sum(supervised(batch) for batch in micro_batches), self.signal or 0]
+        count, stop = distributed.sum_scalars(counts)
+        self.signal = self.signal or int(stop) or None  # one process got a signal: all end together
+        seed_everything(self.config.train.seed * 1_000_003 + self.step * world.size + world.rank)
+        factor = lr_factor(self.config.optim, self.step, self.progress)
+        set_lr(self.optimizers, factor)
+        if count:
+            values = self.forward_backward(micro_batches, count)
+            values["grad_norm"] = self.update(witness)
+        else:  # nothing to learn from: no step, no NaN
+            values, self.skipped = {}, self.skipped + 1
+        self.step += 1
+        self.tokens += sum(batch["input_ids"].numel() for batch in micro_batches) * world.size
+        if self.machine.device.type != "cpu":
+            synchronize(self.machine.device)
+        self.note(values, waited, time.perf_counter() - clock)
+        self.elapsed = time.monotonic() - self.started
+        if self.config.train.max_seconds:
+            self.elapsed = distributed.sum_scalars([self.elapsed if world.is_first else 0.0])[0]
+        self.show(bar)
+        self.after_step(factor)
+
+    def forward_backward(self, micro_batches: list[dict], count: float) -> dict[str, float]:
+        """Gradients of the step's mean loss, summed over all processes; returns the step's numbers."""
+        totals: dict[str, torch.Tensor] = {}
+        for batch in micro_batches:
+            with self.machine.autocast():
+                terms, measures = self.stage.loss(self.runner, self.to_device(batch), count)
+                loss = sum(terms.values())
+            self.scaler.scale(loss).backward()
+            for name, value in {"loss": loss, **terms, **measures}.items():
+                totals[name] = totals.get(name, 0) + value.detach()
+        distributed.sum_gradients(self.model.parameters())
+        names = list(totals)
+        values = dict(zip(names, distributed.sum_scalars([float(totals[name]) for name in names]), strict=True))
+        if not math.isfinite(values["loss"]):
+            self.stop_on_nan(values["loss"])
+        return values
+
+    def update(self, witness: WeightWitness) -> float:
+        """Clip and step; returns the gradient norm before clipping."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        limit = self.config.optim.grad_clip or float("inf")
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        if not math.isfinite(norm) and not self.machine.scaled:
+            self.stop_on_nan(norm, "gradient norm")
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)  # under fp16 it leaves out a step whose gradients overflowed
+            witness.note_step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return norm
+
+    def stop_on_nan(self, value: float, what: str = "loss") -> None:
+        """The run has gone wrong: say when, what is still good, and what to try."""
+        good = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint was written yet"
+        raise UserError(
+            f"the {what} is {value} at step {self.step + 1}; {good}; try a lower optim.lr (and optim.muon_lr), more "
+            "optim.warmup_steps, optim.grad_clip=1.0, or train.dtype=fp32"
+        )
+
+    # --------------------------------------------------------------------------------------- after each step
+
+    def note(self, values: dict[str, float], waited: float, took: float) -> None:
+        """Add one step to the sums that the next log line is the mean of."""
+        for name, value in {**values, "data_ms": waited * 1e3, "step_ms": took * 1e3, "steps": 1}.items():
+            self.window[name] = self.window.get(name, 0.0) + value
+        self.tokens_per_step = self.tokens / self.step
+
+    def show(self, bar: tqdm) -> None:
+        """Loss, speed and time left on the progress bar."""
+        done, steps = self.progress, self.window["steps"]
+        left = self.elapsed * (1 - done) / max(done, 1e-9)
+        speed = self.tokens_per_step * steps / (self.window["step_ms"] / 1e3)
+        bar.n = min(100, 100 * done)
+        bar.set_postfix_str(
+            f"step {self.step}  loss {self.window.get('loss', 0) / steps:.3f}  {speed:,.0f} tok/s  "
+            f"{int(left) // 60}:{int(left) % 60:02d} left"
+        )
+
+    def after_step(self, factor: float) -> None:
+        """Log, evaluate and save where they are due."""
+        train = self.config.train
+        ending = self.progress >= 1 or bool(self.signal)
+        if self.step % train.log_every == 0 or ending:
+            self.write_log(factor)
+        if self.step % train.eval_every == 0 and not ending:
+            self.evaluate(train.eval_batches)
+        if (self.step % train.save_every == 0 and not ending) or self.signal:
+            self.save()
+
+    def write_log(self, factor: float) -> None:
+        """One line: the mean of the steps since the last one."""
+        window, self.window = self.window, {}
+        steps = window.pop("steps")
+        mean = {name: value / steps for name, value in window.items()}
+        row = {"step": self.step, "tokens": self.tokens, "epoch": self.stage.loader.epoch_progress}
+        row |= {name: mean[name] for name in ("loss", "ce", "mtp", "balance") if name in mean}
+        if "ce" in mean:
+            row["ppl"] = math.exp(min(mean["ce"], 700.0))
+        row |= {name: value for name, value in mean.items() if name not in row and not name.endswith("_ms")}
+        row["lr"] = self.config.optim.lr * factor
+        row["tok_s"] = self.tokens_per_step / (mean["step_ms"] / 1e3)
+        row |= {"data_ms": mean["data_ms"], "step_ms": mean["step_ms"]}
+        if self.skipped:
+            row["skipped"] = self.skipped
+        if self.log:
+            self.log.write(row)
+
+    def evaluate(self, batches: int | None) -> dict[str, float]:
+        """Measure on held-out data, log it and say it; None measures on all of it."""
+        clock = time.perf_counter()
+        self.model.eval()
+        with torch.no_grad(), self.machine.autocast():
+            values = self.stage.evaluate(self.model, batches)
+        self.model.train()
+        row = {"step": self.step, "tokens": self.tokens, **values, "eval_ms": (time.perf_counter() - clock) * 1e3}
+        if self.log:
+            self.log.write(row)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.machine.say(f"step {self.step}  {shown}  ({'all' if batches is None else 'part'} of the held-out data)")
+        self.last_evaluation = values
+        return row
+
+    def estimate_reserve(self, row: dict[str, float]) -> None:
+        """Seconds that the last evaluation will take, to be kept free within --max-seconds."""
+        total = self.stage.evaluate.batches
+        share = total / min(total, self.config.train.eval_batches)
+        self.reserve = distributed.sum_scalars([row["eval_ms"] / 1e3 * share])[0] / self.machine.world.size
+
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self) -> None:
+        """A checkpoint on the way, complete enough to go on from bit by bit."""
+        if self.stage.loader.epoch != self.saved_epoch:
+            self.saved_epoch, self.saved_in_epoch = self.stage.loader.epoch, 0
+        self.saved_in_epoch += 1
+        path = self.out / files.checkpoint_name(self.stage.short, self.saved_in_epoch, self.saved_epoch)
+        if self.machine.world.is_first:
+            training = {
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "scaler": self.scaler.state_dict(),
+                "loader": self.stage.loader.state_dict(),
+                "log_position": self.log.position,
+                "elapsed": self.elapsed,
+                "reserve": self.reserve,
+                "window": dict(self.window),
+                "skipped": self.skipped,
+                "saved": [self.saved_in_epoch, self.saved_epoch],
+                "last_evaluation": self.last_evaluation,
+                "finished": self.finished,
+            }
+            files.save_checkpoint(path, {**self.contents(), "training": training})
+            files.prune_checkpoints(self.out, self.stage.short, keep=2)
+        self.last_good = path
+
+    def contents(self) -> dict:
+        """What every checkpoint holds."""
+        return {
+            "stage": self.stage.name,
+            "short": self.stage.short,
+            "config": to_dict(self.config),
+            "weights": self.model.state_dict(),
+            "tokenizer": self.stage.tokenizer.to_json(),
+            "data_digest": self.stage.data_digest,
+            "step": self.step,
+            "tokens": self.tokens,
+        }
+
+    def save_final(self) -> None:
+        """The result: what the next stage starts from and what chat loads."""
+        path = self.out / files.final_name(self.stage.short)
+        files.save_checkpoint(path, {**self.contents(), "evaluation": self.last_evaluation})
+        self.machine.say(f"saved {path}")
+
+    def restore(self, path: Path) -> None:
+        """Go on from `path`. Raises `UserError` if this run is not the one that wrote it."""
+        saved = files.load_checkpoint(path)
+        self.check_same_run(saved, path)
+        files.load_weights(self.model, saved["weights"], str(path))
+        state = saved["training"]
+        for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        self.scaler.load_state_dict(state["scaler"])
+        self.stage.loader.load_state_dict(state["loader"])
+        self.step, self.tokens, self.skipped = saved["step"], saved["tokens"], state["skipped"]
+        self.elapsed, self.reserve, self.window = state["elapsed"], state["reserve"], dict(state["window"])
+        self.saved_in_epoch, self.saved_epoch = state["saved"]
+        self.log_position, self.last_evaluation = state["log_position"], state["last_evaluation"]
+        self.last_good = path
+        self.finished = state["finished"] and self.progress >= 1
+        self.machine.say(f"resuming from {path} at step {self.step}")
+
+    def check_same_run(self, saved: dict, path: Path) -> None:
+        """A resumed run must have the settings and data of the one that it continues; its end may move."""
+        may_change = {"max_steps", "max_seconds", "log_every", "eval_every", "eval_batches", "save_every", "device"}
+        for section, values in to_dict(self.config).items():
+            for key, value in values.items():
+                was = saved["config"].get(section, {}).get(key)
+                if was != value and key not in may_change and key not in ("paths", "cache_dir"):
+                    raise UserError(
+                        f"{path} was trained with {section}.{key}={was}, this command says {value}: resume with the "
+                        "same settings, or start anew with --overwrite or in another --out"
+                    )
+        if saved["data_digest"] != self.stage.data_digest:
+            raise UserError(f"{path} was trained on other data: resume with the same --data, or start anew elsewhere")
+
+    def clear(self) -> None:
+        """Remove what an earlier run of this stage left; the command line has made sure that this is wanted."""
+        final = self.out / files.final_name(self.stage.short)
+        for path in [*files.find_checkpoints(self.out, self.stage.short), final]:
+            path.unlink(missing_ok=True)
+        files.prune_checkpoints(self.out, self.stage.short)
+
+    # ----------------------------------------------------------------------------------------------- the end
+
+    def finish(self, witness: WeightWitness) -> None:
+        """After the last step: the weights must have moved; measure on all held-out data; a last checkpoint."""
+        self.machine.say(witness.prove_moved())
+        self.evaluate(None)
+        self.elapsed = time.monotonic() - self.started
+        self.finished = True
+        self.save()
+        self.machine.say(f"{self.step:,} steps, {self.tokens:,} tokens in {self.elapsed:.0f} seconds")
+
+    def interrupted(self) -> dict:
+        """A signal ended the run: its checkpoint is written."""
+        if self.log:
+            self.log.close()
+        self.machine.say(f"stopped by {signal.Signals(self.signal).name} at step {self.step}; saved {self.last_good}; "
+                         "the same command with --resume goes on")  # fmt: skip
+        raise SystemExit(128 + self.signal)
+
+    def on_signal(self, number, _frame) -> None:
+        """Remember the signal; the step at hand is finished first."""
+        self.signal = number
+
+    def to_device(self, batch: dict) -> dict:
+        """Tensors of a micro-batch on the device of the run."""
+        return {key: value.to(self.machine.device, non_blocking=True) for key, value in batch.items()}
+
+
+def supervised(batch: dict) -> int:
+    """Tokens of a micro-batch that have a label."""
+    return int((batch["labels"] != IGNORED).sum())

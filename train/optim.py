@@ -1,0 +1,53 @@
+"""Which parameter gets which optimizer.
+
+AdamW (Loshchilov and Hutter, arXiv 1711.05101) moves each number by its own sign-like step; Muon (`modules/muon.py`)
+moves each matrix as a whole. Muon is for the matrices between layers; the embedding and the output head are tables of
+vectors, not maps between layers, and stay with AdamW, as do gains and biases. Weight decay is for matrices only: pulling a gain
+towards zero has no use.
+"""
+
+import torch
+
+from config.schema import OptimConfig
+from modules.muon import Muon
+
+TABLES = ("embed_tokens.weight", "lm_head.weight")
+
+
+def build_optimizers(model: torch.nn.Module, optim: OptimConfig) -> list[torch.optim.Optimizer]:
+    """One or two optimizers that cover every trainable parameter exactly once. Each group remembers `initial_lr`."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hidden = {name: p for name, p in trainable.items() if p.dim() in (2, 3) and not name.endswith(TABLES)}
+    muon = hidden if optim.optimizer == "muon" else {}
+    rest = {name: p for name, p in trainable.items() if name not in muon}
+    decayed = [p for p in rest.values() if p.dim() >= 2]
+    plain = [p for p in rest.values() if p.dim() < 2]
+
+    optimizers = []
+    if muon:
+        parameters = list(muon.values())
+        optimizers.append(
+            Muon(parameters, lr=optim.muon_lr, momentum=optim.muon_momentum, weight_decay=optim.weight_decay)
+        )
+    adam = torch.optim.Adam if optim.optimizer == "adam" else torch.optim.AdamW
+    decay = 0.0 if optim.optimizer == "adam" else optim.weight_decay  # Adam's own decay is L2: not what is meant
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
+    settings = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    fused = {p.device.type for p in rest.values()} <= {"cpu", "cuda"}
+    groups = [group for group in groups if group["params"]]
+    if groups:
+        optimizers.append(adam(groups, **settings, fused=fused))
+
+    covered = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(covered) == sorted(id(p) for p in trainable.values()), "a parameter is missing or doubled"
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Every group's learning rate becomes its own initial one times `factor`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor

@@ -1,0 +1,92 @@
+"""Pre-training: a decoder learns to predict the next token of plain text.
+
+    python train/pre_train.py                            learns from the standard library of your Python
+    python train/pre_train.py --data book.txt            learns from your own text
+    python train/pre_train.py --config shakespeare --data input.txt --max-seconds 180
+
+What makes this stage: its data are windows of one long row of tokens; its loss is cross-entropy at every token; all parameters
+are trainable; it saves the last weights.
+"""
+
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the repository root, so that imports work from anywhere
+
+import torch
+
+from inference.generate import Generator
+from inference.sampling import SamplingParams
+from load_data.loader import TokenLoader
+from load_data.packing import prepare_pretraining
+from load_data.tokenizer import Tokenizer
+from model.tinyseek import TinySeek
+from train.cli import parse_command
+from train.engine import Stage, Trainer, start_machine
+from train.evaluation import LanguageModelEvaluation
+from utils.checkpoint import load_weights
+from utils.cost import cost_card
+from utils.distributed import finish, rank_zero_first
+from utils.errors import run_main
+
+STAGE, SHORT = "pre_train", "Pre"
+PYTHON_PROMPTS = ["def read_lines(path):\n", "import os\nimport sys\n\nclass ", ">>> 12 + 7\n"]
+
+
+def loss(model, batch, step_tokens):
+    """Cross-entropy summed over this micro-batch, as its share of the whole step's mean; `conf` likewise."""
+    output = model(batch["input_ids"], labels=batch["labels"])
+    confidence = (-output.nll).exp().sum()  # probability given to the right next token
+    return {"ce": output.loss_sum / step_tokens}, {"conf": confidence / step_tokens}
+
+
+def main():
+    """Data, model, training, samples."""
+    command = parse_command(STAGE, SHORT, __doc__)
+    config = command.config
+    machine = start_machine(config)
+    train, world = config.train, machine.world
+
+    tokenizer = Tokenizer.from_json(command.init["tokenizer"]) if command.init else None
+    with rank_zero_first():
+        data = prepare_pretraining(config, tokenizer)
+    machine.say("\n".join(data.summary))
+    length = config.data.sequence_length
+    loader = TokenLoader(
+        data.train, length, train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed
+    )
+
+    config.model.vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
+    model = TinySeek(config.model)
+    if command.init:
+        load_weights(model, command.init["weights"], "--init")
+    machine.say("\n".join(cost_card(config.model, train.batch_size * length, length, config.optim.optimizer).lines()))
+
+    stage = Stage(
+        name=STAGE, short=SHORT, model=model, loader=loader, loss=loss,
+        evaluate=LanguageModelEvaluation(data.val, data.tokenizer, length, train.batch_size, machine),
+        tokenizer=data.tokenizer, data_digest=data.digest,
+    )  # fmt: skip
+    Trainer(stage, config, machine, command.out, command.resume).run()
+    if world.is_first:
+        show_samples(model, data, config)
+        where = "" if command.out == pathlib.Path(__file__).resolve().parents[1] / "out" else f" --out {command.out}"
+        print(f'\nnext: python inference/chat.py{where} --prompt "def "')
+    finish()
+
+
+def show_samples(model, data, config):
+    """A few continuations, to read what the numbers mean."""
+    tokenizer = data.tokenizer
+    prompts = PYTHON_PROMPTS
+    if "python" not in config.data.paths:
+        places = [len(data.val) * part // 4 for part in (1, 2, 3)]
+        prompts = [tokenizer.decode(data.val[place : place + 24]) for place in places]
+    params = SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=64, seed=0)
+    with torch.inference_mode():
+        answers = Generator(model.eval()).generate(
+            [tokenizer.encode(prompt) for prompt in prompts], params, stop_ids={tokenizer.eos_id}
+        )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        print(f"\n--- sample ---\n{prompt}|{tokenizer.decode(answer)}")
+
+
+if __name__ == "__main__":
+    run_main(main)
