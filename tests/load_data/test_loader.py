@@ -105,6 +105,13 @@ def test_resuming_in_another_order_is_refused(change):
         loader(**change).load_state_dict(loader().state_dict())
 
 
+@pytest.mark.parametrize("count", range(11, 45))
+def test_no_window_reaches_over_the_end(count):
+    one = loader(tokens=TOKENS[:count], batch_size=1)
+    while one.epoch < 30:
+        assert one.next_step()[0]["labels"].max() < count
+
+
 def test_too_little_text_is_an_error():
     with pytest.raises(UserError, match="10 tokens, too few .*set it to 9 or less"):
         loader(tokens=TOKENS[:10])

@@ -92,7 +92,9 @@ def test_validation_text_does_not_reach_the_tokenizer(run_config, write):
 
 def test_a_limit_caps_the_documents(run_config, write):
     path = write("a.jsonl", records(200))
+    everything = prepare_pretraining(run_config(path, val_fraction=0.2))
     data = prepare_pretraining(run_config(path, limit=50, val_fraction=0.2))
+    assert data.digest != everything.digest
     kept = documents_of(data, TRAIN) + documents_of(data, VAL)
     assert set(kept) == {record["text"] for record in records(50)}
 

@@ -75,7 +75,9 @@ def test_batch_equals_one_by_one(bpe):
     assert bpe.encode_batch([]) == []
 
 
-def test_each_digit_is_one_token(bpe):
+def test_each_digit_is_one_token():
+    """Also where training saw long numbers again and again."""
+    bpe = learn_merges(TokenizerConfig(vocab_size=600), ["x = 2024 + 12\n  99 * 345 " * 100])
     digits = {str(digit): bpe.encode(str(digit)) for digit in range(10)}
     assert all(len(ids) == 1 for ids in digits.values())
     for text in ("2024", "12 + 7 == 19", "x1y22", "(345)", "\n  99"):
