@@ -1,0 +1,41 @@
+# Two commands are all you need: `make train`, then `make chat`.
+PYTHON ?= python3
+VENV ?= .venv
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+else
+BIN := $(VENV)/bin
+endif
+
+.PHONY: train chat plot test quick lint clean
+
+train: $(VENV)/core.done      ## train a language model on your Python's standard library
+	$(BIN)/python train/pre_train.py
+
+chat: $(VENV)/core.done       ## talk to the most advanced model in out/
+	$(BIN)/python inference/chat.py
+
+plot: $(VENV)/core.done       ## draw the curves of the last pre-training run again
+	$(BIN)/python utils/plot.py
+
+test: $(VENV)/test.done       ## all tests
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/test.done      ## the tests that take a moment
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/test.done       ## style and likely mistakes
+	$(BIN)/python -m ruff check .
+
+clean:                        ## remove the virtual environment; out/ stays
+	rm -rf $(VENV)
+
+$(VENV)/core.done: requirements.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'TinySeek needs Python 3.11 or newer: make PYTHON=python3.11 ...')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/test.done: requirements-test.txt $(VENV)/core.done
+	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	@touch $@
