@@ -20,9 +20,7 @@ HASHED_WHOLE = 2**28  # bytes; a larger file is identified by its size and its f
 
 @dataclass(frozen=True)
 class Document:
-    """A text in one or more pieces that belong together, and what identifies it: equal texts, equal
-    identities.
-    """
+    """A text, in one or more pieces, and what identifies it: equal texts have equal identities."""
 
     identity: str
     pieces: Iterable[str]

@@ -39,12 +39,8 @@ class TokenLoader:
                 f"{sequence_length}: set it to {max(2, len(tokens) - 1)} or less, or give more text"
             )
         self.tokens, self.sequence_length, self.batch_size = tokens, sequence_length, batch_size
-        self.accumulation_steps, self.rank, self.world_size, self.seed = (
-            accumulation_steps,
-            rank,
-            world_size,
-            seed,
-        )
+        self.accumulation_steps, self.rank, self.world_size = accumulation_steps, rank, world_size
+        self.seed = seed
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:

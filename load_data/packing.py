@@ -100,9 +100,7 @@ def write_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> None:
 
 
 class TokenWriter:
-    """Writes documents as ids into a file, one end-of-text between two, with a bounded amount of text in
-    memory.
-    """
+    """Writes documents as ids into a file, one end-of-text between two, a bounded amount at a time."""
 
     def __init__(self, path: Path, tokenizer: Tokenizer, dtype: str):
         self.path, self.tokenizer, self.dtype = path, tokenizer, dtype

@@ -98,10 +98,10 @@ def read_python_corpus(val_fraction: float, root: Path | None = None) -> PythonC
             continue  # unreadable, or in an encoding of its own: a handful at most
         if text.strip():
             (corpus.val if unit_hash(name) < val_fraction else corpus.train).append(SourceFile(name, text))
-    if not corpus.train or not corpus.val:
+    if not corpus.files:
         raise UserError(
-            f"--data python: {len(corpus.files)} Python source files in {root}, too few to train and "
-            "validate on; use a full Python installation, or give your own text with --data FILE"
+            f"--data python: no Python source files in {root}; use a full Python installation, or give your "
+            "own text with --data FILE"
         )
     return corpus
 
@@ -129,7 +129,7 @@ def described_inside(parent: ast.AST, prefix: str) -> Iterator[str]:
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield from described(node, f"{prefix}.{node.name}({ast.unparse(node.args)})")
             yield from described_inside(node, f"{prefix}.{node.name}")
-        else:
+        elif not isinstance(node, ast.expr):
             yield from described_inside(node, prefix)  # definitions under `if` and `try`
 
 

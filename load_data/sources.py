@@ -3,11 +3,9 @@
 The split is made before anything is learned from the text:
 
 - the word `python`: by file of the standard library (see `load_data/python_corpus.py`);
-- a single `.txt` file: its last `data.val_fraction` of characters is held out, as is usual for
-  tinyshakespeare;
+- a single `.txt` file: its last `data.val_fraction` of characters is held out, as usual for tinyshakespeare;
 - otherwise: by a hash of each document's content, so that two copies of a text are always on the same side.
-  Of
-  several `.txt` files at least one is held out.
+  Of several `.txt` files at least one is held out.
 """
 
 import hashlib
@@ -96,9 +94,7 @@ class Sources:
 
     @cached_property
     def python_documents(self) -> list[SPLIT_DOCUMENT]:
-        """Held-out sources to validate on; the other sources, their docstrings and worked examples, well
-        mixed.
-        """
+        """Held-out sources; then the other sources, their docstrings and worked examples, well mixed."""
         train = [file.text for file in self.corpus.train]
         train += [text for file in self.corpus.train for text in docstring_documents(file)]
         train += worked_examples(self.data.worked_examples)
@@ -121,9 +117,7 @@ def part_of(pieces: Iterable[str], start: int, stop: int) -> Iterator[str]:
 
 
 def code_hash() -> str:
-    """A hash of the code of this folder: what an older version prepared is not mistaken for what this one
-    would.
-    """
+    """A hash of the code of this folder, so that nothing prepared by another version of it is used."""
     total = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         total.update(file.read_bytes())

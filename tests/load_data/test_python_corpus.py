@@ -87,7 +87,7 @@ def test_tests_tables_and_packages_are_left_out(tmp_path):
 
 
 def test_an_interpreter_without_sources_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="0 Python source files in .*--data FILE"):
+    with pytest.raises(UserError, match="no Python source files in .*--data FILE"):
         read_python_corpus(0.05, root=tmp_path)
 
 
