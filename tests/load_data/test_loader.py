@@ -126,7 +126,7 @@ def test_evaluation_predicts_every_token_but_the_first_once(count, world):
         for batch in eval_windows(tokens, 10, 4, rank=rank, world_size=world):
             inputs, labels = batch["input_ids"], batch["labels"]
             assert inputs.shape == labels.shape and inputs.shape[1] == 10 and 1 <= len(inputs) <= 4
-            assert inputs.dtype == labels.dtype == torch.int64 and 0 <= inputs.min() and inputs.max() < count
+            assert inputs.dtype == labels.dtype == torch.int64 and inputs.min() >= 0 and inputs.max() < count
             kept = labels != -100
             assert torch.equal(labels[kept], inputs[kept] + 1)
             predicted += labels[kept].tolist()
