@@ -49,7 +49,7 @@ class ModelConfig:
     final_logit_softcapping: float | None = option(None, above=0)  # None keeps the Hugging Face twin exact
     initializer_range: float = option(0.02, above=0)
     zero_init_residual: bool = False  # o_proj and down_proj start at zero: each block starts as the identity
-    attn_implementation: str = option("auto", choices=("auto", "sdpa", "eager"))
+    attn_implementation: str = option("auto", choices=("auto", "sdpa", "eager", "blocked"))
 
     def check(self):
         """Fill in `head_dim` and check that heads and groups fit."""

@@ -2,16 +2,17 @@
 
     attention(q, k, v) = softmax(q k^T / sqrt(D) + mask) v
 
-G = H is classic multi-head attention, G = 1 multi-query attention; between them the cache shrinks by H/G and little is lost.
-Query head h reads key/value head h // (H/G): neighbours share (`repeat_interleave`, not `tile`).
+G = H is classic multi-head attention, G = 1 multi-query attention; between them the cache shrinks by H/G and
+little is lost. Query head h reads key/value head h // (H/G): neighbours share (`repeat_interleave`, not
+`tile`).
 
     x: (B, T, C) -> q: (B, H, T, D), k, v: (B, G, T, D) -> (B, H, T, D) -> (B, T, H*D) -> (B, T, C)
 
-QK-norm (arXiv 2010.04245, Qwen3): RMSNorm over the D channels of every head of q and k, before the rotation. It bounds the
-scores, so that training stands a larger learning rate.
+QK-norm (arXiv 2010.04245, Qwen3): RMSNorm over the D channels of every head of q and k, before the rotation.
+It bounds the scores, so that training stands a larger learning rate.
 
-Papers: Vaswani et al. arXiv 1706.03762; Ainslie et al., "GQA", arXiv 2305.13245. Names as in `Qwen3Attention`.
-Two paths compute the same: `eager_attention` in plain matrix products, `sdpa_attention` with PyTorch's fused kernel.
+Vaswani et al., arXiv 1706.03762; Ainslie et al., "GQA", arXiv 2305.13245. Names as in `Qwen3Attention`.
+Two paths compute the same: `eager_attention` in plain products, `sdpa_attention` with PyTorch's kernel.
 """
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from modules.attention_context import AttentionContext, build_context
+from modules.blocked_attention import blocked_attention
 from modules.norm import RMSNorm
 from modules.rope import RotaryEmbedding, apply_rotary
 
@@ -26,8 +28,8 @@ from modules.rope import RotaryEmbedding, apply_rotary
 def eager_attention(q, k, v, context: AttentionContext, scale: float, dropout: float = 0.0):
     """Attention as written in the paper. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D), the D of v.
 
-    The H/G query heads of one group stand one below the other, as more rows of one matrix: then every group is a single
-    product with its keys, and keys need no copies.
+    The H/G query heads of one group stand one below the other, as more rows of one matrix: then every group
+    is a single product with its keys, and keys need no copies.
     """
     B, H, T, D = q.shape
     G, S = k.shape[1], k.shape[2]
@@ -37,7 +39,7 @@ def eager_attention(q, k, v, context: AttentionContext, scale: float, dropout: f
     if context.is_causal:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        # A finite low value, not -inf: a row with nothing to attend to would be 0/0 = NaN, forward and backward.
+        # Finite: with -inf, a row with nothing to attend to would be 0/0 = NaN, forward and backward.
         # Half of the lowest: with a negative score on top, fp16 must not come out at -inf after all.
         bias = torch.zeros(mask.shape, dtype=scores.dtype, device=q.device)
         scores = scores + bias.masked_fill_(~mask, torch.finfo(scores.dtype).min / 2)
@@ -50,7 +52,7 @@ def eager_attention(q, k, v, context: AttentionContext, scale: float, dropout: f
 
 
 def sdpa_attention(q, k, v, context: AttentionContext, scale: float, dropout: float = 0.0):
-    """The same through `F.scaled_dot_product_attention`, which never stores the (T, S) scores. Shapes as above."""
+    """The same through `F.scaled_dot_product_attention`, which stores no (T, S) scores. Shapes as above."""
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=context.mask, dropout_p=dropout, is_causal=context.is_causal, scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -61,15 +63,20 @@ def sdpa_attention(q, k, v, context: AttentionContext, scale: float, dropout: fl
     return out
 
 
-def choose_attention(name: str, q, context: AttentionContext):
-    """The path for `attn_implementation`: as named, or for `auto` the one measured faster.
+def attend(name: str, q, k, v, context: AttentionContext, scale: float, dropout: float = 0.0):
+    """Attention by the path that `attn_implementation` names, or for `auto` by the one measured fastest.
 
-    On a CPU in bf16 the plain products run on the processor's bf16 units while PyTorch's fused kernel mostly does not; it
-    wins as long as the (T, S) scores stay in the cache. docs/experiments.md has the numbers.
+    On a CPU that is by blocks where the plain triangle is the only rule, and with a mask the plain products
+    in bf16 (PyTorch's kernel does not use the processor's bf16 units there) and PyTorch's kernel in fp32.
+    docs/experiments.md has the numbers. Shapes as above.
     """
-    if name == "auto":
-        name = "eager" if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 1024 else "sdpa"
-    return {"eager": eager_attention, "sdpa": sdpa_attention}[name]
+    on_cpu = q.device.type == "cpu"
+    if name == "blocked" or (name == "auto" and on_cpu):
+        if context.is_causal and not dropout:
+            return blocked_attention(q, k, v, scale)
+        name = "eager" if name == "blocked" or q.dtype == torch.bfloat16 else "sdpa"
+    path = eager_attention if name == "eager" else sdpa_attention
+    return path(q, k, v, context, scale, dropout)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -105,9 +112,8 @@ class GroupedQueryAttention(nn.Module):
         k = apply_rotary(k, *rotary, self.interleaved)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, D)
-        dropout = self.attention_dropout if self.training else 0.0  # the kernel itself does not look at eval mode
-        attend = choose_attention(self.implementation, q, context)
-        out = attend(q, k, v, context, self.head_dim**-0.5, dropout)  # (B, H, T, D)
+        dropout = self.attention_dropout if self.training else 0.0  # the kernel does not look at eval mode
+        out = attend(self.implementation, q, k, v, context, self.head_dim**-0.5, dropout)  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, H*D) -> (B, T, C)
 
 
@@ -129,7 +135,8 @@ def lesson():
         context = build_context(T, "cpu")
         gap = eager_attention(q, k, v, context, 0.25) - sdpa_attention(q, k, v, context, 0.25)
         stored = k.numel() + v.numel()
-        print(f"  8 query heads on {groups} key/value heads: {stored:5d} numbers cached, eager = sdpa to {gap.abs().max():.0e}")
+        gap = f"{gap.abs().max():.0e}"
+        print(f"  8 heads on {groups} key/value heads: {stored:5d} numbers cached; eager - sdpa: {gap}")
 
 
 if __name__ == "__main__":
