@@ -4,9 +4,9 @@
     for each layer:   h = h + attention(norm(h));   h = h + feed_forward(norm(h))
     logits = lm_head(norm(h))
 
-Pre-norm: each block reads a normalised copy and adds its answer to the residual stream, so gradients pass the stack unchanged
-(Xiong et al., arXiv 2002.04745). A dense TinySeek is exactly a Hugging Face `Qwen3ForCausalLM`: the same parameter names,
-the same numbers.
+Pre-norm: each block reads a normalised copy and adds its answer to the residual stream, so gradients pass the
+stack unchanged (Xiong et al., arXiv 2002.04745). A dense TinySeek is exactly a Hugging Face
+`Qwen3ForCausalLM`: the same parameter names, the same numbers.
 
     input_ids: (B, T) -> hidden (B, T, C) -> logits (B, T, V)
 """
@@ -32,7 +32,7 @@ class CausalLMOutput:
 
     Attributes:
         logits: (B, T, V) or None.
-        loss_sum: (), cross-entropy summed over the supervised tokens (divide by their number over the whole step).
+        loss_sum: (), cross-entropy summed over the supervised tokens; divide by their number per step.
         nll: (N,), cross-entropy of each supervised token, without gradient.
     """
 
@@ -107,10 +107,10 @@ class TinySeek(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Every matrix from N(0, initializer_range), biases zero, gains one: all of the initialisation is here.
+        """Every matrix from N(0, initializer_range), biases zero, gains one. No initialisation is elsewhere.
 
-        With `zero_init_residual` the last matrix of each block starts at zero, so that every layer begins as the
-        identity and the first steps are those of a shallow model.
+        With `zero_init_residual` the last matrix of each block starts at zero, so that every layer begins as
+        the identity and the first steps are those of a shallow model.
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
@@ -136,21 +136,26 @@ class TinySeek(nn.Module):
 
         Args:
             input_ids: (B, T).
-            labels: (B, T); labels[b, t] is the token that follows input_ids[b, t], or -100 for none. The shift happened
-                in the data set; there is none here. With labels the output holds the loss and no logits.
+            labels: (B, T); labels[b, t] is the token that follows input_ids[b, t], or -100 for none. The
+                shift happened in the data set; there is none here. With labels the output holds the loss and
+                no logits.
             position_ids: (B, T) places for rotary embeddings; default 0, 1, 2, ..
             document_ids: (B, T) texts packed into one row, which then do not see each other.
             padding_mask: (B, T), True for real tokens.
             cache: past keys and values; grows by the new tokens.
-            new_tokens: real tokens per row, where the rest of a row's T columns is padding on the right (with a cache).
-            last_only: logits of each row's last token only, (B, 1, V): all that generation needs. With `new_tokens` the
-                last real one (a row with 0 of them gets a logit without meaning); `padding_mask` is not looked at.
+            new_tokens: real tokens per row, where the rest of a row's T columns is padding (with a cache).
+            last_only: logits of each row's last token only, (B, 1, V): all that generation needs.
+                With `new_tokens` the last real one (a row with 0 of them gets a logit without meaning);
+                `padding_mask` is not looked at.
         """
         hidden = self.model(input_ids, position_ids, document_ids, padding_mask, cache, new_tokens)
         if labels is not None:
             loss_sum, nll = linear_cross_entropy(
-                hidden.flatten(0, 1), self.lm_head.weight, labels.flatten(), self.config.final_logit_softcapping
-            )  # hidden (B*T, C), labels (B*T,)
+                hidden.flatten(0, 1),  # (B*T, C)
+                self.lm_head.weight,
+                labels.flatten(),  # (B*T,)
+                self.config.final_logit_softcapping,
+            )
             return CausalLMOutput(loss_sum=loss_sum, nll=nll)
         if last_only and new_tokens is not None:
             last = torch.tensor(new_tokens, device=hidden.device) - 1
@@ -160,7 +165,7 @@ class TinySeek(nn.Module):
         return CausalLMOutput(logits=soft_cap(self.lm_head(hidden), self.config.final_logit_softcapping))
 
     def make_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache for `batch_size` rows of at most `capacity` tokens, in the dtype and on the device of the model."""
+        """An empty cache for `batch_size` rows of at most `capacity` tokens, in the model's dtype."""
         config, weight = self.config, self.model.embed_tokens.weight
         shape = (config.num_key_value_heads, config.head_dim, weight.dtype, weight.device)
         if config.sliding_window is not None and config.sliding_window < capacity:

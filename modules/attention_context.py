@@ -1,15 +1,15 @@
 """Who may look at whom: every rule of attention turned, once per forward, into one small object.
 
-The rules, for a query with index q and a key with index k in the same row (indices count tokens from the row's start):
+The rules, for a query with index q and a key with index k in the same row (counted from the row's start):
 
   causal     k <= q                      a token sees itself and the past
   window     k > q - W                   only the last W tokens, itself included (Mistral, arXiv 2310.06825)
   documents  document[k] == document[q]  texts packed into one row do not see each other
   padding    k is a real token
 
-All layers read the same object; none builds a mask of its own. Where no rule needs a mask (whole causal rows, or one new
-token that may see all the past) there is none, and kernels can use their own triangle. A row with nothing to attend to
-gives zeros: `modules/attention.py` sees to that.
+All layers read the same object; none builds a mask of its own. Where no rule needs a mask (whole causal rows,
+or one new token that may see all the past) there is none, and kernels can use their own triangle. A row with
+nothing to attend to gives zeros: `modules/attention.py` sees to that.
 
     mask: (B or 1, 1, T, S) bool, True = may look     T new tokens (queries), S keys (cached and new)
 """
@@ -55,11 +55,11 @@ def build_context(
         position_ids: (B, T) for rotary embeddings; by default the token's index in its row.
         document_ids: (B, T) int, equal within one document; without cache only.
         padding_mask: (B, T) bool or 0/1, True = real token; without cache only.
-        cache: a cache of `modules/cache.py` on which `begin` was called for these tokens; it knows how long each row
-            is and which keys its slots hold.
+        cache: a cache of `modules/cache.py` on which `begin` was called for these tokens; it knows how long
+            each row is and which keys its slots hold.
     """
     if cache is not None and (document_ids is not None or padding_mask is not None):
-        raise ValueError("document_ids and padding_mask go without a cache; a cache takes `new_tokens` per row")
+        raise ValueError("document_ids and padding_mask go without a cache; it takes `new_tokens` per row")
     if cache is None:
         query_index = key_index = torch.arange(tokens, device=device)[None]  # (1, T)
         past = 0
@@ -92,7 +92,7 @@ def build_context(
 
 
 def lesson():
-    """The mask of one row that holds two documents, with and without a window; and of a cache with two row lengths."""
+    """The mask of one row that holds two documents, with and without a window; and with padding."""
     print("AttentionContext: rows are queries, columns keys, # may look")
     documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
     for name, options in {

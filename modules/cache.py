@@ -6,14 +6,14 @@ Generating token t without a cache costs t tokens of work, with one it costs 1. 
 One class per kind of content, all with the same verbs:
 
   begin(tokens, new_tokens)  a forward over `tokens` columns starts; of row b only `new_tokens[b]` are real
-  append(layer, ...)         one layer hands in its part for the new tokens and reads back all that may be looked at
+  append(layer, ...)         one layer hands in its part for the new tokens and reads back what may be seen
   advance()                  all layers are done: rows grow by their new tokens
-  crop(lengths)              forget the newest tokens, down to a length per row (rejected drafts of speculation)
+  crop(lengths)              forget the newest tokens, down to a length per row (rejected drafts)
   start_with(layer, ...)     put a prefix in front, once, before any token
 
-`lengths` is a plain list of ints, one per row: rows of one batch may differ, and knowing them costs no device synchronisation.
-Memory is taken once, at the start. A token's index is its place in its row; `key_index` says which token each slot
-holds, -1 for none, and `modules/attention_context.py` turns that into the mask.
+`lengths` is a plain list of ints, one per row: rows of one batch may differ, and knowing them costs no device
+synchronisation. Memory is taken once, at the start. A token's index is its place in its row; `key_index` says
+which token each slot holds, -1 for none, and `modules/attention_context.py` turns that into the mask.
 """
 
 import torch
@@ -38,17 +38,17 @@ class KVCache:
         return self._past[0] if self._uniform else None
 
     def begin(self, tokens: int, new_tokens: list[int] | None = None) -> None:
-        """Open a forward over `tokens` columns; of row b the first `new_tokens[b]` are real (default: all)."""
+        """Open a forward over `tokens` columns; of row b the first `new_tokens[b]` are real (None: all)."""
         self._past, self._tokens = list(self.lengths), tokens
         self._new = list(new_tokens) if new_tokens is not None else [tokens] * len(self.lengths)
         self._uniform = len(set(self._past)) == 1 and new_tokens is None
         if len(self._new) != len(self.lengths) or not all(0 <= new <= tokens for new in self._new):
-            raise ValueError(f"new_tokens must be {len(self.lengths)} numbers from 0 to {tokens}, not {self._new}")
+            raise ValueError(f"new_tokens: {len(self.lengths)} numbers from 0 to {tokens}, not {self._new}")
         ends = [past + new for past, new in zip(self._past, self._new, strict=True)]
         if max(ends) > self.capacity:
             row = ends.index(max(ends))
             raise ValueError(
-                f"the cache holds {self.capacity} tokens a row; row {row} has {self._past[row]} and would get "
+                f"the cache holds {self.capacity} tokens a row; row {row} has {self._past[row]} and gets "
                 f"{self._new[row]} more: make it with a larger capacity"
             )
         if self._uniform:
@@ -60,7 +60,7 @@ class KVCache:
         self._plan()
 
     def _plan(self):
-        """Which token each slot holds once the new ones are written: slot s holds token s, so the past is k <= q."""
+        """Slot s holds token s, so the past is k <= q."""
         self._span = max(past + new for past, new in zip(self._past, self._new, strict=True))
         self.key_index = torch.arange(self._span, device=self.device)[None]  # (1, S)
         if not self._uniform:
@@ -108,9 +108,9 @@ class KVCache:
         """Put a prefix (B or 1, G, P, D) in front; call for every layer before the first token."""
         length = keys.shape[2]
         if set(self.lengths) - {0, length}:
-            raise ValueError("a prefix goes in front of the first token: the cache already holds tokens")
+            raise ValueError("a prefix goes in front: this cache already holds tokens")
         if length > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens a row; a prefix of {length} does not fit")
+            raise ValueError(f"a prefix of {length} does not fit: the cache holds {self.capacity} a row")
         self.store[layer, 0, :, :, :length] = keys
         self.store[layer, 1, :, :, :length] = values
         self.lengths = [length] * len(self.lengths)
@@ -124,19 +124,20 @@ class KVCache:
 class RollingKVCache(KVCache):
     """Keys and values of the last W tokens only, in a ring: token t lives in slot t mod capacity.
 
-    For models with a sliding window: memory does not grow with the text. The ring has `margin` slots more than the W - 1
-    past tokens that a window needs; up to `margin` tokens can be written before they are read, and as many be cropped
-    again. A longer piece (a prompt) is attended to beside the ring, and only its end is kept.
+    For models with a sliding window: memory does not grow with the text. The ring has `margin` slots more
+    than the W - 1 past tokens that a window needs; up to `margin` tokens can be written before they are read,
+    and as many be cropped again. A longer piece (a prompt) is attended to beside the ring, and only its end
+    is kept.
     """
 
     def __init__(
         self, num_layers, batch_size, window, num_key_value_heads, head_dim, dtype, device, margin: int = 16
     ):
-        super().__init__(num_layers, batch_size, window - 1 + margin, num_key_value_heads, head_dim, dtype, device)
-        self.ring, self.window, self.margin = self.capacity, window, margin
+        self.ring, self.window, self.margin = window - 1 + margin, window, margin
+        super().__init__(num_layers, batch_size, self.ring, num_key_value_heads, head_dim, dtype, device)
         self.capacity = 2**62  # rows may grow without end; `ring` is what they occupy
-        self.held = torch.full((batch_size, self.ring), -1, dtype=torch.long, device=device)  # token in each slot
-        self.longest = [0] * batch_size  # the most tokens that each row ever had: those `ring` before are overwritten
+        self.held = torch.full((batch_size, self.ring), -1, device=device)  # the token in each slot
+        self.longest = [0] * batch_size  # the most tokens that each row ever had: `ring` before them are gone
 
     @property
     def uniform_past(self) -> None:
@@ -144,7 +145,7 @@ class RollingKVCache(KVCache):
         return None
 
     def _plan(self):
-        """Slots to write, and the index of every key that queries will see: (B, ring), or (B, ring + T) if long."""
+        """Slots to write, and the token of every key that queries meet: (B, ring) or (B, ring + T)."""
         index = self.query_index.expand(len(self.lengths), -1)  # (B, T)
         self._long = self._tokens > self.margin
         self._row, self._column, self._slot = self._writes(self.ring)
@@ -157,7 +158,7 @@ class RollingKVCache(KVCache):
             self.key_index = torch.cat([before, index.masked_fill(padding, -1)], dim=1)
 
     def append(self, layer: int, keys, values):
-        """keys, values (B, G, T, D) of the new tokens -> those that a window may reach, in the order of `key_index`."""
+        """keys, values (B, G, T, D) of the new tokens -> all in reach, ordered as `key_index`."""
         read = []
         for stored, new in ((self.store[layer, 0], keys), (self.store[layer, 1], values)):
             beside = torch.cat([stored, new], dim=2) if self._long else None  # before the ring is overwritten
@@ -166,20 +167,18 @@ class RollingKVCache(KVCache):
         return read
 
     def crop(self, lengths: list[int]) -> None:
-        """Forget all tokens of row b from index lengths[b] on: at most `margin` below the longest it ever was, since
-        every newer token has replaced one that the window would need again."""
+        """Forget all tokens of row b from index lengths[b] on: at most `margin` below the longest it ever
+        was, since every newer token has replaced one that the window would need again."""
         for row, (most, new) in enumerate(zip(self.longest, lengths, strict=True)):
             if most > self.ring and most - new > self.margin:
-                raise ValueError(
-                    f"row {row} of a rolling cache has held {most} tokens and can be cropped to {most - self.margin}, "
-                    f"not to {new}: older tokens are gone"
-                )
+                least = most - self.margin
+                raise ValueError(f"row {row} of the ring held {most} tokens: crop it to {least}, not {new}")
         super().crop(lengths)
         limit = torch.tensor(lengths, device=self.device)[:, None]
         self.held.masked_fill_(self.held >= limit, -1)
 
     def advance(self) -> None:
-        """Close the forward: each row grows by its real new tokens."""
+        """Close the forward."""
         super().advance()
         self.longest = [max(pair) for pair in zip(self.longest, self.lengths, strict=True)]
 
@@ -192,7 +191,7 @@ def lesson():
     """What a cache saves, and what it costs: work and memory to generate 256 tokens."""
     layers, heads, groups, dim, tokens = 4, 8, 4, 32, 256
     without = sum(range(1, tokens + 1))
-    print(f"KV cache: tokens pushed through the model to generate {tokens}: {without:,} without, {tokens} with")
+    print(f"KV cache: to generate {tokens} tokens the model reads {without:,} without one, {tokens} with")
     for name, kv_heads in (("MHA", heads), ("GQA", groups), ("MQA", 1)):
         cache = KVCache(layers, 1, tokens, kv_heads, dim, torch.bfloat16, "cpu")
         print(f"  {name} with {kv_heads} key/value heads: {cache.bytes / tokens:6.0f} bytes per token")

@@ -2,16 +2,17 @@
 
     logits = h W^T     nll_n = logsumexp(logits_n) - logits_n[label_n]     loss = sum_n nll_n
 
-In a small model the head (C x V) is the largest product and the (N, V) logits the largest tensor by far. Two savings:
+In a small model the head is the largest product and the (N, V) logits are the largest tensor. Two savings:
 
 1. Logits only where there is a label: padding and questions (label -100) are dropped before the product.
-2. The logits of one chunk of tokens at a time, with their gradient taken while they are still in the processor's cache:
-   d logits = softmax(logits) - onehot(label) needs nothing from later layers, since the loss is a plain sum.
+2. The logits of one chunk of tokens at a time, with their gradient taken while they are still in the
+   processor's cache: d logits = softmax(logits) - onehot(label) needs nothing from later layers, since the
+   loss is a plain sum.
 
     hidden: (N, C)   weight: (V, C)   labels: (N,)  ->  loss sum (), nll (N,) without gradient
 
-`plain_cross_entropy` is the textbook form, `linear_cross_entropy` the chunked one; a test holds them together.
-Trap: softmax and log in fp32; bf16 logits keep about three digits, enough for the products but not for the sum over V.
+`plain_cross_entropy` is the textbook form, `linear_cross_entropy` the chunked one; a test compares them.
+Trap: softmax and log in fp32; bf16 keeps about three digits, enough for the products, not for the sum over V.
 """
 
 import torch
@@ -30,7 +31,7 @@ def plain_cross_entropy(hidden, weight, labels, softcap: float | None = None):
 
 
 def soft_cap(logits, cap: float | None):
-    """cap * tanh(logits / cap): logits stay within +-cap (Gemma 2, arXiv 2408.00118). None leaves them alone."""
+    """cap * tanh(logits / cap): logits stay within +-cap (Gemma 2, arXiv 2408.00118). None: no cap."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -49,7 +50,7 @@ def linear_cross_entropy(hidden, weight, labels, softcap: float | None = None):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and gradient in one pass over chunks of tokens; `backward` only scales what `forward` has found."""
+    """Loss and gradient in one pass over chunks of tokens; `backward` only scales the result."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, softcap, dtype, training):
@@ -112,7 +113,7 @@ def lesson():
     labels[::2] = -100  # every second token is a question's
     plain = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
     total, nll = linear_cross_entropy(hidden, weight, labels)
-    print(f"plain {plain:.3f}, chunked and only where labelled {total:.3f}, over {len(nll)} of {len(labels)} tokens")
+    print(f"plain {plain:.3f}, chunked {total:.3f}, over the {len(nll)} of {len(labels)} tokens with a label")
     print(f"logits held at once: {1024 * 2048 * 4 / 1e6:.1f} MB against {CHUNK * 2048 * 4 / 1e6:.1f} MB")
     print(f"mean probability of the right token {(-nll).exp().mean():.4f}, perplexity {nll.mean().exp():.0f}")
 

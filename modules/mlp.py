@@ -4,8 +4,10 @@
 
     x: (B, T, C)   gate, up: C -> F   down: F -> C   ->   (B, T, C)
 
-Three matrices instead of the classic two, so F is usually chosen near 8/3 C to keep the parameters of a 4 C feed-forward.
-Paper: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202. Names as in Hugging Face's `Qwen3MLP`.
+Three matrices instead of the classic two, so F is usually chosen near 8/3 C to keep the parameters of a 4 C
+feed-forward.
+
+Paper: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202. Names as in `Qwen3MLP`.
 """
 
 import torch
@@ -28,7 +30,7 @@ class SwiGLU(nn.Module):
 
 
 def lesson():
-    """What the gate does to a value of 1, and where its gradient goes: silu is not a switch but a soft slope."""
+    """What the gate does to a value of 1, and its slope: silu is no switch."""
     gate = torch.tensor([-6.0, -3.0, -1.278, -0.5, 0.0, 0.5, 1.0, 3.0, 6.0], requires_grad=True)
     passed = F.silu(gate) * 1.0
     passed.sum().backward()

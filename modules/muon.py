@@ -4,13 +4,13 @@
     U S V^T = u;   update = U V^T                     (all singular values become about 1)
     W <- W - lr * wd * W - lr * sqrt(max(1, rows / columns)) * update
 
-A gradient's few large singular values drown its many small directions; Muon gives every direction the same step. The singular
-value decomposition is replaced by five Newton-Schulz steps, three matrix products each, that push singular values
-towards 1 (to between 0.7 and 1.2: exactness buys nothing) and run well in bf16.
+A gradient's few large singular values drown its many small directions; Muon gives every direction the same
+step. The singular value decomposition is replaced by five Newton-Schulz steps, three matrix products each,
+that push singular values towards 1 (to between 0.7 and 1.2: exactness buys nothing) and run well in bf16.
 
-For matrices of hidden layers only: embeddings, the output head, gains and biases go to AdamW. Matrices of equal shape are
-orthogonalised together as one batch (measured 1.4 to 5 times faster than one by one for small models on a CPU); a stack of
-experts (E, rows, columns) is a batch by itself, each expert a matrix of its own.
+For matrices of hidden layers only: embeddings, the output head, gains and biases go to AdamW. Matrices of
+equal shape are orthogonalised together as one batch (measured 1.4 to 5 times faster than one by one for small
+models on a CPU); a stack of experts (E, rows, columns) is a batch by itself, each expert a matrix of its own.
 
 Source: Keller Jordan, "Muon" (2024, kellerjordan.github.io/posts/muon); Moonlight, arXiv 2502.16982. Equal to
 `torch.optim.Muon` slice by slice.
@@ -40,7 +40,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.dim() not in (2, 3):
-                    raise ValueError(f"Muon takes matrices and stacks of matrices, not shape {tuple(parameter.shape)}")
+                    shape = tuple(parameter.shape)
+                    raise ValueError(f"Muon takes matrices and stacks of matrices, not shape {shape}")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -55,7 +56,7 @@ class Muon(torch.optim.Optimizer):
                 self.update(parameters, **{key: group[key] for key in ("lr", "momentum", "weight_decay")})
 
     def update(self, parameters, lr, momentum, weight_decay):
-        """Momentum, orthogonalisation and step for parameters whose matrices have one shape, up to transposition."""
+        """Momentum, orthogonalisation and step for parameters of one shape, up to transposition."""
         directions = []
         for parameter in parameters:
             state = self.state[parameter]
@@ -90,7 +91,7 @@ def orthogonalize(matrices):
 
 
 def lesson():
-    """Singular values of a gradient-like matrix before and after, and how much of the step the largest one takes."""
+    """Singular values of a gradient-like matrix before and after, and the largest one's share of the step."""
     torch.manual_seed(0)
     spectrum = torch.logspace(0, -2, 8)
     u, v = torch.linalg.qr(torch.randn(8, 8))[0], torch.linalg.qr(torch.randn(16, 8))[0]
@@ -99,7 +100,7 @@ def lesson():
     for name, matrix in (("gradient", gradient), ("Muon's update", update)):
         values = torch.linalg.svdvals(matrix)
         share = values[0] ** 2 / values.square().sum()
-        print(f"{name:14s} singular values", *[f"{s:5.2f}" for s in values.tolist()], f" largest: {share:.0%}")
+        print(f"{name:14s} values", *[f"{s:5.2f}" for s in values.tolist()], f" largest: {share:.0%}")
     cosine = torch.nn.functional.cosine_similarity(update.flatten(), (u @ v.T).flatten(), dim=0)
     print(f"cosine between the update and the exact U V^T: {cosine:.3f}")
 

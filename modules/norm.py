@@ -2,13 +2,14 @@
 
     y = weight * x / sqrt(mean(x^2) + eps)
 
-Unlike LayerNorm it neither subtracts the mean nor adds a bias. Dividing by the root mean square makes the output's size
-independent of the input's: a block reads the same direction whether the residual stream has grown or not.
+Unlike LayerNorm it neither subtracts the mean nor adds a bias. Dividing by the root mean square makes the
+output's size independent of the input's: a block reads the same direction whether the residual stream has
+grown or not.
 
     x: (..., C)   weight: (C,)   ->   (..., C)
 
 Paper: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467.
-Trap: the statistics are taken in fp32. In bf16 (8 bits of mantissa) a sum over C squares loses the small ones.
+Trap: the statistics are taken in fp32. In bf16 (8 bits of mantissa) a sum of squares loses small ones.
 """
 
 import torch
@@ -25,7 +26,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        """(..., C) -> (..., C), in the dtype of `x`; under autocast in its dtype, since a matrix product comes next."""
+        """(..., C) -> (..., C), in the dtype of `x`; under autocast in its dtype, since a matrix product
+        comes next."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         return FusedRMSNorm.apply(x, self.weight, self.eps, dtype)
@@ -39,12 +41,14 @@ def rms_norm(x, weight, eps: float):
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """The same value with a backward pass derived by hand: fewer passes over memory, and only x and r are kept.
+    """The same value with a backward pass derived by hand: fewer passes over memory, only x and r are kept.
 
     With r = 1 / sqrt(mean(x^2) + eps), y = w * x * r and the incoming gradient g:
 
         d w = sum over rows of g * x * r
-        d x = r * w * g - x * r^3 / C * sum(g * x * w)     the part of w*g along x changes only the length: no effect
+        d x = r * w * g - x * r^3 / C * sum(g * x * w)
+
+    The second term takes away the part of w*g along x: it would change only the length, which has no effect.
     """
 
     @staticmethod
@@ -71,7 +75,7 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 def lesson():
-    """Two tokens, one a hundred times the other, come out the same size; the learned gain then scales channels."""
+    """Two tokens, one a hundred times the other, come out the same size; the gain scales channels."""
     torch.manual_seed(0)
     small = torch.randn(1, 6)
     x = torch.cat([small, 100 * small])

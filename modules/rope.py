@@ -1,12 +1,12 @@
-"""Rotary position embedding (RoPE): turn each pair of query and key channels by an angle that grows with position.
+"""Rotary position embedding (RoPE): turn pairs of channels by an angle that grows with position.
 
     angle(position, i) = position * base^(-2i/D),   i = 0 .. D/2-1
     (x_i, x_j) -> (x_i cos - x_j sin,  x_j cos + x_i sin)
 
-A dot product of two turned vectors depends on the difference of their positions only, so attention sees distance, not place.
-Small i turn fast (near neighbours differ), large i slowly (far positions stay apart).
+A dot product of two turned vectors depends on the difference of their positions only, so attention sees
+distance, not place. Small i turn fast (near neighbours differ), large i slowly (far positions stay apart).
 
-Which channels make a pair is a matter of taste, and the best-known trap when weights are moved between projects:
+Which channels make a pair is a matter of taste, and the best-known trap when weights are moved:
   half-split  (Hugging Face Llama, Qwen): channel i with channel i + D/2
   interleaved (the paper, GPT-J, DeepSeek): channel 2i with channel 2i + 1
 Both give the same scores once the rows of the query and key projections are permuted (`interleaved_to_half`).
@@ -46,7 +46,8 @@ class RotaryEmbedding(nn.Module):
         self.depends_on_length = (scaling or {}).get("rope_type", (scaling or {}).get("type")) == "dynamic"
 
     def _apply(self, fn, recurse=True):
-        """`.to(bfloat16)` and `.half()` must not round the frequencies; `.double()` and device moves are followed."""
+        """`.to(bfloat16)` and `.half()` must not round the frequencies; `.double()` and device moves are
+        followed."""
         super()._apply(fn, recurse)
         wide = torch.float64 if self.inv_freq.dtype == torch.float64 else torch.float32
         self.inv_freq = self.exact.to(self.inv_freq.device, wide)
@@ -62,9 +63,9 @@ class RotaryEmbedding(nn.Module):
                 self.head_dim, self.theta, self.scaling, self.max_positions, length
             )
             inv_freq = inv_freq.to(positions.device)
-        inv_freq = inv_freq.to(self.inv_freq.dtype)  # fp64 in a model in fp64, else fp32; never half precision
+        inv_freq = inv_freq.to(self.inv_freq.dtype)  # fp64 in a model in fp64, else fp32
         angles = positions[..., None].to(inv_freq.dtype) * inv_freq  # (B, T, D/2)
-        spread = angles.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat([angles, angles], dim=-1)
+        spread = angles.repeat_interleave(2, -1) if self.interleaved else torch.cat([angles, angles], -1)
         return spread.cos() * factor, spread.sin() * factor
 
 
@@ -81,12 +82,12 @@ def rotate_interleaved(x):
 
 def apply_rotary(x, cos, sin, interleaved=False):
     """Turn x (B, H, T, D) by the tables (B or 1, T, D); the tables take the dtype of x."""
-    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)  # (B or 1, 1, T, D): one for all heads
+    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)  # (B or 1, 1, T, D), for all heads
     return Rotate.apply(x, cos, sin, rotate_interleaved if interleaved else rotate_half)
 
 
 class Rotate(torch.autograd.Function):
-    """x cos + rotate(x) sin. The gradient of a rotation is the rotation back: the same with -sin, nothing of x is kept."""
+    """x cos + rotate(x) sin. Its gradient is the rotation back, the same with -sin: nothing of x is kept."""
 
     @staticmethod
     def forward(ctx, x, cos, sin, rotate):
@@ -103,7 +104,7 @@ class Rotate(torch.autograd.Function):
 
 
 def interleaved_to_half(weight, num_heads):
-    """Reorder the rows of a q or k projection (H*D, C), or its bias (H*D,), made for interleaved pairs, for half-split.
+    """Reorder the rows of a q or k projection (H*D, C), or its bias (H*D,), from interleaved to half-split.
 
     The gains of QK-norm (D,) need the same permutation: pass them with num_heads=1.
     """

@@ -1,21 +1,21 @@
-"""Longer contexts for RoPE: rules that slow its frequencies so that far positions look like ones seen in training.
+"""Longer contexts for RoPE: rules that slow its frequencies so that far positions look familiar.
 
 With s the stretch factor (new length / old length) and inv_i = base^(-2i/D):
 
   linear   inv_i / s                                     every frequency alike (arXiv 2306.15595)
   ntk      base' = base * s^(D/(D-2))                    the fastest is kept, the slowest divided by s
-  dynamic  ntk with s grown to fit the present length    nothing changes up to the trained length; beyond it, keys
-           already in a cache keep the base of their time, so cached and uncached logits differ there
+  dynamic  ntk with s grown to fit the present length    nothing changes up to the trained length; beyond it,
+           keys already in a cache keep the base of their time, so cached and uncached logits differ there
   yarn     fast ones kept, slow ones divided by s, a ramp between; and the logits are cooled by a
            temperature m = 0.1 ln(s) + 1 on both cos and sin (arXiv 2309.00071)
   llama3   by wavelength: short kept, long divided by s, smooth between (Llama-3.1's rule)
   ABF      no rule at all: a larger `rope_theta` (arXiv 2309.16039)
 
-`rope_frequencies` returns the D/2 inverse frequencies in fp32 and the factor for cos and sin. The dictionary may be
-in the old Hugging Face spelling ({"type": "yarn", "factor": 4.0}) or the new one ({"rope_type": ..., "rope_theta": ...}).
+`rope_frequencies` returns the D/2 inverse frequencies in fp32 and the factor for cos and sin. The dictionary
+may be in the old Hugging Face spelling ({"type": "yarn", "factor": 4.0}) or the new one ("rope_type").
 
-Traps: YaRN's ramp runs over the D/2 frequencies, not over D channels; it uses the *original* length; and the temperature
-multiplies cos and sin both, so that scores get m^2.
+Traps: YaRN's ramp runs over the D/2 frequencies, not over D channels; it uses the *original* length; and the
+temperature multiplies cos and sin both, so that scores get m^2.
 """
 
 import math
@@ -24,7 +24,7 @@ import torch
 
 from utils.errors import UserError
 
-NEEDS = {  # the numbers that each rule reads, with their defaults (None: the dictionary must give it; 0: not given)
+NEEDS = {  # the numbers each rule reads and their defaults (None: must be given; 0: not given)
     "default": {},
     "linear": {"factor": None},
     "ntk": {"factor": None},
@@ -41,21 +41,22 @@ NEEDS = {  # the numbers that each rule reads, with their defaults (None: the di
 
 
 def read_scaling(scaling: dict | None, theta: float) -> tuple[str, float, dict]:
-    """Check a `rope_scaling` dictionary of either spelling: (rule, theta, parameters with defaults filled in).
+    """Check a `rope_scaling` dictionary of either spelling: (rule, theta, all parameters).
 
-    A null is as good as absent. YaRN without a factor takes max_position_embeddings / original_max_position_embeddings,
-    as Hugging Face does.
+    A null is as good as absent. YaRN without a factor takes max_position_embeddings /
+    original_max_position_embeddings, as Hugging Face does.
     """
     given = {key: value for key, value in (scaling or {}).items() if value is not None}
     rule = given.pop("type", "default")
     rule = given.pop("rope_type", rule)
-    if given.get("partial_rotary_factor") == 1:  # Hugging Face may write that the whole head is turned: so it is here
+    if given.get("partial_rotary_factor") == 1:  # Hugging Face's word for: the whole head
         del given["partial_rotary_factor"]
     if not isinstance(rule, str) or rule not in NEEDS:
         raise UserError(f"model.rope_scaling: unknown rope_type {rule!r}; known: {', '.join(NEEDS)}")
     for key, value in given.items():
-        kind, name = (bool, "true or false") if key == "truncate" else ((int, float), "a positive number")
-        if not isinstance(value, kind) or (kind is not bool and (isinstance(value, bool) or not 0 < value < math.inf)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+        if not (isinstance(value, bool) if key == "truncate" else number):
+            name = "true or false" if key == "truncate" else "a positive number"
             raise UserError(f"model.rope_scaling: {key} must be {name}, not {value!r}")
     theta = given.pop("rope_theta", theta)
     if theta <= 1:
@@ -63,7 +64,8 @@ def read_scaling(scaling: dict | None, theta: float) -> tuple[str, float, dict]:
     values = dict(NEEDS[rule])
     unknown = set(given) - set(values)
     if unknown:
-        raise UserError(f"model.rope_scaling: {rule} takes no {', '.join(sorted(unknown))}; it takes {list(values)}")
+        names = ", ".join(sorted(unknown))
+        raise UserError(f"model.rope_scaling: {rule} takes no {names}; it takes {list(values)}")
     values.update(given)
     missing = [key for key, value in values.items() if value is None]
     if rule == "yarn" and not values["factor"] and not values["original_max_position_embeddings"]:
@@ -74,7 +76,7 @@ def read_scaling(scaling: dict | None, theta: float) -> tuple[str, float, dict]:
         raise UserError(f"model.rope_scaling: factor must be at least 1, not {values['factor']}")
     for small, large in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
         if small in values and not values[small] < values[large]:
-            raise UserError(f"model.rope_scaling: {small}={values[small]} must be below {large}={values[large]}")
+            raise UserError(f"model.rope_scaling: {small}={values[small]} is not below {large}")
     return rule, float(theta), values
 
 
@@ -93,7 +95,7 @@ def rope_frequencies(head_dim, theta, scaling=None, max_positions=2048, length=N
         p["original_max_position_embeddings"] = p["original_max_position_embeddings"] or max_positions
         p["factor"] = p["factor"] or max(1.0, max_positions / p["original_max_position_embeddings"])
     if rule in ("ntk", "dynamic") and head_dim < 4:
-        raise UserError(f"model.rope_scaling: {rule} needs a head_dim of at least 4: with 2 there is one frequency, kept")
+        raise UserError(f"model.rope_scaling: {rule} needs a head_dim of at least 4: with 2, nothing is slow")
     factor = p.get("factor", 1.0)
     if rule == "dynamic":
         length = max(length or max_positions, max_positions)
@@ -123,7 +125,7 @@ def plain(head_dim, theta):
 def yarn_range(head_dim, theta, original, beta_fast=32.0, beta_slow=1.0, truncate=True):
     """The first and last frequency of YaRN's ramp.
 
-    A frequency that makes `n` full turns over the original length has the index D ln(L / (2 pi n)) / (2 ln base).
+    A frequency that makes `n` full turns over the original length L has index D ln(L / 2 pi n) / (2 ln base).
     More than beta_fast turns: fast, kept. Fewer than beta_slow: slow, divided.
     """
 
@@ -138,7 +140,7 @@ def yarn_range(head_dim, theta, original, beta_fast=32.0, beta_slow=1.0, truncat
 
 
 def yarn_temperature(p):
-    """The factor on cos and sin; DeepSeek's pair of mscales cancels where they are equal (the softmax has it then)."""
+    """The factor on cos and sin; DeepSeek's pair of mscales cancels where they are equal."""
 
     def mscale(scale, weight=1.0):
         return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
@@ -154,13 +156,13 @@ def llama3(inv_freq, p):
     """Keep wavelengths below L/high, divide those above L/low by the factor, blend between."""
     original, low, high = p["original_max_position_embeddings"], p["low_freq_factor"], p["high_freq_factor"]
     wavelength = 2 * math.pi / inv_freq
-    blend = ((original / wavelength - low) / (high - low)).clamp(0, 1)  # 1: short wave, kept; 0: long, divided
+    blend = ((original / wavelength - low) / (high - low)).clamp(0, 1)  # 1: kept; 0: divided
     return (1 - blend) * inv_freq / p["factor"] + blend * inv_freq
 
 
 def lesson():
-    """Turns that each frequency makes over 16384 positions, for a model trained on 4096 (where 1 turn is the most
-    that the slowest ones have seen)."""
+    """Turns that each frequency makes over 16384 positions, for a model trained on 4096 (where 1 turn is the
+    most that the slowest ones have seen)."""
     rules = {
         "plain": None,
         "linear": {"rope_type": "linear", "factor": 4.0},

@@ -56,13 +56,17 @@ def make_context(T, rules):
 
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("heads, groups, tokens", [(4, 4, 5), (4, 2, 5), (6, 2, 3), (3, 1, 4), (1, 1, 1), (4, 2, 1)])
+@pytest.mark.parametrize(
+    "heads, groups, tokens", [(4, 4, 5), (4, 2, 5), (6, 2, 3), (3, 1, 4), (1, 1, 1), (4, 2, 1)]
+)
 def test_value_and_gradient_are_those_of_the_loop(rules, heads, groups, tokens):
     torch.manual_seed(heads * 10 + tokens)
     context, allowed = make_context(tokens, rules)
     q = torch.randn(2, heads, tokens, 4, dtype=torch.float64, requires_grad=True)
     k = torch.randn(2, groups, tokens, 4, dtype=torch.float64, requires_grad=True)
-    v = torch.randn(2, groups, tokens, 6, dtype=torch.float64, requires_grad=True)  # values may be wider than keys
+    v = torch.randn(
+        2, groups, tokens, 6, dtype=torch.float64, requires_grad=True
+    )  # values may be wider than keys
     upstream = torch.randn(2, heads, tokens, 6, dtype=torch.float64)
     slow = slow_attention(q, k, v, allowed, 0.37)
     expected = torch.autograd.grad(slow, (q, k, v), upstream, allow_unused=True)
@@ -76,7 +80,8 @@ def test_value_and_gradient_are_those_of_the_loop(rules, heads, groups, tokens):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_a_row_with_nothing_to_attend_to_is_zero(path, dtype):
-    """In every precision, with scores far below zero: zeros forward, and gradients that are finite and zero for that row."""
+    """In every precision, with scores far below zero: zeros forward, and gradients that are finite and zero
+    for that row."""
     torch.manual_seed(0)
     q = (torch.randn(1, 4, 3, 8) * 6 + 6).to(dtype).requires_grad_()
     k = (torch.randn(1, 2, 3, 8) * 6 - 6).to(dtype).requires_grad_()
@@ -93,8 +98,8 @@ def test_a_row_with_nothing_to_attend_to_is_zero(path, dtype):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_dropout_keeps_the_mean_and_drops_weights(path):
-    """With keys all alike and values the identity, the output is the weights: a share p of them is zero, the others are
-    scaled by 1/(1-p)."""
+    """With keys all alike and values the identity, the output is the weights: a share p of them is zero, the
+    others are scaled by 1/(1-p)."""
     torch.manual_seed(0)
     S, p = 64, 0.25
     q, k, v = torch.zeros(1, 2, S, S), torch.zeros(1, 1, S, S), torch.eye(S)[None, None]
@@ -109,7 +114,11 @@ def test_dropout_is_for_training_only():
     x = torch.randn(2, 5, 24)
     for implementation in ("eager", "sdpa"):
         layers = [
-            shake(GroupedQueryAttention(small_config(attention_dropout=p, attn_implementation=implementation), 0))
+            shake(
+                GroupedQueryAttention(
+                    small_config(attention_dropout=p, attn_implementation=implementation), 0
+                )
+            )
             for p in (0.5, 0.0)
         ]
         context, rotary = build_context(5, "cpu"), RotaryEmbedding(8)(torch.arange(5)[None])
@@ -141,12 +150,13 @@ def test_bf16_is_near_the_exact_answer(path):
 
 def twin(config):
     """Hugging Face's attention of the same shape."""
+    same = "hidden_size num_attention_heads num_key_value_heads head_dim rms_norm_eps attention_bias"
     theirs = Qwen3Config(
-        hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads, head_dim=config.head_dim, rms_norm_eps=config.rms_norm_eps,
-        attention_bias=config.attention_bias, attn_implementation="eager", num_hidden_layers=1,
+        **{name: getattr(config, name) for name in same.split()},
+        num_hidden_layers=1,
+        attn_implementation="eager",
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-    )  # fmt: skip
+    )
     return Qwen3Attention(theirs, 0).eval(), Qwen3RotaryEmbedding(theirs)
 
 
@@ -176,12 +186,17 @@ def test_the_module_is_qwen3s(implementation, heads, groups, bias):
 
 def test_without_qk_norm_nothing_is_normed():
     layer = GroupedQueryAttention(small_config(qk_norm=False), 0)
-    assert isinstance(layer.q_norm, nn.Identity) and not [n for n, _ in layer.named_parameters() if "norm" in n]
+    assert isinstance(layer.q_norm, nn.Identity) and not [
+        n for n, _ in layer.named_parameters() if "norm" in n
+    ]
     torch.manual_seed(0)
     layer = shake(layer.double())
     x = torch.randn(1, 3, 24, dtype=torch.float64)
     context = build_context(3, "cpu")
-    tables = torch.ones(1, 3, 8, dtype=torch.float64), torch.zeros(1, 3, 8, dtype=torch.float64)  # no rotation
+    tables = (
+        torch.ones(1, 3, 8, dtype=torch.float64),
+        torch.zeros(1, 3, 8, dtype=torch.float64),
+    )  # no rotation
     q, k, v = (
         project(x).view(1, 3, -1, 8).transpose(1, 2) for project in (layer.q_proj, layer.k_proj, layer.v_proj)
     )

@@ -32,7 +32,9 @@ def test_without_a_cache(seed):
     dice = random.Random(seed)
     B, T = dice.randint(1, 3), dice.choice([1, 2, 5, 9])
     causal, window = dice.random() < 0.7, dice.choice([None, None, 1, 3, 20])
-    documents = [sorted(dice.randint(0, 2) for _ in range(T)) for _ in range(B)] if dice.random() < 0.5 else None
+    documents = (
+        [sorted(dice.randint(0, 2) for _ in range(T)) for _ in range(B)] if dice.random() < 0.5 else None
+    )
     padding = [[dice.randint(0, 1) for _ in range(T)] for _ in range(B)] if dice.random() < 0.5 else None
     positions = [[dice.randint(0, 99) for _ in range(T)] for _ in range(B)] if dice.random() < 0.3 else None
     context = build_context(
@@ -54,8 +56,8 @@ def test_without_a_cache(seed):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_with_a_cache(seed):
-    """Pieces of random sizes, ragged or not, with crops between: each real query sees exactly the tokens that the rules
-    allow, each once, and the keys that come back are those very tokens."""
+    """Pieces of random sizes, ragged or not, with crops between: each real query sees exactly the tokens that
+    the rules allow, each once, and the keys that come back are those very tokens."""
     dice = random.Random(seed)
     B, window = dice.randint(1, 3), dice.choice([None, 1, 2, 3, 7, 50])
     rolling = window is not None and dice.random() < 0.6
@@ -73,7 +75,9 @@ def test_with_a_cache(seed):
         cache.begin(T, new)
         context = build_context(T, "cpu", window=window, cache=cache)
         real = new or [T] * B
-        names = torch.full((B, 1, T, 2), -7.0, dtype=torch.float64)  # a key's value is its own index; padding is -7
+        names = torch.full(
+            (B, 1, T, 2), -7.0, dtype=torch.float64
+        )  # a key's value is its own index; padding is -7
         for b in range(B):
             names[b, 0, : real[b]] = (lengths[b] + torch.arange(real[b], dtype=torch.float64))[:, None]
         keys, values = cache.append(0, names, names + 1000)

@@ -26,7 +26,9 @@ def by_torch(hidden, weight, labels, cap):
 
 
 @pytest.mark.parametrize("cap", [None, 2.5])
-@pytest.mark.parametrize("N, ignored", [(1, 0), (1, 1), (7, 0.3), (7, 1), (CHUNK, 0), (CHUNK + 1, 0), (2 * CHUNK + 77, 0.4)])
+@pytest.mark.parametrize(
+    "N, ignored", [(1, 0), (1, 1), (7, 0.3), (7, 1), (CHUNK, 0), (CHUNK + 1, 0), (2 * CHUNK + 77, 0.4)]
+)
 def test_value_and_gradients(N, ignored, cap):
     hidden, weight, labels = sample(N, ignored=ignored)
     expected = by_torch(hidden, weight, labels, cap)
@@ -56,7 +58,8 @@ def test_no_label_at_all_costs_nothing():
 
 
 def test_rows_without_a_label_are_left_alone_whatever_they_hold():
-    """The head's products of supervised rows only: loss and gradient of the whole, even beside NaN and infinity."""
+    """The head's products of supervised rows only: loss and gradient of the whole, even beside NaN and
+    infinity."""
     hidden, weight, labels = sample(9, ignored=0)
     labels[3:6] = -100
     clean = linear_cross_entropy(hidden, weight, labels)[0]
@@ -99,7 +102,9 @@ def test_one_side_may_be_frozen(frozen):
     expected = torch.autograd.grad(by_torch(*inputs, labels, None), inputs[1 - frozen])[0]
     inputs[frozen] = inputs[frozen].detach()
     total, _ = linear_cross_entropy(*inputs, labels)
-    torch.testing.assert_close(torch.autograd.grad(total, inputs[1 - frozen])[0], expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(total, inputs[1 - frozen])[0], expected, rtol=0, atol=1e-12
+    )
     assert not linear_cross_entropy(hidden.detach(), weight.detach(), labels)[0].requires_grad
 
 
@@ -115,7 +120,9 @@ def test_under_autocast(cap):
     assert ours.dtype == nll.dtype == torch.float32
     torch.testing.assert_close(ours.double(), exact, rtol=2e-3, atol=0)
     torch.testing.assert_close(plain.double(), exact, rtol=2e-3, atol=0)
-    for a, b, c in zip(torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(plain, (hidden, weight)), real):
+    for a, b, c in zip(
+        torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(plain, (hidden, weight)), real
+    ):
         assert a.dtype == torch.float32
         assert (a - c).norm() / c.norm() < 0.01 and (b - c).norm() / c.norm() < 0.01
 

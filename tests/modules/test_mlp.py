@@ -20,6 +20,8 @@ def test_it_is_qwens(shape):
     torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-13)
     mine = torch.autograd.grad(ours(x), [x, *ours.parameters()], upstream)
     parameters = dict(theirs.named_parameters())
-    other = torch.autograd.grad(theirs(x), [x, *(parameters[n] for n, _ in ours.named_parameters())], upstream)
+    other = torch.autograd.grad(
+        theirs(x), [x, *(parameters[n] for n, _ in ours.named_parameters())], upstream
+    )
     for a, b in zip(mine, other, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)

@@ -50,8 +50,8 @@ def test_value_and_gradient_are_those_of_torch(shape, dtype, tolerance):
 
 
 def test_bf16_against_torch_and_qwen():
-    """In bf16 the plain form is Qwen3's to the bit; the fused one multiplies before it rounds, as F.rms_norm does: the
-    two conventions differ by one unit in the last place."""
+    """In bf16 the plain form is Qwen3's to the bit; the fused one multiplies before it rounds, as F.rms_norm
+    does: the two conventions differ by one unit in the last place."""
     x, weight = pair((4, 33, 64), torch.bfloat16)
     qwen = Qwen3RMSNorm(64, 1e-6).to(torch.bfloat16)
     qwen.weight.data.copy_(weight)

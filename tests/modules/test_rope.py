@@ -1,4 +1,5 @@
-"""Rotary embeddings against Hugging Face's Llama code, a loop over complex numbers, and the property they exist for."""
+"""Rotary embeddings against Hugging Face's Llama code, a loop over complex numbers, and the property they
+exist for."""
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from modules.rope import RotaryEmbedding, apply_rotary, interleaved_to_half
 from tests.modules.tools import slow_rotation
 
 
-def half_positions(B, T):
+def odd_positions(B, T):
     """Positions that neither start at zero nor rise by one."""
     return torch.randint(0, 500, (B, T), generator=torch.Generator().manual_seed(3))
 
@@ -20,7 +21,7 @@ def test_half_split_is_hugging_faces(head_dim, theta):
     torch.manual_seed(0)
     config = LlamaConfig(head_dim=head_dim, hidden_size=64, num_attention_heads=4)
     config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
-    positions = half_positions(2, 7)
+    positions = odd_positions(2, 7)
     q, k = torch.randn(2, 3, 7, head_dim), torch.randn(2, 1, 7, head_dim)
     cos, sin = LlamaRotaryEmbedding(config)(q, positions)
     theirs = apply_rotary_pos_emb(q, k, cos, sin)
@@ -36,12 +37,14 @@ def test_both_pairings_are_the_complex_loop(interleaved, rows):
     """Also with one table for all rows (B or 1)."""
     torch.manual_seed(1)
     x = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
-    positions = half_positions(rows, 5)
+    positions = odd_positions(rows, 5)
     rope = RotaryEmbedding(6, 100.0, interleaved=interleaved).double()
     ours = apply_rotary(x, *rope(positions), interleaved)
     inv_freq = [100.0 ** (-2 * i / 6) for i in range(3)]
     slow = slow_rotation(x.detach(), positions.expand(2, 5), inv_freq, interleaved)
-    torch.testing.assert_close(ours, slow, rtol=0, atol=1e-4)  # our frequencies are rounded to fp32, as theirs are
+    torch.testing.assert_close(
+        ours, slow, rtol=0, atol=1e-4
+    )  # our frequencies are rounded to fp32, as theirs are
     slow = slow_rotation(x.detach(), positions.expand(2, 5), rope.inv_freq, interleaved)
     torch.testing.assert_close(ours, slow, rtol=0, atol=1e-13)
     assert torch.autograd.gradcheck(lambda x: apply_rotary(x, *rope(positions), interleaved), (x,))
@@ -65,14 +68,17 @@ def test_scores_depend_on_the_distance_only(interleaved):
 
 
 def test_weights_move_from_interleaved_to_half():
-    """A projection with bias and QK-norm made for interleaved pairs gives the same scores as its permuted copy."""
+    """A projection with bias and QK-norm made for interleaved pairs gives the same scores as its permuted
+    copy."""
     torch.manual_seed(3)
     B, T, C, H, G, D = 2, 5, 12, 4, 2, 6
     x = torch.randn(B, T, C, dtype=torch.float64)
     weights = {name: torch.randn(n * D, C, dtype=torch.float64) for name, n in (("q", H), ("k", G))}
     biases = {name: torch.randn(n * D, dtype=torch.float64) for name, n in (("q", H), ("k", G))}
     gains = {name: torch.randn(D, dtype=torch.float64) for name in "qk"}
-    tables = {flag: RotaryEmbedding(D, 100.0, interleaved=flag).double()(torch.arange(T)[None]) for flag in (0, 1)}
+    tables = {
+        flag: RotaryEmbedding(D, 100.0, interleaved=flag).double()(torch.arange(T)[None]) for flag in (0, 1)
+    }
 
     def scores(weights, biases, gains, interleaved):
         turned = []

@@ -1,4 +1,5 @@
-"""Every rule for longer contexts against `transformers.modeling_rope_utils` and against numbers published for it."""
+"""Every rule for longer contexts against `transformers.modeling_rope_utils` and against numbers published for
+it."""
 
 import math
 
@@ -17,7 +18,9 @@ from utils.errors import UserError
 
 def theirs(head_dim, theta, scaling, max_positions, length=None):
     """Inverse frequencies and factor by Hugging Face."""
-    config = LlamaConfig(head_dim=head_dim, hidden_size=64, num_attention_heads=2, max_position_embeddings=max_positions)
+    config = LlamaConfig(
+        head_dim=head_dim, hidden_size=64, num_attention_heads=2, max_position_embeddings=max_positions
+    )
     config.rope_parameters = {"rope_theta": theta, **scaling}
     config.rope_parameters.setdefault("rope_type", scaling.get("type"))
     return ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, "cpu", seq_len=length)
@@ -80,7 +83,8 @@ def test_dynamic_is_hugging_faces(length, head_dim):
 
 
 def test_the_tables_follow_the_scaling():
-    """The factor reaches cos and sin both, and `dynamic` looks at the longest position: against Hugging Face's module."""
+    """The factor reaches cos and sin both, and `dynamic` looks at the longest position: against Hugging
+    Face's module."""
     for scaling, length in ((YARN, 50), ({"rope_type": "dynamic", "factor": 2.0}, 40),
                             ({"rope_type": "dynamic", "factor": 2.0}, 300), (LLAMA3, 50)):  # fmt: skip
         config = LlamaConfig(head_dim=16, hidden_size=64, num_attention_heads=4, max_position_embeddings=64)
@@ -91,7 +95,9 @@ def test_the_tables_follow_the_scaling():
         for a, b in zip(ours, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
         if scaling is YARN:
-            torch.testing.assert_close(ours[0] ** 2 + ours[1] ** 2, torch.full_like(ours[0], (0.1 * math.log(4) + 1) ** 2))
+            torch.testing.assert_close(
+                ours[0] ** 2 + ours[1] ** 2, torch.full_like(ours[0], (0.1 * math.log(4) + 1) ** 2)
+            )
 
 
 def test_published_numbers():
@@ -106,7 +112,9 @@ def test_published_numbers():
     assert yarn_range(128, 1e6, 32768) == (23, 40)
     assert rope_frequencies(128, 1e6, qwen)[0][25].item() == pytest.approx(4.1317e-3, rel=1e-4)
     assert yarn_range(128, 1e6, 32768, truncate=False) == pytest.approx((23.596, 39.651), abs=1e-3)
-    assert rope_frequencies(128, 1e6, qwen | {"truncate": False})[0][25].item() == pytest.approx(4.2344e-3, rel=1e-4)
+    assert rope_frequencies(128, 1e6, qwen | {"truncate": False})[0][25].item() == pytest.approx(
+        4.2344e-3, rel=1e-4
+    )
     llama = rope_frequencies(128, 5e5, LLAMA3)[0]
     for index, value in ((35, 9.5562e-5), (40, 3.4281e-5), (63, 3.0689e-7)):
         assert llama[index].item() == pytest.approx(value, rel=1e-4)
@@ -118,12 +126,15 @@ def test_published_numbers():
 
 
 def test_ntk_in_closed_form():
-    """base * s^(D/(D-2)): the first frequency stays, the last is divided by exactly s, between them a power of s."""
+    """base * s^(D/(D-2)): the first frequency stays, the last is divided by exactly s, between them a power
+    of s."""
     for head_dim, s in ((128, 4.0), (16, 2.5), (4, 3.0)):
         plain = rope_frequencies(head_dim, 1e4)[0].double()
         ours, factor = rope_frequencies(head_dim, 1e4, {"rope_type": "ntk", "factor": s})
         index = torch.arange(head_dim // 2, dtype=torch.float64)
-        torch.testing.assert_close(ours.double(), plain * s ** (-2 * index / (head_dim - 2)), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            ours.double(), plain * s ** (-2 * index / (head_dim - 2)), rtol=1e-6, atol=0
+        )
         assert ours[0] == 1 and factor == 1
         assert (plain[-1] / ours[-1]).item() == pytest.approx(s, rel=1e-6)
 
@@ -156,7 +167,9 @@ def test_yarn_takes_the_trained_length_from_the_model_where_none_is_given():
 
 def test_words_that_hugging_face_writes_beside():
     plain = {"rope_type": "linear", "factor": 2.0}
-    assert read_scaling(plain | {"partial_rotary_factor": 1.0, "type": "linear"}, 1e4) == read_scaling(plain, 1e4)
+    assert read_scaling(plain | {"partial_rotary_factor": 1.0, "type": "linear"}, 1e4) == read_scaling(
+        plain, 1e4
+    )
     with pytest.raises(UserError, match="partial_rotary_factor"):
         read_scaling(plain | {"partial_rotary_factor": 0.5}, 1e4)
 

@@ -1,4 +1,5 @@
-"""What several tests of the building blocks need: configurations, random weights, and attention as an obvious loop."""
+"""What several tests of the building blocks need: configurations, random weights, and attention as an obvious
+loop."""
 
 import math
 
@@ -29,7 +30,8 @@ def shake(module, seed=0, scale=0.3):
 
 
 def slow_attention(q, k, v, allowed, scale):
-    """Softmax attention per row, head and query; `allowed(b, query, key)` says who may look. Any dtype with gradients."""
+    """Softmax attention per row, head and query; `allowed(b, query, key)` says who may look. Any dtype with
+    gradients."""
     B, H, T, _ = q.shape
     G, S = k.shape[1], k.shape[2]
     rows = []
