@@ -32,7 +32,8 @@ def twins(dtype=torch.float32, seed=1, **changes):
     ours = shake(TinySeek(config), seed)
     same = (
         "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "intermediate_size rms_norm_eps max_position_embeddings attention_bias tie_word_embeddings sliding_window"
+        "intermediate_size rms_norm_eps max_position_embeddings attention_bias "
+        "tie_word_embeddings sliding_window"
     )
     kind = "sliding_attention" if config.sliding_window else "full_attention"
     theirs = Qwen3ForCausalLM(

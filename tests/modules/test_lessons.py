@@ -32,7 +32,7 @@ def definitions(tree):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_lesson_runs(name):
-    """As `__main__`, in less than five seconds, printing at least three lines of at most 120 columns, no warning."""
+    """As `__main__`, in less than five seconds, printing three lines or more of at most 120 columns."""
     screen, start, state = io.StringIO(), time.perf_counter(), torch.get_rng_state()
     saved = sys.modules.pop(f"modules.{name}", None)  # so that it is run, not found
     try:
