@@ -1,4 +1,5 @@
-"""Shared settings of all tests: no network, no window for pictures, and one thread, which is faster on tiny tensors."""
+"""Shared settings of all tests: no network, no window for pictures, and one thread, which is faster on tiny
+tensors."""
 
 import os
 

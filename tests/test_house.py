@@ -1,4 +1,4 @@
-"""The rules of the house, read from the source of every file: imports point down, nothing runs strangers' code."""
+"""The rules of the house, read from every file: imports point down, nothing runs code from strangers."""
 
 import ast
 import sys
