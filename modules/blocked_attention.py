@@ -1,19 +1,21 @@
 """Causal attention by blocks of queries: the lower triangle is computed, the upper one never.
 
-`eager_attention` computes all T x T scores and throws half of them away. Here queries are taken `BLOCK` at a time; a block that
-ends at token e looks at keys 0..e only, so with many blocks half of the work is left, and one block's scores stay in the
-processor's cache. FlashAttention (Dao et al., arXiv 2205.14135) goes one step further and cuts keys into blocks as well.
+`eager_attention` computes all T x T scores and throws half of them away. Here queries are taken `BLOCK` at a
+time; a block that ends at token e looks at keys 0..e only, so with many blocks half of the work is left, and
+one block's scores stay in the processor's cache. FlashAttention (Dao et al., arXiv 2205.14135) goes one step
+further and cuts keys into blocks as well.
 
-The backward pass is derived by hand, with the softmax P = softmax(S), S = scale * Q K^T, O = P V and the gradient dO:
+The backward pass is derived by hand, with S = scale * Q K^T, P = softmax(S), O = P V and the gradient dO:
 
-    dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(dP * P))      dQ = scale * dS K      dK = scale * dS^T Q
+    dV = P^T dO    dP = dO V^T    dS = P * (dP - rowsum(dP * P))    dQ = scale * dS K    dK = scale * dS^T Q
 
-    q: (B, H, T, D)   k, v: (B, G, T, D)   ->   (B, H, T, D)
+    q: (B, H, T, D)   k, v: (B, G, T, D)   ->   (B, H, T, D), the D of v
 
 On CPUs this is the fastest path, in bf16 and in fp32: docs/experiments.md has the numbers.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 BLOCK = 64  # queries
 
@@ -32,8 +34,8 @@ class BlockedAttention(torch.autograd.Function):
         B, H, T, D = q.shape
         G, R = k.shape[1], H // k.shape[1]
         q = (q * scale).reshape(B * G, R, T, D)
-        k, v = k.reshape(B * G, T, D), v.reshape(B * G, T, D)
-        out = torch.empty_like(q)
+        k, v = k.reshape(B * G, T, D), v.reshape(B * G, T, -1)
+        out = q.new_empty(B * G, R, T, v.shape[-1])
         future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
         bias = torch.zeros(BLOCK, BLOCK, dtype=q.dtype, device=q.device)
         bias.masked_fill_(future, torch.finfo(q.dtype).min)
@@ -45,31 +47,32 @@ class BlockedAttention(torch.autograd.Function):
             scores = torch.bmm(rows, k[:, :stop].mT)  # (B*G, R*n, stop)
             scores.view(B * G, R, n, stop)[..., start:] += bias[:n, :n]  # only the last square has a future
             probs = scores.softmax(dim=-1)
-            out[:, :, start:stop] = torch.bmm(probs, v[:, :stop]).view(B * G, R, n, D)
+            out[:, :, start:stop] = torch.bmm(probs, v[:, :stop]).view(B * G, R, n, -1)
             kept.append(probs)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.scale = scale
-        return out.view(B, H, T, D)
+        return out.view(B, H, T, -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         """(B, H, T, D) -> gradients of q, k, v."""
         q, k, v, *kept = ctx.saved_tensors  # q is scaled already
         N, R, T, D = q.shape  # N = B*G
         B, H = grad.shape[:2]
-        grad = grad.reshape(N, R, T, D)
+        grad = grad.reshape(N, R, T, -1)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for probs, start in zip(kept, range(0, T, BLOCK), strict=True):
             stop = min(start + BLOCK, T)
             n = stop - start
-            grad_out = grad[:, :, start:stop].reshape(N, R * n, D)
+            grad_out = grad[:, :, start:stop].reshape(N, R * n, -1)
             grad_v[:, :stop] += torch.bmm(probs.mT, grad_out)
             grad_probs = torch.bmm(grad_out, v[:, :stop].mT)  # (N, R*n, stop)
             grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
             grad_q[:, :, start:stop] = torch.bmm(grad_scores, k[:, :stop]).view(N, R, n, D)
             grad_k[:, :stop] += torch.bmm(grad_scores.mT, q[:, :, start:stop].reshape(N, R * n, D))
         grad_q *= ctx.scale
-        return grad_q.view(B, H, T, D), grad_k.view(B, -1, T, D), grad_v.view(B, -1, T, D), None
+        return grad_q.view(B, H, T, D), grad_k.view(B, -1, T, D), grad_v.view(B, H // R, T, -1), None
 
 
 def lesson():
@@ -79,7 +82,8 @@ def lesson():
     print("causal attention: scores computed per head")
     for T in (64, 256, 1024, 4096):
         blocks = sum(BLOCK * min(start + BLOCK, T) for start in range(0, T, BLOCK))
-        print(f"  {T:5d} tokens: all {T * T:10,}   by blocks {blocks:10,} ({blocks / T / T:.0%})   needed {T * (T + 1) // 2:10,}")
+        share, needed = blocks / T**2, T * (T + 1) // 2
+        print(f"  {T:5d} tokens: all {T * T:10,}   by blocks {blocks:10,} ({share:.0%})   needed {needed:9,}")
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 8, 200, 32), torch.randn(2, 4, 200, 32), torch.randn(2, 4, 200, 32)
     gap = blocked_attention(q, k, v, 0.2) - F.scaled_dot_product_attention(

@@ -7,12 +7,14 @@ from torch import nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
-from modules.attention import GroupedQueryAttention, choose_attention, eager_attention, sdpa_attention
+from modules import blocked_attention as blocked
+from modules.attention import GroupedQueryAttention, attend, eager_attention, sdpa_attention
 from modules.attention_context import AttentionContext, build_context
 from modules.rope import RotaryEmbedding
 from tests.modules.tools import shake, slow_attention, small_config
 
 PATHS = [eager_attention, sdpa_attention]
+NAMES = ["auto", "blocked", "eager", "sdpa"]
 RULES = {
     "causal": {},
     "everyone": {"causal": False},
@@ -112,7 +114,7 @@ def test_dropout_keeps_the_mean_and_drops_weights(path):
 def test_dropout_is_for_training_only():
     """In eval mode the same numbers as a model without dropout, on both paths (sdpa itself does not look)."""
     x = torch.randn(2, 5, 24)
-    for implementation in ("eager", "sdpa"):
+    for implementation in ("eager", "sdpa", "auto"):
         layers = [
             shake(
                 GroupedQueryAttention(
@@ -128,12 +130,66 @@ def test_dropout_is_for_training_only():
         assert not torch.equal(layers[0](x, context, rotary), without)
 
 
-def test_the_chosen_path():
-    q = torch.zeros(1, 1, 4, 2)
-    context = build_context(4, "cpu")
-    assert choose_attention("eager", q, context) is eager_attention
-    assert choose_attention("sdpa", q.bfloat16(), context) is sdpa_attention
-    assert choose_attention("auto", q, context) in PATHS
+def by_torch(q, k, v, scale):
+    """PyTorch's own, on keys repeated for each query head of their group."""
+    ratio = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(ratio, dim=1), v.repeat_interleave(ratio, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+
+@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2), (3, 1), (1, 1)])
+@pytest.mark.parametrize("tokens, width", [(1, 4), (63, 4), (64, 4), (65, 3), (150, 6)])
+def test_by_blocks(heads, groups, tokens, width):
+    """Fewer tokens than a block, exactly one, one more, a last block that is not full; other widths of v."""
+    torch.manual_seed(tokens)
+    q = torch.randn(2, heads, tokens, 4, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(2, groups, tokens, 4, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(2, groups, tokens, width, dtype=torch.float64, requires_grad=True)
+    expected = by_torch(q, k, v, 0.37)
+    ours = blocked.blocked_attention(q, k, v, 0.37)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-13)
+    upstream = (
+        torch.randn_like(expected).transpose(1, 2).contiguous().transpose(1, 2)
+    )  # strided
+    real = torch.autograd.grad(expected, (q, k, v), upstream)
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), upstream), real, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_by_small_blocks_is_the_loop(tokens, monkeypatch):
+    monkeypatch.setattr(blocked, "BLOCK", 2)
+    torch.manual_seed(tokens)
+    q, k, v = (torch.randn(2, n, tokens, 4, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
+    slow = slow_attention(q, k, v, lambda b, t, s: s <= t, 0.4)
+    torch.testing.assert_close(blocked.blocked_attention(q, k, v, 0.4), slow, rtol=0, atol=1e-13)
+    assert torch.autograd.gradcheck(lambda *x: blocked.blocked_attention(*x, 0.4), (q, k, v))
+
+
+def test_whatever_path_is_chosen_the_answer_is_the_same():
+    """Every `attn_implementation`, with the plain triangle, with a mask, and for a new token after a past."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 9, 4, dtype=torch.float64) for n in (4, 2, 2))
+    for rules in ({}, {"window": 3}, {"causal": False}, {"padding_mask": "left"}):
+        context, allowed = make_context(9, rules)
+        slow = slow_attention(q, k, v, allowed, 0.5)
+        for name in NAMES:
+            torch.testing.assert_close(attend(name, q, k, v, context, 0.5), slow, rtol=0, atol=1e-13)
+            low = attend(name, q.bfloat16(), k.bfloat16(), v.bfloat16(), context, 0.5)
+            torch.testing.assert_close(low.double(), slow, rtol=0.05, atol=0.05)
+    one = AttentionContext(torch.tensor([[8]]), None, False)
+    slow = slow_attention(q[:, :, -1:], k, v, lambda b, t, s: True, 0.5)
+    for name in NAMES:
+        torch.testing.assert_close(attend(name, q[:, :, -1:], k, v, one, 0.5), slow, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["auto", "blocked"])
+def test_by_blocks_there_is_no_dropout_so_another_path_takes_over(name):
+    torch.manual_seed(0)
+    q, k, v = torch.zeros(1, 2, 64, 64), torch.zeros(1, 1, 64, 64), torch.eye(64)[None, None]
+    out = attend(name, q, k, v, build_context(64, "cpu"), 1.0, 0.25)
+    seen = torch.ones(64, 64, dtype=torch.bool).tril().expand_as(out)
+    assert not out[~seen].any() and 0.2 < (out[seen] == 0).double().mean() < 0.3
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -160,7 +216,7 @@ def twin(config):
     return Qwen3Attention(theirs, 0).eval(), Qwen3RotaryEmbedding(theirs)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "blocked", "auto"])
 @pytest.mark.parametrize("heads, groups, bias", [(4, 4, False), (4, 2, True), (3, 1, False), (1, 1, True)])
 def test_the_module_is_qwen3s(implementation, heads, groups, bias):
     config = small_config(
