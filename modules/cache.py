@@ -152,10 +152,8 @@ class RollingKVCache(KVCache):
         before = self.held.clone() if self._long else None
         self.held[self._row, self._slot] = index[self._row, self._column]
         self.key_index = self.held
-        if self._long:
-            ends = torch.tensor(self._past) + torch.tensor(self._new)
-            padding = index >= ends.to(self.device)[:, None]
-            self.key_index = torch.cat([before, index.masked_fill(padding, -1)], dim=1)
+        if self._long:  # padding stands behind every real query, so causality hides it
+            self.key_index = torch.cat([before, index], dim=1)
 
     def append(self, layer: int, keys, values):
         """keys, values (B, G, T, D) of the new tokens -> all in reach, ordered as `key_index`."""

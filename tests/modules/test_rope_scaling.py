@@ -40,6 +40,7 @@ CASES = [
     (16, 1e4, YARN | {"original_max_position_embeddings": 128}, 512),
     (8, 100.0, YARN | {"original_max_position_embeddings": 16}, 64),  # the ramp meets both its ends
     (4, 1e4, YARN | {"original_max_position_embeddings": 6}, 24),  # low == high
+    (16, 100.0, YARN, 16384),  # the ramp ends beyond the last frequency, where D-1 and D/2-1 differ
     (128, 1e6, YARN | {"truncate": False}, 16384),
     (64, 1e4, YARN | {"truncate": False, "beta_fast": 20.0, "beta_slow": 2.5}, 16384),
     (128, 1e4, YARN | {"beta_fast": 16, "beta_slow": 2}, 16384),
