@@ -57,11 +57,16 @@ def parse_command(stage: str, short: str, description: str, argv=None) -> Comman
     init = load_checkpoint(args.init) if args.init else None
     inherited = {}
     if init:
+        if missing := [key for key in ("config", "weights", "tokenizer") if key not in init]:
+            raise UserError(f"--init {args.init}: a checkpoint without {', '.join(missing)}; name one of a training run")
         inherited = {section: init["config"][section] for section in ("model", "tokenizer")}
     config = load_config(args.config, args.settings, inherited, flags=flag_settings(args))
     preset = Path(args.config).stem if args.config else DEFAULT_PRESET
     out = Path(args.out) if args.out else ROOT / "out" / (preset if preset != DEFAULT_PRESET else "")
-    refuse_to_overwrite(out, stage, short, args.resume or args.overwrite)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if not args.overwrite:
+        refuse_to_overwrite(out, stage, short, args.resume)
     return Command(config, out, init, args.resume, args.overwrite)
 
 
@@ -81,13 +86,16 @@ def flag_settings(args) -> dict:
     return {"train": train, "data": data}
 
 
-def refuse_to_overwrite(out: Path, stage: str, short: str, allowed: bool) -> None:
-    """Stop if `out` holds a run of this stage and neither --resume nor --overwrite was given."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    if allowed:
-        return
+def refuse_to_overwrite(out: Path, stage: str, short: str, resume: bool) -> None:
+    """Stop if `out` holds a run of this stage that would be lost."""
     final, on_the_way = out / final_name(short), latest_checkpoint(out, short)
+    if resume:
+        if final.exists() and not on_the_way:
+            raise UserError(
+                f"{final} is there, but no checkpoint to resume from: start from its weights with --init {final} "
+                "--out DIR, or anew with --overwrite"
+            )
+        return
     if final.exists():
         raise UserError(
             f"{final} is a finished run of {stage}: talk to it with `python inference/chat.py`, give it more "

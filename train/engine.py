@@ -41,6 +41,10 @@ from utils.gradient_check import WeightWitness, prove_gradients_before
 from utils.log import RunLog
 from utils.plot import plot_curves
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)  # end the run after the step at hand, with a checkpoint
+PROOF_STEPS = 100  # steps of data that are searched for a label before the first step
+
+
 @dataclass
 class Machine:
     """Where and how this process computes."""
@@ -110,22 +114,18 @@ class Trainer:
         self.elapsed, self.reserve = 0.0, 0.0  # seconds of training so far; seconds kept for the last evaluation
         self.window: dict[str, float] = {}  # sums since the last logged step
         self.saved_in_epoch, self.saved_epoch = 0, 0
-        self.last_good, self.finished, self.signal = None, False, None
+        self.last_good, self.finished = None, False
+        self.received = self.signal = None  # a signal that came in; the one that all processes agreed to stop for
         self.model = stage.model.to(machine.device)
         distributed.broadcast_parameters(self.model)
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         distributed.same_on_all_ranks("\n".join(names), "trainable parameters")
         self.optimizers = build_optimizers(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.scaled)
-        newest = files.latest_checkpoint(self.out, stage.short) if resume else None
-        if newest:
+        self.log, self.log_position = None, None
+        if newest := files.latest_checkpoint(self.out, stage.short) if resume else None:
             self.restore(newest)
-        elif machine.world.is_first:
-            self.clear()
-        distributed.barrier()
-        self.log = None
-        if machine.world.is_first:
-            self.log = RunLog(self.out / stage.name / "log.txt", resume_at=self.log_position if newest else None)
+        distributed.barrier()  # nobody goes on, and writes, before all have read
         # The compiled model is another object over the same weights; checkpoints always come from the plain one.
         self.runner = torch.compile(self.model) if config.train.compile else self.model
 
@@ -135,8 +135,10 @@ class Trainer:
         """Prove, train, evaluate, save, plot. Returns the numbers of the last evaluation."""
         if self.finished:
             self.machine.say(f"the run in {self.out} is finished at step {self.step}; more: --max-steps N")
+            self.open_log()
         else:
             self.prove_before()
+            self.open_log()
             witness = WeightWitness(self.model)
             self.train(witness)
             if self.signal:
@@ -149,10 +151,22 @@ class Trainer:
         distributed.barrier()
         return self.last_evaluation
 
+    def open_log(self) -> None:
+        """From here on the run writes. A new one first removes what an earlier one left."""
+        if self.machine.world.is_first:
+            if self.log_position is None:
+                self.clear()
+            self.log = RunLog(self.out / self.stage.name / "log.txt", resume_at=self.log_position)
+
     def prove_before(self) -> None:
         """Every trainable parameter gets a gradient from a real batch, every frozen one none; see gradient_check."""
         state = self.stage.loader.state_dict()
-        batches = [self.to_device(batch) for batch in self.stage.loader.next_step()]
+        for _ in range(PROOF_STEPS):  # the first batches may be without a label
+            batches = [self.to_device(batch) for batch in self.stage.loader.next_step()]
+            if any(map(supervised, batches)):
+                break
+        else:
+            raise UserError(f"no label in the first {PROOF_STEPS} steps of data: there is nothing to learn from")
         self.stage.loader.load_state_dict(state)
 
         def terms(model, batches):
@@ -166,7 +180,7 @@ class Trainer:
     def train(self, witness: WeightWitness) -> None:
         """Steps until a bound or a signal ends them."""
         self.started = time.monotonic() - self.elapsed
-        before = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self.on_signal) for number in STOPPING}
         if self.step == 0:
             self.estimate_reserve(self.evaluate(self.config.train.eval_batches))
         bar = tqdm(total=100, disable=None if self.machine.world.is_first else True, leave=False,
@@ -192,9 +206,10 @@ class Trainer:
         micro_batches = self.stage.loader.next_step()
         waited = time.perf_counter() - clock
         world = self.machine.world
-        counts = [sum(supervised(batch) for batch in micro_batches), self.signal or 0]
-        count, stop = distributed.sum_scalars(counts)
-        self.signal = self.signal or int(stop) or None  # one process got a signal: all end together
+        counts = [sum(supervised(batch) for batch in micro_batches), *(self.received == s for s in STOPPING)]
+        count, *stop = distributed.sum_scalars(counts)
+        # One process got a signal: all stop after this step. One that comes later stops the next step.
+        self.signal = next((number for number, how_many in zip(STOPPING, stop, strict=True) if how_many), None)
         seed_everything(self.config.train.seed * 1_000_003 + self.step * world.size + world.rank)
         factor = lr_factor(self.config.optim, self.step, self.progress)
         set_lr(self.optimizers, factor)
@@ -241,8 +256,9 @@ class Trainer:
         if not math.isfinite(norm) and not self.machine.scaled:
             self.stop_on_nan(norm, "gradient norm")
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)  # under fp16 it leaves out a step whose gradients overflowed
-            witness.note_step(optimizer)
+            if math.isfinite(norm):  # under fp16 gradients may overflow: no step, and a smaller scale next time
+                self.scaler.step(optimizer)
+                witness.note_step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         return norm
@@ -258,26 +274,28 @@ class Trainer:
     # --------------------------------------------------------------------------------------- after each step
 
     def note(self, values: dict[str, float], waited: float, took: float) -> None:
-        """Add one step to the sums that the next log line is the mean of."""
-        for name, value in {**values, "data_ms": waited * 1e3, "step_ms": took * 1e3, "steps": 1}.items():
+        """Add one step to the sums that the next log line is the mean of; a skipped step has times, but no values."""
+        times = {"data_ms": waited * 1e3, "step_ms": took * 1e3, "steps": 1, "taken": int(bool(values))}
+        for name, value in {**values, **times}.items():
             self.window[name] = self.window.get(name, 0.0) + value
         self.tokens_per_step = self.tokens / self.step
 
     def show(self, bar: tqdm) -> None:
         """Loss, speed and time left on the progress bar."""
-        done, steps = self.progress, self.window["steps"]
+        done, steps, taken = self.progress, self.window["steps"], max(1, self.window["taken"])
         left = self.elapsed * (1 - done) / max(done, 1e-9)
         speed = self.tokens_per_step * steps / (self.window["step_ms"] / 1e3)
         bar.n = min(100, 100 * done)
         bar.set_postfix_str(
-            f"step {self.step}  loss {self.window.get('loss', 0) / steps:.3f}  {speed:,.0f} tok/s  "
+            f"step {self.step}  loss {self.window.get('loss', 0) / taken:.3f}  {speed:,.0f} tok/s  "
             f"{int(left) // 60}:{int(left) % 60:02d} left"
         )
 
     def after_step(self, factor: float) -> None:
-        """Log, evaluate and save where they are due."""
+        """Log, evaluate and save where they are due. A signal adds a checkpoint, and not a line to the log: the log
+        of a resumed run is that of one which was never stopped."""
         train = self.config.train
-        ending = self.progress >= 1 or bool(self.signal)
+        ending = self.progress >= 1
         if self.step % train.log_every == 0 or ending:
             self.write_log(factor)
         if self.step % train.eval_every == 0 and not ending:
@@ -288,8 +306,8 @@ class Trainer:
     def write_log(self, factor: float) -> None:
         """One line: the mean of the steps since the last one."""
         window, self.window = self.window, {}
-        steps = window.pop("steps")
-        mean = {name: value / steps for name, value in window.items()}
+        steps, taken = window.pop("steps"), window.pop("taken")
+        mean = {name: value / (steps if name.endswith("_ms") else taken) for name, value in window.items()}
         row = {"step": self.step, "tokens": self.tokens, "epoch": self.stage.loader.epoch_progress}
         row |= {name: mean[name] for name in ("loss", "ce", "mtp", "balance") if name in mean}
         if "ce" in mean:
@@ -413,6 +431,7 @@ class Trainer:
     def finish(self, witness: WeightWitness) -> None:
         """After the last step: the weights must have moved; measure on all held-out data; a last checkpoint."""
         self.machine.say(witness.prove_moved())
+        self.save()  # the evaluation may take a while, and somebody may lose patience
         self.evaluate(None)
         self.elapsed = time.monotonic() - self.started
         self.finished = True
@@ -429,7 +448,7 @@ class Trainer:
 
     def on_signal(self, number, _frame) -> None:
         """Remember the signal; the step at hand is finished first."""
-        self.signal = number
+        self.received = number
 
     def to_device(self, batch: dict) -> dict:
         """Tensors of a micro-batch on the device of the run."""

@@ -20,4 +20,7 @@ def run_main(main) -> None:
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        sys.exit(130)
     sys.exit(code or 0)

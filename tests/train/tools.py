@@ -1,0 +1,135 @@
+"""Small stages for tests of the engine: a tiny decoder over random tokens, everything in fp32 on one thread."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config.load import load_config
+from load_data.loader import TokenLoader
+from load_data.tokenizer import CharTokenizer
+from model.tinyseek import TinySeek
+from train.engine import Machine, Stage, Trainer
+from utils.distributed import World
+
+ROOT = Path(__file__).resolve().parents[2]
+PRE_TRAIN = ROOT / "train" / "pre_train.py"
+VOCABULARY = 64
+TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz")
+
+
+def machine(**changes) -> Machine:
+    """One process on the CPU in fp32."""
+    return Machine(**{"device": torch.device("cpu"), "dtype": torch.float32, "scaled": False, "world": World()} | changes)
+
+
+def small_config(*settings, steps=6):
+    """A model of two layers and some steps; `settings` as after --set."""
+    fixed = {
+        "model.hidden_size": 16, "model.num_hidden_layers": 2, "model.num_attention_heads": 2,
+        "model.num_key_value_heads": 1, "model.intermediate_size": 24, "model.vocab_size": VOCABULARY,
+        "model.initializer_range": 0.1, "data.sequence_length": 8, "optim.optimizer": "adamw", "optim.lr": 0.01,
+        "train.batch_size": 4, "train.max_steps": steps, "train.max_seconds": "null", "train.dtype": "fp32",
+        "train.device": "cpu", "train.log_every": 1, "train.eval_every": 100, "train.save_every": 100,
+    }  # fmt: skip
+    return load_config("tiny", [f"{key}={value}" for key, value in fixed.items()] + list(settings))
+
+
+def small_model(config) -> TinySeek:
+    """The same weights every time."""
+    torch.manual_seed(1)
+    return TinySeek(config.model)
+
+
+def random_tokens(count=2000, seed=0) -> np.ndarray:
+    """(count,) ids that are not all equally likely, so that there is something to learn."""
+    return np.minimum(np.random.default_rng(seed).geometric(0.1, count), VOCABULARY - 1).astype(np.uint16)
+
+
+def next_token_loss(model, batch, step_tokens):
+    """The loss of pre-training."""
+    output = model(batch["input_ids"], labels=batch["labels"])
+    return {"ce": output.loss_sum / step_tokens}, {"conf": (-output.nll).exp().sum() / step_tokens}
+
+
+class NoEvaluation:
+    """Stands in where a test does not look at evaluations; remembers how it was called."""
+
+    batches = 1
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, model, max_batches):
+        self.calls.append(max_batches)
+        return {"val_loss": 0.5}
+
+
+class ListLoader:
+    """Gives the steps of a list, over and over: each a list of micro-batches."""
+
+    def __init__(self, steps):
+        self.steps, self.index = steps, 0
+        self.epoch = 0
+
+    def next_step(self):
+        self.index += 1
+        return self.steps[(self.index - 1) % len(self.steps)]
+
+    @property
+    def epoch_progress(self):
+        return self.index / len(self.steps)
+
+    def state_dict(self):
+        return {"index": self.index}
+
+    def load_state_dict(self, state):
+        self.index = state["index"]
+
+
+def make_trainer(out, config, model=None, loader=None, loss=next_token_loss, evaluate=None, resume=False, **changes):
+    """A `Trainer` of a toy stage."""
+    train = config.train
+    if loader is None:
+        loader = TokenLoader(
+            random_tokens(), config.data.sequence_length, train.batch_size, train.accumulation_steps, seed=train.seed
+        )
+    stage = Stage(
+        name="toy", short="Toy", model=model or small_model(config), loader=loader, loss=loss,
+        evaluate=evaluate or NoEvaluation(), tokenizer=TOKENIZER, data_digest="digest",
+    )  # fmt: skip
+    return Trainer(stage, config, machine(**changes), Path(out), resume)
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    """A copy of all weights."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same_bits(first, second) -> bool:
+    """True if two dictionaries of tensors are equal bit by bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def largest_difference(first, second) -> float:
+    """The largest absolute difference between two dictionaries of tensors."""
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def environment(**changes) -> dict[str, str]:
+    """The environment of a subprocess: one thread, this repository, no torchrun around it."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"} | changes
+
+
+def run(*arguments, processes=1, timeout=120, **changes) -> subprocess.CompletedProcess:
+    """Run `python ARGUMENTS`, or with more processes `torchrun ARGUMENTS`, to its end."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment(**changes), capture_output=True, text=True, timeout=timeout, check=False
+    )
