@@ -1,9 +1,8 @@
 """From a preset, a JSON file and `--set` to one checked `RunConfig`.
 
 Precedence, weakest first: the defaults of `config/schema.py`, the preset or JSON file, the checkpoint that a
-run starts from, the command line's own flags, `--set section.key=value`. An unknown section or key is an error that names the nearest known one; nothing is guessed
-and nothing executed.
-"""
+run starts from, the command line's own flags, `--set section.key=value`. An unknown section or key is an
+error that names the nearest known one; nothing is guessed and nothing executed. """
 
 import difflib
 import json

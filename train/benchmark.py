@@ -1,0 +1,168 @@
+"""How fast does a model train and write, and how fast is its Hugging Face twin on the same machine?
+
+    python train/benchmark.py                                     the shape that the README quotes
+    python train/benchmark.py --config gpu_base --set train.compile=true
+    python train/benchmark.py --set model.hidden_size=512 --set train.batch_size=4
+
+Machines are shared and noisy, so the contenders take turns, step by step, in one process, and medians and
+their ratios are what counts. Training: forward, backward and an AdamW step on random tokens. Decoding:
+greedy, 128 new tokens after a prompt of 16, one row. The twin is measured where `transformers` is installed.
+"""
+
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the repository root, so that imports work from anywhere
+
+import argparse
+import os
+import statistics
+import time
+
+import torch
+
+from config.load import load_config
+from inference.generate import Generator
+from inference.sampling import SamplingParams
+from model.tinyseek import TinySeek
+from train.engine import start_machine
+from utils.cost import cost_card
+from utils.device import peak_flops, synchronize
+from utils.errors import run_main
+
+PROMPT, NEW_TOKENS = 16, 128
+
+
+def main():
+    """Both measurements, one table each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="benchmark", metavar="NAME|FILE.json")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", dest="settings")
+    parser.add_argument("--steps", type=int, default=20, help="measured turns of each contender (default 20)")
+    parser.add_argument("--only", choices=("train", "decode"))
+    args = parser.parse_args()
+    config = load_config(args.config, args.settings)
+    config.model.vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
+    machine = start_machine(config)
+    if args.only != "decode":
+        compare_training(config, machine, args.steps)
+    if args.only != "train":
+        for dtype in dict.fromkeys([torch.float32, machine.dtype]):
+            compare_decoding(config, machine, dtype, max(5, args.steps // 2))
+
+
+def hugging_face_twin(config, attention: str):
+    """The `Qwen3ForCausalLM` of the same shape, or None where transformers is not installed or has no such model."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+    except ImportError:
+        return None
+    model = config.model
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+             "intermediate_size", "max_position_embeddings", "tie_word_embeddings")  # fmt: skip
+    settings = {name: getattr(model, name) for name in names}
+    return Qwen3ForCausalLM(Qwen3Config(**settings, attn_implementation=attention))
+
+
+def take_turns(contenders: dict, steps: int, machine) -> dict[str, list[float]]:
+    """Seconds of each call of each contender, after three calls to warm up."""
+    seconds = {name: [] for name in contenders}
+    for turn in range(steps + 3):
+        for name, call in contenders.items():
+            synchronize(machine.device)
+            start = time.perf_counter()
+            call()
+            synchronize(machine.device)
+            if turn >= 3:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def report(seconds: dict[str, list[float]], tokens: int, unit: str, extra=None) -> None:
+    """Medians, the spread of the middle half, and ratios to the last contender."""
+    last = statistics.median(list(seconds.values())[-1])
+    for name, times in seconds.items():
+        low, middle, high = statistics.quantiles(times, n=4)
+        line = f"  {name:28s} {tokens / middle:10,.0f} {unit}  ({tokens / high:,.0f} to {tokens / low:,.0f})"
+        print(f"{line}  ratio {last / middle:.2f}" + (extra(tokens / middle) if extra else ""))
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+def training_step(model, machine, loss):
+    """One call = forward + backward + fused AdamW step."""
+    model.to(machine.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=machine.device.type in ("cpu", "cuda"))
+
+    def step():
+        with machine.autocast():
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def compare_training(config, machine, steps: int) -> None:
+    """Training tokens per second, with the attention that each would choose and with SDPA in both."""
+    rows, length = config.train.batch_size, config.data.sequence_length
+    ids = torch.randint(0, config.model.vocab_size, (rows, length + 1), device=machine.device)
+    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    contenders = {}
+    for implementation in dict.fromkeys([config.model.attn_implementation, "sdpa"]):
+        config.model.attn_implementation = implementation
+        model = TinySeek(config.model)
+        runner = torch.compile(model) if config.train.compile else model
+        loss = lambda runner=runner: runner(inputs, labels=labels).loss_sum / labels.numel()  # noqa: E731
+        contenders[f"TinySeek ({implementation})"] = training_step(model, machine, loss)
+    for implementation in ("eager", "sdpa"):
+        twin = hugging_face_twin(config, implementation)
+        if twin is not None:
+            runner = torch.compile(twin) if config.train.compile else twin
+            loss = lambda runner=runner: runner(input_ids=inputs, labels=inputs).loss  # noqa: E731
+            contenders[f"Qwen3ForCausalLM ({implementation})"] = training_step(twin, machine, loss)
+
+    card = cost_card(config.model, rows * length, length)
+    print(f"training, {rows} x {length} tokens, {machine.dtype}, {card.train_flops() / 1e6:.1f} MFLOP per token")
+    name = torch.cuda.get_device_name() if machine.device.type == "cuda" else ""
+    peak = peak_flops(name, machine.dtype)
+
+    def utilisation(tokens_per_second):
+        reached = card.train_flops() * tokens_per_second
+        return f"  {reached / 1e9:,.0f} GFLOP/s" + (f"  MFU {reached / peak:.1%}" if peak else "")
+
+    report(take_turns(contenders, steps, machine), rows * length, "tokens/s", utilisation)
+
+
+# ------------------------------------------------------------------------------------------------------ decoding
+
+
+def compare_decoding(config, machine, dtype, turns: int) -> None:
+    """Greedy decoding, one row; both models hold their weights in `dtype`."""
+    if config.model.max_position_embeddings < PROMPT + NEW_TOKENS:
+        print(f"decoding: left out, it needs max_position_embeddings of at least {PROMPT + NEW_TOKENS}")
+        return
+    model = TinySeek(config.model).to(machine.device, dtype).eval()
+    prompt = torch.randint(0, config.model.vocab_size, (1, PROMPT)).tolist()
+    params = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS)
+    generator = Generator(model)
+    contenders = {"TinySeek": lambda: generator.generate(prompt, params, stop_ids=set())}
+    plain = Generator(model, fast=False)
+    contenders["TinySeek, plain path"] = lambda: plain.generate(prompt, params, stop_ids=set())
+    twin = hugging_face_twin(config, "sdpa")
+    if twin is not None:
+        twin.to(machine.device, dtype).eval()
+        ids = torch.tensor(prompt, device=machine.device)
+
+        def generate():
+            with torch.inference_mode():
+                twin.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None,
+                              pad_token_id=0, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS)  # fmt: skip
+
+        contenders["Qwen3ForCausalLM.generate"] = generate
+    print(f"decoding, greedy, 1 row, {PROMPT} + {NEW_TOKENS} tokens, {dtype}")
+    report(take_turns(contenders, turns, machine), NEW_TOKENS, "tokens/s")
+
+
+if __name__ == "__main__":
+    run_main(main)
