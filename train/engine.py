@@ -160,6 +160,9 @@ class Trainer:
 
     def prove_before(self) -> None:
         """Every trainable parameter gets a gradient from a real batch, every frozen one none; see gradient_check."""
+        held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        if odd := [name for name, p in self.model.named_parameters() if p.requires_grad != (id(p) in held)]:
+            raise UserError(f"frozen or unfrozen after the optimizer was built: {', '.join(odd[:3])}; decide before")
         state = self.stage.loader.state_dict()
         for _ in range(PROOF_STEPS):  # the first batches may be without a label
             batches = [self.to_device(batch) for batch in self.stage.loader.next_step()]
@@ -206,10 +209,7 @@ class Trainer:
         micro_batches = self.stage.loader.next_step()
         waited = time.perf_counter() - clock
         world = self.machine.world
-        counts = [sum(supervised(batch) for batch in micro_batches), *(self.received == s for s in STOPPING)]
-        count, *stop = distributed.sum_scalars(counts)
-        # One process got a signal: all stop after this step. One that comes later stops the next step.
-        self.signal = next((number for number, how_many in zip(STOPPING, stop, strict=True) if how_many), None)
+        (count,) = distributed.sum_scalars([sum(supervised(batch) for batch in micro_batches)])
         seed_everything(self.config.train.seed * 1_000_003 + self.step * world.size + world.rank)
         factor = lr_factor(self.config.optim, self.step, self.progress)
         set_lr(self.optimizers, factor)
@@ -223,11 +223,16 @@ class Trainer:
         if self.machine.device.type != "cpu":
             synchronize(self.machine.device)
         self.note(values, waited, time.perf_counter() - clock)
-        self.elapsed = time.monotonic() - self.started
-        if self.config.train.max_seconds:
-            self.elapsed = distributed.sum_scalars([self.elapsed if world.is_first else 0.0])[0]
+        self.agree()
         self.show(bar)
         self.after_step(factor)
+
+    def agree(self) -> None:
+        """All processes go by the clock of the first, and all stop if one got a signal; if it comes after this, they stop
+        one step later."""
+        elapsed = time.monotonic() - self.started if self.machine.world.is_first else 0.0
+        self.elapsed, *got = distributed.sum_scalars([elapsed, *(self.received == number for number in STOPPING)])
+        self.signal = next((number for number, count in zip(STOPPING, got, strict=True) if count), None)
 
     def forward_backward(self, micro_batches: list[dict], count: float) -> dict[str, float]:
         """Gradients of the step's mean loss, summed over all processes; returns the step's numbers."""

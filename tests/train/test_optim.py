@@ -9,7 +9,15 @@ from modules.muon import Muon
 from tests.train.tools import small_config, small_model
 from train.optim import build_optimizers, set_lr
 
-SHAPES = [(16, 16), (8, 24), (24, 8), (16, 16), (1, 12), (40, 3), (8, 24)]  # square, wide, tall, and equal ones
+SHAPES = [
+    (16, 16),
+    (8, 24),
+    (24, 8),
+    (16, 16),
+    (1, 12),
+    (40, 3),
+    (8, 24),
+]  # square, wide, tall, and equal ones
 STACKS = [(3, 8, 20), (4, 20, 8), (2, 16, 16)]
 
 
@@ -27,7 +35,9 @@ def test_muon_equals_that_of_torch_slice_by_slice(momentum, weight_decay):
     shapes = SHAPES + STACKS
     start = gradients(shapes, 100)
     ours = [nn.Parameter(tensor.clone()) for tensor in start]
-    slices = [[nn.Parameter(part.clone()) for part in tensor.reshape(-1, *tensor.shape[-2:])] for tensor in start]
+    slices = [
+        [nn.Parameter(part.clone()) for part in tensor.reshape(-1, *tensor.shape[-2:])] for tensor in start
+    ]
     settings = {"lr": 0.05, "momentum": momentum, "weight_decay": weight_decay}
     one = Muon(ours, **settings)
     other = torch.optim.Muon([part for parts in slices for part in parts], **settings)
@@ -75,7 +85,9 @@ def test_adam_and_adamw_equal_those_of_torch(name, reference):
     expected = reference(groups, lr=0.03, betas=(0.8, 0.9), eps=1e-8, foreach=False, fused=False)
     (optimizer,) = build_optimizers(model, optim)
     for step in range(5):
-        for parameter, copy, gradient in zip((model.weight, model.bias), (matrix, bias), gradients([(4, 5), (4,)], step)):
+        for parameter, copy, gradient in zip(
+            (model.weight, model.bias), (matrix, bias), gradients([(4, 5), (4,)], step)
+        ):
             parameter.grad, copy.grad = gradient, gradient.clone()
         optimizer.step()
         expected.step()

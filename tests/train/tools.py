@@ -1,5 +1,6 @@
 """Small stages for tests of the engine: a tiny decoder over random tokens, everything in fp32 on one thread."""
 
+import math
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from config.load import load_config
 from load_data.loader import TokenLoader
@@ -18,12 +20,15 @@ from utils.distributed import World
 ROOT = Path(__file__).resolve().parents[2]
 PRE_TRAIN = ROOT / "train" / "pre_train.py"
 VOCABULARY = 64
+PLAIN = ("optim.schedule=cosine", "optim.warmup_steps=0", "optim.grad_clip=1.0")
 TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz")
 
 
 def machine(**changes) -> Machine:
     """One process on the CPU in fp32."""
-    return Machine(**{"device": torch.device("cpu"), "dtype": torch.float32, "scaled": False, "world": World()} | changes)
+    return Machine(
+        **{"device": torch.device("cpu"), "dtype": torch.float32, "scaled": False, "world": World()} | changes
+    )
 
 
 def small_config(*settings, steps=6):
@@ -90,12 +95,64 @@ class ListLoader:
         self.index = state["index"]
 
 
-def make_trainer(out, config, model=None, loader=None, loss=next_token_loss, evaluate=None, resume=False, **changes):
+def uneven_steps(micro_batches=4, count=6):
+    """Steps whose micro-batches have from none to all of their labels: in the first step every second one has none,
+    in the third all have none."""
+    generator = torch.Generator().manual_seed(5)
+    steps = []
+    for step in range(count):
+        batches = []
+        for micro in range(micro_batches):
+            ids = torch.randint(0, 64, (2, 9), generator=generator)
+            labels = ids[:, 1:].clone()
+            share = (0.0, 1.0, 0.1, 0.6)[(micro + step) % 4]
+            share = {0: (0.6, 0.0)[micro % 2], 2: 0.0}.get(step, share)
+            labels[torch.rand(labels.shape, generator=generator) >= share] = -100
+            batches.append({"input_ids": ids[:, :-1].contiguous(), "labels": labels})
+        steps.append(batches)
+    return steps
+
+
+def obvious_loop(config, steps):
+    """Trains `small_model` on `steps`: each a list of batches, taken as one. Returns the weights and each loss."""
+    model = small_model(config)
+    optim = config.optim
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    gains = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": optim.weight_decay},
+        {"params": gains, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    losses = []
+    for step, batches in enumerate(steps):
+        ids, labels = (torch.cat([batch[key] for batch in batches]) for key in ("input_ids", "labels"))
+        if (labels == -100).all():
+            continue
+        done = step / len(steps)
+        cosine = (1 + math.cos(math.pi * done)) / 2
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = optim.lr * cosine
+        loss = F.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return weights_of(model), losses
+
+
+def make_trainer(
+    out, config, model=None, loader=None, loss=next_token_loss, evaluate=None, resume=False, **changes
+):
     """A `Trainer` of a toy stage."""
     train = config.train
     if loader is None:
         loader = TokenLoader(
-            random_tokens(), config.data.sequence_length, train.batch_size, train.accumulation_steps, seed=train.seed
+            random_tokens(),
+            config.data.sequence_length,
+            train.batch_size,
+            train.accumulation_steps,
+            seed=train.seed,
         )
     stage = Stage(
         name="toy", short="Toy", model=model or small_model(config), loader=loader, loss=loss,
@@ -122,7 +179,9 @@ def largest_difference(first, second) -> float:
 
 def environment(**changes) -> dict[str, str]:
     """The environment of a subprocess: one thread, this repository, no torchrun around it."""
-    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    inherited = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"} | changes
 
 
