@@ -57,9 +57,7 @@ def parse_command(stage: str, short: str, description: str, argv=None) -> Comman
     init = load_checkpoint(args.init) if args.init else None
     inherited = {}
     if init:
-        if missing := [key for key in ("config", "weights", "tokenizer") if key not in init]:
-            raise UserError(f"--init {args.init}: a checkpoint without {', '.join(missing)}; name one of a training run")
-        inherited = {section: init["config"][section] for section in ("model", "tokenizer")}
+        inherited = inherited_sections(init, args.init)
     config = load_config(args.config, args.settings, inherited, flags=flag_settings(args))
     preset = Path(args.config).stem if args.config else DEFAULT_PRESET
     out = Path(args.out) if args.out else ROOT / "out" / (preset if preset != DEFAULT_PRESET else "")
@@ -68,6 +66,17 @@ def parse_command(stage: str, short: str, description: str, argv=None) -> Comman
     if not args.overwrite:
         refuse_to_overwrite(out, stage, short, args.resume)
     return Command(config, out, init, args.resume, args.overwrite)
+
+
+def inherited_sections(init: dict, path: str) -> dict:
+    """The settings that a checkpoint decides: its model and its tokenizer."""
+    missing = [key for key, kind in (("config", dict), ("weights", dict), ("tokenizer", str))
+               if not isinstance(init.get(key), kind)]  # fmt: skip
+    sections = {} if missing else {name: init["config"].get(name) for name in ("model", "tokenizer")}
+    missing += [f"config.{name}" for name, values in sections.items() if not isinstance(values, dict)]
+    if missing:
+        raise UserError(f"--init {path}: a checkpoint without {', '.join(missing)}; name one of a training run")
+    return sections
 
 
 def flag_settings(args) -> dict:

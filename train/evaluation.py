@@ -4,8 +4,8 @@
     val_conf  mean probability of the right next token
     val_bpb   bits per byte = nats / ln 2 / bytes: does not depend on the tokenizer, so models can be compared
 
-The windows do not overlap and cover every token once; the first token of a window is predicted without what came before.
-"""
+The windows do not overlap and cover every token once; the first token of a window is predicted without what
+came before. """
 
 import math
 

@@ -1,10 +1,9 @@
 """Which parameter gets which optimizer.
 
-AdamW (Loshchilov and Hutter, arXiv 1711.05101) moves each number by its own sign-like step; Muon (`modules/muon.py`)
-moves each matrix as a whole. Muon is for the matrices between layers; the embedding and the output head are tables of
-vectors, not maps between layers, and stay with AdamW, as do gains and biases. Weight decay is for matrices only: pulling a gain
-towards zero has no use.
-"""
+AdamW (Loshchilov and Hutter, arXiv 1711.05101) moves each number by its own sign-like step; Muon
+(`modules/muon.py`) moves each matrix as a whole. Muon is for the matrices between layers; the embedding and
+the output head are tables of vectors, not maps between layers, and stay with AdamW, as do gains and biases.
+Weight decay is for matrices only: pulling a gain towards zero has no use. """
 
 import torch
 

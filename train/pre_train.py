@@ -4,9 +4,8 @@
     python train/pre_train.py --data book.txt            learns from your own text
     python train/pre_train.py --config shakespeare --data input.txt --max-seconds 180
 
-What makes this stage: its data are windows of one long row of tokens; its loss is cross-entropy at every token; all parameters
-are trainable; it saves the last weights.
-"""
+What makes this stage: its data are windows of one long row of tokens; its loss is cross-entropy at every
+token; all parameters are trainable; it saves the last weights. """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the repository root, so that imports work from anywhere
 
@@ -24,7 +23,7 @@ from train.evaluation import LanguageModelEvaluation
 from utils.checkpoint import load_weights
 from utils.cost import cost_card
 from utils.distributed import finish, rank_zero_first
-from utils.errors import run_main
+from utils.errors import UserError, run_main
 
 STAGE, SHORT = "pre_train", "Pre"
 PYTHON_PROMPTS = ["def read_lines(path):\n", "import os\nimport sys\n\nclass ", ">>> 12 + 7\n"]
@@ -54,6 +53,11 @@ def main():
     )
 
     config.model.vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
+    if config.model.vocab_size < data.tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is less than the {data.tokenizer.vocab_size} tokens of the "
+            "tokenizer: leave it out, or set it to that or more"
+        )
     model = TinySeek(config.model)
     if command.init:
         load_weights(model, command.init["weights"], "--init")

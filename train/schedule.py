@@ -1,7 +1,7 @@
 """The course of the learning rate: warm up, then down along the progress of the run.
 
-Progress runs from 0 to 1 and is whichever bound is nearer its end, steps or seconds (design, section 5). So a run that is
-bounded by time anneals completely on a slow machine too.
+Progress runs from 0 to 1 and is whichever bound is nearer its end, steps or seconds (design, section 5). So a
+run that is bounded by time anneals completely on a slow machine too.
 
     cosine       min + (1 - min) (1 + cos(pi p)) / 2
     exponential  min^p

@@ -4,6 +4,9 @@ The oracle is the obvious loop of `tools.py`, which knows nothing of processes, 
 """
 
 import math
+import os
+import re
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from tests.train.tools import (
     ListLoader,
     largest_difference,
     make_trainer,
+    next_token_loss,
     obvious_loop,
     run,
     same_bits,
@@ -36,15 +40,24 @@ def share_of_steps(rank, size):
     return [batches[rank::size] for batches in uneven_steps()]
 
 
-def main(out):
-    """What each of the processes runs: `python test_factoring.py OUT` under torchrun."""
+def main(out, signalled="", resume=""):
+    """What each of the processes runs: `python test_factoring.py OUT` under torchrun. With `signalled` the second
+    process, and nobody else, gets a SIGTERM in the third step."""
     world = distributed.start("cpu")
     config = small_config(*PLAIN)
+
+    def loss(model, batch, tokens):
+        if signalled and world.rank == 1 and model is trainer.model and trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next_token_loss(model, batch, tokens)
+
     model = small_model(config)
     if world.rank:  # the weights of the first process must win
         torch.nn.init.zeros_(model.model.layers[0].mlp.up_proj.weight)
     loader = ListLoader(share_of_steps(world.rank, world.size))
-    trainer = make_trainer(out, config, model=model, loader=loader, world=world)
+    trainer = make_trainer(
+        out, config, model=model, loader=loader, loss=loss, world=world, resume=bool(resume)
+    )
     trainer.run()
     torch.save(weights_of(trainer.model), Path(out) / f"weights_{world.rank}.pt")
     distributed.finish()
@@ -66,6 +79,19 @@ def test_two_processes_with_uneven_labels_equal_the_obvious_loop(tmp_path):
     rows = [row for row in read_log(tmp_path / "toy" / "log.txt") if "epoch" in row]
     assert [row["loss"] for row in rows if "loss" in row] == pytest.approx(losses, rel=2e-5)
     assert rows[-1]["skipped"] == 1 and rows[-1]["tokens"] == 6 * 4 * 2 * 8
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_and_they_go_on_together(tmp_path):
+    """Only one of them knows of it; the other must not wait for it for ever. The end is that of the obvious loop."""
+    done = run(__file__, tmp_path, "signalled", processes=2, timeout=60)
+    assert done.returncode != 0 and "stopped by SIGTERM at step 4; saved" in done.stdout, done.stderr
+    assert re.search(r"exitcode\s*: 143 ", done.stderr), done.stderr
+    assert load_checkpoint(tmp_path / "TinySeek_Toy1_0.pkl")["step"] == 4
+    done = run(__file__, tmp_path, "", "resume", processes=2, timeout=60)
+    assert done.returncode == 0, done.stderr
+    weights, _ = obvious_loop(small_config(*PLAIN), uneven_steps())
+    assert largest_difference(torch.load(tmp_path / "weights_1.pt"), weights) < ROUNDING
 
 
 def pre_train(out, batch_size, accumulation, processes, text, cache):
@@ -99,4 +125,4 @@ def test_the_real_script_gives_the_same_however_a_step_is_divided(tmp_path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,0 +1,296 @@
+"""Bad input to pre-training: exit code 2, exactly one line on standard error, and nothing overwritten.
+
+Every case runs with --overwrite over a finished run, whose files must stay byte for byte: what is wrong must be
+noticed before anything is removed. Most run within this process, through the same `run_main` as the script.
+"""
+
+import json
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.tools import PRE_TRAIN, ROOT, run
+from train import pre_train
+from utils.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
+from utils.errors import run_main
+
+TEXT = "\n".join(f"def line_{number}(x):\n    return x + {number}" for number in range(150))
+QUICK = ("--set", "tokenizer.kind=char", "--set", "train.batch_size=2", "--max-steps", "2", "--device", "cpu")
+
+
+def files_in(folder) -> dict[Path, bytes]:
+    """Every file of a folder with its content."""
+    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def old_run(tmp_path_factory):
+    """A folder with text.txt, cache/, and a finished run in out/."""
+    folder = tmp_path_factory.mktemp("old")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        code = call_main(patch, folder, "--data", folder / "text.txt", *QUICK, "--out", folder / "out")
+    assert code == 0
+    return folder
+
+
+def call_main(monkeypatch, folder, *arguments):
+    """`python train/pre_train.py --config tiny ARGUMENTS` within this process; returns the exit code."""
+    config = [] if "--config" in arguments else ["--config", "tiny"]
+    cache = ["--set", f"data.cache_dir={folder / 'cache'}"]
+    monkeypatch.setattr(sys, "argv", ["pre_train.py", *config, *cache, *map(str, arguments)])
+    monkeypatch.setattr(pre_train, "show_samples", lambda *arguments: None)
+    with pytest.raises(SystemExit) as caught:
+        run_main(pre_train.main)
+    return caught.value.code
+
+
+@pytest.fixture
+def refused(old_run, monkeypatch, capsys):
+    """Calls main with the arguments of a case; returns its one line of error."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def call(*arguments, overwrite=True):
+        out = [] if "--out" in arguments else ["--out", old_run / "out"]
+        data = [] if "--data" in arguments else ["--data", old_run / "text.txt"]
+        again = ["--overwrite"] if overwrite else []
+        before = files_in(old_run / "out")
+        capsys.readouterr()
+        code = call_main(monkeypatch, old_run, *QUICK, *out, *data, *again, *arguments)
+        error = capsys.readouterr().err
+        assert code == 2, error
+        (line,) = error.splitlines()
+        assert line.startswith("error: ") and "Traceback" not in error
+        assert files_in(old_run / "out") == before
+        return line
+
+    return call
+
+
+def test_the_good_case_is_good(old_run, monkeypatch):
+    """The cases below are refused for what is wrong with them, and not for something else."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["--data", old_run / "text.txt", "--out", old_run / "again", *QUICK]
+    assert call_main(monkeypatch, old_run, *arguments) == 0
+    assert call_main(monkeypatch, old_run, *arguments, "--overwrite") == 0
+
+
+# --------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("gone.txt", None, "gone.txt: no such file or folder"),
+        ("empty.txt", b"", "empty.txt: the file is empty"),
+        ("blank.jsonl", b"\n\n", "no training text"),
+        ("binary.txt", b"text\nmore\n\x00\x01", "binary.txt, line 3: a NUL byte"),
+        ("latin.txt", "one\ntwo\ncaf\u00e9".encode("latin-1"), "latin.txt, line 3: not UTF-8"),
+        ("torn.jsonl", b'{"text": "a"}\n{"text": "b\n', "torn.jsonl, line 2: not valid JSON"),
+        ("list.jsonl", b'{"text": "a"}\n\n["b"]\n', "list.jsonl, line 3: each line must hold one JSON object"),
+        ("shape.jsonl", b'{"text": "a"}\n{"content": "b"}\n', "shape.jsonl, line 2: a record of unknown form"),
+        ("number.jsonl", b'{"text": 5}\n', "number.jsonl, line 1: text must be a text, not 5"),
+        ("role.jsonl", b'{"messages": [{"role": "god", "content": "x"}]}\n', "line 1: message 1 of messages has role"),
+        ("turns.jsonl", b'{"conversations": "hello"}\n', "line 1: conversations must be a list"),
+        ("table.csv", b"a,b\n", "table.csv: .txt and .jsonl files are read"),
+        ("one.jsonl", b'{"text": "the only document"}\n', "there is no validation text"),
+        ("short.txt", b"too short for one window of sixty-four tokens", "data.sequence_length"),
+    ],
+)  # fmt: skip
+def test_bad_data(refused, tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert words in refused("--data", tmp_path / name)
+
+
+def test_an_empty_folder_and_a_bad_file_in_a_folder(refused, tmp_path):
+    assert "no file with text in this folder" in refused("--data", tmp_path)
+    (tmp_path / "good.jsonl").write_text('{"text": "fine"}\n' * 5, encoding="utf-8")
+    (tmp_path / "torn.jsonl").write_text('{"text": "fine"}\n{"te', encoding="utf-8")
+    assert "torn.jsonl, line 2: not valid JSON" in refused("--data", tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "modle.hidden_size=8"], "unknown section 'modle'; did you mean model?"),
+        (["--set", "model.hiden_size=8"], "did you mean hidden_size?"),
+        (["--set", "optim.lr=fast"], "optim.lr must be float, not 'fast'"),
+        (["--set", "train.batch_size=2.5"], "train.batch_size must be int, not 2.5"),
+        (["--set", "train.batch_size"], "write it as section.key=value"),
+        (["--set", "model.head_dim=7"], "model.head_dim=7 is odd"),
+        (["--set", "model.num_attention_heads=5"], "does not divide"),
+        (["--set", "model.num_key_value_heads=3"], "does not divide"),
+        (["--set", "model.vocab_size=5"], "model.vocab_size=5"),
+        (["--set", 'model.rope_scaling={"rope_type": "elastic"}'], "rope_scaling"),
+        (["--set", 'model.rope_scaling={"rope_type": "linear"}'], "factor"),
+        (["--set", "model.rope_scaling=7"], "model.rope_scaling must be dict or null"),
+        (["--set", "data.sequence_length=100000"], "data.sequence_length=100000"),
+        (["--set", "data.val_fraction=1.5"], "data.val_fraction=1.5 must be below 1"),
+        (["--set", "optim.schedule=linear"], "must be one of cosine, exponential, wsd"),
+        (["--set", "train.dtype=fp16"], "train.dtype=fp16 is for CUDA"),
+        (["--config", "huge"], "--config huge: no such preset; presets: "),
+        (["--config", "gone.json"], "--config gone.json: no such file"),
+        (["--max-steps", "0"], "train.max_steps=0 must be at least 1"),
+        (["--max-steps", "many"], "--max-steps: invalid int value: 'many'"),
+        (["--max-seconds", "-1"], "train.max_seconds=-1.0 must be above 0"),
+        (["--seed", "-1"], "train.seed=-1 must be at least 0"),
+        (["--limit", "0"], "data.limit=0 must be at least 1"),
+        (["--device", "abacus"], "--device: invalid choice: 'abacus'"),
+        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1; --help lists the flags"),
+        (["--resume"], "--resume and --overwrite exclude each other"),
+        (["--out", __file__], "is a file; name a folder"),
+    ],
+    ids=lambda value: " ".join(value[:2])[:50] if isinstance(value, list) else "",
+)
+def test_bad_settings(refused, arguments, words):
+    assert words in refused(*arguments)
+
+
+def test_a_bad_configuration_file(refused, tmp_path):
+    (tmp_path / "c.json").write_text('{"train": {"max_steps": 2,}}', encoding="utf-8")
+    assert "c.json, line 1: not valid JSON" in refused("--config", tmp_path / "c.json")
+    (tmp_path / "c.json").write_text('{"train": {"max_step": 2}}', encoding="utf-8")
+    assert "did you mean max_steps?" in refused("--config", tmp_path / "c.json")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there(refused):
+    assert "--device cuda: this PyTorch" in refused("--device", "cuda")
+
+
+# -------------------------------------------------------------------------------------------- checkpoints
+
+
+class Evil:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+def test_a_bad_checkpoint_to_start_from(refused, old_run, tmp_path):
+    """Missing, no checkpoint, cut short, with code in it, without weights, of another shape."""
+    final, bad = old_run / "out" / "TinySeek_Pre_final.pkl", tmp_path / "bad.pkl"
+    assert "bad.pkl: no such checkpoint" in refused("--init", bad)
+    bad.write_text("hello", encoding="utf-8")
+    assert "not a TinySeek checkpoint" in refused("--init", bad)
+    bad.write_bytes(final.read_bytes()[:-2000])
+    assert "bad.pkl: the checkpoint is cut short" in refused("--init", bad)
+    torch.save({"format_version": 1, "weights": Evil(tmp_path / "made_by_evil")}, bad)
+    assert "bad.pkl: refused, it carries code" in refused("--init", bad)
+    assert not (tmp_path / "made_by_evil").exists()
+    save_checkpoint(bad, {"weights": {}})
+    assert "a checkpoint without config, tokenizer" in refused("--init", bad)
+    assert "(16, 32) where the model has (8, 32)" in refused("--init", final, "--set", "model.head_dim=4")
+    save_checkpoint(bad, {"weights": {}, "tokenizer": "", "config": {"model": {}}})
+    assert "a checkpoint without config.tokenizer" in refused("--init", bad)
+    data = load_checkpoint(final)
+    del data["weights"]["model.norm.weight"]
+    save_checkpoint(bad, data)
+    assert "1 missing (model.norm.weight)" in refused("--init", bad)
+
+
+def test_a_run_is_not_overwritten_unasked(refused, old_run, tmp_path):
+    """Neither a finished one, nor an unfinished one, nor one whose way to its end is lost."""
+    line = refused(overwrite=False)
+    assert "finished run of pre_train" in line and "--resume" in line and "--overwrite" in line
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    newest = find_checkpoints(old_run / "out", "Pre")[-1]
+    (unfinished / newest.name).write_bytes(newest.read_bytes())
+    line = refused("--out", unfinished, overwrite=False)
+    assert "unfinished run of pre_train" in line and newest.name in line and "--resume" in line
+    final = tmp_path / "final"
+    final.mkdir()
+    (final / "TinySeek_Pre_final.pkl").write_bytes((old_run / "out" / "TinySeek_Pre_final.pkl").read_bytes())
+    before = files_in(tmp_path)
+    assert "no checkpoint to resume from" in refused("--out", final, "--resume", overwrite=False)
+    assert files_in(tmp_path) == before
+
+
+def test_resuming_with_other_settings_or_data_is_refused(refused, tmp_path):
+    assert "optim.lr=0.005, this command says 0.1" in refused(
+        "--resume", "--max-steps", "5", "--set", "optim.lr=0.1", overwrite=False
+    )
+    assert "optim.optimizer=adamw" in refused("--resume", "--set", "optim.optimizer=muon", overwrite=False)
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[::-1], encoding="utf-8")
+    assert "trained on other data" in refused("--resume", "--data", other, overwrite=False)
+
+
+def test_a_damaged_newest_checkpoint_is_one_line(refused, old_run, tmp_path):
+    for path in (old_run / "out").glob("*.pkl"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    newest = find_checkpoints(tmp_path, "Pre")[-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    line = refused("--out", tmp_path, "--resume", overwrite=False)
+    assert newest.name in line and "take an earlier one" in line
+
+
+# -------------------------------------------------------------------------------------- as real processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "gone.txt"], "--data gone.txt: no such file or folder"),
+        (["--set", "modle.hidden_size=8"], "did you mean model?"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    ],
+    ids=["data", "set", "flag"],
+)
+def test_the_script_itself(old_run, arguments, words):
+    before = files_in(old_run / "out")
+    base = [PRE_TRAIN, "--config", "tiny", "--out", old_run / "out", "--overwrite", "--max-steps", "1"]
+    done = run(*base, *arguments)
+    assert done.returncode == 2 and done.stdout.count("error") == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and words in line
+    assert files_in(old_run / "out") == before
+
+
+FULL_DISK = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit is an OSError, as on a full disk
+from utils import checkpoint
+whole = checkpoint.save_checkpoint
+def save(path, data):
+    if data["step"] >= 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+    whole(path, data)
+checkpoint.save_checkpoint = save
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_saving(old_run, tmp_path):
+    """From the third checkpoint on no file may grow beyond 50 kB. The earlier ones are intact, and resuming goes on."""
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(FULL_DISK, encoding="utf-8")
+    out = tmp_path / "out"
+    command = [PRE_TRAIN, "--config", "tiny", "--data", old_run / "text.txt", *QUICK, "--out", out,
+               "--max-steps", "4", "--set", "train.save_every=1", "--set", f"data.cache_dir={old_run / 'cache'}"]  # fmt: skip
+    done = run(wrapper, *command)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: could not write") and "Earlier checkpoints are intact" in line
+    assert [path.name for path in sorted(out.glob("*.*"))] == ["TinySeek_Pre1_0.pkl", "TinySeek_Pre2_0.pkl"]
+    assert [load_checkpoint(path)["step"] for path in find_checkpoints(out, "Pre")] == [1, 2]
+    done = run(*command, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert load_checkpoint(out / "TinySeek_Pre_final.pkl")["step"] == 4
