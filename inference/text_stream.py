@@ -19,9 +19,10 @@ class TextStream:
         if self.stopped or token >= self.tokenizer.vocab_size:
             return ""  # a model may have more ids than its tokenizer
         self.waiting += self.decoder.push(token)
-        places = [place for place in map(self.waiting.find, self.stop) if place >= 0]
-        if places:
-            text, self.waiting, self.stopped = self.waiting[: min(places)], "", True
+        places = [(self.waiting.find(stop), len(stop)) for stop in self.stop]
+        found = [(place + length, place) for place, length in places if place >= 0]
+        if found:  # the one that is complete first
+            text, self.waiting, self.stopped = self.waiting[: min(found)[1]], "", True
             return text
         keep = max((overlap(self.waiting, stop) for stop in self.stop), default=0)
         cut = len(self.waiting) - keep
