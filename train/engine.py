@@ -185,7 +185,8 @@ class Trainer:
         self.started = time.monotonic() - self.elapsed
         before = {number: signal.signal(number, self.on_signal) for number in STOPPING}
         if self.step == 0:
-            self.estimate_reserve(self.evaluate(self.config.train.eval_batches))
+            self.measure(1)  # the first batch of a process is slow and would make all look slow
+            self.evaluate(self.config.train.eval_batches)
         bar = tqdm(total=100, disable=None if self.machine.world.is_first else True, leave=False,
                    bar_format="{percentage:3.0f}%|{bar:24}| {postfix}")  # fmt: skip
         try:
@@ -326,26 +327,27 @@ class Trainer:
         if self.log:
             self.log.write(row)
 
-    def evaluate(self, batches: int | None) -> dict[str, float]:
+    def evaluate(self, batches: int | None) -> None:
         """Measure on held-out data, log it and say it; None measures on all of it."""
         clock = time.perf_counter()
+        values = self.measure(batches)
+        took = time.perf_counter() - clock
+        if self.log:
+            self.log.write({"step": self.step, "tokens": self.tokens, **values, "eval_ms": took * 1e3})
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.machine.say(f"step {self.step}  {shown}  ({'all' if batches is None else 'part'} of the held-out data)")
+        self.last_evaluation = values
+        if batches is not None:  # from a part, estimate the seconds of the last evaluation: --max-seconds includes it
+            total = self.stage.evaluate.batches
+            self.reserve = distributed.sum_scalars([took * total / min(total, batches)])[0] / self.machine.world.size
+
+    def measure(self, batches: int | None) -> dict[str, float]:
+        """The stage's evaluation as it is."""
         self.model.eval()
         with torch.no_grad(), self.machine.autocast():
             values = self.stage.evaluate(self.model, batches)
         self.model.train()
-        row = {"step": self.step, "tokens": self.tokens, **values, "eval_ms": (time.perf_counter() - clock) * 1e3}
-        if self.log:
-            self.log.write(row)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self.machine.say(f"step {self.step}  {shown}  ({'all' if batches is None else 'part'} of the held-out data)")
-        self.last_evaluation = values
-        return row
-
-    def estimate_reserve(self, row: dict[str, float]) -> None:
-        """Seconds that the last evaluation will take, to be kept free within --max-seconds."""
-        total = self.stage.evaluate.batches
-        share = total / min(total, self.config.train.eval_batches)
-        self.reserve = distributed.sum_scalars([row["eval_ms"] / 1e3 * share])[0] / self.machine.world.size
+        return values
 
     # ------------------------------------------------------------------------------------------- checkpoints
 

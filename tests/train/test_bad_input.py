@@ -4,16 +4,13 @@ Every case runs with --overwrite over a finished run, whose files must stay byte
 noticed before anything is removed. Most run within this process, through the same `run_main` as the script.
 """
 
-import json
-import resource
-import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.train.tools import PRE_TRAIN, ROOT, run
+from tests.train.tools import PRE_TRAIN, run
 from train import pre_train
 from utils.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from utils.errors import run_main

@@ -98,7 +98,8 @@ def test_the_log_the_curves_and_the_checkpoints_of_a_run(tmp_path):
                           "optim.decay_fraction=0.5", steps=8)  # fmt: skip
     evaluation = NoEvaluation()
     make_trainer(tmp_path, config, evaluate=evaluation).run()
-    assert evaluation.calls == [7, 7, 7, None]  # before the first step, at 3 and 6, and all of it at the end
+    # one batch to warm up; then before the first step, at 3 and 6, and all of it at the end
+    assert evaluation.calls == [1, 7, 7, 7, None]
     rows = read_log(tmp_path / "toy" / "log.txt")
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in rows if "val_loss" in row] == [0, 3, 6, 8]

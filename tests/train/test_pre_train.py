@@ -1,0 +1,156 @@
+"""Pre-training as a whole: its budget of seconds, what it starts from, what it leaves."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from tests.train.test_bad_input import QUICK, TEXT, call_main
+from tests.train.tools import make_trainer, next_token_loss, random_tokens, small_config
+from load_data.loader import TokenLoader
+from train.engine import Trainer
+from utils.checkpoint import find_checkpoints, load_checkpoint
+from utils.log import read_log
+
+
+@pytest.fixture
+def pre_train(tmp_path, monkeypatch):
+    """Runs pre-training within this process and returns the folder that it wrote."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def call(name, *arguments, text=TEXT):
+        (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+        out = tmp_path / name
+        assert (
+            call_main(
+                monkeypatch, tmp_path, "--data", tmp_path / "text.txt", "--out", out, *QUICK, *arguments
+            )
+            == 0
+        )
+        return out
+
+    return call
+
+
+@pytest.mark.slow
+def test_a_budget_of_seconds_is_kept(pre_train, monkeypatch):
+    """Five seconds, a last evaluation of more than half a second included; and the rate has gone down to its end."""
+    seconds = []
+    run = Trainer.run
+
+    def timed(self):
+        clock = time.monotonic()
+        result = run(self)
+        seconds.append(time.monotonic() - clock)
+        return result
+
+    monkeypatch.setattr(Trainer, "run", timed)
+    out = pre_train(
+        "out",
+        "--max-seconds",
+        "5",
+        "--set",
+        "train.max_steps=null",
+        "--set",
+        "data.val_fraction=0.8",
+        text=TEXT * 12,
+    )
+    rows = read_log(out / "pre_train" / "log.txt")
+    steps = [row for row in rows if "lr" in row]
+    assert rows[-1]["eval_ms"] > 500, "the evaluation is too short for this test to mean anything"
+    assert 3.5 < seconds[0] < 6.0  # proof and picture are in it, and are not in the budget
+    assert steps[-1]["lr"] < 0.02 * max(row["lr"] for row in steps)
+    assert max(row["lr"] for row in steps) == pytest.approx(0.005, rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_what_is_left_of_its_budget(tmp_path):
+    """Stopped after one second of two."""
+
+    def loss(model, batch, tokens):
+        if stop and model is trainer.model and trainer.elapsed > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next_token_loss(model, batch, tokens)
+
+    config = small_config()
+    config.train.max_steps, config.train.max_seconds = None, 2.0
+    stop, trainer = True, make_trainer(tmp_path, config, loss=loss)
+    with pytest.raises(SystemExit):
+        trainer.run()
+    stop, trainer = False, make_trainer(tmp_path, config, loss=loss, resume=True)
+    assert 1 < trainer.elapsed < 1.3
+    clock = time.monotonic()
+    trainer.run()
+    assert 0.6 < time.monotonic() - clock < 1.8 and 1.8 < trainer.elapsed < 2.3
+
+
+def test_what_a_run_leaves(pre_train):
+    """The names that design promises, and a final checkpoint that holds all that the next stage needs."""
+    out = pre_train("out", "--max-steps", "3", "--set", "train.save_every=1", "--set", "optim.optimizer=muon")
+    names = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert names == ["TinySeek_Pre3_0.pkl", "TinySeek_Pre4_0.pkl", "TinySeek_Pre_final.pkl", "pre_train/curves.png",
+                     "pre_train/log.txt"]  # fmt: skip
+    final = load_checkpoint(out / "TinySeek_Pre_final.pkl")
+    assert final["config"]["model"]["vocab_size"] == len(final["weights"]["model.embed_tokens.weight"])
+    assert set(final["evaluation"]) == {"val_loss", "val_ppl", "val_conf", "val_bpb"}
+    rows = read_log(out / "pre_train" / "log.txt")
+    assert rows[-1]["val_bpb"] == pytest.approx(final["evaluation"]["val_bpb"], rel=1e-5)
+
+
+def test_starting_from_a_checkpoint_goes_on_from_its_weights(pre_train):
+    """Its model and tokenizer come with it, whatever the preset says; the first loss is where the last one was."""
+    first = pre_train(
+        "first", "--max-steps", "30", "--set", "model.hidden_size=16", "--set", "model.head_dim=4"
+    )
+    init = first / "TinySeek_Pre_final.pkl"
+    second = pre_train("second", "--init", init, "--max-steps", "1", "--set", "train.eval_batches=1000")
+    last, start = (read_log(out / "pre_train" / "log.txt") for out in (first, second))
+    assert start[0]["val_loss"] == pytest.approx(last[-1]["val_loss"], rel=1e-5)
+    assert start[0]["val_loss"] < last[0]["val_loss"] - 0.3
+    assert load_checkpoint(second / "TinySeek_Pre_final.pkl")["config"]["model"]["hidden_size"] == 16
+
+
+def test_more_steps_for_a_finished_run(pre_train, capsys):
+    """--resume alone says that it is finished and changes nothing; with a later end it goes on."""
+    out = pre_train("out", "--max-steps", "3")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    pre_train("out", "--max-steps", "3", "--resume")
+    assert "is finished at step 3; more: --max-steps N" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    pre_train("out", "--max-steps", "5", "--resume")
+    assert load_checkpoint(find_checkpoints(out, "Pre")[-1])["step"] == 5
+    assert [row["step"] for row in read_log(out / "pre_train" / "log.txt") if "loss" in row] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+
+
+def test_the_same_command_gives_the_same_run(pre_train):
+    """With data prepared now and with data from the cache, one seed; and another seed gives another run."""
+    weights = [
+        load_checkpoint(pre_train(name, "--seed", seed) / "TinySeek_Pre_final.pkl")["weights"]
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    first, again, other = (weight["model.layers.0.mlp.up_proj.weight"] for weight in weights)
+    assert first.equal(again) and not first.equal(other)
+
+
+def test_what_next_is_said_on_the_last_line(pre_train, capsys):
+    out = pre_train("out")
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == f'next: python inference/chat.py --out {out} --prompt "def "'
+    )
+
+
+@pytest.mark.parametrize("tokens", [9, 20])
+def test_the_shortest_texts_that_can_be_trained_on(tmp_path, monkeypatch, tokens):
+    """One window and a half: several epochs within one step."""
+    monkeypatch.setattr("train.engine.plot_curves", lambda log, png: None)
+    trainer = make_trainer(tmp_path, small_config(), loader=TokenLoader(random_tokens(tokens), 8, 4))
+    trainer.run()
+    assert trainer.step == 6 and trainer.stage.loader.epoch > 2
