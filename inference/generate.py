@@ -21,7 +21,8 @@ import torch
 from inference.fast_decoder import FastDecoder, supports
 from inference.sampling import Sampler, SamplingParams
 
-SMALL = 32 * 2**20  # bytes of weights: below, a second thread gains nothing at one token a time
+SMALL = 32 * 2**20  # bytes of weights up to which, and
+FEW = 32  # tokens in one forward up to which a second CPU thread is no gain
 
 
 class Generator:
@@ -65,8 +66,9 @@ class Generator:
             capacity = max(len(prompt) + places for prompt, places in zip(prompts, room, strict=True))
             cache = self.model.make_cache(len(prompts), capacity)
             decoder = self.fast_decoder() if len(prompts) == 1 else None
-            logits = self.prefill(prompts, cache, device)  # (B, V)
-            with few_threads(self.model):
+            with few_threads(self.model, sum(map(len, prompts))):
+                logits = self.prefill(prompts, cache, device)  # (B, V)
+            with few_threads(self.model, len(prompts)):
                 while True:
                     tokens = sampler.pick(logits)
                     for row, token in enumerate(tokens):
@@ -116,16 +118,15 @@ class Generator:
 
 
 @contextmanager
-def few_threads(model):
-    """One CPU thread while a small model decodes.
+def few_threads(model, tokens: int):
+    """One CPU thread for forwards of a small model over few `tokens`: their products are too short to share.
 
-    Its products are too short to share. Measured on two cores: a second thread makes it 2 to 7 % slower on
-    an idle machine, and on a busy one, where threads wait for each other a hundred times a token, 5 to 30
-    times.
+    Measured on two cores, one row: a second thread makes decoding 2 to 7 % slower on an idle machine. On a
+    busy one threads wait for each other a hundred times a token, and a token takes 10 to 100 times as long.
     """
     threads = torch.get_num_threads()
-    small = sum(weight.numel() * weight.element_size() for weight in model.parameters()) < SMALL
-    if small:
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    if size <= SMALL and tokens <= FEW:
         torch.set_num_threads(1)
     try:
         yield
