@@ -121,8 +121,9 @@ class Generator:
 def few_threads(model, tokens: int):
     """One CPU thread for forwards of a small model over few `tokens`: their products are too short to share.
 
-    Measured on two cores: for one row on a nearly idle machine a second thread makes decoding 2 to 7 % slower.
-    On a busy one threads wait for each other a hundred times a token: 10 to 100 times as slow, at 1 to 16 rows.
+    Measured on two cores: for one row on a nearly idle machine a second thread makes decoding 2 to 7 %
+    slower. On a busy one threads wait for each other a hundred times a token: 10 to 100 times as slow, at 1
+    to 16 rows.
     """
     threads = torch.get_num_threads()
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
