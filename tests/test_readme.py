@@ -1,9 +1,9 @@
 """The commands of README.md work: each is run with a small end, and those that need a GPU are parsed.
 
-Every fenced block marked `bash` is read. `python train/...` and `torchrun ... train/...` are run with a tiny model
-and two steps, after one such run has made a model for the chat; other scripts of ours are run as they are written,
-with that model. A text that a command names and that is not in the repository is made here. What is left, `make`
-targets and pip's files, must exist.
+Every fenced block marked `bash` is read. `python train/...` and `torchrun ... train/...` are run with a tiny
+model and two steps, after one such run has made a model for the chat; other scripts of ours are run as they
+are written, with that model. A text that a command names and that is not in the repository is made here. What
+is left, `make` targets and pip's files, must exist.
 """
 
 import re
@@ -26,8 +26,9 @@ SMALL = [
     for setting in (
         "model.hidden_size=32", "model.num_hidden_layers=1", "model.num_attention_heads=2",
         "model.num_key_value_heads=1", "model.intermediate_size=32", "model.head_dim=16",
-        "tokenizer.vocab_size=400", "tokenizer.train_bytes=100000", "data.limit=60", "data.worked_examples=20",
-        "data.sequence_length=32", "train.batch_size=2", "train.accumulation_steps=1", "train.eval_batches=1",
+        "tokenizer.vocab_size=400", "tokenizer.train_bytes=100000", "data.limit=60",
+        "data.worked_examples=20", "data.sequence_length=32", "train.batch_size=2",
+        "train.accumulation_steps=1", "train.eval_batches=1",
     )
 ]  # fmt: skip
 
@@ -62,7 +63,8 @@ OTHERS = [command for command in OURS if command not in TRAINING]
 
 def test_the_reader_of_blocks_can_fail():
     """It finds commands in all their spellings; otherwise the tests below would test nothing."""
-    text = "```bash\n$ python a.py --x 1  # why\n\ntorchrun --nproc_per_node 2 \\\n  b.py\n# no\n```\n```\npython c.py\n```"
+    text = "```bash\n$ python a.py --x 1  # why\n\ntorchrun --nproc_per_node 2 \\\n  b.py\n# no\n```\n"
+    text += "```\npython c.py\n```"
     assert commands(text) == ["python a.py --x 1", "torchrun --nproc_per_node 2    b.py"]
     assert script_of(shlex.split("torchrun --nproc_per_node 2 b.py --data x.txt")) == "b.py"
     assert script_of(shlex.split("python -m modules.rope")) == "modules/rope.py"
@@ -162,7 +164,8 @@ def test_training_commands_run(command, model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in OTHERS if not any(word in c for word in NEEDS_GPU)])
 def test_other_commands_run(command, model, tmp_path):
-    """As written, but on the model made above. `tests/` and benchmarks have tests of their own: they show their help."""
+    """As written, but on the model made above. `tests/` and benchmarks have tests of their own: they show
+    their help."""
     words = with_texts(shlex.split(command), tmp_path)
     script = script_of(words)
     if script.startswith("tests/") or "benchmark" in script:

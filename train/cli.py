@@ -1,6 +1,7 @@
 """The command line that all stages share: flags in, one checked `Command` out.
 
-Everything is decided and checked here, before any work: the configuration, where the run writes, and whether it may.
+Everything is decided and checked here, before any work: the configuration, where the run writes, and whether
+it may.
 """
 
 import argparse
@@ -41,7 +42,11 @@ def parse_command(stage: str, short: str, description: str, argv=None) -> Comman
     add("--data", nargs="+", metavar="PATH", help=".txt, .jsonl, a folder of them, or the word python")
     add("--init", metavar="CHECKPOINT", help="start from these weights, with their model and tokenizer")
     add("--out", metavar="DIR", help="where to write (default: out/, or out/<preset>/ for other presets)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out; starts if there is none")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in --out; starts if there is none",
+    )
     add("--overwrite", action="store_true", help="start anew although --out holds a run of this stage")
     add("--max-steps", type=int, metavar="N", help="end after N steps (replaces the preset's bounds)")
     add("--max-seconds", type=float, metavar="S", help="end after S seconds, evaluations included (the same)")
@@ -75,12 +80,14 @@ def inherited_sections(init: dict, path: str) -> dict:
     sections = {} if missing else {name: init["config"].get(name) for name in ("model", "tokenizer")}
     missing += [f"config.{name}" for name, values in sections.items() if not isinstance(values, dict)]
     if missing:
-        raise UserError(f"--init {path}: a checkpoint without {', '.join(missing)}; name one of a training run")
+        raise UserError(
+            f"--init {path}: a checkpoint without {', '.join(missing)}; name one of a training run"
+        )
     return sections
 
 
 def flag_settings(args) -> dict:
-    """The flags that are settings, as nested sections. A bound from the command line replaces both of the preset's."""
+    """The flags that are settings, as nested sections. A bound given here replaces both of the preset's."""
     train, data = {}, {}
     if args.max_steps is not None or args.max_seconds is not None:
         train["max_steps"], train["max_seconds"] = args.max_steps, args.max_seconds
@@ -101,17 +108,18 @@ def refuse_to_overwrite(out: Path, stage: str, short: str, resume: bool) -> None
     if resume:
         if final.exists() and not on_the_way:
             raise UserError(
-                f"{final} is there, but no checkpoint to resume from: start from its weights with --init {final} "
-                "--out DIR, or anew with --overwrite"
+                f"{final} is there, but no checkpoint to resume from: start from its weights with --init "
+                f"{final} --out DIR, or anew with --overwrite"
             )
         return
     if final.exists():
         raise UserError(
             f"{final} is a finished run of {stage}: talk to it with `python inference/chat.py`, give it more "
-            "steps with --resume --max-steps N, start anew with --overwrite, or write elsewhere with --out DIR"
+            "steps with --resume --max-steps N, start anew with --overwrite, or write elsewhere with "
+            "--out DIR"
         )
     if on_the_way:
         raise UserError(
-            f"{on_the_way} is an unfinished run of {stage}: go on with --resume, start anew with --overwrite, "
-            "or write elsewhere with --out DIR"
+            f"{on_the_way} is an unfinished run of {stage}: go on with --resume, start anew with "
+            "--overwrite, or write elsewhere with --out DIR"
         )

@@ -1,8 +1,8 @@
 """The one training engine: what every stage shares lives here, once.
 
-A stage says what makes it itself (`Stage`: model, data, loss, evaluation, what it saves). The engine does the rest: the
-gradient proof, accumulation, mixed precision, clipping, schedules, logging, evaluation, checkpoints, resuming, signals,
-data parallelism.
+A stage says what makes it itself (`Stage`: model, data, loss, evaluation, what it saves). The engine does the
+rest: the gradient proof, accumulation, mixed precision, clipping, schedules, logging, evaluation,
+checkpoints, resuming, signals, data parallelism.
 
 One optimizer step:
 
@@ -10,11 +10,11 @@ One optimizer step:
     2. for each: loss = sum over its tokens / count of the whole step;  backward
     3. add up the gradients of all processes, clip, step
 
-The loss is thus the mean over all supervised tokens of the step, and 1 x 32, 4 x 8 and 2 processes x 16 give the same gradient.
-The usual mean of means gives short micro-batches too much weight.
+The loss is thus the mean over all supervised tokens of the step, and 1 x 32, 4 x 8 and 2 processes x 16 give
+the same gradient. The usual mean of means gives short micro-batches too much weight.
 
-Every step seeds the random generators from (seed, step, process), so a checkpoint need not hold their state, and a resumed run
-draws the same dropout masks as one that was never stopped.
+Every step seeds the random generators from (seed, step, process), so a checkpoint need not hold their state,
+and a resumed run draws the same dropout masks as one that was never stopped.
 """
 
 import math
@@ -74,7 +74,8 @@ def start_machine(config: RunConfig) -> Machine:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     seed_everything(config.train.seed)
     machine = Machine(device, dtype, scaled, world)
-    machine.say(f"device: {device}, {threads} threads, {world.size} process{'es' * (world.size > 1)}; {reason}")
+    plural = "es" if world.size > 1 else ""
+    machine.say(f"device: {device}, {threads} threads, {world.size} process{plural}; {reason}")
     return machine
 
 
@@ -85,12 +86,12 @@ class Stage:
     Attributes:
         name, short: `pre_train`, `Pre`: the names of its log folder and of its checkpoints.
         model: trainable are the parameters that require gradients.
-        loader: `next_step()` gives the micro-batches of one optimizer step; `epoch`, `epoch_progress`, `state_dict()`,
-            `load_state_dict()`.
-        loss: (model, micro-batch, tokens of the whole step) -> (terms, measures): the loss is the sum of the terms,
-            each already divided by the tokens; measures are numbers for the log, divided likewise.
-        evaluate: (model, batches or None for all) -> numbers for the log, `val_loss` among them; its attribute
-            `batches` is how many there are in all.
+        loader: `next_step()` gives the micro-batches of one optimizer step; `epoch`, `epoch_progress`,
+            `state_dict()`, `load_state_dict()`.
+        loss: (model, micro-batch, tokens of the whole step) -> (terms, measures): the loss is the sum of the
+            terms, each already divided by the tokens; measures are numbers for the log, divided likewise.
+        evaluate: (model, batches or None for all) -> numbers for the log, `val_loss` among them; its
+            attribute `batches` is how many there are in all.
         tokenizer: goes into every checkpoint.
         data_digest: identifies the training data; a resumed run must find the same.
     """
@@ -106,16 +107,16 @@ class Stage:
 
 
 class Trainer:
-    """Trains one stage from its first step, or from its newest checkpoint, to its end: `Trainer(...).run()`."""
+    """Trains one stage from its first step, or its newest checkpoint, to its end: `Trainer(...).run()`."""
 
     def __init__(self, stage: Stage, config: RunConfig, machine: Machine, out: Path, resume: bool = False):
         self.stage, self.config, self.machine, self.out = stage, config, machine, Path(out)
         self.step = self.tokens = self.skipped = 0
-        self.elapsed, self.reserve = 0.0, 0.0  # seconds of training so far; seconds kept for the last evaluation
+        self.elapsed = self.reserve = 0.0  # seconds of training so far, and kept for the last evaluation
         self.window: dict[str, float] = {}  # sums since the last logged step
         self.saved_in_epoch, self.saved_epoch = 0, 0
         self.last_good, self.finished = None, False
-        self.received = self.signal = None  # a signal that came in; the one that all processes agreed to stop for
+        self.received = self.signal = None  # a signal that came in, and one that all agreed to stop for
         self.model = stage.model.to(machine.device)
         distributed.broadcast_parameters(self.model)
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
@@ -126,7 +127,7 @@ class Trainer:
         if newest := files.latest_checkpoint(self.out, stage.short) if resume else None:
             self.restore(newest)
         distributed.barrier()  # nobody goes on, and writes, before all have read
-        # The compiled model is another object over the same weights; checkpoints always come from the plain one.
+        # The compiled model is another object over the same weights; checkpoints come from the plain one.
         self.runner = torch.compile(self.model) if config.train.compile else self.model
 
     # ------------------------------------------------------------------------------------------------ the run
@@ -159,17 +160,18 @@ class Trainer:
             self.log = RunLog(self.out / self.stage.name / "log.txt", resume_at=self.log_position)
 
     def prove_before(self) -> None:
-        """Every trainable parameter gets a gradient from a real batch, every frozen one none; see gradient_check."""
-        held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        """Every trainable parameter gets a gradient from a real batch, every frozen one none."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        held = {id(p) for group in groups for p in group["params"]}
         if odd := [name for name, p in self.model.named_parameters() if p.requires_grad != (id(p) in held)]:
-            raise UserError(f"frozen or unfrozen after the optimizer was built: {', '.join(odd[:3])}; decide before")
+            raise UserError(f"frozen or unfrozen after the optimizer was built: {', '.join(odd[:3])}")
         state = self.stage.loader.state_dict()
         for _ in range(PROOF_STEPS):  # the first batches may be without a label
             batches = [self.to_device(batch) for batch in self.stage.loader.next_step()]
             if any(map(supervised, batches)):
                 break
         else:
-            raise UserError(f"no label in the first {PROOF_STEPS} steps of data: there is nothing to learn from")
+            raise UserError(f"no label in the first {PROOF_STEPS} steps of data: nothing to learn from")
         self.stage.loader.load_state_dict(state)
 
         def terms(model, batches):
@@ -229,10 +231,10 @@ class Trainer:
         self.after_step(factor)
 
     def agree(self) -> None:
-        """All processes go by the clock of the first, and all stop if one got a signal; if it comes after this, they stop
-        one step later."""
+        """All go by the clock of the first process, and all stop if one got a signal by now."""
         elapsed = time.monotonic() - self.started if self.machine.world.is_first else 0.0
-        self.elapsed, *got = distributed.sum_scalars([elapsed, *(self.received == number for number in STOPPING)])
+        received = [self.received == number for number in STOPPING]
+        self.elapsed, *got = distributed.sum_scalars([elapsed, *received])
         self.signal = next((number for number, count in zip(STOPPING, got, strict=True) if count), None)
 
     def forward_backward(self, micro_batches: list[dict], count: float) -> dict[str, float]:
@@ -246,8 +248,8 @@ class Trainer:
             for name, value in {"loss": loss, **terms, **measures}.items():
                 totals[name] = totals.get(name, 0) + value.detach()
         distributed.sum_gradients(self.model.parameters())
-        names = list(totals)
-        values = dict(zip(names, distributed.sum_scalars([float(totals[name]) for name in names]), strict=True))
+        sums = distributed.sum_scalars([float(total) for total in totals.values()])
+        values = dict(zip(totals, sums, strict=True))
         if not math.isfinite(values["loss"]):
             self.stop_on_nan(values["loss"])
         return values
@@ -262,7 +264,7 @@ class Trainer:
         if not math.isfinite(norm) and not self.machine.scaled:
             self.stop_on_nan(norm, "gradient norm")
         for optimizer in self.optimizers:
-            if math.isfinite(norm):  # under fp16 gradients may overflow: no step, and a smaller scale next time
+            if math.isfinite(norm):  # under fp16 it may overflow: no step, and a smaller scale next time
                 self.scaler.step(optimizer)
                 witness.note_step(optimizer)
             optimizer.zero_grad(set_to_none=True)
@@ -271,16 +273,18 @@ class Trainer:
 
     def stop_on_nan(self, value: float, what: str = "loss") -> None:
         """The run has gone wrong: say when, what is still good, and what to try."""
-        good = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint was written yet"
+        good = "no checkpoint was written yet"
+        if self.last_good:
+            good = f"the last good checkpoint is {self.last_good}"
         raise UserError(
-            f"the {what} is {value} at step {self.step + 1}; {good}; try a lower optim.lr (and optim.muon_lr), more "
-            "optim.warmup_steps, optim.grad_clip=1.0, or train.dtype=fp32"
+            f"the {what} is {value} at step {self.step + 1}; {good}; try a lower optim.lr (and "
+            "optim.muon_lr), more optim.warmup_steps, optim.grad_clip=1.0, or train.dtype=fp32"
         )
 
     # --------------------------------------------------------------------------------------- after each step
 
     def note(self, values: dict[str, float], waited: float, took: float) -> None:
-        """Add one step to the sums that the next log line is the mean of; a skipped step has times, but no values."""
+        """Add one step to the sums behind the next log line; a skipped step has times, but no values."""
         times = {"data_ms": waited * 1e3, "step_ms": took * 1e3, "steps": 1, "taken": int(bool(values))}
         for name, value in {**values, **times}.items():
             self.window[name] = self.window.get(name, 0.0) + value
@@ -298,8 +302,8 @@ class Trainer:
         )
 
     def after_step(self, factor: float) -> None:
-        """Log, evaluate and save where they are due. A signal adds a checkpoint, and not a line to the log: the log
-        of a resumed run is that of one which was never stopped."""
+        """Log, evaluate and save where they are due. A signal adds a checkpoint, and not a line to the log:
+        the log of a resumed run is that of one which was never stopped."""
         train = self.config.train
         ending = self.progress >= 1
         if self.step % train.log_every == 0 or ending:
@@ -335,11 +339,12 @@ class Trainer:
         if self.log:
             self.log.write({"step": self.step, "tokens": self.tokens, **values, "eval_ms": took * 1e3})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self.machine.say(f"step {self.step}  {shown}  ({'all' if batches is None else 'part'} of the held-out data)")
+        share = "all" if batches is None else "part"
+        self.machine.say(f"step {self.step}  {shown}  ({share} of the held-out data)")
         self.last_evaluation = values
-        if batches is not None:  # from a part, estimate the seconds of the last evaluation: --max-seconds includes it
-            total = self.stage.evaluate.batches
-            self.reserve = distributed.sum_scalars([took * total / min(total, batches)])[0] / self.machine.world.size
+        if batches is not None:  # from a part, estimate how long the last evaluation will take
+            took *= max(1.0, self.stage.evaluate.batches / batches)
+            self.reserve = distributed.sum_scalars([took])[0] / self.machine.world.size
 
     def measure(self, batches: int | None) -> dict[str, float]:
         """The stage's evaluation as it is."""
@@ -414,20 +419,21 @@ class Trainer:
 
     def check_same_run(self, saved: dict, path: Path) -> None:
         """A resumed run must have the settings and data of the one that it continues; its end may move."""
-        may_change = {"max_steps", "max_seconds", "log_every", "eval_every", "eval_batches", "save_every", "device"}
+        may_change = {"max_steps", "max_seconds", "log_every", "eval_every", "eval_batches", "save_every"}
+        may_change |= {"device", "paths", "cache_dir"}
         for section, values in to_dict(self.config).items():
             for key, value in values.items():
                 was = saved["config"].get(section, {}).get(key)
-                if was != value and key not in may_change and key not in ("paths", "cache_dir"):
+                if was != value and key not in may_change:
                     raise UserError(
-                        f"{path} was trained with {section}.{key}={was}, this command says {value}: resume with the "
-                        "same settings, or start anew with --overwrite or in another --out"
+                        f"{path} was trained with {section}.{key}={was}, this command says {value}: resume "
+                        "with the same settings, or start anew with --overwrite or in another --out"
                     )
         if saved["data_digest"] != self.stage.data_digest:
-            raise UserError(f"{path} was trained on other data: resume with the same --data, or start anew elsewhere")
+            raise UserError(f"{path} was trained on other data: resume with the same, or start elsewhere")
 
     def clear(self) -> None:
-        """Remove what an earlier run of this stage left; the command line has made sure that this is wanted."""
+        """Remove what an earlier run of this stage left; the command line has checked that it may."""
         final = self.out / files.final_name(self.stage.short)
         for path in [*files.find_checkpoints(self.out, self.stage.short), final]:
             path.unlink(missing_ok=True)
@@ -436,7 +442,7 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------- the end
 
     def finish(self, witness: WeightWitness) -> None:
-        """After the last step: the weights must have moved; measure on all held-out data; a last checkpoint."""
+        """After the last step: weights must have moved; all held-out data; a last checkpoint."""
         self.machine.say(witness.prove_moved())
         self.save()  # the evaluation may take a while, and somebody may lose patience
         self.evaluate(None)
@@ -449,8 +455,8 @@ class Trainer:
         """A signal ended the run: its checkpoint is written."""
         if self.log:
             self.log.close()
-        self.machine.say(f"stopped by {signal.Signals(self.signal).name} at step {self.step}; saved {self.last_good}; "
-                         "the same command with --resume goes on")  # fmt: skip
+        name = signal.Signals(self.signal).name
+        self.machine.say(f"stopped by {name} at step {self.step}; saved {self.last_good}; --resume goes on")
         raise SystemExit(128 + self.signal)
 
     def on_signal(self, number, _frame) -> None:

@@ -5,7 +5,7 @@
     val_bpb   bits per byte = nats / ln 2 / bytes: does not depend on the tokenizer, so models can be compared
 
 The windows do not overlap and cover every token once; the first token of a window is predicted without what
-came before. """
+came before."""
 
 import math
 
@@ -27,7 +27,9 @@ class LanguageModelEvaluation:
         machine: device and processes; each process measures its share.
     """
 
-    def __init__(self, tokens: np.ndarray, tokenizer: Tokenizer, sequence_length: int, batch_size: int, machine):
+    def __init__(
+        self, tokens: np.ndarray, tokenizer: Tokenizer, sequence_length: int, batch_size: int, machine
+    ):
         self.tokens, self.length, self.batch_size, self.machine = tokens, sequence_length, batch_size, machine
         self.token_bytes = torch.from_numpy(tokenizer.token_bytes.astype(np.int64))
         windows = -(-(len(tokens) - 1) // sequence_length)  # rounded up

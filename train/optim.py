@@ -3,7 +3,7 @@
 AdamW (Loshchilov and Hutter, arXiv 1711.05101) moves each number by its own sign-like step; Muon
 (`modules/muon.py`) moves each matrix as a whole. Muon is for the matrices between layers; the embedding and
 the output head are tables of vectors, not maps between layers, and stay with AdamW, as do gains and biases.
-Weight decay is for matrices only: pulling a gain towards zero has no use. """
+Weight decay is for matrices only: pulling a gain towards zero has no use."""
 
 import torch
 
@@ -14,7 +14,7 @@ TABLES = ("embed_tokens.weight", "lm_head.weight")
 
 
 def build_optimizers(model: torch.nn.Module, optim: OptimConfig) -> list[torch.optim.Optimizer]:
-    """One or two optimizers that cover every trainable parameter exactly once. Each group remembers `initial_lr`."""
+    """One or two optimizers that cover every trainable parameter once. Each group knows its `initial_lr`."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = {name: p for name, p in trainable.items() if p.dim() in (2, 3) and not name.endswith(TABLES)}
     muon = hidden if optim.optimizer == "muon" else {}
@@ -29,7 +29,8 @@ def build_optimizers(model: torch.nn.Module, optim: OptimConfig) -> list[torch.o
             Muon(parameters, lr=optim.muon_lr, momentum=optim.muon_momentum, weight_decay=optim.weight_decay)
         )
     adam = torch.optim.Adam if optim.optimizer == "adam" else torch.optim.AdamW
-    decay = 0.0 if optim.optimizer == "adam" else optim.weight_decay  # Adam's own decay is L2: not what is meant
+    # Adam's own decay is L2: not what is meant
+    decay = 0.0 if optim.optimizer == "adam" else optim.weight_decay
     groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
     settings = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     fused = {p.device.type for p in rest.values()} <= {"cpu", "cuda"}

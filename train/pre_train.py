@@ -5,7 +5,8 @@
     python train/pre_train.py --config shakespeare --data input.txt --max-seconds 180
 
 What makes this stage: its data are windows of one long row of tokens; its loss is cross-entropy at every
-token; all parameters are trainable; it saves the last weights. """
+token; all parameters are trainable; it saves the last weights.
+"""
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the repository root, so that imports work from anywhere
 
@@ -55,13 +56,14 @@ def main():
     config.model.vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
     if config.model.vocab_size < data.tokenizer.vocab_size:
         raise UserError(
-            f"model.vocab_size={config.model.vocab_size} is less than the {data.tokenizer.vocab_size} tokens of the "
-            "tokenizer: leave it out, or set it to that or more"
+            f"model.vocab_size={config.model.vocab_size} is less than the {data.tokenizer.vocab_size} "
+            "tokens of the tokenizer: leave it out, or set it to that or more"
         )
     model = TinySeek(config.model)
     if command.init:
         load_weights(model, command.init["weights"], "--init")
-    machine.say("\n".join(cost_card(config.model, train.batch_size * length, length, config.optim.optimizer).lines()))
+    card = cost_card(config.model, train.batch_size * length, length, config.optim.optimizer)
+    machine.say("\n".join(card.lines()))
 
     stage = Stage(
         name=STAGE, short=SHORT, model=model, loader=loader, loss=loss,
@@ -71,7 +73,8 @@ def main():
     Trainer(stage, config, machine, command.out, command.resume).run()
     if world.is_first:
         show_samples(model, data, config)
-        where = "" if command.out == pathlib.Path(__file__).resolve().parents[1] / "out" else f" --out {command.out}"
+        default = pathlib.Path(__file__).resolve().parents[1] / "out"
+        where = "" if command.out == default else f" --out {command.out}"
         print(f'\nnext: python inference/chat.py{where} --prompt "def "')
     finish()
 

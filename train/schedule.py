@@ -5,7 +5,7 @@ run that is bounded by time anneals completely on a slow machine too.
 
     cosine       min + (1 - min) (1 + cos(pi p)) / 2
     exponential  min^p
-    wsd          1, then over the last `decay_fraction` from 1 down to min   (warmup-stable-decay, arXiv 2404.06395)
+    wsd          1, then over the last `decay_fraction` from 1 down to min   (arXiv 2404.06395)
 """
 
 import math
@@ -13,7 +13,9 @@ import math
 from config.schema import OptimConfig
 
 
-def progress(step: int, max_steps: int | None, elapsed: float = 0.0, max_seconds: float | None = None) -> float:
+def progress(
+    step: int, max_steps: int | None, elapsed: float = 0.0, max_seconds: float | None = None
+) -> float:
     """How much of the run is over, 0 to 1: the larger share of the two bounds."""
     by_steps = step / max_steps if max_steps else 0.0
     by_time = elapsed / max_seconds if max_seconds else 0.0
@@ -21,7 +23,7 @@ def progress(step: int, max_steps: int | None, elapsed: float = 0.0, max_seconds
 
 
 def lr_factor(optim: OptimConfig, step: int, done: float) -> float:
-    """What the learning rates are multiplied by at 0-based `step` with progress `done`. Never 0 in the warmup."""
+    """What all rates are multiplied by at 0-based `step` with progress `done`. Never 0 in the warmup."""
     warmup = min(1.0, (step + 1) / (optim.warmup_steps + 1))
     low = optim.min_lr_ratio
     if optim.schedule == "cosine":

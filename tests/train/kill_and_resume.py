@@ -3,16 +3,12 @@
     python tests/train/kill_and_resume.py --runs 20
 
 Each run is killed three times, anywhere: while Python starts, while the text is prepared, in a step, in the
-middle of writing a checkpoint (one is written after every step), in the last evaluation. Then it is resumed to
-its end. Final weights and optimizer states must be equal bit by bit, and the log line by line, its timing aside.
-Dropout is on, so that random states matter; every second run trains with Muon, the others with AdamW.
+middle of writing a checkpoint (one is written after every step), in the last evaluation. Then it is resumed
+to its end. Final weights and optimizer states must be equal bit by bit, and the log line by line, its timing
+aside. Dropout is on, so that random states matter; every second run trains with Muon, the others with AdamW.
 """
 
-import sys, pathlib
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parents[2])
-)  # the repository root, so that imports work from anywhere
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the root
 
 import argparse
 import random
@@ -111,11 +107,12 @@ def wait_for(process: subprocess.Popen, happened, seconds: float) -> None:
 
 
 def campaign(runs: int, kills: int, seed: int, folder: Path) -> str:
-    """Kill and resume `runs` runs; returns one line about it. Raises `AssertionError` on the first difference."""
+    """Kill and resume `runs` runs; returns one line about it. Raises `AssertionError` on the first
+    difference."""
     rng = random.Random(seed)
     text = folder / "text.txt"
-    text.write_text("".join(path.read_text(encoding="utf-8") for path in sorted(PRE_TRAIN.parent.glob("*.py"))),
-                    encoding="utf-8")  # fmt: skip
+    sources = [path.read_text(encoding="utf-8") for path in sorted(PRE_TRAIN.parent.glob("*.py"))]
+    text.write_text("".join(sources), encoding="utf-8")
     expected, seconds, places = {}, {}, {}
     for optimizer in OPTIMIZERS[: min(runs, 2)]:
         seconds[optimizer] = to_the_end(folder / optimizer, text, optimizer)

@@ -1,7 +1,8 @@
 """The engine against plain loops: the same weights as ten obvious lines, however a step is divided.
 
-The oracle is always a loop written here: all sequences of a step in one batch, `F.cross_entropy` over the labels,
-`torch.optim.AdamW`. Tolerances are those of fp32 sums in another order; where the order is the same, bits are compared.
+The oracle is always a loop written here: all sequences of a step in one batch, `F.cross_entropy` over the
+labels, `torch.optim.AdamW`. Tolerances are those of fp32 sums in another order; where the order is the same,
+bits are compared.
 """
 
 import math
@@ -45,12 +46,17 @@ ROUNDING = 2e-6  # weights of size about 0.1, a few steps of AdamW at 0.01
 def steps_of(config, count):
     """The first steps of the loader that `make_trainer` uses."""
     train = config.train
-    loader = TokenLoader(random_tokens(), config.data.sequence_length, train.batch_size, train.accumulation_steps,
-                         seed=train.seed)  # fmt: skip
+    loader = TokenLoader(
+        random_tokens(),
+        config.data.sequence_length,
+        train.batch_size,
+        train.accumulation_steps,
+        seed=train.seed,
+    )
     return [loader.next_step() for _ in range(count)]
 
 
-# ---------------------------------------------------------------------------------------------- the same weights
+# ------------------------------------------------------------------------------------------- the same weights
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 4), (1, 8)])
@@ -69,7 +75,8 @@ def test_the_engine_equals_an_obvious_loop(tmp_path, batch_size, accumulation):
 
 
 def test_labels_spread_unevenly_weigh_the_same(tmp_path):
-    """Each token counts once, whatever micro-batch it is in. A mean of means is off by far more than rounding."""
+    """Each token counts once, whatever micro-batch it is in. A mean of means is off by far more than
+    rounding."""
     config = small_config(*PLAIN)
     trainer = make_trainer(tmp_path, config, loader=ListLoader(uneven_steps()))
     trainer.run()
@@ -92,7 +99,8 @@ def test_a_log_line_is_the_mean_over_the_steps_that_were_taken(tmp_path):
 
 
 def test_the_log_the_curves_and_the_checkpoints_of_a_run(tmp_path):
-    """What design promises: keys in order, tokens and epochs counted, the rate, and two checkpoints on the way."""
+    """What design promises: keys in order, tokens and epochs counted, the rate, and two checkpoints on the
+    way."""
     config = small_config("train.accumulation_steps=2", "train.save_every=2", "train.eval_every=3",
                           "train.eval_batches=7", "optim.schedule=wsd", "optim.warmup_steps=1",
                           "optim.decay_fraction=0.5", steps=8)  # fmt: skip
@@ -117,7 +125,7 @@ def test_the_log_the_curves_and_the_checkpoints_of_a_run(tmp_path):
     assert (tmp_path / "toy" / "curves.png").stat().st_size > 1000
 
 
-# ------------------------------------------------------------------------------------------------ exact resuming
+# --------------------------------------------------------------------------------------------- exact resuming
 
 
 class Stop(Exception):
@@ -125,7 +133,8 @@ class Stop(Exception):
 
 
 def run_until(out, config, stop_at, resume=False, kill=None):
-    """Run, and crash (or send oneself the signal `kill`) within the loss of step `stop_at`; None never stops."""
+    """Run, and crash (or send oneself the signal `kill`) within the loss of step `stop_at`; None never
+    stops."""
     calls = 0
 
     def loss(model, batch, tokens):
@@ -146,9 +155,14 @@ def run_until(out, config, stop_at, resume=False, kill=None):
 def resumable_config(optimizer, steps=10):
     """Dropout, so that random states matter; logging, evaluating and saving at steps that do not coincide."""
     return small_config(
-        f"optim.optimizer={optimizer}", "model.dropout=0.2", "model.attention_dropout=0.2", "train.log_every=3",
-        "train.eval_every=4", "train.save_every=2", steps=steps,
-    )  # fmt: skip
+        f"optim.optimizer={optimizer}",
+        "model.dropout=0.2",
+        "model.attention_dropout=0.2",
+        "train.log_every=3",
+        "train.eval_every=4",
+        "train.save_every=2",
+        steps=steps,
+    )
 
 
 def result(out):
@@ -178,6 +192,8 @@ def test_a_crash_leaves_no_trace(tmp_path, unbroken, optimizer, stops):
     weights, log = result(tmp_path)
     assert same_bits(weights, unbroken[optimizer][0])
     assert log == unbroken[optimizer][1]
+    saved = [load_checkpoint(path)["step"] for path in find_checkpoints(tmp_path, "Toy")]
+    assert saved == [10, 10]  # the newest are the last ones: before and after the last evaluation
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -239,9 +255,14 @@ def test_resuming_with_nothing_to_resume_starts(tmp_path, unbroken):
 
 @pytest.mark.parametrize(
     ("setting", "words"),
-    [("optim.lr=0.02", "optim.lr=0.01"), ("train.seed=3", "train.seed=0"), ("model.dropout=0.1", "model.dropout=0.2"),
-     ("train.batch_size=8", "train.batch_size=4"), ("train.accumulation_steps=2", "train.accumulation_steps=1")],
-)  # fmt: skip
+    [
+        ("optim.lr=0.02", "optim.lr=0.01"),
+        ("train.seed=3", "train.seed=0"),
+        ("model.dropout=0.1", "model.dropout=0.2"),
+        ("train.batch_size=8", "train.batch_size=4"),
+        ("train.accumulation_steps=2", "train.accumulation_steps=1"),
+    ],
+)
 def test_resuming_with_other_settings_is_refused(tmp_path, setting, words):
     with pytest.raises(Stop):
         run_until(tmp_path, resumable_config("adamw"), 5)
@@ -265,7 +286,7 @@ def test_a_new_run_removes_what_the_old_one_left(tmp_path):
     assert [row["step"] for row in read_log(tmp_path / "toy" / "log.txt")] == [0]
 
 
-# ----------------------------------------------------------------------------------------- what must not go on
+# ---------------------------------------------------------------------------------------- what must not go on
 
 
 def spoiled(at, how):
@@ -289,10 +310,13 @@ def infinite_gradient(loss, model):
 
 @pytest.mark.parametrize(
     ("how", "what"),
-    [(lambda loss, model: loss * float("nan"), "the loss is nan"), (lambda loss, _: loss * float("inf"), "the loss is inf"),
-     (infinite_gradient, "the gradient norm is (nan|inf)")],
+    [
+        (lambda loss, model: loss * float("nan"), "the loss is nan"),
+        (lambda loss, _: loss * float("inf"), "the loss is inf"),
+        (infinite_gradient, "the gradient norm is (nan|inf)"),
+    ],
     ids=["nan", "inf", "gradient"],
-)  # fmt: skip
+)
 def test_what_is_not_finite_stops_the_run(tmp_path, how, what):
     """With the step, the last good checkpoint and advice; that checkpoint is from before, and finite."""
     loss, holder = spoiled(5, how)
@@ -373,8 +397,8 @@ def test_a_first_step_without_labels_is_no_error(tmp_path):
 
 
 def test_an_overflow_under_fp16_leaves_out_the_whole_step(tmp_path):
-    """The scaler alone would leave out only the optimizer whose own gradients overflowed, and clipping by a norm of
-    NaN would give the other one NaN. Played on the CPU: the scaler is there, the numbers are fp32."""
+    """The scaler alone would leave out only the optimizer whose own gradients overflowed, and clipping by a
+    norm of NaN would give the other one NaN. Played on the CPU: the scaler is there, the numbers are fp32."""
     loss, holder = spoiled(3, infinite_gradient)
     config = small_config("optim.optimizer=muon", steps=5)
     trainer = make_trainer(tmp_path, config, loss=loss, scaled=True)

@@ -1,4 +1,5 @@
-"""Evaluation against a plain loop: `F.cross_entropy` over the whole held-out text, bits against its UTF-8 bytes."""
+"""Evaluation against a plain loop: `F.cross_entropy` over the whole held-out text, bits against its UTF-8
+bytes."""
 
 import math
 
@@ -35,7 +36,8 @@ def case(request, tmp_path_factory):
 
 
 def plain_loop(model, tokenizer, tokens):
-    """Window after window, logits of each, everything added up; bytes counted by decoding what was predicted."""
+    """Window after window, logits of each, everything added up; bytes counted by decoding what was
+    predicted."""
     nats, sure, count, size = 0.0, 0.0, 0, 0
     for start in range(0, len(tokens) - 1, LENGTH):
         row = torch.from_numpy(tokens[start : start + LENGTH + 1].astype(np.int64))
@@ -88,8 +90,8 @@ def test_bytes_are_those_of_the_text(case):
 
 @pytest.mark.parametrize("max_batches", [None, 1, 2])
 def test_two_processes_measure_what_one_does(case, monkeypatch, max_batches):
-    """Their sums are added up; here one after the other, in `test_factoring.py` with real processes. With a bound,
-    two processes of 2 rows look at the windows of one process of 4."""
+    """Their sums are added up; here one after the other, in `test_factoring.py` with real processes. With a
+    bound, two processes of 2 rows look at the windows of one process of 4."""
     sums = []
     monkeypatch.setattr(evaluation_module, "sum_scalars", lambda values: sums.append(values) or values)
     for rank in (0, 1):

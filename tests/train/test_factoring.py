@@ -1,6 +1,7 @@
 """One batch of eight, four micro-batches, two processes: the same weights, the same log, the same evaluation.
 
-The oracle is the obvious loop of `tools.py`, which knows nothing of processes, and one process against two of them.
+The oracle is the obvious loop of `tools.py`, which knows nothing of processes, and one process against two of
+them.
 """
 
 import math
@@ -36,13 +37,14 @@ ROUNDING = 2e-6  # weights of size about 0.1, a few steps of AdamW at 0.01
 
 
 def share_of_steps(rank, size):
-    """Process `rank` gets every `size`-th micro-batch of `uneven_steps`: quite different numbers of labels."""
+    """Process `rank` gets every `size`-th micro-batch of `uneven_steps`: quite different numbers of
+    labels."""
     return [batches[rank::size] for batches in uneven_steps()]
 
 
 def main(out, signalled="", resume=""):
-    """What each of the processes runs: `python test_factoring.py OUT` under torchrun. With `signalled` the second
-    process, and nobody else, gets a SIGTERM in the third step."""
+    """What each of the processes runs: `python test_factoring.py OUT` under torchrun. With `signalled` the
+    second process, and nobody else, gets a SIGTERM in the third step."""
     world = distributed.start("cpu")
     config = small_config(*PLAIN)
 
@@ -83,7 +85,8 @@ def test_two_processes_with_uneven_labels_equal_the_obvious_loop(tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_and_they_go_on_together(tmp_path):
-    """Only one of them knows of it; the other must not wait for it for ever. The end is that of the obvious loop."""
+    """Only one of them knows of it; the other must not wait for it for ever. The end is that of the obvious
+    loop."""
     done = run(__file__, tmp_path, "signalled", processes=2, timeout=60)
     assert done.returncode != 0 and "stopped by SIGTERM at step 4; saved" in done.stdout, done.stderr
     assert re.search(r"exitcode\s*: 143 ", done.stderr), done.stderr
@@ -108,8 +111,8 @@ def pre_train(out, batch_size, accumulation, processes, text, cache):
 
 @pytest.mark.slow
 def test_the_real_script_gives_the_same_however_a_step_is_divided(tmp_path):
-    """1 process x 8 sequences, 1 x 2 x 4 micro-batches, 2 processes x 2 x 2: weights, losses, evaluations. Here the
-    processes prepare the data themselves, from a cache that is empty for the two of them."""
+    """1 process x 8 sequences, 1 x 2 x 4 micro-batches, 2 processes x 2 x 2: weights, losses, evaluations.
+    Here the processes prepare the data themselves, from a cache that is empty for the two of them."""
     text = tmp_path / "text.txt"
     text.write_text((Path(__file__).read_text(encoding="utf-8") + "\n") * 3, encoding="utf-8")
     big, big_log = pre_train(tmp_path / "big", 8, 1, 1, text, tmp_path / "cache")

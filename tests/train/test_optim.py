@@ -30,8 +30,9 @@ def gradients(shapes, step):
 @pytest.mark.parametrize("momentum", [0.0, 0.95])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_muon_equals_that_of_torch_slice_by_slice(momentum, weight_decay):
-    """Four steps with changing rates. Tolerance: both orthogonalise in bf16, ours in batches, so that products round
-    differently; an entry of an orthogonal matrix is at most 1, bf16 keeps 8 bits, five steps add up."""
+    """Four steps with changing rates. Tolerance: both orthogonalise in bf16, ours in batches, so that
+    products round differently; an entry of an orthogonal matrix is at most 1, bf16 keeps 8 bits, five steps
+    add up."""
     shapes = SHAPES + STACKS
     start = gradients(shapes, 100)
     ours = [nn.Parameter(tensor.clone()) for tensor in start]

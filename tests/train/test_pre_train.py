@@ -35,7 +35,8 @@ def pre_train(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_budget_of_seconds_is_kept(pre_train, monkeypatch):
-    """Five seconds, a last evaluation of more than half a second included; and the rate has gone down to its end."""
+    """Five seconds, a last evaluation of more than half a second included; and the rate has gone down to its
+    end."""
     seconds = []
     run = Trainer.run
 
@@ -89,8 +90,13 @@ def test_what_a_run_leaves(pre_train):
     """The names that design promises, and a final checkpoint that holds all that the next stage needs."""
     out = pre_train("out", "--max-steps", "3", "--set", "train.save_every=1", "--set", "optim.optimizer=muon")
     names = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
-    assert names == ["TinySeek_Pre3_0.pkl", "TinySeek_Pre4_0.pkl", "TinySeek_Pre_final.pkl", "pre_train/curves.png",
-                     "pre_train/log.txt"]  # fmt: skip
+    assert names == [
+        "TinySeek_Pre3_0.pkl",
+        "TinySeek_Pre4_0.pkl",
+        "TinySeek_Pre_final.pkl",
+        "pre_train/curves.png",
+        "pre_train/log.txt",
+    ]
     final = load_checkpoint(out / "TinySeek_Pre_final.pkl")
     assert final["config"]["model"]["vocab_size"] == len(final["weights"]["model.embed_tokens.weight"])
     assert set(final["evaluation"]) == {"val_loss", "val_ppl", "val_conf", "val_bpb"}
@@ -99,7 +105,8 @@ def test_what_a_run_leaves(pre_train):
 
 
 def test_starting_from_a_checkpoint_goes_on_from_its_weights(pre_train):
-    """Its model and tokenizer come with it, whatever the preset says; the first loss is where the last one was."""
+    """Its model and tokenizer come with it, whatever the preset says; the first loss is where the last one
+    was."""
     first = pre_train(
         "first", "--max-steps", "30", "--set", "model.hidden_size=16", "--set", "model.head_dim=4"
     )

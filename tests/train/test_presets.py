@@ -1,6 +1,7 @@
 """Every preset is built and stepped: its own model, optimizer and schedule, on one row of sixteen tokens.
 
-Only the batch is small, and of a preset with more than eight layers two are built: twelve would take twenty seconds.
+Only the batch is small, and of a preset with more than eight layers two are built: twelve would take twenty
+seconds.
 """
 
 import pytest

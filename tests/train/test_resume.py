@@ -11,7 +11,8 @@ from tests.train.tools import PRE_TRAIN, same_bits
 
 @pytest.mark.slow
 def test_kills_at_random_moments_leave_no_trace(tmp_path):
-    """A few of what `python tests/train/kill_and_resume.py --runs 20` does many times; another seed every time."""
+    """A few of what `python tests/train/kill_and_resume.py --runs 20` does many times; another seed every
+    time."""
     line = campaign(runs=2, kills=1, seed=time.time_ns() % 10**6, folder=tmp_path)
     assert "2 runs killed 2 times" in line
 

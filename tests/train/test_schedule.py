@@ -1,7 +1,8 @@
 """The learning rate against the schedules of `transformers` and against closed forms.
 
-Convention: transformers' warmup begins with a rate of 0 (`step / warmup`), ours with 1 / (warmup + 1), because a step
-with rate 0 is a step thrown away. Our step s of a warmup of w is thus theirs s + 1 of a warmup of w + 1.
+Convention: transformers' warmup begins with a rate of 0 (`step / warmup`), ours with 1 / (warmup + 1),
+because a step with rate 0 is a step thrown away. Our step s of a warmup of w is thus theirs s + 1 of a warmup
+of w + 1.
 """
 
 import math
@@ -34,8 +35,8 @@ def theirs(schedule_of, steps):
 
 @pytest.mark.parametrize("low", [0.0, 0.1])
 def test_wsd_equals_transformers(low):
-    """Warmup of 4, decay over the last 40 of 100 steps. With a `low` above 0 transformers' warmup begins there and
-    ours at 0: compared after it."""
+    """Warmup of 4, decay over the last 40 of 100 steps. With a `low` above 0 transformers' warmup begins
+    there and ours at 0: compared after it."""
     ours = factors("wsd", 100, warmup_steps=4, decay_fraction=0.4, min_lr_ratio=low)
     expected = theirs(
         lambda optimizer: get_wsd_schedule(
@@ -54,7 +55,8 @@ def test_cosine_equals_transformers_where_nothing_warms_up():
 
 
 def test_the_warmup_equals_that_of_transformers():
-    """Theirs bends the cosine only after the warmup, ours along the whole run: compared within the warmup, undecayed."""
+    """Theirs bends the cosine only after the warmup, ours along the whole run: compared within the warmup,
+    undecayed."""
     ours = factors("cosine", 1000, warmup_steps=9, min_lr_ratio=1.0)[:20]
     expected = theirs(lambda o: get_cosine_schedule_with_warmup(o, 10, 10**9), 21)[1:]
     assert ours == pytest.approx(expected, abs=1e-9)

@@ -1,4 +1,5 @@
-"""Small stages for tests of the engine: a tiny decoder over random tokens, everything in fp32 on one thread."""
+"""Small stages for tests of the engine: a tiny decoder over random tokens, everything in fp32 on one
+thread."""
 
 import math
 import os
@@ -36,8 +37,9 @@ def small_config(*settings, steps=6):
     fixed = {
         "model.hidden_size": 16, "model.num_hidden_layers": 2, "model.num_attention_heads": 2,
         "model.num_key_value_heads": 1, "model.intermediate_size": 24, "model.vocab_size": VOCABULARY,
-        "model.initializer_range": 0.1, "data.sequence_length": 8, "optim.optimizer": "adamw", "optim.lr": 0.01,
-        "train.batch_size": 4, "train.max_steps": steps, "train.max_seconds": "null", "train.dtype": "fp32",
+        "model.initializer_range": 0.1, "data.sequence_length": 8, "optim.optimizer": "adamw",
+        "optim.lr": 0.01, "train.batch_size": 4, "train.max_steps": steps, "train.max_seconds": "null",
+        "train.dtype": "fp32",
         "train.device": "cpu", "train.log_every": 1, "train.eval_every": 100, "train.save_every": 100,
     }  # fmt: skip
     return load_config("tiny", [f"{key}={value}" for key, value in fixed.items()] + list(settings))
@@ -96,8 +98,8 @@ class ListLoader:
 
 
 def uneven_steps(micro_batches=4, count=6):
-    """Steps whose micro-batches have from none to all of their labels: in the first step every second one has none,
-    in the third all have none."""
+    """Steps whose micro-batches have from none to all of their labels: in the first step every second one has
+    none, in the third all have none."""
     generator = torch.Generator().manual_seed(5)
     steps = []
     for step in range(count):
@@ -114,7 +116,8 @@ def uneven_steps(micro_batches=4, count=6):
 
 
 def obvious_loop(config, steps):
-    """Trains `small_model` on `steps`: each a list of batches, taken as one. Returns the weights and each loss."""
+    """Trains `small_model` on `steps`: each a list of batches, taken as one. Returns the weights and each
+    loss."""
     model = small_model(config)
     optim = config.optim
     matrices = [p for p in model.parameters() if p.dim() >= 2]
