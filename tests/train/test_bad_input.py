@@ -245,10 +245,9 @@ def test_a_damaged_newest_checkpoint_is_one_line(refused, old_run, tmp_path):
     ("arguments", "words"),
     [
         (["--data", "gone.txt"], "--data gone.txt: no such file or folder"),
-        (["--set", "modle.hidden_size=8"], "did you mean model?"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     ],
-    ids=["data", "set", "flag"],
+    ids=["data", "flag"],
 )
 def test_the_script_itself(old_run, arguments, words):
     before = files_in(old_run / "out")
