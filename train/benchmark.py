@@ -32,7 +32,8 @@ PROMPT, NEW_TOKENS = 16, 128
 
 def main():
     """Both measurements, one table each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    lines = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=lines)
     parser.add_argument("--config", default="benchmark", metavar="NAME|FILE.json")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", dest="settings")
     parser.add_argument("--steps", type=int, default=20, help="measured turns of each contender (default 20)")
@@ -49,15 +50,15 @@ def main():
 
 
 def hugging_face_twin(config, attention: str):
-    """The `Qwen3ForCausalLM` of the same shape, or None where transformers is not installed or has no such model."""
+    """The `Qwen3ForCausalLM` of the same shape, or None where transformers is not installed."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         from transformers import Qwen3Config, Qwen3ForCausalLM
     except ImportError:
         return None
     model = config.model
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-             "intermediate_size", "max_position_embeddings", "tie_word_embeddings")  # fmt: skip
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "head_dim", "intermediate_size", "max_position_embeddings", "tie_word_embeddings")  # fmt: skip
     settings = {name: getattr(model, name) for name in names}
     return Qwen3ForCausalLM(Qwen3Config(**settings, attn_implementation=attention))
 
@@ -85,7 +86,7 @@ def report(seconds: dict[str, list[float]], tokens: int, unit: str, extra=None) 
         print(f"{line}  ratio {last / middle:.2f}" + (extra(tokens / middle) if extra else ""))
 
 
-# ------------------------------------------------------------------------------------------------------ training
+# --- training -------------------------------------------------------------------------------------
 
 
 def training_step(model, machine, loss):
@@ -123,7 +124,8 @@ def compare_training(config, machine, steps: int) -> None:
             contenders[f"Qwen3ForCausalLM ({implementation})"] = training_step(twin, machine, loss)
 
     card = cost_card(config.model, rows * length, length)
-    print(f"training, {rows} x {length} tokens, {machine.dtype}, {card.train_flops() / 1e6:.1f} MFLOP per token")
+    cost = card.train_flops() / 1e6
+    print(f"training, {rows} x {length} tokens, {machine.dtype}, {cost:.1f} MFLOP per token")
     name = torch.cuda.get_device_name() if machine.device.type == "cuda" else ""
     peak = peak_flops(name, machine.dtype)
 
@@ -134,7 +136,7 @@ def compare_training(config, machine, steps: int) -> None:
     report(take_turns(contenders, steps, machine), rows * length, "tokens/s", utilisation)
 
 
-# ------------------------------------------------------------------------------------------------------ decoding
+# --- decoding -------------------------------------------------------------------------------------
 
 
 def compare_decoding(config, machine, dtype, turns: int) -> None:
@@ -156,8 +158,10 @@ def compare_decoding(config, machine, dtype, turns: int) -> None:
 
         def generate():
             with torch.inference_mode():
-                twin.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None,
-                              pad_token_id=0, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS)  # fmt: skip
+                twin.generate(
+                    ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None,
+                    pad_token_id=0, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS,
+                )  # fmt: skip
 
         contenders["Qwen3ForCausalLM.generate"] = generate
     print(f"decoding, greedy, 1 row, {PROMPT} + {NEW_TOKENS} tokens, {dtype}")
