@@ -31,11 +31,12 @@ from config.load import to_dict
 from config.schema import RunConfig
 from load_data.loader import IGNORED
 from load_data.tokenizer import Tokenizer
+from train.machine import Machine
 from train.optim import build_optimizers, set_lr
 from train.schedule import lr_factor, progress
 from utils import checkpoint as files
 from utils import distributed
-from utils.device import pick_device, pick_dtype, seed_everything, set_threads, synchronize
+from utils.device import seed_everything, synchronize
 from utils.errors import UserError
 from utils.gradient_check import WeightWitness, prove_gradients_before
 from utils.log import RunLog
@@ -43,40 +44,6 @@ from utils.plot import plot_curves
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)  # end the run after the step at hand, with a checkpoint
 PROOF_STEPS = 100  # steps of data that are searched for a label before the first step
-
-
-@dataclass
-class Machine:
-    """Where and how this process computes."""
-
-    device: torch.device
-    dtype: torch.dtype
-    scaled: bool  # fp16 needs its gradients scaled
-    world: distributed.World
-
-    def autocast(self):
-        """Matrix products in `dtype`; weights and sums stay in fp32."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def say(self, *words) -> None:
-        """Print, in the first process only, without breaking the progress bar."""
-        if self.world.is_first:
-            tqdm.write(" ".join(str(word) for word in words))
-
-
-def start_machine(config: RunConfig) -> Machine:
-    """Device, number format, threads, processes and seed, each said aloud with its reason."""
-    device = pick_device(config.train.device)
-    world = distributed.start(device.type)
-    dtype, scaled, reason = pick_dtype(config.train.dtype, device)
-    threads = set_threads()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
-    seed_everything(config.train.seed)
-    machine = Machine(device, dtype, scaled, world)
-    plural = "es" if world.size > 1 else ""
-    machine.say(f"device: {device}, {threads} threads, {world.size} process{plural}; {reason}")
-    return machine
 
 
 @dataclass
@@ -124,9 +91,10 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.scaled)
         self.log, self.log_position = None, None
-        if newest := files.latest_checkpoint(self.out, stage.short) if resume else None:
+        newest = files.latest_checkpoint(self.out, stage.short) if resume else None
+        distributed.same_on_all_ranks(newest.name if newest else "", "checkpoint to go on from")
+        if newest:
             self.restore(newest)
-        distributed.barrier()  # nobody goes on, and writes, before all have read
         # The compiled model is another object over the same weights; checkpoints come from the plain one.
         self.runner = torch.compile(self.model) if config.train.compile else self.model
 

@@ -8,7 +8,7 @@ to its end. Final weights and optimizer states must be equal bit by bit, and the
 aside. Dropout is on, so that random states matter; every second run trains with Muon, the others with AdamW.
 """
 
-import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the root
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
 
 import argparse
 import random
