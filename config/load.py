@@ -24,7 +24,10 @@ def preset_names() -> list[str]:
 
 
 def load_config(
-    name: str | None = None, settings: list[str] = (), inherited: dict | None = None, flags: dict | None = None
+    name: str | None = None,
+    settings: list[str] = (),
+    inherited: dict | None = None,
+    flags: dict | None = None,
 ) -> RunConfig:
     """The checked configuration of a run.
 

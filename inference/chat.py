@@ -8,32 +8,25 @@ A pre-trained model continues the text that it is given; a fine-tuned one (SFT, 
 Standard output holds the text only; what is said about it goes to standard error.
 """
 
-import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the repository root, so that imports work from anywhere
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
-import argparse
 import contextlib
 import dataclasses
 
+import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
 from inference.generate import Generator
 from inference.load import CHAT_STAGES, find_model, load_model
 from inference.sampling import SamplingParams
 from inference.text_stream import TextStream
 from utils.device import pick_device, set_threads
-from utils.errors import UserError, run_main
+from utils.errors import Parser, run_main
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all others."""
-
-    def error(self, message):
-        raise UserError(f"{message}; --help lists the flags")
-
-
 def parse_command():
     """The flags."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--prompt", metavar="TEXT", help="continue or answer this, then end (default: ask for lines)")
     source = parser.add_mutually_exclusive_group()

@@ -21,7 +21,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 IDS = [path.relative_to(ROOT).as_posix() for path in FILES]
 BOOTSTRAP = (
     "import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))"
-    "  # the repository root, so that imports work from anywhere"
+    "  # repository root"
 )
 
 

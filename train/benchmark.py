@@ -9,31 +9,30 @@ their ratios are what counts. Training: forward, backward and an AdamW step on r
 greedy, 128 new tokens after a prompt of 16, one row. The twin is measured where `transformers` is installed.
 """
 
-import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the repository root, so that imports work from anywhere
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
-import argparse
 import os
 import statistics
 import time
 
+import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
 import torch
 
 from config.load import load_config
 from inference.generate import Generator
 from inference.sampling import SamplingParams
 from model.tinyseek import TinySeek
-from train.engine import start_machine
+from train.machine import start_machine
 from utils.cost import cost_card
 from utils.device import peak_flops, synchronize
-from utils.errors import run_main
+from utils.errors import Parser, run_main
 
 PROMPT, NEW_TOKENS = 16, 128
 
 
 def main():
     """Both measurements, one table each."""
-    lines = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=lines)
+    parser = Parser(__doc__)
     parser.add_argument("--config", default="benchmark", metavar="NAME|FILE.json")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", dest="settings")
     parser.add_argument("--steps", type=int, default=20, help="measured turns of each contender (default 20)")

@@ -4,14 +4,13 @@ Everything is decided and checked here, before any work: the configuration, wher
 it may.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
 from config.load import DEFAULT_PRESET, load_config, preset_names
 from config.schema import RunConfig
 from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint
-from utils.errors import UserError
+from utils.errors import Parser, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,16 +26,9 @@ class Command:
     overwrite: bool
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all others."""
-
-    def error(self, message):
-        raise UserError(f"{message}; --help lists the flags")
-
-
 def parse_command(stage: str, short: str, description: str, argv=None) -> Command:
     """Read the flags of stage `stage` (checkpoints named `short`). Raises `UserError`; writes nothing."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description)
     add = parser.add_argument
     add("--config", metavar="NAME|FILE.json", help=f"preset ({', '.join(preset_names())}) or JSON file")
     add("--data", nargs="+", metavar="PATH", help=".txt, .jsonl, a folder of them, or the word python")

@@ -8,10 +8,9 @@ What makes this stage: its data are windows of one long row of tokens; its loss 
 token; all parameters are trainable; it saves the last weights.
 """
 
-import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the repository root, so that imports work from anywhere
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
-import torch
-
+import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
 from inference.generate import Generator
 from inference.sampling import SamplingParams
 from load_data.loader import TokenLoader
@@ -19,8 +18,9 @@ from load_data.packing import prepare_pretraining
 from load_data.tokenizer import Tokenizer
 from model.tinyseek import TinySeek
 from train.cli import parse_command
-from train.engine import Stage, Trainer, start_machine
+from train.engine import Stage, Trainer
 from train.evaluation import LanguageModelEvaluation
+from train.machine import start_machine
 from utils.checkpoint import load_weights
 from utils.cost import cost_card
 from utils.distributed import finish, rank_zero_first
@@ -87,10 +87,8 @@ def show_samples(model, data, config):
         places = [len(data.val) * part // 4 for part in (1, 2, 3)]
         prompts = [tokenizer.decode(data.val[place : place + 24]) for place in places]
     params = SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=64, seed=0)
-    with torch.inference_mode():
-        answers = Generator(model.eval()).generate(
-            [tokenizer.encode(prompt) for prompt in prompts], params, stop_ids={tokenizer.eos_id}
-        )
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    answers = Generator(model).generate(ids, params, stop_ids={tokenizer.eos_id})
     for prompt, answer in zip(prompts, answers, strict=True):
         print(f"\n--- sample ---\n{prompt}|{tokenizer.decode(answer)}")
 

@@ -5,11 +5,23 @@ says what is wrong, where, and the way out. Anything else that goes wrong is a b
 traceback.
 """
 
+import argparse
 import sys
 
 
 class UserError(Exception):
     """Bad input. The message is one line: what is wrong, where, and how to mend it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that shows a script's docstring as help, and whose errors are one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        """Instead of argparse's two lines."""
+        raise UserError(f"{message}; --help lists the flags")
 
 
 def run_main(main) -> None:

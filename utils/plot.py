@@ -4,9 +4,8 @@
     python utils/plot.py LOG LOG --out both.png  # several runs over each other
 """
 
-import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the repository root, so that imports work from anywhere
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
-import argparse
 import itertools
 import math
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from utils.errors import UserError, run_main
+from utils.errors import Parser, UserError, run_main
 from utils.log import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +89,7 @@ def run_names(paths: list[str]) -> list[str]:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Draw the curves of one or more runs.")
+    parser = Parser("Draw the curves of one or more runs.")
     parser.add_argument("logs", nargs="*", metavar="LOG", help="log files (default: out/pre_train/log.txt)")
     parser.add_argument("--out", metavar="PNG", help="the picture (default: curves.png beside the first log)")
     args = parser.parse_args()

@@ -15,7 +15,8 @@ from config.load import load_config
 from load_data.loader import TokenLoader
 from load_data.tokenizer import CharTokenizer
 from model.tinyseek import TinySeek
-from train.engine import Machine, Stage, Trainer
+from train.engine import Stage, Trainer
+from train.machine import Machine
 from utils.distributed import World
 
 ROOT = Path(__file__).resolve().parents[2]
