@@ -87,9 +87,13 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids, skip_special: bool = True) -> str:
-        """The text of `ids`, special tokens left out or spelled out; bytes that are not UTF-8 are U+FFFD."""
+        """The text of `ids`, special tokens left out or spelled out; bytes that are not UTF-8 are U+FFFD.
+
+        A model may have more ids than its tokenizer (a padded vocabulary): the surplus stands for nothing.
+        """
         spelled = {} if skip_special else self.special_spellings
-        parts = (spelled.get(int(one), self.id_to_bytes[one]) for one in ids)
+        known = (int(one) for one in ids if one < self.vocab_size)
+        parts = (spelled.get(one, self.id_to_bytes[one]) for one in known)
         return b"".join(parts).decode("utf-8", errors="replace")
 
     @cached_property

@@ -149,7 +149,9 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     if not starts_as_zip:
         raise UserError(f"{path}: not a TinySeek checkpoint (torch.save writes another format)")
     if not zipfile.is_zipfile(path):  # the table of contents is at the end of a zip file
-        raise UserError(f"{path}: the checkpoint is cut short; take an earlier one, or copy it again")
+        raise UserError(
+            f"{path}: the checkpoint is cut short; delete it (the one before is good), or copy it anew"
+        )
     try:
         check_sums(path)
         data = torch.load(path, map_location=device, weights_only=True)
@@ -182,7 +184,8 @@ def why_unreadable(error: Exception) -> str:
     """What is wrong with a file on which `torch.load` raised `error`, in a few words."""
     if isinstance(error, pickle.UnpicklingError) and (match := re.search(r"GLOBAL ([\w.]+)", str(error))):
         return f"refused, it carries code or a foreign object ({match[1]}); checkpoints hold plain data only"
-    return f"the checkpoint is damaged ({type(error).__name__}); take an earlier one, or copy it again"
+    name = type(error).__name__
+    return f"the checkpoint is damaged ({name}); delete it (the one before is good), or copy it anew"
 
 
 def load_weights(module: torch.nn.Module, state_dict: dict[str, torch.Tensor], where: str) -> None:

@@ -200,3 +200,10 @@ def test_a_token_spelled_by_two_merges_has_one_id():
     tokenizer = BpeTokenizer(merges)
     assert tokenizer.vocab_size == 7 + 256 + 3
     assert tokenizer.encode("abc") == [7 + 256 + 2]
+
+
+def test_ids_beyond_the_vocabulary_stand_for_nothing():
+    """A model's vocabulary may be padded above its tokenizer's; what it draws there has no text."""
+    tokenizer = CharTokenizer("ab")
+    ids = [*tokenizer.encode("ab"), tokenizer.vocab_size, tokenizer.vocab_size + 50]
+    assert tokenizer.decode(ids) == "ab"

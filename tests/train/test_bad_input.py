@@ -234,7 +234,7 @@ def test_a_damaged_newest_checkpoint_is_one_line(refused, old_run, tmp_path):
     newest = find_checkpoints(tmp_path, "Pre")[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
     line = refused("--out", tmp_path, "--resume", overwrite=False)
-    assert newest.name in line and "take an earlier one" in line
+    assert newest.name in line and "the one before is good" in line
 
 
 # -------------------------------------------------------------------------------------- as real processes
