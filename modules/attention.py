@@ -12,7 +12,8 @@ QK-norm (arXiv 2010.04245, Qwen3): RMSNorm over the D channels of every head of 
 It bounds the scores, so that training stands a larger learning rate.
 
 Vaswani et al., arXiv 1706.03762; Ainslie et al., "GQA", arXiv 2305.13245. Names as in `Qwen3Attention`.
-Two paths compute the same: `eager_attention` in plain products, `sdpa_attention` with PyTorch's kernel.
+Three paths compute the same: `eager_attention` in plain products, `sdpa_attention` with PyTorch's kernel, and
+`modules/blocked_attention.py` by blocks of queries; `attend` chooses.
 """
 
 import torch

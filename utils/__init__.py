@@ -2,7 +2,8 @@
 
 Scripts import this before PyTorch, for one line: threads that wait for each other should sleep, not spin. On
 an idle machine that costs nothing; beside one other busy program a training step is two to three times as
-fast (docs/experiments.md, 5). The OpenMP library reads the setting once, when PyTorch loads it. """
+fast (docs/experiments.md, 5). The OpenMP library reads the setting once, when PyTorch loads it.
+"""
 
 import os
 

@@ -12,16 +12,15 @@ import signal
 import pytest
 import torch
 
-from load_data.loader import TokenLoader
 from tests.train.tools import (
     PLAIN,
     ListLoader,
     NoEvaluation,
     largest_difference,
+    make_loader,
     make_trainer,
     next_token_loss,
     obvious_loop,
-    random_tokens,
     same_bits,
     small_config,
     small_model,
@@ -45,14 +44,7 @@ ROUNDING = 2e-6  # weights of size about 0.1, a few steps of AdamW at 0.01
 
 def steps_of(config, count):
     """The first steps of the loader that `make_trainer` uses."""
-    train = config.train
-    loader = TokenLoader(
-        random_tokens(),
-        config.data.sequence_length,
-        train.batch_size,
-        train.accumulation_steps,
-        seed=train.seed,
-    )
+    loader = make_loader(config)
     return [loader.next_step() for _ in range(count)]
 
 

@@ -146,19 +146,18 @@ def obvious_loop(config, steps):
     return weights_of(model), losses
 
 
+def make_loader(config):
+    """The loader that `make_trainer` uses."""
+    train = config.train
+    length, rows, accumulation = config.data.sequence_length, train.batch_size, train.accumulation_steps
+    return TokenLoader(random_tokens(), length, rows, accumulation, seed=train.seed)
+
+
 def make_trainer(
     out, config, model=None, loader=None, loss=next_token_loss, evaluate=None, resume=False, **changes
 ):
     """A `Trainer` of a toy stage."""
-    train = config.train
-    if loader is None:
-        loader = TokenLoader(
-            random_tokens(),
-            config.data.sequence_length,
-            train.batch_size,
-            train.accumulation_steps,
-            seed=train.seed,
-        )
+    loader = loader or make_loader(config)
     stage = Stage(
         name="toy", short="Toy", model=model or small_model(config), loader=loader, loss=loss,
         evaluate=evaluate or NoEvaluation(), tokenizer=TOKENIZER, data_digest="digest",

@@ -18,7 +18,6 @@ from utils.device import (
     seed_everything,
     set_random_state,
     set_threads,
-    synchronize,
 )
 from utils.errors import UserError
 
@@ -123,7 +122,3 @@ def test_peaks_by_the_names_that_cuda_gives():
     for name, flops in names.items():
         assert peak_flops(name, torch.bfloat16) == flops
     assert peak_flops("NVIDIA H200", torch.float32) is None
-
-
-def test_synchronize_on_a_cpu_returns():
-    synchronize(CPU)

@@ -200,7 +200,8 @@ def test_trained_weights_have_moved(batches):
 
 def test_a_small_learning_rate_still_counts_as_movement(batches):
     model = Toy()
-    train(model, batches, adamw(model.parameters(), lr=1e-6), steps=3).prove_moved()
+    words = train(model, batches, adamw(model.parameters(), lr=1e-6), steps=3).prove_moved()
+    assert "2 trainable tensors moved" in words
 
 
 def test_a_parameter_that_is_not_in_the_optimizer_is_named(batches):
