@@ -19,6 +19,7 @@ Three paths compute the same: `eager_attention` in plain products, `sdpa_attenti
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modules.attention_context import AttentionContext, build_context
 from modules.blocked_attention import blocked_attention
@@ -54,6 +55,8 @@ def eager_attention(q, k, v, context: AttentionContext, scale: float, dropout: f
 
 def sdpa_attention(q, k, v, context: AttentionContext, scale: float, dropout: float = 0.0):
     """The same through `F.scaled_dot_product_attention`, which stores no (T, S) scores. Shapes as above."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return sdpa_in_products(q, k, v, context, scale, dropout)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=context.mask, dropout_p=dropout, is_causal=context.is_causal, scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -62,6 +65,36 @@ def sdpa_attention(q, k, v, context: AttentionContext, scale: float, dropout: fl
         # Some kernels average the values in a row with nothing to attend to; ours is zero on every device.
         out = out * context.mask.any(dim=-1, keepdim=True)
     return out
+
+
+def sdpa_in_products(q, k, v, context: AttentionContext, scale: float, dropout: float = 0.0):
+    """PyTorch's function on a CPU in bf16, told to use matrix products: its own choice there, a fused kernel,
+    leaves the processor's bf16 units idle. The plain triangle goes by blocks of queries, without most of its
+    empty half. Shapes as above."""
+    B, H, T, D = q.shape
+    G, S = k.shape[1], k.shape[2]
+    block = 128 if context.is_causal else T
+    triangle = torch.ones(T, S, dtype=torch.bool, device=q.device).tril() if context.is_causal else None
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # named after CUDA, read on CPUs too
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # else the products are done in fp32
+    parts = []
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            for start in range(0, T, block):
+                stop = min(start + block, T)
+                seen = stop if context.is_causal else S
+                mask = triangle[start:stop, :stop] if context.is_causal else context.mask
+                if mask is not None:  # (.., n, S) -> (.., H/G*n, S): the heads of one group read it in turn
+                    mask = mask.repeat(*[1] * (mask.dim() - 2), H // G, 1)
+                rows = q[:, :, start:stop].reshape(B, G, -1, D)  # (B, G, H/G*n, D), as in `eager_attention`
+                part = F.scaled_dot_product_attention(
+                    rows, k[:, :, :seen], v[:, :, :seen], attn_mask=mask, dropout_p=dropout, scale=scale
+                )
+                parts.append(part.view(B, H, stop - start, -1))
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+    out = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+    return out if context.mask is None else out * context.mask.any(dim=-1, keepdim=True)
 
 
 def attend(name: str, q, k, v, context: AttentionContext, scale: float, dropout: float = 0.0):

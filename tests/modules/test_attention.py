@@ -8,12 +8,18 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
 from modules import blocked_attention as blocked
-from modules.attention import GroupedQueryAttention, attend, eager_attention, sdpa_attention
+from modules.attention import (
+    GroupedQueryAttention,
+    attend,
+    eager_attention,
+    sdpa_attention,
+    sdpa_in_products,
+)
 from modules.attention_context import AttentionContext, build_context
 from modules.rope import RotaryEmbedding
 from tests.modules.tools import shake, slow_attention, small_config
 
-PATHS = [eager_attention, sdpa_attention]
+PATHS = [eager_attention, sdpa_attention, sdpa_in_products]
 NAMES = ["auto", "blocked", "eager", "sdpa"]
 RULES = {
     "causal": {},
@@ -164,6 +170,28 @@ def test_by_small_blocks_is_the_loop(tokens, monkeypatch):
     slow = slow_attention(q, k, v, lambda b, t, s: s <= t, 0.4)
     torch.testing.assert_close(blocked.blocked_attention(q, k, v, 0.4), slow, rtol=0, atol=1e-13)
     assert torch.autograd.gradcheck(lambda *x: blocked.blocked_attention(*x, 0.4), (q, k, v))
+
+
+def test_pytorchs_kernel_in_products_beyond_one_block_and_leaves_no_switch_behind():
+    """Rows longer than a block of queries; the switch for bf16 products is what it was, after an error too."""
+    torch.manual_seed(0)
+    q = torch.randn(1, 4, 261, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(1, 2, 261, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    upstream = torch.randn(1, 4, 261, 4, dtype=torch.float64)
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4, enable_gqa=True)
+    expected = torch.autograd.grad(exact, (q, k, v), upstream)
+    for before in (False, True):
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+        try:
+            ours = sdpa_in_products(q, k, v, build_context(261, "cpu"), 0.4)
+            with pytest.raises(RuntimeError):
+                sdpa_in_products(q, k[..., :2], v, build_context(261, "cpu"), 0.4)
+            assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == before
+        finally:
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
+    torch.testing.assert_close(ours, exact, rtol=0, atol=1e-13)
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), upstream), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 def test_whatever_path_is_chosen_the_answer_is_the_same():
