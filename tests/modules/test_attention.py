@@ -173,7 +173,7 @@ def test_by_small_blocks_is_the_loop(tokens, monkeypatch):
 
 
 def test_pytorchs_kernel_in_products_beyond_one_block_and_leaves_no_switch_behind():
-    """Rows longer than a block of queries; the switch for bf16 products is what it was, after an error too."""
+    """Rows longer than one block; the switch for bf16 products is what it was, after an error, too."""
     torch.manual_seed(0)
     q = torch.randn(1, 4, 261, 4, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(1, 2, 261, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
