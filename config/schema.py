@@ -1,8 +1,8 @@
 """Every choice of a run, as dataclasses that check themselves.
 
-A run has one `RunConfig` with five sections: `model`, `tokenizer`, `data`, `optim`, `train`. Presets (JSON
-files in `config/presets/`) and the command line fill it in; `config/load.py` does the filling. Field names
-follow Hugging Face where Hugging Face has the field, so that a reader meets known words.
+A run has one `RunConfig` with six sections: `model`, `tokenizer`, `data`, `optim`, `train`, `balance`.
+Presets (JSON files in `config/presets/`) and the command line fill it in; `config/load.py` does the filling.
+Field names follow Hugging Face where Hugging Face has the field, so that a reader meets known words.
 
 Each section checks types and single-field limits through the field's metadata (`at_least`, `above`,
 `choices`), and relations between fields in its `check()`. A violation is a `UserError` that names the field,
@@ -26,7 +26,7 @@ def option(default, **limits):
 
 @dataclass
 class ModelConfig:
-    """The shape of a TinySeek decoder. Names as in Hugging Face's `Qwen3Config`."""
+    """The shape of a TinySeek decoder. Names as in Hugging Face's `Dots1Config` and `DeepseekV3Config`."""
 
     vocab_size: int = option(0, at_least=0)  # 0: as many as the tokenizer has
     hidden_size: int = option(256, at_least=1)
@@ -51,8 +51,33 @@ class ModelConfig:
     zero_init_residual: bool = False  # o_proj and down_proj start at zero: each block starts as the identity
     attn_implementation: str = option("auto", choices=("auto", "sdpa", "eager", "blocked"))
 
+    # mixture of experts (modules/moe.py); n_routed_experts = 0 is a dense model
+    n_routed_experts: int = option(0, at_least=0)
+    num_experts_per_tok: int = option(4, at_least=1)
+    n_shared_experts: int = option(2, at_least=0)  # one MLP of that many times the width
+    moe_intermediate_size: int = option(128, at_least=1)  # width of one expert
+    first_k_dense_replace: int = option(0, at_least=0)  # the first layers keep a dense feed-forward
+    scoring_func: str = option("sigmoid", choices=("sigmoid", "softmax"))
+    norm_topk_prob: bool = True  # the weights of the chosen experts add up to 1
+    routed_scaling_factor: float = option(1.0, above=0)
+    n_group: int = option(1, at_least=1)  # experts come in groups, and a token
+    topk_group: int = option(1, at_least=1)  # chooses from its best groups only
+    router_jitter_noise: float = option(0.0, at_least=0, below=1)  # in training: router input times 1 +- this
+    moe_implementation: str = option("auto", choices=("auto", "grouped", "loop"))
+
+    # multi-head latent attention (modules/mla.py) in place of grouped-query attention
+    attention_kind: str = option("gqa", choices=("gqa", "mla"))
+    q_lora_rank: int | None = option(None, at_least=1)  # None: queries are not compressed
+    kv_lora_rank: int = option(64, at_least=1)  # what the cache holds of keys and values
+    qk_nope_head_dim: int = option(32, at_least=1)
+    qk_rope_head_dim: int = option(16, at_least=2)
+    v_head_dim: int = option(32, at_least=1)
+
+    # multi-token prediction (modules/mtp.py)
+    mtp: str = option("none", choices=("none", "parallel", "sequential"))
+
     def check(self):
-        """Fill in `head_dim` and check that heads and groups fit."""
+        """Fill in `head_dim` and check that heads, groups and experts fit."""
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise UserError(
@@ -67,6 +92,62 @@ class ModelConfig:
                 f"model.num_attention_heads={self.num_attention_heads} does not divide by "
                 f"model.num_key_value_heads={self.num_key_value_heads}: each key/value head serves the same "
                 "number of query heads"
+            )
+        if self.n_routed_experts:
+            self.check_experts()
+        if self.attention_kind == "mla":
+            self.check_latent()
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many channels of a head the rotary embedding turns."""
+        return self.qk_rope_head_dim if self.attention_kind == "mla" else self.head_dim
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer number `layer` has experts; one beyond the last is that of sequential MTP."""
+        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
+
+    def check_experts(self):
+        """What a router cannot do."""
+        experts, chosen = self.n_routed_experts, self.num_experts_per_tok
+        if chosen > experts:
+            raise UserError(
+                f"model.num_experts_per_tok={chosen} is more than model.n_routed_experts={experts}: "
+                "lower the first or raise the second"
+            )
+        if chosen == 1 and self.norm_topk_prob:
+            raise UserError(
+                "model.num_experts_per_tok=1 with model.norm_topk_prob=true makes every weight 1, so "
+                "that the router gets no gradient from the language-model loss: set "
+                "model.norm_topk_prob=false, or use two experts or more"
+            )
+        if experts % self.n_group:
+            raise UserError(
+                f"model.n_routed_experts={experts} does not divide by model.n_group={self.n_group}"
+            )
+        if self.topk_group > self.n_group:
+            raise UserError(
+                f"model.topk_group={self.topk_group} is more than model.n_group={self.n_group}: lower it"
+            )
+        if chosen > self.topk_group * experts // self.n_group:
+            raise UserError(
+                f"model.num_experts_per_tok={chosen} experts are not in model.topk_group={self.topk_group} "
+                f"groups of {experts // self.n_group}: raise model.topk_group"
+            )
+        if self.n_group > 1 and experts // self.n_group < 2:
+            raise UserError(
+                f"model.n_group={self.n_group} leaves one expert in a group, and groups are ranked by two"
+            )
+
+    def check_latent(self):
+        """What latent attention cannot do."""
+        if self.qk_rope_head_dim % 2:
+            raise UserError(
+                f"model.qk_rope_head_dim={self.qk_rope_head_dim} is odd: rotary embeddings turn pairs"
+            )
+        if self.sliding_window is not None:
+            raise UserError(
+                "model.sliding_window goes with model.attention_kind=gqa only: leave it out, or use gqa"
             )
 
 
@@ -131,11 +212,25 @@ class TrainConfig:
     compile: bool = False
     device: str = option("auto", choices=("auto", "cpu", "cuda", "mps"))
     seed: int = option(0, at_least=0)
+    mtp_weight: float | None = option(None, at_least=0)  # None: 1 for parallel, 0.3 for sequential prediction
 
     def check(self):
         """A run needs an end."""
         if self.max_steps is None and self.max_seconds is None:
             raise UserError("a run needs an end: set train.max_steps or train.max_seconds")
+
+
+@dataclass
+class BalanceConfig:
+    """How experts are kept equally busy, see modules/balance.py. Of no effect in a dense model."""
+
+    weight: float = option(0.0, at_least=0)  # of the balance loss; 0 switches it off
+    form: str = option("switch", choices=("switch", "kl"))
+    measure: str = option("hard", choices=("hard", "soft"))
+    scope: str = option("global", choices=("sequence", "batch", "global"))
+    statistics: str = option("running", choices=("running", "exact"))  # for scope global with accumulation
+    z_loss: float = option(0.0, at_least=0)  # weight of the router z-loss
+    bias_rate: float = option(0.0, at_least=0)  # step of DeepSeek's loss-free bias; 0 switches it off
 
 
 @dataclass
@@ -147,6 +242,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
 
     def validate(self) -> "RunConfig":
         """Check every field of every section; returns itself. Raises `UserError` on the first violation."""
