@@ -5,25 +5,35 @@
     logits = lm_head(norm(h))
 
 Pre-norm: each block reads a normalised copy and adds its answer to the residual stream, so gradients pass the
-stack unchanged (Xiong et al., arXiv 2002.04745). A dense TinySeek is exactly a Hugging Face
-`Qwen3ForCausalLM`: the same parameter names, the same numbers.
+stack unchanged (Xiong et al., arXiv 2002.04745). The feed-forward is one SwiGLU or a mixture of experts, the
+attention grouped-query or latent; a second prediction head (MTP) may sit on top.
+
+The same weights give the same logits in Hugging Face's `Qwen3ForCausalLM` (dense), `Dots1ForCausalLM` (with
+experts), `Qwen3MoeForCausalLM` (softmax router, no shared expert) and `DeepseekV3ForCausalLM` (with latent
+attention): parameters have the same names.
 
     input_ids: (B, T) -> hidden (B, T, C) -> logits (B, T, V)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from config.schema import ModelConfig
 from modules.attention import GroupedQueryAttention
-from modules.attention_context import build_context
+from modules.attention_context import AttentionContext, build_context
 from modules.cache import KVCache, RollingKVCache
 from modules.cross_entropy import linear_cross_entropy, soft_cap
+from modules.latent_cache import LatentCache
+from modules.mla import LatentAttention
 from modules.mlp import SwiGLU
+from modules.moe import MoE
+from modules.mtp import ParallelMTP, SequentialMTP, mtp_labels, next_ids
 from modules.norm import RMSNorm
 from modules.rope import RotaryEmbedding
+from modules.router import Routing
 
 
 @dataclass
@@ -34,32 +44,56 @@ class CausalLMOutput:
         logits: (B, T, V) or None.
         loss_sum: (), cross-entropy summed over the supervised tokens; divide by their number per step.
         nll: (N,), cross-entropy of each supervised token, without gradient.
+        mtp_loss_sum: (), that of the tokens after the next, summed, where it was asked for.
+        hidden: (B, T, C), what the heads read.
+        routings: where the tokens went, one for each layer with experts (that of MTP last).
     """
 
     logits: torch.Tensor | None = None
     loss_sum: torch.Tensor | None = None
     nll: torch.Tensor | None = None
+    mtp_loss_sum: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+    routings: list[Routing] = field(default_factory=list)
+
+
+class DecoderOutput(NamedTuple):
+    """What the decoder gives: hidden states (B, T, C) after the last norm, routings of the layers with
+    experts, and the context and rotary tables that all layers read."""
+
+    hidden: torch.Tensor
+    routings: list[Routing]
+    context: AttentionContext
+    rotary: tuple[torch.Tensor, torch.Tensor]
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm layer: attention, then feed-forward, each added to the residual stream (B, T, C)."""
+    """One pre-norm layer: attention, then feed-forward, each added to the residual stream (B, T, C).
 
-    def __init__(self, config: ModelConfig, layer: int):
+    `layer` is its number, which decides whether it has experts; `slot` its place in the cache.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, slot: int | None = None):
         super().__init__()
-        self.self_attn = GroupedQueryAttention(config, layer)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        attention = LatentAttention if config.attention_kind == "mla" else GroupedQueryAttention
+        self.self_attn = attention(config, layer if slot is None else slot)
+        self.has_experts = config.is_moe_layer(layer)
+        self.mlp = MoE(config) if self.has_experts else SwiGLU(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden, context, rotary, cache=None):
-        """(B, T, C) -> (B, T, C)."""
+        """(B, T, C) -> (B, T, C), and the routing of its tokens (None without experts)."""
         hidden = hidden + self.dropout(self.self_attn(self.input_layernorm(hidden), context, rotary, cache))
-        return hidden + self.dropout(self.mlp(self.post_attention_layernorm(hidden)))
+        out, routing = self.mlp(self.post_attention_layernorm(hidden)), None
+        if self.has_experts:
+            out, routing = out
+        return hidden + self.dropout(out), routing
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm: ids (B, T) -> hidden states (B, T, C)."""
+    """Embedding, layers and final norm: ids (B, T) -> `DecoderOutput` with hidden states (B, T, C)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -68,7 +102,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(
-            config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings,
+            config.rotary_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings,
             config.rope_interleaved,
         )  # fmt: skip
         self.dropout = nn.Dropout(config.dropout)
@@ -86,21 +120,29 @@ class Decoder(nn.Module):
         )  # fmt: skip
         hidden = self.dropout(self.embed_tokens(input_ids))  # (B, T, C)
         rotary = self.rotary_emb(context.positions)
+        routings = []
         for layer in self.layers:
-            hidden = layer(hidden, context, rotary, cache)
+            hidden, routing = layer(hidden, context, rotary, cache)
+            if routing is not None:
+                routings.append(routing)
         if cache is not None:
             cache.advance()
-        return self.norm(hidden)
+        return DecoderOutput(self.norm(hidden), routings, context, rotary)
 
 
 class TinySeek(nn.Module):
-    """The language model. Parameters are named as in `Qwen3ForCausalLM`."""
+    """The language model. Parameters are named as in Hugging Face's `...ForCausalLM`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = None
+        if config.mtp == "parallel":
+            self.mtp = ParallelMTP(config)
+        if config.mtp == "sequential":
+            self.mtp = SequentialMTP(config, DecoderLayer(config, config.num_hidden_layers, slot=0))
         self.init_weights()
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -117,7 +159,8 @@ class TinySeek(nn.Module):
                 parameter.normal_(0.0, self.config.initializer_range)
             elif name.endswith("bias"):
                 parameter.zero_()
-            if self.config.zero_init_residual and name.endswith(("o_proj.weight", "down_proj.weight")):
+            last = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
+            if self.config.zero_init_residual and name.endswith(last):
                 parameter.zero_()
 
     def forward(
@@ -131,6 +174,7 @@ class TinySeek(nn.Module):
         cache=None,
         new_tokens=None,
         last_only=False,
+        mtp=False,
     ) -> CausalLMOutput:
         """One forward.
 
@@ -147,27 +191,78 @@ class TinySeek(nn.Module):
             last_only: logits of each row's last token only, (B, 1, V): all that generation needs.
                 With `new_tokens` the last real one (a row with 0 of them gets a logit without meaning);
                 `padding_mask` is not looked at.
+            mtp: with labels, also the loss of the tokens after the next (the model must have that head).
         """
-        hidden = self.model(input_ids, position_ids, document_ids, padding_mask, cache, new_tokens)
+        decoded = self.model(input_ids, position_ids, document_ids, padding_mask, cache, new_tokens)
+        hidden, routings = decoded.hidden, decoded.routings
         if labels is not None:
-            loss_sum, nll = linear_cross_entropy(
-                hidden.flatten(0, 1),  # (B*T, C)
-                self.lm_head.weight,
-                labels.flatten(),  # (B*T,)
-                self.config.final_logit_softcapping,
-            )
-            return CausalLMOutput(loss_sum=loss_sum, nll=nll)
+            output = CausalLMOutput(hidden=hidden, routings=routings)
+            output.loss_sum, output.nll = self.cross_entropy(hidden, labels)
+            if mtp:
+                second, routing = self.look_further(
+                    hidden, next_ids(input_ids), decoded.context, decoded.rotary
+                )
+                output.mtp_loss_sum, _ = self.cross_entropy(second, mtp_labels(labels, document_ids))
+                output.routings = routings + ([routing] if routing is not None else [])
+            return output
+        everything = hidden
         if last_only and new_tokens is not None:
             last = torch.tensor(new_tokens, device=hidden.device) - 1
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), last, None]  # (B, 1, C)
         elif last_only:
             hidden = hidden[:, -1:]
-        return CausalLMOutput(logits=soft_cap(self.lm_head(hidden), self.config.final_logit_softcapping))
+        return CausalLMOutput(logits=self.logits(hidden), hidden=everything, routings=routings)
 
-    def make_cache(self, batch_size: int, capacity: int) -> KVCache:
+    def logits(self, hidden):
+        """(B, T, C) -> (B, T, V)."""
+        return soft_cap(self.lm_head(hidden), self.config.final_logit_softcapping)
+
+    def cross_entropy(self, hidden, labels):
+        """hidden (B, T, C), labels (B, T) -> loss summed over the labelled tokens, and nll (N,) of each."""
+        return linear_cross_entropy(
+            hidden.flatten(0, 1),  # (B*T, C)
+            self.lm_head.weight,
+            labels.flatten(),  # (B*T,)
+            self.config.final_logit_softcapping,
+        )
+
+    def look_further(self, hidden, following, context, rotary, cache=None):
+        """What the MTP head makes of hidden states (B, T, C) and the tokens (B, T) that follow them.
+
+        Returns hidden states (B, T, C) that predict the token after the next, and the routing of its layer.
+        """
+        if self.config.mtp == "parallel":
+            return self.mtp(hidden), None
+        return self.mtp(hidden, self.model.embed_tokens(following), context, rotary, cache)
+
+    def draft(self, hidden, following, cache=None):
+        """Logits (B, T, V) of the token after the next, and the head's hidden states (B, T, C).
+
+        hidden (B, T, C) of the trunk (or of the head itself, to look still further), following (B, T) the
+        token after each; cache: of `make_draft_cache`, for the sequential head.
+        """
+        tokens = following.shape[1]
+        if cache is not None:
+            cache.begin(tokens)
+        context = build_context(tokens, hidden.device, window=self.config.sliding_window, cache=cache)
+        rotary = self.model.rotary_emb(context.positions)
+        second, _ = self.look_further(hidden, following, context, rotary, cache)
+        if cache is not None:
+            cache.advance()
+        return self.logits(second), second
+
+    def make_cache(self, batch_size: int, capacity: int, layers: int | None = None) -> KVCache:
         """An empty cache for `batch_size` rows of at most `capacity` tokens, in the model's dtype."""
         config, weight = self.config, self.model.embed_tokens.weight
-        shape = (config.num_key_value_heads, config.head_dim, weight.dtype, weight.device)
+        layers, place = layers or config.num_hidden_layers, (weight.dtype, weight.device)
+        if config.attention_kind == "mla":
+            widths = (config.kv_lora_rank, config.qk_rope_head_dim)
+            return LatentCache(layers, batch_size, capacity, *widths, *place)
+        heads = (config.num_key_value_heads, config.head_dim)
         if config.sliding_window is not None and config.sliding_window < capacity:
-            return RollingKVCache(config.num_hidden_layers, batch_size, config.sliding_window, *shape)
-        return KVCache(config.num_hidden_layers, batch_size, capacity, *shape)
+            return RollingKVCache(layers, batch_size, config.sliding_window, *heads, *place)
+        return KVCache(layers, batch_size, capacity, *heads, *place)
+
+    def make_draft_cache(self, batch_size: int, capacity: int) -> KVCache | None:
+        """The cache of the sequential MTP head, one layer deep; None for a model without it."""
+        return self.make_cache(batch_size, capacity, layers=1) if self.config.mtp == "sequential" else None

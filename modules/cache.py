@@ -27,8 +27,10 @@ class KVCache:
         capacity: the most tokens that a row can hold.
     """
 
+    parts = 2  # tensors per layer: keys and values
+
     def __init__(self, num_layers, batch_size, capacity, num_key_value_heads, head_dim, dtype, device):
-        shape = (num_layers, 2, batch_size, num_key_value_heads, capacity, head_dim)  # (L, 2, B, G, S, D)
+        shape = (num_layers, self.parts, batch_size, num_key_value_heads, capacity, head_dim)
         self.store = torch.zeros(shape, dtype=dtype, device=device)  # zeros: an unread slot must not be NaN
         self.capacity, self.lengths, self.device = capacity, [0] * batch_size, device
 
@@ -83,15 +85,15 @@ class KVCache:
 
         Columns beyond a row's real tokens are not kept; what their queries see has no meaning.
         """
-        stored_keys, stored_values = self.store[layer, 0], self.store[layer, 1]  # (B, G, capacity, D)
+        return self._put(self.store[layer, 0], keys), self._put(self.store[layer, 1], values)
+
+    def _put(self, stored, new):
+        """Write new (B, G, T, D) into stored (B, G, capacity, D) -> all that may be seen (B, G, S, D)."""
         if self._uniform:
-            start, stop = self._past[0], self._past[0] + self._tokens
-            stored_keys[:, :, start:stop] = keys
-            stored_values[:, :, start:stop] = values
+            stored[:, :, self._past[0] : self._past[0] + self._tokens] = new
         else:
-            for stored, new in ((stored_keys, keys), (stored_values, values)):
-                stored[self._row, :, self._slot] = new[self._row, :, self._column].to(stored.dtype)
-        return stored_keys[:, :, : self._span], stored_values[:, :, : self._span]
+            stored[self._row, :, self._slot] = new[self._row, :, self._column].to(stored.dtype)
+        return stored[:, :, : self._span]
 
     def advance(self) -> None:
         """Close the forward: each row grows by its real new tokens."""
@@ -104,15 +106,15 @@ class KVCache:
                 raise ValueError(f"row {row} holds {old} tokens and cannot be cropped to {new}")
         self.lengths = list(lengths)
 
-    def start_with(self, layer: int, keys, values) -> None:
-        """Put a prefix (B or 1, G, P, D) in front; call for every layer before the first token."""
-        length = keys.shape[2]
+    def start_with(self, layer: int, *parts) -> None:
+        """Put a prefix in front, keys and values (B or 1, G, P, D); for every layer, before any token."""
+        length = parts[0].shape[2]
         if set(self.lengths) - {0, length}:
             raise ValueError("a prefix goes in front: this cache already holds tokens")
         if length > self.capacity:
             raise ValueError(f"a prefix of {length} does not fit: the cache holds {self.capacity} a row")
-        self.store[layer, 0, :, :, :length] = keys
-        self.store[layer, 1, :, :, :length] = values
+        for number, part in enumerate(parts):
+            self.store[layer, number, :, :, :length] = part
         self.lengths = [length] * len(self.lengths)
 
     @property

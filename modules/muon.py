@@ -33,10 +33,13 @@ class Muon(torch.optim.Optimizer):
         lr: step size; one update changes a square matrix by about lr in every direction.
         momentum: mu.
         weight_decay: wd, decoupled, with the plain lr.
+        parts: how many matrices lie one below the other in each parameter of a group, such as gate and up
+            in an expert's `gate_up_proj`: each is a map of its own, and to treat them as one costs more, too.
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, parts=1):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": parts}
+        super().__init__(params, defaults)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.dim() not in (2, 3):
@@ -50,12 +53,13 @@ class Muon(torch.optim.Optimizer):
             batches = defaultdict(list)  # (rows, columns) with rows <= columns -> parameters
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    rows, columns = sorted(parameter.shape[-2:])
+                    rows, columns = sorted((parameter.shape[-2] // group["parts"], parameter.shape[-1]))
                     batches[rows, columns, parameter.device].append(parameter)
+            settings = {key: group[key] for key in ("lr", "momentum", "weight_decay", "parts")}
             for parameters in batches.values():
-                self.update(parameters, **{key: group[key] for key in ("lr", "momentum", "weight_decay")})
+                self.update(parameters, **settings)
 
-    def update(self, parameters, lr, momentum, weight_decay):
+    def update(self, parameters, lr, momentum, weight_decay, parts):
         """Momentum, orthogonalisation and step for parameters of one shape, up to transposition."""
         directions = []
         for parameter in parameters:
@@ -65,11 +69,12 @@ class Muon(torch.optim.Optimizer):
             buffer = state["momentum_buffer"]
             buffer.lerp_(parameter.grad, 1 - momentum)
             ahead = parameter.grad.lerp(buffer, momentum)
+            ahead = ahead.reshape(-1, ahead.shape[-2] // parts, ahead.shape[-1])  # (matrices, rows, columns)
             tall = ahead.shape[-2] > ahead.shape[-1]
-            directions.append((ahead.mT if tall else ahead).reshape(-1, *sorted(ahead.shape[-2:])))
+            directions.append(ahead.mT if tall else ahead)
         orthogonal = orthogonalize(torch.cat(directions))  # (all matrices, rows, columns)
         for parameter, part in zip(parameters, orthogonal.split([len(d) for d in directions]), strict=True):
-            rows, columns = parameter.shape[-2:]
+            rows, columns = parameter.shape[-2] // parts, parameter.shape[-1]
             update = (part.mT if rows > columns else part).reshape(parameter.shape)
             parameter.mul_(1 - lr * weight_decay)
             parameter.add_(update, alpha=-lr * max(1.0, rows / columns) ** 0.5)

@@ -1,6 +1,7 @@
 """How fast does a model train and write, and how fast is its Hugging Face twin on the same machine?
 
     python train/benchmark.py                                     the shape that the README quotes
+    python train/benchmark.py --config benchmark_moe              the same with experts, against dense, too
     python train/benchmark.py --config gpu_base --set train.compile=true
     python train/benchmark.py --set model.hidden_size=512 --set train.batch_size=4
 
@@ -11,6 +12,7 @@ greedy, 128 new tokens after a prompt of 16, one row. The twin is measured where
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
+import dataclasses
 import os
 import statistics
 import time
@@ -49,17 +51,37 @@ def main():
 
 
 def hugging_face_twin(config, attention: str):
-    """The `Qwen3ForCausalLM` of the same shape, or None where transformers is not installed."""
+    """The Hugging Face model of the same shape, or None where transformers is not installed or has none."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+        import transformers
     except ImportError:
         return None
     model = config.model
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-             "head_dim", "intermediate_size", "max_position_embeddings", "tie_word_embeddings")  # fmt: skip
-    settings = {name: getattr(model, name) for name in names}
-    return Qwen3ForCausalLM(Qwen3Config(**settings, attn_implementation=attention))
+    names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "head_dim", "intermediate_size", "max_position_embeddings", "tie_word_embeddings"]  # fmt: skip
+    kind, settings = "Qwen3", {}
+    if model.attention_kind == "mla" or model.mtp != "none":
+        return None
+    if model.n_routed_experts:
+        names += ["num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"]
+        if model.scoring_func == "softmax" and not model.n_shared_experts:
+            kind, settings = "Qwen3Moe", {"num_experts": model.n_routed_experts}
+            settings["mlp_only_layers"] = list(range(model.first_k_dense_replace))
+        else:
+            kind, settings = "Dots1", {"sliding_window": None}
+            names += ["n_routed_experts", "n_shared_experts", "first_k_dense_replace", "n_group",
+                      "topk_group", "routed_scaling_factor"]  # fmt: skip
+    settings |= {name: getattr(model, name) for name in names}
+    shape = getattr(transformers, f"{kind}Config")(**settings, attn_implementation=attention)
+    return getattr(transformers, f"{kind}ForCausalLM")(shape)
+
+
+def dense_of_same_width(config):
+    """The dense configuration whose feed-forward is as wide as what one token uses of the experts'."""
+    model = config.model
+    width = (model.num_experts_per_tok + model.n_shared_experts) * model.moe_intermediate_size
+    return dataclasses.replace(model, n_routed_experts=0, intermediate_size=width)
 
 
 def take_turns(contenders: dict, steps: int, machine) -> dict[str, list[float]]:
@@ -81,7 +103,7 @@ def report(seconds: dict[str, list[float]], tokens: int, unit: str, extra=None) 
     last = statistics.median(list(seconds.values())[-1])
     for name, times in seconds.items():
         low, middle, high = statistics.quantiles(times, n=4)
-        line = f"  {name:28s} {tokens / middle:10,.0f} {unit}  ({tokens / high:,.0f} to {tokens / low:,.0f})"
+        line = f"  {name:30s} {tokens / middle:10,.0f} {unit}  ({tokens / high:,.0f} to {tokens / low:,.0f})"
         print(f"{line}  ratio {last / middle:.2f}" + (extra(tokens / middle) if extra else ""))
 
 
@@ -109,18 +131,22 @@ def compare_training(config, machine, steps: int) -> None:
     ids = torch.randint(0, config.model.vocab_size, (rows, length + 1), device=machine.device)
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     contenders = {}
-    for implementation in dict.fromkeys([config.model.attn_implementation, "sdpa"]):
-        config.model.attn_implementation = implementation
-        model = TinySeek(config.model)
+
+    def add(name, model, loss):
         runner = torch.compile(model) if config.train.compile else model
-        loss = lambda runner=runner: runner(inputs, labels=labels).loss_sum / labels.numel()  # noqa: E731
-        contenders[f"TinySeek ({implementation})"] = training_step(model, machine, loss)
+        contenders[name] = training_step(model, machine, lambda: loss(runner))
+
+    ours = lambda model: model(inputs, labels=labels).loss_sum / labels.numel()  # noqa: E731
+    theirs = lambda model: model(input_ids=inputs, labels=inputs).loss  # noqa: E731
+    for implementation in dict.fromkeys([config.model.attn_implementation, "sdpa"]):
+        shape = dataclasses.replace(config.model, attn_implementation=implementation)
+        add(f"TinySeek ({implementation})", TinySeek(shape), ours)
+    if config.model.n_routed_experts:
+        add("TinySeek, dense, as wide", TinySeek(dense_of_same_width(config)), ours)
     for implementation in ("eager", "sdpa"):
         twin = hugging_face_twin(config, implementation)
         if twin is not None:
-            runner = torch.compile(twin) if config.train.compile else twin
-            loss = lambda runner=runner: runner(input_ids=inputs, labels=inputs).loss  # noqa: E731
-            contenders[f"Qwen3ForCausalLM ({implementation})"] = training_step(twin, machine, loss)
+            add(f"{type(twin).__name__} ({implementation})", twin, theirs)
 
     card = cost_card(config.model, rows * length, length)
     cost = card.train_flops() / 1e6
@@ -162,7 +188,7 @@ def compare_decoding(config, machine, dtype, turns: int) -> None:
                     pad_token_id=0, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS,
                 )  # fmt: skip
 
-        contenders["Qwen3ForCausalLM.generate"] = generate
+        contenders[f"{type(twin).__name__}.generate"] = generate
     print(f"decoding, greedy, 1 row, {PROMPT} + {NEW_TOKENS} tokens, {dtype}")
     report(take_turns(contenders, turns, machine), NEW_TOKENS, "tokens/s")
 

@@ -34,12 +34,12 @@ from load_data.tokenizer import Tokenizer
 from train.machine import Machine
 from train.optim import build_optimizers, set_lr
 from train.schedule import lr_factor, progress
+from train.step_log import StepLog
 from utils import checkpoint as files
 from utils import distributed
 from utils.device import seed_everything, synchronize
 from utils.errors import UserError
 from utils.gradient_check import WeightWitness, prove_gradients_before
-from utils.log import RunLog
 from utils.plot import plot_curves
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)  # end the run after the step at hand, with a checkpoint
@@ -56,7 +56,9 @@ class Stage:
         loader: `next_step()` gives the micro-batches of one optimizer step; `epoch`, `epoch_progress`,
             `state_dict()`, `load_state_dict()`.
         loss: (model, micro-batch, tokens of the whole step) -> (terms, measures): the loss is the sum of the
-            terms, each already divided by the tokens; measures are numbers for the log, divided likewise.
+            terms, each already divided by the tokens; measures are numbers for the log, divided likewise
+            (one named as a term stands for it in the log). It may have `before_step(model, micro-batches)`,
+            `after_step()` -> numbers for the log, and `claims()`, what each term must reach.
         evaluate: (model, batches or None for all) -> numbers for the log, `val_loss` among them; its
             attribute `batches` is how many there are in all.
         tokenizer: goes into every checkpoint.
@@ -80,7 +82,6 @@ class Trainer:
         self.stage, self.config, self.machine, self.out = stage, config, machine, Path(out)
         self.step = self.tokens = self.skipped = 0
         self.elapsed = self.reserve = 0.0  # seconds of training so far, and kept for the last evaluation
-        self.window: dict[str, float] = {}  # sums since the last logged step
         self.saved_in_epoch, self.saved_epoch = 0, 0
         self.last_good, self.finished = None, False
         self.received = self.signal = None  # a signal that came in, and one that all agreed to stop for
@@ -90,7 +91,7 @@ class Trainer:
         distributed.same_on_all_ranks("\n".join(names), "trainable parameters")
         self.optimizers = build_optimizers(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.scaled)
-        self.log, self.log_position = None, None
+        self.log = StepLog(self.out / stage.name)
         newest = files.latest_checkpoint(self.out, stage.short) if resume else None
         distributed.same_on_all_ranks(newest.name if newest else "", "checkpoint to go on from")
         if newest:
@@ -115,7 +116,7 @@ class Trainer:
             self.finish(witness)
         if self.machine.world.is_first:
             self.save_final()
-            plot_curves(self.log.path, self.log.path.with_name("curves.png"))
+            plot_curves(self.log.folder / "log.txt", self.log.folder / "curves.png")
             self.log.close()
         distributed.barrier()
         return self.last_evaluation
@@ -123,9 +124,9 @@ class Trainer:
     def open_log(self) -> None:
         """From here on the run writes. A new one first removes what an earlier one left."""
         if self.machine.world.is_first:
-            if self.log_position is None:
+            if self.log.positions[0] is None:
                 self.clear()
-            self.log = RunLog(self.out / self.stage.name / "log.txt", resume_at=self.log_position)
+            self.log.open()
 
     def prove_before(self) -> None:
         """Every trainable parameter gets a gradient from a real batch, every frozen one none."""
@@ -143,11 +144,12 @@ class Trainer:
         self.stage.loader.load_state_dict(state)
 
         def terms(model, batches):
+            self.hook("before_step", model, batches)
             with self.machine.autocast():
                 parts = [self.stage.loss(model, batch, max(1, supervised(batch)))[0] for batch in batches]
             return {name: sum(part[name] for part in parts) for name in parts[0]}
 
-        report = prove_gradients_before(self.model, terms, batches)
+        report = prove_gradients_before(self.model, terms, batches, claims=self.hook("claims") or {})
         self.machine.say(report)
 
     def train(self, witness: WeightWitness) -> None:
@@ -187,13 +189,14 @@ class Trainer:
         if count:
             values = self.forward_backward(micro_batches, count)
             values["grad_norm"] = self.update(witness)
+            values |= self.hook("after_step") or {}
         else:  # nothing to learn from: no step, no NaN
             values, self.skipped = {}, self.skipped + 1
         self.step += 1
         self.tokens += sum(batch["input_ids"].numel() for batch in micro_batches) * world.size
         if self.machine.device.type != "cpu":
             synchronize(self.machine.device)
-        self.note(values, waited, time.perf_counter() - clock)
+        self.log.note(values, waited, time.perf_counter() - clock)
         self.agree()
         self.show(bar)
         self.after_step(factor)
@@ -208,9 +211,11 @@ class Trainer:
     def forward_backward(self, micro_batches: list[dict], count: float) -> dict[str, float]:
         """Gradients of the step's mean loss, summed over all processes; returns the step's numbers."""
         totals: dict[str, torch.Tensor] = {}
+        micro_batches = [self.to_device(batch) for batch in micro_batches]
+        self.hook("before_step", self.runner, micro_batches)
         for batch in micro_batches:
             with self.machine.autocast():
-                terms, measures = self.stage.loss(self.runner, self.to_device(batch), count)
+                terms, measures = self.stage.loss(self.runner, batch, count)
                 loss = sum(terms.values())
             self.scaler.scale(loss).backward()
             for name, value in {"loss": loss, **terms, **measures}.items():
@@ -221,6 +226,10 @@ class Trainer:
         if not math.isfinite(values["loss"]):
             self.stop_on_nan(values["loss"])
         return values
+
+    def hook(self, name: str, *arguments):
+        """Call what the loss of this stage may have beside itself."""
+        return getattr(self.stage.loss, name)(*arguments) if hasattr(self.stage.loss, name) else None
 
     def update(self, witness: WeightWitness) -> float:
         """Clip and step; returns the gradient norm before clipping."""
@@ -251,21 +260,15 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------- after each step
 
-    def note(self, values: dict[str, float], waited: float, took: float) -> None:
-        """Add one step to the sums behind the next log line; a skipped step has times, but no values."""
-        times = {"data_ms": waited * 1e3, "step_ms": took * 1e3, "steps": 1, "taken": int(bool(values))}
-        for name, value in {**values, **times}.items():
-            self.window[name] = self.window.get(name, 0.0) + value
-        self.tokens_per_step = self.tokens / self.step
-
     def show(self, bar: tqdm) -> None:
         """Loss, speed and time left on the progress bar."""
-        done, steps, taken = self.progress, self.window["steps"], max(1, self.window["taken"])
+        done = self.progress
+        loss, milliseconds = self.log.so_far()
         left = self.elapsed * (1 - done) / max(done, 1e-9)
-        speed = self.tokens_per_step * steps / (self.window["step_ms"] / 1e3)
+        speed = self.tokens / self.step / milliseconds * 1e3
         bar.n = min(100, 100 * done)
         bar.set_postfix_str(
-            f"step {self.step}  loss {self.window.get('loss', 0) / taken:.3f}  {speed:,.0f} tok/s  "
+            f"step {self.step}  loss {loss:.3f}  {speed:,.0f} tok/s  "
             f"{int(left) // 60}:{int(left) % 60:02d} left"
         )
 
@@ -275,37 +278,19 @@ class Trainer:
         train = self.config.train
         ending = self.progress >= 1
         if self.step % train.log_every == 0 or ending:
-            self.write_log(factor)
+            place = {"step": self.step, "tokens": self.tokens, "epoch": self.stage.loader.epoch_progress}
+            self.log.write(place, self.config.optim.lr * factor, self.tokens / self.step, self.skipped)
         if self.step % train.eval_every == 0 and not ending:
             self.evaluate(train.eval_batches)
         if (self.step % train.save_every == 0 and not ending) or self.signal:
             self.save()
-
-    def write_log(self, factor: float) -> None:
-        """One line: the mean of the steps since the last one."""
-        window, self.window = self.window, {}
-        steps, taken = window.pop("steps"), window.pop("taken")
-        mean = {name: value / (steps if name.endswith("_ms") else taken) for name, value in window.items()}
-        row = {"step": self.step, "tokens": self.tokens, "epoch": self.stage.loader.epoch_progress}
-        row |= {name: mean[name] for name in ("loss", "ce", "mtp", "balance") if name in mean}
-        if "ce" in mean:
-            row["ppl"] = math.exp(min(mean["ce"], 700.0))
-        row |= {name: value for name, value in mean.items() if name not in row and not name.endswith("_ms")}
-        row["lr"] = self.config.optim.lr * factor
-        row["tok_s"] = self.tokens_per_step / (mean["step_ms"] / 1e3)
-        row |= {"data_ms": mean["data_ms"], "step_ms": mean["step_ms"]}
-        if self.skipped:
-            row["skipped"] = self.skipped
-        if self.log:
-            self.log.write(row)
 
     def evaluate(self, batches: int | None) -> None:
         """Measure on held-out data, log it and say it; None measures on all of it."""
         clock = time.perf_counter()
         values = self.measure(batches)
         took = time.perf_counter() - clock
-        if self.log:
-            self.log.write({"step": self.step, "tokens": self.tokens, **values, "eval_ms": took * 1e3})
+        self.log.write_row({"step": self.step, "tokens": self.tokens, **values, "eval_ms": took * 1e3})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         share = "all" if batches is None else "part"
         self.machine.say(f"step {self.step}  {shown}  ({share} of the held-out data)")
@@ -335,10 +320,9 @@ class Trainer:
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "scaler": self.scaler.state_dict(),
                 "loader": self.stage.loader.state_dict(),
-                "log_position": self.log.position,
+                "log": self.log.state_dict(),
                 "elapsed": self.elapsed,
                 "reserve": self.reserve,
-                "window": dict(self.window),
                 "skipped": self.skipped,
                 "saved": [self.saved_in_epoch, self.saved_epoch],
                 "last_evaluation": self.last_evaluation,
@@ -378,9 +362,10 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.stage.loader.load_state_dict(state["loader"])
         self.step, self.tokens, self.skipped = saved["step"], saved["tokens"], state["skipped"]
-        self.elapsed, self.reserve, self.window = state["elapsed"], state["reserve"], dict(state["window"])
+        self.elapsed, self.reserve = state["elapsed"], state["reserve"]
         self.saved_in_epoch, self.saved_epoch = state["saved"]
-        self.log_position, self.last_evaluation = state["log_position"], state["last_evaluation"]
+        self.last_evaluation = state["last_evaluation"]
+        self.log.load_state_dict(state["log"])
         self.last_good = path
         self.finished = state["finished"] and self.progress >= 1
         self.machine.say(f"resuming from {path} at step {self.step}")
@@ -421,8 +406,7 @@ class Trainer:
 
     def interrupted(self) -> dict:
         """A signal ended the run: its checkpoint is written."""
-        if self.log:
-            self.log.close()
+        self.log.close()
         name = signal.Signals(self.signal).name
         self.machine.say(f"stopped by {name} at step {self.step}; saved {self.last_good}; --resume goes on")
         raise SystemExit(128 + self.signal)

@@ -4,6 +4,11 @@
     val_conf  mean probability of the right next token
     val_bpb   bits per byte = nats / ln 2 / bytes: does not depend on the tokenizer, so models can be compared
 
+With experts:
+
+    val_max_vio  (max - mean) / mean of the experts' loads, in the worst layer, over all tokens measured
+    val_dead     experts, of all layers together, that none of these tokens chose
+
 The windows do not overlap and cover every token once; the first token of a window is predicted without what
 came before."""
 
@@ -12,13 +17,18 @@ import math
 import numpy as np
 import torch
 
-from load_data.loader import eval_windows
+from load_data.loader import IGNORED, eval_windows
+from load_data.token_kinds import token_kinds
 from load_data.tokenizer import Tokenizer
+from modules.balance import max_vio
 from utils.distributed import sum_scalars
 
 
 class LanguageModelEvaluation:
-    """`evaluation(model, max_batches)` -> the four numbers; None measures all of `tokens`.
+    """`evaluation(model, max_batches)` -> the numbers above; None measures all of `tokens`.
+
+    Afterwards `loads` (layers, kinds, E) holds how many tokens of each kind went to each expert, by the names
+    in `kinds`; None without experts.
 
     Args:
         tokens: (N,) held-out ids.
@@ -32,6 +42,8 @@ class LanguageModelEvaluation:
     ):
         self.tokens, self.length, self.batch_size, self.machine = tokens, sequence_length, batch_size, machine
         self.token_bytes = torch.from_numpy(tokenizer.token_bytes.astype(np.int64))
+        self.kinds, kind_of = token_kinds(tokenizer)
+        self.kind_of, self.loads = torch.from_numpy(kind_of).long(), None
         windows = -(-(len(tokens) - 1) // sequence_length)  # rounded up
         self.batches = -(-windows // (batch_size * machine.world.size))  # of each process
 
@@ -39,20 +51,42 @@ class LanguageModelEvaluation:
         """Sums over this process's batches, then over all processes."""
         world, device = self.machine.world, self.machine.device
         nats = sure = count = size = 0.0
+        self.loads = None
         for batch in eval_windows(
             self.tokens, self.length, self.batch_size, max_batches, world.rank, world.size
         ):
             labels = batch["labels"]
-            nll = model(batch["input_ids"].to(device), labels=labels.to(device)).nll.double()
+            output = model(batch["input_ids"].to(device), labels=labels.to(device))
+            nll = output.nll.double()
+            if output.routings:
+                self.count(output.routings, batch["input_ids"], labels != IGNORED)
             nats += nll.sum().item()
             sure += (-nll).exp().sum().item()
             count += len(nll)
             size += self.token_bytes[labels[labels >= 0]].sum().item()
         nats, sure, count, size = sum_scalars([nats, sure, count, size])
         loss = nats / count
-        return {
+        values = {
             "val_loss": loss,
             "val_ppl": math.exp(min(loss, 700.0)),
             "val_conf": sure / count,
             "val_bpb": nats / math.log(2) / max(size, 1.0),
         }
+        if self.loads is not None:
+            self.loads = torch.tensor(sum_scalars(self.loads.flatten().tolist())).view(self.loads.shape)
+            layers = self.loads.sum(dim=1)  # (layers, E)
+            values["val_max_vio"] = max(max_vio(layer) for layer in layers)
+            values["val_dead"] = int((layers == 0).sum())
+        return values
+
+    def count(self, routings, ids, real) -> None:
+        """Add a batch to `loads`. ids (B, T); real (B, T): columns that are no padding."""
+        kinds = self.kind_of[ids[real]]  # (N,)
+        counts = []
+        for routing in routings:
+            E, K = routing.logits.shape[-1], routing.indices.shape[-1]
+            chosen = routing.indices.cpu().view(*ids.shape, K)[real]  # (N, K)
+            places = kinds[:, None] * E + chosen
+            counts.append(torch.bincount(places.flatten(), minlength=len(self.kinds) * E).view(-1, E))
+        batch = torch.stack(counts).double()  # (layers, kinds, E)
+        self.loads = batch if self.loads is None else self.loads + batch

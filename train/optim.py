@@ -2,7 +2,8 @@
 
 AdamW (Loshchilov and Hutter, arXiv 1711.05101) moves each number by its own sign-like step; Muon
 (`modules/muon.py`) moves each matrix as a whole. Muon is for the matrices between layers; the embedding and
-the output head are tables of vectors, not maps between layers, and stay with AdamW, as do gains and biases.
+the output head are tables of vectors, not maps between layers, and stay with AdamW, as do the routers of
+experts (a vector for each expert), gains and biases. A stack of experts is as many matrices.
 Weight decay is for matrices only: pulling a gain towards zero has no use."""
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from config.schema import OptimConfig
 from modules.muon import Muon
 
-TABLES = ("embed_tokens.weight", "lm_head.weight")
+TABLES = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
 
 
 def build_optimizers(model: torch.nn.Module, optim: OptimConfig) -> list[torch.optim.Optimizer]:
@@ -24,10 +25,11 @@ def build_optimizers(model: torch.nn.Module, optim: OptimConfig) -> list[torch.o
 
     optimizers = []
     if muon:
-        parameters = list(muon.values())
-        optimizers.append(
-            Muon(parameters, lr=optim.muon_lr, momentum=optim.muon_momentum, weight_decay=optim.weight_decay)
-        )
+        double = [p for name, p in muon.items() if name.endswith("gate_up_proj")]  # gate above up
+        single = [p for name, p in muon.items() if not name.endswith("gate_up_proj")]
+        groups = [{"params": single}] + ([{"params": double, "parts": 2}] if double else [])
+        settings = {"momentum": optim.muon_momentum, "weight_decay": optim.weight_decay}
+        optimizers.append(Muon(groups, lr=optim.muon_lr, **settings))
     adam = torch.optim.Adam if optim.optimizer == "adam" else torch.optim.AdamW
     # Adam's own decay is L2: not what is meant
     decay = 0.0 if optim.optimizer == "adam" else optim.weight_decay

@@ -5,7 +5,8 @@
     python train/pre_train.py --config shakespeare --data input.txt --max-seconds 180
 
 What makes this stage: its data are windows of one long row of tokens; its loss is cross-entropy at every
-token; all parameters are trainable; it saves the last weights.
+token (and what keeps experts balanced, and a second head's where there is one:
+train/language_model_loss.py); all parameters are trainable; it saves the last weights.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
@@ -17,24 +18,20 @@ from load_data.loader import TokenLoader
 from load_data.packing import prepare_pretraining
 from load_data.tokenizer import Tokenizer
 from model.tinyseek import TinySeek
+from modules.balance import max_vio
 from train.cli import parse_command
 from train.engine import Stage, Trainer
 from train.evaluation import LanguageModelEvaluation
+from train.language_model_loss import LanguageModelLoss
 from train.machine import start_machine
 from utils.checkpoint import load_weights
 from utils.cost import cost_card
 from utils.distributed import finish, rank_zero_first
 from utils.errors import UserError, run_main
+from utils.plot_experts import plot_expert_load, plot_expert_tokens
 
 STAGE, SHORT = "pre_train", "Pre"
 PYTHON_PROMPTS = ["def read_lines(path):\n", "import os\nimport sys\n\nclass ", ">>> 12 + 7\n"]
-
-
-def loss(model, batch, step_tokens):
-    """Cross-entropy summed over this micro-batch, as its share of the whole step's mean; `conf` likewise."""
-    output = model(batch["input_ids"], labels=batch["labels"])
-    confidence = (-output.nll).exp().sum()  # probability given to the right next token
-    return {"ce": output.loss_sum / step_tokens}, {"conf": confidence / step_tokens}
 
 
 def main():
@@ -65,18 +62,33 @@ def main():
     card = cost_card(config.model, train.batch_size * length, length, config.optim.optimizer)
     machine.say("\n".join(card.lines()))
 
+    evaluation = LanguageModelEvaluation(data.val, data.tokenizer, length, train.batch_size, machine)
     stage = Stage(
-        name=STAGE, short=SHORT, model=model, loader=loader, loss=loss,
-        evaluate=LanguageModelEvaluation(data.val, data.tokenizer, length, train.batch_size, machine),
+        name=STAGE, short=SHORT, model=model, loader=loader,
+        loss=LanguageModelLoss(model, config, machine), evaluate=evaluation,
         tokenizer=data.tokenizer, data_digest=data.digest,
     )  # fmt: skip
     Trainer(stage, config, machine, command.out, command.resume).run()
     if world.is_first:
+        show_experts(evaluation, command.out / STAGE)
         show_samples(model, data, config)
         default = pathlib.Path(__file__).resolve().parents[1] / "out"
         where = "" if command.out == default else f" --out {command.out}"
         print(f'\nnext: python inference/chat.py{where} --prompt "def "')
     finish()
+
+
+def show_experts(evaluation, folder):
+    """How busy each expert was: over training, and by kind of token on held-out data, as pictures."""
+    if (folder / "experts.txt").exists():
+        plot_expert_load(folder / "experts.txt", folder / "experts.png")
+    if evaluation.loads is None:
+        return
+    layers = evaluation.loads.sum(dim=1)  # (layers, E)
+    vio = "  ".join(f"{max_vio(layer):.2f}" for layer in layers)
+    print(f"experts on held-out data: max_vio by layer  {vio}   dead {int((layers == 0).sum())}")
+    shares = evaluation.loads / evaluation.loads.sum(dim=2, keepdim=True).clamp_min(1)  # rows sum to 1
+    plot_expert_tokens(shares.numpy(), evaluation.kinds, folder / "expert_tokens.png")
 
 
 def show_samples(model, data, config):

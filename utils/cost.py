@@ -1,27 +1,23 @@
 """What a model costs, from its settings alone: parameters, FLOPs, key/value cache and memory.
 
 Conventions (Kaplan et al. 2001.08361, PaLM 2204.02311, appendix B). A weight used in a matrix product costs 2
-FLOPs per token forward and 4 backward, so 6 in training; an embedding is looked up and costs none. Attention
-compares each query with the keys it may see: per layer and key 2 * H * D FLOPs for the scores and as many for
-the weighted sum, 12 * H * D in training. A causal query sees T / 2 keys on average. Published numbers often
+FLOPs per token forward and 4 backward, so 6 in training; an embedding is looked up and costs none, and an
+expert that a token did not choose costs it none. Attention compares each query with the keys it may see: per
+layer and key 2 * H * D FLOPs for the scores and as many for the weighted sum, each with its own D in latent
+attention; three times that in training. A causal query sees T / 2 keys on average. Published numbers often
 count all T: the card gives that too (`full_attention=True`). Recomputation does not count (that is model
-FLOPs, as in MFU).
+FLOPs, as in MFU). Latent attention is counted in its expanded form, that of training and of reading a prompt.
+
+Multi-token prediction has parameters and training FLOPs; a forward pass and the active parameters are those
+of the model without it.
 """
 
 from dataclasses import dataclass
 
 from config.schema import ModelConfig
+from utils.parameter_groups import Group, head_widths, parameter_groups
 
 FP32, BF16 = 4, 2  # bytes per number
-
-
-@dataclass
-class Group:
-    """One part of the model, all layers together. Numbers of parameters."""
-
-    total: int
-    active: int  # used for one token; less than `total` with a mixture of experts
-    multiplied: int  # used for one token in matrix products: these cost FLOPs
 
 
 @dataclass
@@ -30,7 +26,8 @@ class CostCard:
 
     groups: dict[str, Group]
     layers: int
-    attention_width: int  # H * D, query heads times head dim
+    mtp_layers: int  # with attention, in training only
+    attention_width: int  # query heads times (head dim of queries and keys + head dim of values)
     sequence_length: int
     keys_seen: float  # by a query, on average
     kv_cache_numbers: int  # per token
@@ -45,25 +42,33 @@ class CostCard:
 
     @property
     def active_parameters(self) -> int:
-        """Parameters used for one token."""
+        """Parameters used for one token in a forward pass."""
         return sum(group.active for group in self.groups.values())
 
     @property
     def matmul_parameters(self) -> int:
-        """Weights used in matrix products for one token, the output head included."""
-        return sum(group.multiplied for group in self.groups.values())
+        """Weights used in matrix products for one token in a forward pass, the output head included."""
+        return sum(group.multiplied for name, group in self.groups.items() if name != "mtp")
 
     def forward_flops(self, full_attention: bool = False) -> float:
         """FLOPs per token of a forward pass over full sequences; causal attention unless `full_attention`."""
+        return 2 * self.matmul_parameters + self.attention_flops(self.layers, full_attention)
+
+    def mtp_flops(self, full_attention: bool = False) -> float:
+        """FLOPs per token that multi-token prediction adds to the forward pass of a training step."""
+        return 2 * self.groups["mtp"].multiplied + self.attention_flops(self.mtp_layers, full_attention)
+
+    def attention_flops(self, layers: int, full_attention: bool) -> float:
+        """FLOPs per token of scores and weighted sums in so many layers, forward."""
         keys = self.sequence_length if full_attention else self.keys_seen
-        return 2 * self.matmul_parameters + 4 * self.layers * self.attention_width * keys
+        return 2 * layers * self.attention_width * keys
 
     def train_flops(self, full_attention: bool = False) -> float:
         """FLOPs per token of a training step: forward, and twice as many backward."""
-        return 3 * self.forward_flops(full_attention)
+        return 3 * (self.forward_flops(full_attention) + self.mtp_flops(full_attention))
 
     def kv_cache_bytes(self, bytes_per_number: int = BF16) -> int:
-        """Bytes that one token takes in the key/value cache."""
+        """Bytes that one token takes in the cache (of latents, where attention is latent)."""
         return self.kv_cache_numbers * bytes_per_number
 
     def train_bytes(self) -> int:
@@ -75,10 +80,13 @@ class CostCard:
         parts = ", ".join(f"{name} {group.total:,}" for name, group in self.groups.items() if group.total)
         state = ", ".join(f"{name} {size(count)}" for name, count in self.state_bytes.items())
         active = f", {self.active_parameters:,} active" if self.active_parameters != self.parameters else ""
+        mtp = self.groups["mtp"].total
+        second = f"mtp         {mtp:,} parameters, {flops(3 * self.mtp_flops())} per token: in training only"
         return [
             f"parameters  {self.parameters:,}{active} ({parts})",
             f"compute     {flops(self.train_flops())} per token to train, "
             + f"{flops(self.forward_flops())} forward (causal, sequences of {self.sequence_length})",
+            *([second] if mtp else []),
             f"kv cache    {size(self.kv_cache_bytes(BF16))} per token in bf16, "
             + f"{size(self.kv_cache_bytes(FP32))} in fp32",
             f"memory      {size(self.train_bytes())} to train ({state}, activations of {self.batch_tokens:,} "
@@ -100,40 +108,22 @@ def cost_card(
     """
     length = sequence_length or config.max_position_embeddings
     groups = parameter_groups(config)
-    blocks = groups["attention"].multiplied + groups["feed-forward"].multiplied
     total = sum(group.total for group in groups.values())
     # Adam keeps two moments of each parameter; Muon one of each matrix in the blocks, and Adam the rest
-    moments = 2 * total - (blocks if optimizer == "muon" else 0)
+    moments = total + (sum(group.adam for group in groups.values()) if optimizer == "muon" else total)
+    scores, values, cached = head_widths(config)
     return CostCard(
         groups=groups,
         layers=config.num_hidden_layers,
-        attention_width=config.num_attention_heads * config.head_dim,
+        mtp_layers=1 if config.mtp == "sequential" else 0,
+        attention_width=config.num_attention_heads * (scores + values),
         sequence_length=length,
         keys_seen=keys_seen(length, config.sliding_window),
-        kv_cache_numbers=2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim,
+        kv_cache_numbers=config.num_hidden_layers * cached,
         batch_tokens=batch_tokens,
         state_bytes={"weights": FP32 * total, "gradients": FP32 * total, "optimizer": FP32 * moments},
         activation_bytes=batch_tokens * activation_numbers(config) * activation_bytes_per_number,
     )
-
-
-def parameter_groups(config: ModelConfig) -> dict[str, Group]:
-    """Parameters by part of the model: embedding, attention, feed-forward, norms, head."""
-    C, L, V, D = config.hidden_size, config.num_hidden_layers, config.vocab_size, config.head_dim
-    HD, GD = config.num_attention_heads * D, config.num_key_value_heads * D
-    attention = L * (C * HD + 2 * C * GD + HD * C)
-    biases = L * (HD + 2 * GD + C) if config.attention_bias else 0
-    feed_forward = L * 3 * C * config.intermediate_size
-    norms = L * (2 * C + (2 * D if config.qk_norm else 0)) + C
-    head = V * C  # tied, its weights are those of the embedding; the product has to be done all the same
-    own_head = 0 if config.tie_word_embeddings else head
-    return {
-        "embedding": Group(V * C, V * C, 0),
-        "attention": Group(attention + biases, attention + biases, attention),
-        "feed-forward": Group(feed_forward, feed_forward, feed_forward),
-        "norms": Group(norms, norms, 0),
-        "head": Group(own_head, own_head, head),
-    }
 
 
 def keys_seen(length: int, window: int | None) -> float:
@@ -147,14 +137,26 @@ def activation_numbers(config: ModelConfig) -> int:
     """Numbers per token that are kept for the backward pass, roughly: which ones a kernel keeps differs.
 
     Per layer: two norms keep input and output, attention keeps its projections before and after norm and
-    rotation and its output, SwiGLU keeps gate, up, SiLU and product. Then logits and their probabilities.
+    rotation and its output, SwiGLU keeps gate, up, SiLU and product. Each chosen expert keeps these of its
+    own, and its row of input and of output. Then logits and their probabilities, once per head.
     """
-    HD = config.num_attention_heads * config.head_dim
-    GD = config.num_key_value_heads * config.head_dim
-    norms = 4 * config.hidden_size
-    attention = (3 if config.qk_norm else 2) * (HD + GD) + GD + HD
-    feed_forward = 4 * config.intermediate_size
-    return config.num_hidden_layers * (norms + attention + feed_forward) + 2 * config.vocab_size
+    C, H, L = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+    width, values, cached = head_widths(config)
+    if config.attention_kind == "mla":
+        latents = 2 * (config.q_lora_rank or 0) + config.kv_lora_rank + cached
+        attention = latents + 2 * H * width + H * (config.qk_nope_head_dim + values) + H * values
+    else:
+        keys = config.num_key_value_heads * width
+        attention = (3 if config.qk_norm else 2) * (H * width + keys) + keys + H * width
+
+    F, K = config.moe_intermediate_size, config.num_experts_per_tok
+    experts = K * (2 * C + 4 * F) + 4 * config.n_shared_experts * F + 2 * config.n_routed_experts
+    dense = 4 * config.intermediate_size
+    layers = range(L + (config.mtp == "sequential"))
+    blocks = sum(4 * C + attention + (experts if config.is_moe_layer(n) else dense) for n in layers)
+    heads = 1 if config.mtp == "none" else 2
+    extra = {"none": 0, "parallel": 4 * C, "sequential": 8 * C}[config.mtp]
+    return blocks + extra + heads * 2 * config.vocab_size
 
 
 def size(count: float) -> str:

@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -32,7 +33,7 @@ class GradientReport:
     frozen: dict[str, int]
     starts_at_zero: list[str]
     reached_by: dict[str, int]  # for each loss term, how many tensors it trains
-    unreached: list[str]  # allowed to be without gradient, such as experts that no token chose
+    unreached: list[str]  # allowed to be without gradient, and experts that no token chose
 
     def __str__(self) -> str:
         terms = ", ".join(f"{term} trains {count} tensors" for term, count in self.reached_by.items())
@@ -52,13 +53,16 @@ def prove_gradients_before(
     loss_fn: Callable,
     batches: list,
     may_be_unreached: Callable[[str], bool] = lambda name: False,
+    claims: Mapping[str, Callable[[str], bool]] = MappingProxyType({}),
 ) -> GradientReport:
     """Prove on a copy of `model` that every trainable parameter gets a gradient, and no frozen one.
 
     `loss_fn(model, batches)` returns the loss, or a dictionary of its terms, each of which must train
     something. It must use the model that it is given. `may_be_unreached(name)` excuses parameters that a
-    batch may miss. The model, its gradients and the random states are left as they were. Raises `UserError`
-    naming the parameters, the modules they belong to and the likely cause.
+    batch may miss. `claims` says of a term which parameters it must reach: a balance loss that became a
+    constant still leaves the router the gradient of the language-model loss, and would go unnoticed. The
+    model, its gradients and the random states are left as they were. Raises `UserError` naming the
+    parameters, the modules they belong to and the likely cause.
     """
     check_one_device(model, batches)
     before = random_state()
@@ -72,7 +76,7 @@ def prove_gradients_before(
         with torch.enable_grad():
             losses = loss_fn(trial, batches)
         losses = losses if isinstance(losses, Mapping) else {"loss": losses}
-        reached = reached_parameters(trial, losses)
+        reached, idle = reached_parameters(trial, losses)
     finally:
         set_random_state(before)
 
@@ -87,12 +91,16 @@ def prove_gradients_before(
             f"cut off from the loss, so never trained: {describe(trial, cut_off)}; is it used in the "
             "forward, or is there a detach(), an .item() or a multiplication by zero on the way?"
         )
+    for term in reached.keys() & claims.keys():
+        promised = [name for name in trainable if claims[term](name) and name not in reached[term]]
+        if promised:
+            raise UserError(f"{term} does not reach what it should train: {describe(trial, promised)}")
     return GradientReport(
         trainable=count_by_group({name: parameters[name] for name in trainable}),
         frozen=count_by_group({name: parameters[name] for name in frozen}),
         starts_at_zero=[name for name in starts_at_zero if name in trainable],
         reached_by={term: len(names) for term, names in reached.items()},
-        unreached=missed,
+        unreached=missed + idle,
     )
 
 
@@ -108,9 +116,10 @@ def fill_zeros(model: torch.nn.Module) -> list[str]:
     return names
 
 
-def reached_parameters(model: torch.nn.Module, losses: Mapping[str, torch.Tensor]) -> dict[str, set[str]]:
-    """For each loss term, the names of the parameters that it gives a finite, non-zero gradient."""
-    reached = {}
+def reached_parameters(model: torch.nn.Module, losses: Mapping[str, torch.Tensor]):
+    """For each loss term, the names of the parameters that it gives a finite, non-zero gradient; and of the
+    stacks of experts, how many got nothing from any term (no token chose them)."""
+    reached, used = {}, {}  # used: for each stack of experts, which of them got a gradient
     for term, loss in losses.items():
         if (
             not isinstance(loss, torch.Tensor) or loss.grad_fn is None
@@ -129,12 +138,17 @@ def reached_parameters(model: torch.nn.Module, losses: Mapping[str, torch.Tensor
         if broken := [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]:
             raise UserError(f"{term} gives gradients that are not finite: {describe(model, broken)}")
         reached[term] = {name for name, gradient in gradients.items() if gradient.any()}
+        for name, gradient in gradients.items():
+            if gradient.dim() == 3:
+                used[name] = used.get(name, False) | gradient.flatten(1).any(dim=1)
         if not reached[term]:
             raise UserError(
                 f"{term} reaches no trainable parameter: is it computed from the model it is given?"
             )
     model.zero_grad(set_to_none=True)
-    return reached
+    idle = {name: len(flags) - int(flags.sum()) for name, flags in used.items() if flags.any()}
+    words = [f"{count} of {len(used[name])} experts of {name}" for name, count in idle.items() if count]
+    return reached, words
 
 
 # --- one device -----------------------------------------------------------------------------------

@@ -43,5 +43,5 @@ def test_a_preset_is_built_and_stepped(name, tmp_path, monkeypatch):
     )
     trainer.run()
     assert trainer.step == 2
-    for name, weight in weights_of(model).items():
+    for name, weight in model.named_parameters():
         assert torch.isfinite(weight).all() and not torch.equal(weight, before[name]), name

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_layers import MtpLayer
 
-from config.schema import ModelConfig, validate_section
+from config.schema import ModelConfig, OptimConfig, validate_section
+from model.tinyseek import TinySeek
+from modules.mtp import ParallelMTP
+from train.optim import build_optimizers
 from utils.cost import activation_numbers, cost_card
 
 
@@ -18,41 +23,81 @@ TINY = {
     "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "max_position_embeddings": 64,
 }  # fmt: skip
-VARIANTS = [
+DENSE = [
     {},
     {"tie_word_embeddings": False},
     {"attention_bias": True},
     {"num_key_value_heads": 1, "head_dim": None, "num_hidden_layers": 3},
 ]
+EXPERTS = {
+    "num_hidden_layers": 3, "first_k_dense_replace": 1, "n_routed_experts": 6, "num_experts_per_tok": 2,
+    "n_shared_experts": 3, "moe_intermediate_size": 20,
+}  # fmt: skip
+LATENT = {
+    "attention_kind": "mla", "qk_norm": False, "num_key_value_heads": 4, "kv_lora_rank": 10,
+    "qk_nope_head_dim": 9, "qk_rope_head_dim": 6, "v_head_dim": 11,
+}  # fmt: skip
+VARIANTS = {  # by the class in transformers that has such layers
+    "Qwen3": DENSE,
+    "Qwen3Moe": [EXPERTS | {"n_shared_experts": 0, "first_k_dense_replace": 0, "scoring_func": "softmax"}],
+    "Dots1": [
+        EXPERTS,
+        EXPERTS | {"first_k_dense_replace": 0, "n_shared_experts": 1, "tie_word_embeddings": False},
+        EXPERTS | {"first_k_dense_replace": 3, "num_experts_per_tok": 6},
+    ],
+    "DeepseekV3": [
+        EXPERTS | LATENT,
+        EXPERTS | LATENT | {"q_lora_rank": 14, "attention_bias": True, "tie_word_embeddings": False},
+    ],
+}
+CASES = [(name, changes) for name, variants in VARIANTS.items() for changes in variants]
+SAME_NAMES = [*TINY, *EXPERTS, *LATENT, "q_lora_rank", "attention_bias", "tie_word_embeddings"]
 
 
-def qwen3(config: ModelConfig):
-    """The same model in transformers, with eager attention: that is what the FLOP counter can see."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def twin(name: str, config: ModelConfig, **settings):
+    """The same model in transformers, eager in attention and experts, as the FLOP counter needs it."""
+    settings = {key: getattr(config, key) for key in SAME_NAMES if hasattr(config, key)} | settings
+    if name == "Qwen3Moe":
+        settings["num_experts"] = settings.pop("n_routed_experts")
+    if name in ("Qwen3", "Dots1", "Qwen3Moe"):
+        settings["sliding_window"] = None
+    if name == "DeepseekV3":
+        settings |= {"n_group": 1, "topk_group": 1}
+        del settings["head_dim"]
+    settings["attn_implementation"] = settings.get("attn_implementation", "eager")
+    hf_config = getattr(transformers, f"{name}Config")(**settings)
+    model = getattr(transformers, f"{name}ForCausalLM")(hf_config)
+    if config.n_routed_experts:
+        model.set_experts_implementation("eager")
+    return model
 
-    shared = [*TINY, "attention_bias", "tie_word_embeddings"]
-    settings = {name: getattr(config, name) for name in shared}
-    return Qwen3ForCausalLM(Qwen3Config(**settings, attn_implementation="eager"))
+
+def part_of(name: str) -> str:
+    """Which group a parameter of the twin belongs to."""
+    parts = {
+        "norm": "norms", "embed": "embedding", "shared_experts": "shared experts",
+        "experts": "routed experts", "mlp.gate.": "router", "self_attn": "attention",
+        "mlp": "feed-forward", "lm_head": "head",
+    }  # fmt: skip
+    return next(group for word, group in parts.items() if word in name)
 
 
-@pytest.mark.parametrize("changes", VARIANTS)
-def test_parameters_as_in_transformers(changes):
+@pytest.mark.parametrize("name, changes", CASES)
+def test_parameters_as_in_transformers(name, changes):
     config = model_config(**TINY | changes)
-    model = qwen3(config)
+    model = twin(name, config)
     card = cost_card(config, batch_tokens=64)
-    assert card.parameters == card.active_parameters == sum(p.numel() for p in model.parameters())
-
     counted = dict.fromkeys(card.groups, 0)
-    for name, parameter in model.named_parameters():
-        kinds = {
-            "norm": "norms",
-            "embed": "embedding",
-            "self_attn": "attention",
-            "mlp": "feed-forward",
-            "lm_head": "head",
-        }
-        counted[next(group for word, group in kinds.items() if word in name)] += parameter.numel()
-    assert {name: group.total for name, group in card.groups.items()} == counted
+    for key, parameter in model.named_parameters():
+        counted[part_of(key)] += parameter.numel()
+    assert {group: numbers.total for group, numbers in card.groups.items()} == counted
+    assert card.parameters == sum(p.numel() for p in model.parameters())
+    idle = 0  # weights of the experts that one token did not choose
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            sizes = [stack[0].numel() for stack in layer.mlp.experts.parameters()]
+            idle += (config.n_routed_experts - config.num_experts_per_tok) * sum(sizes)
+    assert card.active_parameters == card.parameters - idle
 
 
 PUBLISHED = {  # model: settings, parameters
@@ -80,22 +125,108 @@ def test_published_cache_sizes():
     assert 596_049_920 - embedding == 440_467_456
 
 
-@pytest.mark.parametrize("changes", VARIANTS)
-def test_flops_as_pytorch_counts_them(changes):
+BIG = {
+    "Qwen3-30B-A3B": {
+        "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "n_routed_experts": 128, "num_experts_per_tok": 8,
+        "n_shared_experts": 0, "moe_intermediate_size": 768, "tie_word_embeddings": False,
+    },
+    "DeepSeek-V3": {
+        "vocab_size": 129280, "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128,
+        "intermediate_size": 18432, "attention_kind": "mla", "q_lora_rank": 1536, "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 256,
+        "num_experts_per_tok": 8, "n_shared_experts": 1, "moe_intermediate_size": 2048,
+        "first_k_dense_replace": 3, "tie_word_embeddings": False, "num_key_value_heads": 128,
+    },
+}  # fmt: skip
+
+
+def test_published_mixtures_of_experts():
+    qwen = cost_card(model_config(**BIG["Qwen3-30B-A3B"]), 1)
+    assert (qwen.parameters, qwen.active_parameters) == (30_532_122_624, 3_353_032_704)
+    deepseek = cost_card(model_config(**BIG["DeepSeek-V3"]), 1)
+    assert deepseek.parameters == 671_026_419_200 - 58 * 256  # the published files hold the routers' biases
+    assert deepseek.active_parameters / 1e9 == pytest.approx(37.55, abs=0.01)
+    assert deepseek.kv_cache_bytes(2) == 70_272
+    # README_WEIGHTS.md of the release: 36.7B active with one of the two tables; the MTP module has 11.5B of
+    # its own and 2.4B active with both tables: the numbers of its decoder layer, without eh_proj
+    table, eh_proj = deepseek.groups["embedding"].total, 2 * 7168 * 7168
+    assert (deepseek.active_parameters - table) / 1e9 == pytest.approx(36.7, abs=0.1)
+    extra = cost_card(model_config(**BIG["DeepSeek-V3"], mtp="sequential"), 1)
+    assert (extra.groups["mtp"].total - eh_proj) / 1e9 == pytest.approx(11.5, abs=0.01)
+    assert (extra.groups["mtp"].multiplied - eh_proj + table) / 1e9 == pytest.approx(2.4, abs=0.05)
+    assert extra.active_parameters == deepseek.active_parameters
+
+
+def counted_flops(run) -> tuple[int, int]:
+    """FLOPs of a forward pass, and of it together with its backward pass, as PyTorch counts them."""
+    with FlopCounterMode(display=False) as forward:
+        out = run()
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
+
+
+@pytest.mark.parametrize("name, changes", CASES)
+def test_flops_as_pytorch_counts_them(name, changes):
     config = model_config(**TINY | changes)
-    model, tokens = qwen3(config), 16
+    model, tokens = twin(name, config), 16
     ids = torch.arange(tokens)[None] % config.vocab_size
     card = cost_card(config, batch_tokens=tokens, sequence_length=tokens)
-    with FlopCounterMode(display=False) as forward:
-        loss = model(ids).logits.sum()
-    assert forward.get_total_flops() == pytest.approx(tokens * card.forward_flops(full_attention=True))
-    with FlopCounterMode(display=False) as backward:
-        loss.backward()
-    counted = forward.get_total_flops() + backward.get_total_flops()
-    assert counted == pytest.approx(tokens * card.train_flops(full_attention=True))
-    assert card.train_flops() == 6 * card.matmul_parameters + 6 * config.num_hidden_layers * (
-        config.num_attention_heads * config.head_dim * tokens
-    )
+    forward, both = counted_flops(lambda: model(ids).logits)
+    assert forward == tokens * card.forward_flops(full_attention=True)
+    assert both == tokens * card.train_flops(full_attention=True)
+    scores, values = (15, 11) if config.attention_kind == "mla" else (config.head_dim, config.head_dim)
+    half = 3 * config.num_hidden_layers * config.num_attention_heads * (scores + values) * tokens
+    assert card.train_flops() == 6 * card.matmul_parameters + half
+
+
+def mtp_block(longer) -> MtpLayer:
+    """The block of transformers, whose decoder layer is the last of a model that is one layer longer."""
+    layer_class, norm_class = type(longer.model.layers[0]), type(longer.model.norm)
+    return MtpLayer(longer.config, layer_class, norm_class, longer.config.num_hidden_layers - 1)
+
+
+@pytest.mark.parametrize("name, changes", CASES)
+def test_sequential_mtp_costs_what_the_layer_in_transformers_does(name, changes):
+    plain, config = model_config(**TINY | changes), model_config(**TINY | changes | {"mtp": "sequential"})
+    tokens = 16
+    card = cost_card(config, batch_tokens=tokens, sequence_length=tokens)
+    longer = twin(name, config, num_hidden_layers=config.num_hidden_layers + 1)
+    mtp = mtp_block(longer)
+    assert card.groups["mtp"].total == sum(p.numel() for p in mtp.parameters())
+    without = cost_card(plain, tokens, tokens)
+    assert card.parameters - without.parameters == card.groups["mtp"].total
+    assert card.active_parameters == without.active_parameters
+    assert card.forward_flops() == without.forward_flops()
+    assert card.train_flops() - without.train_flops() == 3 * card.mtp_flops()
+
+    hidden, embeddings = torch.randn(2, 1, tokens, config.hidden_size, requires_grad=True)
+    rotary = longer.model.rotary_emb(hidden, torch.arange(tokens)[None])
+
+    def run():
+        return longer.lm_head(mtp(embeddings, hidden, rotary, None, None, None))
+
+    forward, both = counted_flops(run)
+    assert forward == tokens * card.mtp_flops(full_attention=True)
+    assert both == 3 * tokens * card.mtp_flops(full_attention=True)
+
+
+def test_parallel_mtp_costs_its_block_and_a_second_head():
+    config, tokens = model_config(**TINY, mtp="parallel"), 16
+    card = cost_card(config, batch_tokens=tokens, sequence_length=tokens)
+    block = ParallelMTP(config)
+    head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    assert card.groups["mtp"].total == sum(p.numel() for p in block.parameters())
+    hidden = torch.randn(1, tokens, config.hidden_size, requires_grad=True)
+    block.norm = torch.nn.Identity()  # its backward sums rows by a product with ones, which would be counted
+    forward, both = counted_flops(lambda: head(block(hidden)))
+    assert forward == tokens * card.mtp_flops() == tokens * card.mtp_flops(full_attention=True)
+    assert both == 3 * forward
+    without = cost_card(model_config(**TINY), tokens, tokens)
+    assert card.forward_flops() == without.forward_flops()
+    assert card.train_flops() == without.train_flops() + 3 * card.mtp_flops()
+    assert card.active_parameters == without.active_parameters
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 99])
@@ -108,37 +239,79 @@ def test_keys_seen_is_the_average_of_a_mask(window):
     assert card.keys_seen == pytest.approx(mask.sum(1).double().mean().item(), abs=0.51)
 
 
-def test_memory_of_the_optimizer_is_what_the_optimizer_holds():
-    config = model_config(**TINY)
-    model = qwen3(config)
-    model(torch.arange(8)[None]).logits.sum().backward()
+@pytest.mark.parametrize("name, changes", CASES)
+def test_memory_of_the_optimizer_is_what_the_optimizer_holds(name, changes):
+    config = model_config(**TINY | changes)
+    model = twin(name, config)
+    model(torch.arange(60)[None]).logits.sum().backward()
+    for parameter in model.parameters():  # an expert that no token chose has no gradient yet
+        parameter.grad = torch.ones_like(parameter) if parameter.grad is None else parameter.grad
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.step()
-    held = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
     card = cost_card(config, batch_tokens=8)
-    assert card.state_bytes["optimizer"] == held
-    assert (
-        card.state_bytes["weights"]
-        == card.state_bytes["gradients"]
-        == sum(p.nbytes for p in model.parameters())
-    )
+    assert card.state_bytes["optimizer"] == held_by(optimizer)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert card.state_bytes["weights"] == card.state_bytes["gradients"] == weights
 
-    matrices = [p for name, p in model.named_parameters() if "proj" in name]
-    others = [p for name, p in model.named_parameters() if "proj" not in name]
+    # the names say it, not the card: projections, and experts, each of a stack a matrix
+    is_matrix = lambda key, p: p.dim() > 1 and ("proj" in key or "experts" in key)  # noqa: E731
+    named = list(model.named_parameters())
+    matrices = [one for key, p in named if is_matrix(key, p) for one in (p if p.dim() == 3 else [p])]
+    others = [p for key, p in named if not is_matrix(key, p)]
+    matrices = [torch.nn.Parameter(one.detach().clone()) for one in matrices]
+    for parameter in matrices:
+        parameter.grad = torch.ones_like(parameter)
     muon, adam = torch.optim.Muon(matrices), torch.optim.AdamW(others)
     muon.step()
     adam.step()
-    held = sum(
-        t.nbytes for o in (muon, adam) for state in o.state.values() for t in state.values() if t.dim()
-    )
+    held = held_by(muon) + held_by(adam)
     assert cost_card(config, batch_tokens=8, optimizer="muon").state_bytes["optimizer"] == held
 
 
-@pytest.mark.parametrize("vocabulary", [100, 3000])
-def test_activations_are_of_the_size_that_autograd_keeps(vocabulary):
-    config = model_config(**TINY | {"vocab_size": vocabulary, "hidden_size": 64, "intermediate_size": 192})
-    model = qwen3(config)
-    model.set_attn_implementation("sdpa")
+def held_by(optimizer) -> int:
+    """Bytes of the optimizer's state, step counters aside."""
+    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
+
+
+@pytest.mark.parametrize("mtp", ["none", "parallel", "sequential"])
+@pytest.mark.parametrize("name, changes", CASES)
+def test_the_card_is_that_of_the_model_and_the_optimizers_that_are_trained(name, changes, mtp):
+    config = model_config(**TINY | changes | {"mtp": mtp})
+    model = TinySeek(config)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for optimizer in ("adamw", "muon"):
+        held = 0
+        for part in build_optimizers(model, OptimConfig(optimizer=optimizer)):
+            part.step()
+            held += held_by(part)
+        card = cost_card(config, batch_tokens=8, optimizer=optimizer)
+        assert card.parameters == sum(p.numel() for p in model.parameters())
+        assert card.state_bytes["optimizer"] == held
+
+
+WIDE = {"hidden_size": 64, "intermediate_size": 192}
+WIDE_EXPERTS = WIDE | EXPERTS
+WIDE_EXPERTS |= {"n_routed_experts": 24, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
+ACTIVATIONS = [
+    ("Qwen3", WIDE),
+    ("Qwen3", WIDE | {"vocab_size": 3000}),
+    ("Dots1", WIDE_EXPERTS),
+    ("Dots1", WIDE_EXPERTS | {"first_k_dense_replace": 0, "n_shared_experts": 8, "num_experts_per_tok": 2}),
+    ("DeepseekV3", WIDE | LATENT | {"qk_nope_head_dim": 20, "qk_rope_head_dim": 12, "v_head_dim": 32}),
+    ("DeepseekV3", WIDE_EXPERTS | LATENT | {"q_lora_rank": 40, "qk_nope_head_dim": 16, "v_head_dim": 22}),
+]
+
+
+def wide_twin(name: str, config: ModelConfig, **settings):
+    """As `twin`, with a kernel that keeps no scores."""
+    if not config.n_routed_experts:  # DeepSeek's class has experts in the layers after these
+        settings["first_k_dense_replace"] = config.num_hidden_layers
+    return twin(name, config, attn_implementation="sdpa", **settings)
+
+
+def kept_bytes(model, run) -> int:
+    """Bytes that autograd keeps for the backward pass of `run()`, each storage once, weights aside."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -147,12 +320,48 @@ def test_activations_are_of_the_size_that_autograd_keeps(vocabulary):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    tokens = 64
-    ids = torch.arange(tokens)[None] % 100
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = torch.nn.functional.cross_entropy(model(ids).logits[0], ids[0])
+        loss = run()
     assert loss.requires_grad
-    assert tokens * activation_numbers(config) * 4 == pytest.approx(sum(kept.values()), rel=0.4)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name, changes", ACTIVATIONS)
+def test_activations_are_of_the_size_that_autograd_keeps(name, changes):
+    config = model_config(**TINY | changes)
+    model, tokens = wide_twin(name, config), 64
+    ids = torch.arange(tokens)[None] % 100
+    kept = kept_bytes(model, lambda: torch.nn.functional.cross_entropy(model(ids).logits[0], ids[0]))
+    # logits are counted with their probabilities, of which a plain cross-entropy keeps one
+    allowed = 0.4 if config.vocab_size == 3000 else 0.25
+    assert tokens * activation_numbers(config) * 4 == pytest.approx(kept, rel=allowed)
+
+
+@pytest.mark.parametrize("name, changes", [ACTIVATIONS[0], ACTIVATIONS[2]])
+def test_activations_of_sequential_mtp_are_of_the_size_that_autograd_keeps(name, changes):
+    plain, config = model_config(**TINY | changes), model_config(**TINY | changes | {"mtp": "sequential"})
+    longer, tokens = wide_twin(name, config, num_hidden_layers=config.num_hidden_layers + 1), 64
+    mtp = mtp_block(longer)
+    model = torch.nn.ModuleList([mtp, longer])
+    hidden, embeddings = torch.randn(2, 1, tokens, config.hidden_size, requires_grad=True).unbind(0)
+    rotary = longer.model.rotary_emb(hidden, torch.arange(tokens)[None])
+    ids = torch.arange(tokens) % 100
+
+    def run():
+        logits = longer.lm_head(mtp(embeddings, hidden, rotary, None, None, None))
+        return torch.nn.functional.cross_entropy(logits[0], ids)
+
+    extra = activation_numbers(config) - activation_numbers(plain)
+    assert tokens * extra * 4 == pytest.approx(kept_bytes(model, run), rel=0.25)
+
+
+@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+def test_logits_of_both_heads_are_kept(kind):
+    per_word = []
+    for mtp in ("none", kind):
+        small, large = (model_config(**TINY | {"mtp": mtp, "vocab_size": size}) for size in (100, 150))
+        per_word.append((activation_numbers(large) - activation_numbers(small)) / 50)
+    assert per_word == [2, 4]
 
 
 def test_the_card_reads_well():
@@ -161,3 +370,12 @@ def test_the_card_reads_well():
     assert "596,049,920" in lines[0]
     assert "active" not in lines[0]
     assert "112 KiB per token in bf16, 224 KiB in fp32" in lines[2]
+
+
+@pytest.mark.parametrize("kind, parameters", [("parallel", "1,056"), ("sequential", "12,992")])
+def test_mtp_has_a_line_of_its_own(kind, parameters):
+    lines = cost_card(model_config(**TINY, mtp=kind), batch_tokens=64).lines()
+    assert [line.split()[0] for line in lines] == ["parameters", "compute", "mtp", "kv", "memory"]
+    assert "active" in lines[0]
+    assert lines[2].split()[1] == parameters
+    assert "in training only" in lines[2]

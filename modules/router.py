@@ -1,0 +1,121 @@
+"""Router of a mixture of experts: a linear layer that scores E experts per token, of which K are chosen.
+
+    logits = x W^T                    s = sigmoid(logits)  or  softmax(logits)
+    chosen = the K experts with the largest s_i + b_i
+    g_i    = s_i / sum of the chosen s  (norm_topk_prob)  *  routed_scaling_factor
+
+    x: (N, C)   W: (E, C)   b: (E,)   ->   logits and s (N, E), chosen and g (N, K)
+
+Choosing is a step without a gradient: W learns through the weights g alone. b steers the choice towards idle
+experts (balancing without a loss, arXiv 2408.15664); it is no parameter and never part of the weights.
+With groups (arXiv 2412.19437) a token takes only the `topk_group` best of `n_group` groups of experts, ranked
+by the sum of their two best: with one group per machine, a token then visits few machines.
+
+Sigmoid, one score for each expert by itself, is DeepSeek-V3's form (arXiv 2412.19437), softmax over all
+experts the form of Switch (arXiv 2101.03961) and Qwen3Moe. Names as in `DeepseekV3TopkRouter`.
+Trap: always in fp32. Where bf16 cannot tell two scores apart, another expert is chosen: a jump, no rounding.
+Trap: K = 1 with norm_topk_prob makes every weight s/s = 1, whose gradient is zero: the router would learn
+nothing from the language-model loss. `config/schema.py` refuses it.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Routing(NamedTuple):
+    """Where N tokens go. Everything is fp32 (fp64 in a model in fp64), whatever the model computes in."""
+
+    logits: torch.Tensor  # (N, E)
+    scores: torch.Tensor  # (N, E), sigmoid or softmax of the logits, with gradient
+    indices: torch.Tensor  # (N, K) int64, the chosen experts
+    weights: torch.Tensor  # (N, K), what each chosen expert's output is multiplied by, with gradient
+
+
+class TopkRouter(nn.Module):
+    """`forward(x)`: (N, C) -> `Routing` of N tokens.
+
+    Args:
+        config: reads hidden_size, n_routed_experts, num_experts_per_tok, scoring_func, norm_topk_prob,
+            routed_scaling_factor, n_group, topk_group, router_jitter_noise.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        experts = config.n_routed_experts
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
+
+    def _apply(self, fn, recurse=True):
+        """`.to(bfloat16)` and `.half()` must not round the bias, which moves in steps of 0.001 or so;
+        `.double()` and device moves are followed."""
+        exact = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if moved.dtype in (torch.bfloat16, torch.float16):
+            self.e_score_correction_bias = exact.to(moved.device, torch.float32)
+        return self
+
+    def forward(self, x) -> Routing:
+        """x (N, C) -> Routing."""
+        config = self.config
+        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        x = x.to(wide)
+        noise = config.router_jitter_noise
+        if self.training and noise:  # explores neighbouring choices, as in Switch and Mixtral
+            x = x * torch.empty_like(x).uniform_(1 - noise, 1 + noise)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x, self.weight.to(wide))  # (N, E)
+        scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+        choice = scores.detach() + self.e_score_correction_bias
+        if config.n_group > 1:
+            choice = keep_best_groups(choice, config.n_group, config.topk_group)
+        indices = choice.topk(config.num_experts_per_tok, dim=-1).indices  # (N, K)
+        weights = scores.gather(1, indices)
+        if config.norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)  # sigmoids may all underflow
+        return Routing(logits, scores, indices, weights * config.routed_scaling_factor)
+
+
+def keep_best_groups(choice, groups: int, kept: int):
+    """(N, E) -> (N, E) with -inf outside of the `kept` groups whose two best experts add up to the most.
+
+    -inf and not 0: with a negative bias a masked expert at 0 would win.
+    """
+    grouped = choice.unflatten(1, (groups, -1))  # (N, groups, E/groups)
+    ranking = grouped.topk(2, dim=-1).values.sum(dim=-1)  # (N, groups)
+    dropped = torch.ones_like(ranking, dtype=torch.bool)
+    dropped.scatter_(1, ranking.topk(kept, dim=-1).indices, False)
+    return grouped.masked_fill(dropped[..., None], -torch.inf).flatten(1)
+
+
+def lesson():
+    """One token's scores, who is chosen, what the weights are, and what the bias and the groups change."""
+    from config.schema import ModelConfig
+
+    generator = torch.Generator().manual_seed(5)
+    weight, x = torch.randn(6, 16, generator=generator) * 0.3, torch.randn(1, 16, generator=generator)
+    print("6 experts, 2 chosen; the same logits each time")
+    for name, bias, settings in (
+        ("sigmoid, normed", 0.0, {}),
+        ("sigmoid, as it is", 0.0, {"norm_topk_prob": False}),
+        ("softmax, normed", 0.0, {"scoring_func": "softmax"}),
+        ("softmax, as it is", 0.0, {"scoring_func": "softmax", "norm_topk_prob": False}),
+        ("bias of 0.7 for expert 0", 0.7, {}),
+        ("best of 3 groups only", 0.0, {"n_group": 3}),
+    ):
+        config = ModelConfig(hidden_size=16, n_routed_experts=6, num_experts_per_tok=2, **settings)
+        router = TopkRouter(config)
+        router.weight.data, router.e_score_correction_bias[0] = weight, bias
+        routing = router(x)
+        scores = " ".join(f"{s:.2f}" for s in routing.scores[0].tolist())
+        weights = " ".join(f"{w:.2f}" for w in routing.weights[0].tolist())
+        print(f"  {name:25s} scores {scores}   chosen {routing.indices[0].tolist()}   weights {weights}")
+    print("bias and groups change who is chosen; the weights are made of the scores alone")
+
+
+if __name__ == "__main__":
+    lesson()

@@ -1,0 +1,135 @@
+"""What the experts of a mixture do: their load over training, and which kinds of tokens each one takes.
+
+    python utils/plot_experts.py                    # out/pre_train/experts.txt -> experts.png beside it
+    python utils/plot_experts.py LOG --out load.png
+
+The log has lines `step=10  L0E0=0.0625  L0E1=0.07 ..`: the share of layer 0's assignments that expert 0 got.
+"""
+
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from utils.errors import Parser, UserError, run_main
+from utils.log import read_log
+
+ROOT = Path(__file__).resolve().parents[1]
+KEY = re.compile(r"L(\d+)E(\d+)")
+TOP = 3.0  # loads from here on have one colour: three times the mean
+
+
+def plot_expert_load(log_path: str | Path, png_path: str | Path) -> None:
+    """Draw one heat map per layer: load / mean load of each expert (y) at each logged step (x).
+
+    1 is balanced; all panels have one colour scale. The title has the layer's last MaxVio,
+    (max - mean) / mean. Raises `UserError` if the log is missing or broken, or has no expert in it.
+    """
+    steps, loads = read_loads(log_path)
+    experts = max(load.shape[1] for load in loads.values())
+    figure, panels = make_panels(len(loads), width=6, height=1.6 + 0.11 * min(64, experts))
+    for axes, (layer, load) in zip(panels, loads.items()):
+        image = axes.imshow(
+            load.T, aspect="auto", interpolation="nearest", origin="lower", cmap="RdBu_r",
+            norm=TwoSlopeNorm(1.0, 0.0, TOP),
+        )  # fmt: skip
+        violation = load[-1].max() - 1  # in units of the mean
+        axes.set_title(f"Layer {layer}: MaxVio {violation:.2f} at step {steps[-1]:,}", fontsize=13)
+        axes.set_ylabel("expert", fontsize=11)
+        axes.set_yticks(some(load.shape[1], 8))
+        columns = some(len(steps), 8)  # a column per logged step, so that uneven steps are named rightly
+        axes.set_xticks(columns, [f"{steps[column]:,}" for column in columns])
+        axes.set_xlabel("step (optimizer updates)", fontsize=11)
+    bar = figure.colorbar(image, ax=panels, extend="max", ticks=[0, 0.5, 1, 2, TOP], aspect=40)
+    bar.set_label("load / mean load (1 is balanced)", fontsize=11)
+    figure.suptitle("Load of the experts over training", fontsize=15)
+    save(figure, png_path)
+
+
+def plot_expert_tokens(shares, kinds: list[str], png_path: str | Path, layers=None) -> None:
+    """Draw one heat map per layer: what share of the assignments of each kind of token (y) went to each
+    expert (x).
+
+    `shares` (layers, kinds, experts): rows add up to 1; a row of NaN, a kind that did not occur, stays grey.
+    `layers`: the layers' numbers, where not 0, 1, 2, ..
+    """
+    shares = np.asarray(shares, dtype=float)
+    count, _, experts = shares.shape
+    colors = colormaps["viridis"].with_extremes(bad="lightgrey")
+    top = np.nanmax(shares, initial=1 / experts)
+    figure, panels = make_panels(count, width=4 + 0.22 * min(48, experts), height=1.4 + 0.3 * len(kinds))
+    for axes, layer, share in zip(panels, layers or range(count), shares):
+        image = axes.imshow(share, aspect="auto", interpolation="nearest", cmap=colors, vmin=0, vmax=top)
+        axes.set_title(f"Layer {layer}", fontsize=13)
+        axes.set_xlabel("expert", fontsize=11)
+        axes.set_xticks(some(experts, 16))
+        axes.set_yticks(range(len(kinds)), kinds)
+    bar = figure.colorbar(image, ax=panels, format=lambda share, _: f"{share:.0%}", aspect=40)
+    bar.set_label(f"share (even would be {100 / experts:.3g}%)", fontsize=11)
+    figure.suptitle("Which experts each kind of token goes to (each row adds up to 100%)", fontsize=15)
+    save(figure, png_path)
+
+
+def read_loads(path: str | Path) -> tuple[list[int], dict[int, np.ndarray]]:
+    """The logged steps, and for each layer the load / mean load, (steps, experts)."""
+    rows = [row for row in read_log(path) if "step" in row and any(KEY.fullmatch(key) for key in row)]
+    if not rows:
+        raise UserError(f"{path}: no expert's load is logged (keys like L0E0), so there is nothing to draw")
+    names = sorted(tuple(map(int, match.groups())) for match in map(KEY.fullmatch, rows[0]) if match)
+    loads = {}
+    for layer in dict.fromkeys(layer for layer, _ in names):
+        keys = [f"L{layer}E{expert}" for other, expert in names if other == layer]
+        for row in rows:
+            values = [row.get(key, math.nan) for key in keys]
+            if not (min(values) >= 0 and 0 < sum(values) < math.inf):
+                wanted = f"{keys[0]} to {keys[-1]} must be there, none below 0 and not all of them 0"
+                raise UserError(f"{path}, step {row['step']}: {wanted}")
+        table = np.array([[row[key] for key in keys] for row in rows])  # (steps, experts)
+        loads[layer] = table / table.mean(axis=1, keepdims=True)
+    return [row["step"] for row in rows], loads
+
+
+def make_panels(count: int, width: float, height: float) -> tuple[Figure, list]:
+    """A figure with so many panels of this size in inches, two in a row."""
+    columns = min(count, 2)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns + 1, height * rows + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)  # no window, and no state shared with other figures
+    return figure, [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]
+
+
+def some(count: int, most: int) -> list[int]:
+    """Places 0, n, 2n, .. below `count`, at most `most` of them."""
+    return list(range(0, count, math.ceil(count / most)))
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write the picture, and the folders above it."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def main() -> None:
+    """The command."""
+    parser = Parser("Draw the load of the experts over training.")
+    parser.add_argument("log", nargs="?", metavar="LOG", help="log file (default: out/pre_train/experts.txt)")
+    parser.add_argument("--out", metavar="PNG", help="the picture (default: experts.png beside the log)")
+    args = parser.parse_args()
+    log = Path(args.log) if args.log else ROOT / "out" / "pre_train" / "experts.txt"
+    png = Path(args.out) if args.out else log.parent / "experts.png"
+    plot_expert_load(log, png)
+    print(f"drawn: {png}")
+
+
+if __name__ == "__main__":
+    run_main(main)
