@@ -129,7 +129,8 @@ class SpeculativeGenerator(Generator):
         return drafts, q, None if sampler.seen is None else torch.cat(seen)
 
     def verify(self, tokens, cache, last_only=False):
-        """The trunk reads T tokens -> logits (T, V) after each, or after the last, and hidden states (T, C)."""
+        """The trunk reads T tokens -> logits (T, V) after each, or (1, V) after the last, and hidden states
+        (T, C)."""
         if self.prepared is not None and not last_only:
             return self.prepared.verify(tokens, cache)
         output = self.model(torch.tensor([tokens], device=self.device), cache=cache, last_only=last_only)

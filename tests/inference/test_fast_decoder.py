@@ -183,6 +183,20 @@ def test_what_is_handed_out_stays():
     assert all(torch.equal(*pair) for pair in zip(first, before, strict=True))
 
 
+@torch.no_grad()
+def test_the_copy_does_not_follow_later_training():
+    """All weights and biases change in place; the plain path of an unchanged copy says what must come out."""
+    model = build(torch.float32, **HEADS["sequential, experts"])
+    fast, before = FastDecoder(model), copy.deepcopy(model)
+    for weight in model.state_dict().values():
+        weight.add_(0.5)
+    expected = before(torch.tensor([[7, 8]]))
+    logits, hidden = fast.verify([7, 8], model.make_cache(1, 4))
+    close(logits, expected.logits[0], torch.float32)
+    drafted, _ = fast.draft(hidden, [8, 9], model.make_draft_cache(1, 4))
+    close(drafted, before.draft(expected.hidden, torch.tensor([[8, 9]]))[0][:, -1], torch.float32)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("name", [*EXPERTS, *HEADS])
 def test_greedy_text_is_that_of_the_plain_path(name):
@@ -207,7 +221,7 @@ def test_the_choice_of_experts_is_made_in_fp32(dtype):
     router = FastDecoder(model).layers[0].mlp
     normed = torch.ones(2, 24)
     normed[0, 0] = normed[1, 1] = 1 + 2**-12  # in bf16 both rows are ones
-    ours = {token: expert for expert, token, _ in router.route(normed / 24**0.5)}
+    ours = {token: expert for token, expert, _ in router.route(normed / 24**0.5)}
     assert ours == {0: 3, 1: 4}
     assert layer.mlp.gate(normed).indices[:, 0].tolist() == [3, 4]
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.generation.utils import _speculative_sampling
 
 from inference import speculative
@@ -149,7 +150,7 @@ def test_greedy_with_drafts_of_every_quality(when, length):
             assert generator.generate([prompt], GREEDY)[0] == expected
             rate = generator.accepted / generator.drafted
             assert {"always": rate == 1, "sometimes": 0 < rate < 1, "never": rate == 0}[when]
-            assert len(calls) == rounds(length, prompt or [0], expected, WHEN[when])
+            assert calls == rounds(length, prompt or [0], expected, WHEN[when])
 
 
 def count_calls(module):
@@ -160,15 +161,35 @@ def count_calls(module):
 
 
 def rounds(length, prompt, answer, when):
-    """Forwards of the trunk that the answer takes: the prompt's, then one for each round."""
-    written, count = 1, 1
+    """How many tokens the trunk reads in each forward: the prompt, then in each round the last token that
+    was written and the drafts, never more than could still be written."""
+    written, calls = 1, [len(prompt)]
     while written < len(answer):
         drafted = min(length, len(answer) - written - 1)
         hits = 0
         while hits < drafted and when(prompt + answer[: written + hits]):
             hits += 1
-        written, count = written + hits + 1, count + 1
-    return count
+        written += hits + 1
+        calls.append(1 + drafted)
+    return calls
+
+
+@pytest.mark.parametrize("length", [1, 2, 4])
+@pytest.mark.parametrize("when", ["always", "sometimes"])
+def test_the_penalty_looks_at_drafts_too(when, length):
+    """Against a loop with the processor of `transformers`; a perfect head stays perfect."""
+    trunk, processor = build(seed=5), RepetitionPenaltyLogitsProcessor(2.5)
+    params = SamplingParams(temperature=0, repetition_penalty=2.5, max_new_tokens=20)
+    for prompt in PROMPTS[:2]:
+        ids = torch.tensor([prompt])
+        for _ in range(20):
+            best = processor(ids, trunk(ids).logits[:, -1]).argmax(dim=1, keepdim=True)
+            ids = torch.cat([ids, best], dim=1)
+        expected = ids[0, len(prompt) :].tolist()
+        assert expected != slow_greedy(trunk, prompt, 20)[0]
+        generator = SpeculativeGenerator(WithDrafts(trunk, drafts_like(trunk, WHEN[when])), 0, length)
+        assert generator.generate([prompt], params)[0] == expected
+        assert (generator.accepted == generator.drafted) == (when == "always")
 
 
 def test_the_opposite_is_never_the_likeliest():

@@ -5,7 +5,8 @@
 Each run is killed three times, anywhere: while Python starts, while the text is prepared, in a step, in the
 middle of writing a checkpoint (one is written after every step), in the last evaluation. Then it is resumed
 to its end. Final weights and optimizer states must be equal bit by bit, and the log line by line, its timing
-aside. Dropout is on, so that random states matter; every second run trains with Muon, the others with AdamW.
+aside. Dropout is on, so that random states matter. Every second run trains with Muon a model with experts,
+their bias and loss, noise in the router and a second head; the others are dense, with AdamW.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
@@ -34,6 +35,12 @@ def command(out: Path, text: Path, optimizer: str) -> list[str]:
         "tokenizer.vocab_size": 400, "train.save_every": 1, "train.eval_every": 7, "train.log_every": 3,
         "data.cache_dir": out / "cache",
     }  # fmt: skip
+    if optimizer == "muon":
+        settings |= {
+            "model.n_routed_experts": 4, "model.num_experts_per_tok": 2, "model.moe_intermediate_size": 16,
+            "model.router_jitter_noise": 0.1, "model.mtp": "sequential", "balance.bias_rate": 0.01,
+            "balance.weight": 0.01, "balance.statistics": "exact",
+        }  # fmt: skip
     flags = [
         "--config",
         "tiny",
@@ -74,7 +81,8 @@ def result(out: Path) -> tuple[dict, list]:
     for number, optimizer in enumerate(last["training"]["optimizers"]):
         for index, state in optimizer["state"].items():
             tensors |= {f"{number}.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    return tensors, without_timing(read_log(out / "pre_train" / "log.txt"))
+    logs = [out / "pre_train" / name for name in ("log.txt", "experts.txt")]
+    return tensors, [without_timing(read_log(log)) for log in logs if log.exists()]
 
 
 def kill_somewhere(out: Path, text: Path, optimizer: str, seconds: float, rng: random.Random) -> str:
