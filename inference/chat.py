@@ -17,6 +17,7 @@ import utils  # noqa: F401  first: it says how threads wait, before PyTorch load
 from inference.generate import Generator
 from inference.load import CHAT_STAGES, find_model, load_model
 from inference.sampling import SamplingParams
+from inference.speculative import SpeculativeGenerator
 from inference.text_stream import TextStream
 from utils.device import pick_device, set_threads
 from utils.errors import Parser, run_main
@@ -40,6 +41,7 @@ def parse_command():
     add("--max-new-tokens", type=int, default=200, help="longest answer (default: %(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add("--seed", type=int, default=0, help="same seed, same answers; answer n draws with seed + n")
+    add("--draft", type=int, default=0, metavar="N", help="draft N tokens ahead with the model's MTP head")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args()
 
@@ -116,7 +118,10 @@ def main():
     does = "answers" if answers else "is pre-trained: it continues the text that it is given"
     step = f", step {checkpoint['step']:,}" if "step" in checkpoint else ""
     tell(f"{path} ({checkpoint['stage']}{step}, {device}) {does}")
-    conversation = Conversation(Generator(model, tokenizer.eos_id), tokenizer, answers, tuple(args.stop))
+    generator = Generator(model, tokenizer.eos_id)
+    if args.draft:
+        generator = SpeculativeGenerator(model, tokenizer.eos_id, args.draft)
+    conversation = Conversation(generator, tokenizer, answers, tuple(args.stop))
     try:
         if args.prompt is not None:
             show("" if answers else args.prompt)
@@ -127,6 +132,9 @@ def main():
             converse(conversation, params)
     except KeyboardInterrupt:
         show("\n")
+    if args.draft and generator.drafted:
+        share = generator.accepted / generator.drafted
+        tell(f"{generator.accepted} of {generator.drafted} drafted tokens were accepted ({share:.0%})")
 
 
 def converse(conversation: Conversation, params: SamplingParams) -> None:

@@ -110,7 +110,7 @@ class Generator:
             return None
         state = [
             (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-            for weight in self.model.parameters()
+            for weight in (*self.model.parameters(), *self.model.buffers())
         ]
         if state != self.prepared_from:
             self.decoder, self.prepared_from = FastDecoder(self.model), state

@@ -144,8 +144,8 @@ class SpeculativeGenerator(Generator):
         if self.prepared is not None and len(following) <= 1 + self.draft_length:  # a prompt is too long
             return self.prepared.draft(hidden, following, cache)
         ids = torch.tensor([following], device=self.device)
-        logits, second = self.model.draft(hidden[None], ids, cache)
-        return logits[:, -1], second[0, -1:]
+        logits, second = self.model.draft(hidden[None], ids, cache, last_only=True)
+        return logits[0], second[0, -1:]
 
     @property
     def device(self):

@@ -235,8 +235,9 @@ class TinySeek(nn.Module):
             return self.mtp(hidden), None
         return self.mtp(hidden, self.model.embed_tokens(following), context, rotary, cache)
 
-    def draft(self, hidden, following, cache=None):
-        """Logits (B, T, V) of the token after the next, and the head's hidden states (B, T, C).
+    def draft(self, hidden, following, cache=None, last_only=False):
+        """Logits (B, T, V) of the token after the next, and the head's hidden states (B, T, C). `last_only`:
+        logits (B, 1, V) of the last column.
 
         hidden (B, T, C) of the trunk (or of the head itself, to look still further), following (B, T) the
         token after each; cache: of `make_draft_cache`, for the sequential head.
@@ -249,7 +250,7 @@ class TinySeek(nn.Module):
         second, _ = self.look_further(hidden, following, context, rotary, cache)
         if cache is not None:
             cache.advance()
-        return self.logits(second), second
+        return self.logits(second[:, -1:] if last_only else second), second
 
     def make_cache(self, batch_size: int, capacity: int, layers: int | None = None) -> KVCache:
         """An empty cache for `batch_size` rows of at most `capacity` tokens, in the model's dtype."""

@@ -128,21 +128,23 @@ class LoadBalancer:
         return value.detach() + (slope * (P - P.detach())).sum(-1)
 
     @torch.no_grad()
-    def end_step(self, update=True) -> dict:
+    def end_step(self, share=1.0) -> dict:
         """After the last backward of a step: moves the biases, returns `max_vio` and `dead` for the log.
 
         `max_vio` is that of the worst layer, `dead` how many experts of all layers got no token. `loads`
-        keeps the shares (L, E). `update=False` leaves the biases where they are.
+        keeps the shares (L, E). Biases move by `share` of their rate: that of the learning rate, so that the
+        choice of experts comes to rest with everything else (0 leaves them where they are).
         """
         if not self.shared:
             self.exchange()
         counts = self.total[:, 0]  # (L, E)
         self.loads = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-        if update and self.config.bias_rate > 0:
+        rate = share * self.config.bias_rate
+        if rate > 0:
             for router, count in zip(self.routers, counts, strict=True):
                 direction = (count.mean() - count).sign()
                 bias = router.e_score_correction_bias
-                bias += self.config.bias_rate * (direction - direction.mean()).to(bias)
+                bias += rate * (direction - direction.mean()).to(bias)
         return {"max_vio": max(map(max_vio, counts)), "dead": int((counts == 0).sum())}
 
     def exchange(self) -> None:

@@ -47,7 +47,7 @@ from utils.plot_ablation import plot_losses, plot_results
 ROOT = Path(__file__).resolve().parents[1]
 PRE_TRAIN = ROOT / "train" / "pre_train.py"
 STAGE, SHORT = "pre_train", "Pre"
-STEPS = 240  # of each run: 30 runs of about a minute on two cores
+STEPS = 180  # of each run: 30 runs of less than a minute on two cores
 EVALUATIONS = 6  # on the way, on a part of the held-out data
 START_SECONDS = 15  # of a run, before its first step and after its last evaluation
 LOSS_WEIGHT, BIAS_RATE = 0.01, 0.001  # of a balance that the base does not have (2101.03961, 2408.15664)

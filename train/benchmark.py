@@ -4,10 +4,12 @@
     python train/benchmark.py --config benchmark_moe              the same with experts, against dense, too
     python train/benchmark.py --config gpu_base --set train.compile=true
     python train/benchmark.py --set model.hidden_size=512 --set train.batch_size=4
+    python train/benchmark.py --drafts out/mtp/TinySeek_Pre_final.pkl   plain against speculative decoding
 
 Machines are shared and noisy, so the contenders take turns, step by step, in one process, and medians and
 their ratios are what counts. Training: forward, backward and an AdamW step on random tokens. Decoding:
 greedy, 128 new tokens after a prompt of 16, one row. The twin is measured where `transformers` is installed.
+Drafts: how a trained model continues 200 places of its own held-out text, with and without its MTP head.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
@@ -20,13 +22,16 @@ import time
 import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
 import torch
 
-from config.load import load_config
+from config.load import from_dict, load_config
 from inference.generate import Generator
+from inference.load import load_model
 from inference.sampling import SamplingParams
+from inference.speculative import SpeculativeGenerator
+from load_data.packing import prepare_pretraining
 from model.tinyseek import TinySeek
 from train.machine import start_machine
 from utils.cost import cost_card
-from utils.device import peak_flops, synchronize
+from utils.device import peak_flops, set_threads, synchronize
 from utils.errors import Parser, run_main
 
 PROMPT, NEW_TOKENS = 16, 128
@@ -39,7 +44,11 @@ def main():
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", dest="settings")
     parser.add_argument("--steps", type=int, default=20, help="measured turns of each contender (default 20)")
     parser.add_argument("--only", choices=("train", "decode"))
+    parser.add_argument("--drafts", metavar="CHECKPOINT", help="measure this model's speculative decoding")
+    parser.add_argument("--prompts", type=int, default=200, help="with --drafts (default 200)")
     args = parser.parse_args()
+    if args.drafts:
+        return compare_drafts(args.drafts, args.prompts)
     config = load_config(args.config, args.settings)
     config.model.vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
     machine = start_machine(config)
@@ -191,6 +200,39 @@ def compare_decoding(config, machine, dtype, turns: int) -> None:
         contenders[f"{type(twin).__name__}.generate"] = generate
     print(f"decoding, greedy, 1 row, {PROMPT} + {NEW_TOKENS} tokens, {dtype}")
     report(take_turns(contenders, turns, machine), NEW_TOKENS, "tokens/s")
+
+
+# --- drafts ---------------------------------------------------------------------------------------
+
+
+def compare_drafts(checkpoint: str, count: int) -> None:
+    """Greedy decoding of 64 tokens after `count` prompts, by turns plain and with drafts: the same tokens?"""
+    set_threads()
+    model, tokenizer, saved = load_model(checkpoint)
+    config = from_dict(saved["config"], checkpoint)
+    held_out = prepare_pretraining(config, tokenizer).val
+    places = [len(held_out) * number // count for number in range(count)]
+    prompts = [held_out[place : place + PROMPT].tolist() for place in places]
+    params = SamplingParams(temperature=0.0, max_new_tokens=64)
+    for fast in (True, False):
+        lengths = (1, 2, 3) if config.model.mtp == "sequential" else (1,)
+        engines = {"plain": Generator(model, fast=fast)}
+        engines |= {f"{n} drafted": SpeculativeGenerator(model, 0, n, fast) for n in lengths}
+        seconds, answers = {name: 0.0 for name in engines}, {name: [] for name in engines}
+        for prompt in prompts:
+            for name, engine in engines.items():
+                start = time.perf_counter()
+                answers[name].append(engine.generate([prompt], params)[0])
+                seconds[name] += time.perf_counter() - start
+        print(f"{count} prompts of {PROMPT} tokens, greedy, {'fast' if fast else 'plain'} path")
+        tokens = sum(map(len, answers["plain"]))
+        for name, engine in engines.items():
+            same = sum(one == other for one, other in zip(answers[name], answers["plain"], strict=True))
+            line = f"  {name:12s} {tokens / seconds[name]:8,.0f} tokens/s  ratio "
+            line += f"{seconds['plain'] / seconds[name]:.2f}"
+            if name != "plain":
+                line += f"  accepted {engine.accepted / engine.drafted:.1%}  same output {same} of {count}"
+            print(line)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ class Stage:
         loss: (model, micro-batch, tokens of the whole step) -> (terms, measures): the loss is the sum of the
             terms, each already divided by the tokens; measures are numbers for the log, divided likewise
             (one named as a term stands for it in the log). It may have `before_step(model, micro-batches)`,
-            `after_step()` -> numbers for the log, and `claims()`, what each term must reach.
+            `after_step(factor of the learning rate)` -> numbers for the log, and `claims()`, what each term
+            must reach.
         evaluate: (model, batches or None for all) -> numbers for the log, `val_loss` among them; its
             attribute `batches` is how many there are in all.
         tokenizer: goes into every checkpoint.
@@ -189,7 +190,7 @@ class Trainer:
         if count:
             values = self.forward_backward(micro_batches, count)
             values["grad_norm"] = self.update(witness)
-            values |= self.hook("after_step") or {}
+            values |= self.hook("after_step", factor) or {}
         else:  # nothing to learn from: no step, no NaN
             values, self.skipped = {}, self.skipped + 1
         self.step += 1
@@ -291,7 +292,10 @@ class Trainer:
         values = self.measure(batches)
         took = time.perf_counter() - clock
         self.log.write_row({"step": self.step, "tokens": self.tokens, **values, "eval_ms": took * 1e3})
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        shown = "  ".join(
+            f"{name} {value if isinstance(value, int) else format(value, '.4f')}"
+            for name, value in values.items()
+        )
         share = "all" if batches is None else "part"
         self.machine.say(f"step {self.step}  {shown}  ({share} of the held-out data)")
         self.last_evaluation = values

@@ -67,12 +67,13 @@ class LanguageModelLoss:
             measures |= balance_measures
         return terms, measures
 
-    def after_step(self) -> dict[str, float]:
-        """Moves the loss-free bias; numbers for the log: the worst layer's max_vio, experts that got nothing,
-        and the load of each (`L0E3`: share of the assignments of layer 0 that went to expert 3)."""
+    def after_step(self, lr_factor: float) -> dict[str, float]:
+        """Moves the loss-free bias, at a rate that comes down with the learning rate. For the log: the
+        worst layer's max_vio, experts that got nothing, and the load of each (`L0E3`: share of the
+        assignments of layer 0 that went to expert 3)."""
         if self.balancer is None:
             return {}
-        values = self.balancer.end_step()
+        values = self.balancer.end_step(lr_factor)
         for layer, loads in enumerate(self.balancer.loads.tolist()):
             values |= {f"L{layer}E{expert}": load for expert, load in enumerate(loads)}
         return values

@@ -8,6 +8,9 @@ from inference.sampling import SamplingParams
 from model.tinyseek import TinySeek
 from tests.modules.tools import shake, small_config
 
+MOE = {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 12}
+MLA = {"attention_kind": "mla", "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
+       "v_head_dim": 7}  # fmt: skip
 SHAPES = {
     "GQA": {},
     "MHA": {"num_key_value_heads": 4},
@@ -22,6 +25,13 @@ SHAPES = {
     "soft cap": {"final_logit_softcapping": 5.0},
     "eager": {"attn_implementation": "eager"},
     "dropout": {"dropout": 0.5, "attention_dropout": 0.5},
+    "experts": MOE | {"router_jitter_noise": 0.5},
+    "experts, softmax, first layer dense": MOE | {"scoring_func": "softmax", "first_k_dense_replace": 1},
+    "experts in groups, window": MOE | {"n_group": 3, "topk_group": 2, "sliding_window": 5},
+    "latent attention": MLA,
+    "latent attention, queries compressed, experts": MLA | MOE | {"q_lora_rank": 9},
+    "latent attention, yarn": MLA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+                                                      "original_max_position_embeddings": 16}},
 }
 PROMPTS = [[5, 17, 9, 30, 2], [23], [], [8, 8, 1, 60, 41, 7, 12, 33, 50, 11, 4, 19], [44, 3]]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=20)
@@ -66,7 +76,7 @@ def test_fp32_differs_only_at_near_ties(fast):
         assert not different or gaps[different[0]] < 1e-4
 
 
-@pytest.mark.parametrize("name", ["GQA", "window", "bias"])
+@pytest.mark.parametrize("name", ["GQA", "window", "bias", "experts", "latent attention"])
 def test_a_row_is_what_it_would_be_alone(name):
     """With drawing: row b alone, with seed + b, gives the same tokens; so do other neighbours."""
     model = build(**SHAPES[name])

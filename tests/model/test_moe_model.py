@@ -14,6 +14,7 @@ from transformers import (
 
 from model.tinyseek import TinySeek
 from tests.modules.tools import shake, small_config
+from utils.cost import cost_card
 
 MOE = {"n_routed_experts": 6, "num_experts_per_tok": 3, "n_shared_experts": 2, "moe_intermediate_size": 20}
 SOFTMAX = MOE | {"n_shared_experts": 0, "scoring_func": "softmax"}
@@ -147,3 +148,20 @@ def test_padding_on_the_left_changes_nothing_for_the_real_tokens():
         positions = torch.arange(-3, 7).clamp_min(0)[None]
         beside = ours(padded, padding_mask=mask, position_ids=positions).logits[:, 3:]
     torch.testing.assert_close(beside, alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bytes_per_token"),
+    [
+        ({"num_key_value_heads": 8}, 4 * 2 * 8 * 32 * 2),  # MHA: layers, keys and values, heads, head dim
+        ({"num_key_value_heads": 4}, 4 * 2 * 4 * 32 * 2),  # GQA
+        ({"attention_kind": "mla"}, 4 * (64 + 16) * 2),  # MLA: one latent and one rotated key for all heads
+    ],
+)
+def test_the_cache_takes_what_the_cost_card_says(changes, bytes_per_token):
+    """Of the default shape in bf16: measured in memory, computed by the card, and by hand."""
+    shape = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "head_dim": 32}
+    config = small_config(**shape, **MOE, **changes)
+    model = TinySeek(config).bfloat16()
+    assert model.make_cache(3, 100).bytes == 3 * 100 * bytes_per_token
+    assert cost_card(config, 64).kv_cache_bytes() == bytes_per_token

@@ -288,17 +288,23 @@ def test_the_bias_moves_once_per_step_by_the_counts_of_all_micro_batches(config,
     for _ in range(2):  # what was counted in the first step is forgotten in the second
         run_step(balancer, routers, step)
         assert all(torch.equal(r.e_score_correction_bias, b) for r, b in zip(routers, before, strict=True))
-        values = balancer.end_step(update=False)
+        values = balancer.end_step(share=0)
         assert all(torch.equal(r.e_score_correction_bias, b) for r, b in zip(routers, before, strict=True))
     run_step(balancer, routers, step)
     assert balancer.end_step() == values
+    assert torch.equal(balancer.loads, counts / counts.sum(1, keepdim=True))
     for router, old, count in zip(routers, before, counts, strict=True):
         assert_bias_moved(router.e_score_correction_bias - old, count, 0.05)
-    assert torch.equal(balancer.loads, counts / counts.sum(1, keepdim=True))
+    after = [router.e_score_correction_bias.clone() for router in routers]
+    counts_again = counts_by_hand(routers, step)
+    run_step(balancer, routers, step)
+    balancer.end_step(share=0.25)  # as the learning rate comes down
+    for router, old, count in zip(routers, after, counts_again, strict=True):
+        assert_bias_moved(router.e_score_correction_bias - old, count, 0.05 / 4)
     assert values["dead"] == LAYERS == int((counts == 0).sum())
     assert abs(values["max_vio"] - max(max(c) / (sum(c) / E) - 1 for c in counts.tolist())) < 1e-12
     running = config == settings(statistics="running", bias_rate=0.05)
-    assert len(calls) == 3 * (len(step) if running else 1)
+    assert len(calls) == 4 * (len(step) if running else 1)
 
 
 def test_an_even_load_moves_no_bias():

@@ -139,6 +139,41 @@ def test_each_term_must_reach_something(batches):
         prove_gradients_before(Toy(), one_dead, batches)
 
 
+def test_a_term_must_reach_what_it_claims(batches):
+    """A balance loss that lost its graph would leave the router the gradient of the other term."""
+    model = Toy()
+
+    def terms(one, batches):
+        return {"ce": loss_fn(one, batches), "balance": one.last.weight.square().sum()}
+
+    first = {"balance": lambda name: name.startswith("first")}
+    with pytest.raises(UserError, match=r"balance does not reach .*: first\.weight \(in Linear\)"):
+        prove_gradients_before(model, terms, batches, claims=first)
+    fine = {"balance": lambda name: name.startswith("last"), "absent": lambda name: True}
+    assert prove_gradients_before(model, terms, batches, claims=fine).reached_by == {"ce": 2, "balance": 1}
+
+
+class Stack(nn.Module):
+    """Three experts in one parameter, of which each row uses the one that it names."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.ones(3, 4, 2))
+
+    def forward(self, x, expert):
+        return torch.einsum("bi,bio->bo", x, self.experts[expert])
+
+
+def test_experts_without_a_token_are_counted_apart():
+    """Used by one term each: two of the three; by none: the third. Not an error, as a batch may miss some."""
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    use = lambda model, number: model(x, torch.full((2,), number)).sum()  # noqa: E731
+    report = prove_gradients_before(Stack(), lambda m, _: {"a": use(m, 0), "b": use(m, 2)}, [])
+    assert report.unreached == ["1 of 3 experts of experts"] and "1 of 3 experts" in str(report)
+    everyone = prove_gradients_before(Stack(), lambda m, _: use(m, 0) + use(m, 1) + use(m, 2), [])
+    assert everyone.unreached == []
+
+
 def test_a_loss_of_another_model_is_refused(batches):
     other = Toy()
     with pytest.raises(UserError, match="computed from the model it is given"):
