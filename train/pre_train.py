@@ -87,7 +87,7 @@ def show_experts(evaluation, folder):
     layers = evaluation.loads.sum(dim=1)  # (layers, E)
     vio = "  ".join(f"{max_vio(layer):.2f}" for layer in layers)
     print(f"experts on held-out data: max_vio by layer  {vio}   dead {int((layers == 0).sum())}")
-    shares = evaluation.loads / evaluation.loads.sum(dim=2, keepdim=True).clamp_min(1)  # rows sum to 1
+    shares = evaluation.loads / evaluation.loads.sum(dim=2, keepdim=True)  # rows sum to 1; NaN: no such token
     plot_expert_tokens(shares.numpy(), evaluation.kinds, folder / "expert_tokens.png")
 
 

@@ -95,7 +95,7 @@ class WithDrafts(nn.Module):
     def make_draft_cache(self, rows, capacity):
         return Tokens()
 
-    def draft(self, hidden, following, cache):
+    def draft(self, hidden, following, cache, last_only=False):
         tokens = following.shape[1]
         assert hidden.shape[:2] == following.shape == (1, tokens)
         cache.tokens += following[0].tolist()
@@ -104,7 +104,8 @@ class WithDrafts(nn.Module):
             expected = self.trunk(torch.tensor([text[:-1]])).hidden[:, -tokens:]
             torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-10)
         logits = self.drafts(tuple(text))
-        return logits.expand(1, tokens, -1), torch.full_like(hidden, torch.nan)
+        columns = 1 if last_only else tokens
+        return logits.expand(1, columns, -1), torch.full_like(hidden, torch.nan)
 
 
 def drafts_like(trunk, when):
