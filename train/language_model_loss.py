@@ -49,13 +49,18 @@ class LanguageModelLoss:
             # The same dropout and noise as in the pass that trains, or other experts would be counted.
             with torch.random.fork_rng(devices), torch.no_grad(), self.machine.autocast():
                 for batch in micro_batches:
-                    output = model(batch["input_ids"], labels=batch["labels"], mtp=self.mtp)
+                    output = self.forward(model, batch)
                     self.balancer.count(output.routings, real_tokens(batch))
             self.balancer.finish_counting()
 
+    def forward(self, model, batch: dict):
+        """The model's output for all that a batch says about its tokens."""
+        about = {key: batch[key] for key in ("position_ids", "document_ids", "padding_mask") if key in batch}
+        return model(batch["input_ids"], labels=batch["labels"], mtp=self.mtp, **about)
+
     def __call__(self, model, batch: dict, step_tokens: float):
         """One micro-batch's share of the step's loss."""
-        output = model(batch["input_ids"], labels=batch["labels"], mtp=self.mtp)
+        output = self.forward(model, batch)
         terms = {"ce": output.loss_sum / step_tokens}
         measures = {"conf": (-output.nll).exp().sum() / step_tokens}  # probability of the right next token
         if self.mtp:
