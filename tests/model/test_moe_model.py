@@ -165,3 +165,28 @@ def test_the_cache_takes_what_the_cost_card_says(changes, bytes_per_token):
     model = TinySeek(config).bfloat16()
     assert model.make_cache(3, 100).bytes == 3 * 100 * bytes_per_token
     assert cost_card(config, 64).kv_cache_bytes() == bytes_per_token
+
+
+@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+def test_the_second_loss_is_that_of_the_token_after_the_next(kind):
+    """Column by column: what the head says at t, after it was told token t+1, is scored on token t+2."""
+    config = small_config(**MOE, mtp=kind)
+    model = shake(TinySeek(config), 3).double()
+    text_ids = text(2, 12)
+    ids, labels = text_ids[:, :-1], text_ids[:, 1:].clone()
+    labels[0, 4] = -100  # token 5 of the first row is not to be learned
+    output = model(ids, labels=labels, mtp=True)
+    expected = torch.zeros((), dtype=torch.float64)
+    for row in range(2):
+        for t in range(10):  # the last column has no token after the next within its row
+            if labels[row, t + 1] == -100:
+                continue
+            hidden = model(ids[row : row + 1, : t + 1]).hidden
+            logits, _ = model.draft(hidden, text_ids[row : row + 1, 1 : t + 2])
+            expected = expected + F.cross_entropy(logits[:, -1], text_ids[row, t + 2 : t + 3])
+    torch.testing.assert_close(output.mtp_loss_sum, expected, rtol=1e-10, atol=1e-10)
+    first = torch.autograd.grad(output.mtp_loss_sum, model.model.embed_tokens.weight, retain_graph=True)[0]
+    second = torch.autograd.grad(expected, model.model.embed_tokens.weight)[0]
+    torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-10)
+    assert len(output.routings) == (3 if kind == "sequential" else 2)
+    assert model(ids, labels=labels).mtp_loss_sum is None
