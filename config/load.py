@@ -18,9 +18,20 @@ PRESETS = Path(__file__).resolve().parent / "presets"
 DEFAULT_PRESET = "laptop"
 
 
-def preset_names() -> list[str]:
-    """Names that `--config` takes."""
-    return sorted(path.stem for path in PRESETS.glob("*.json"))
+def preset_names(stage: str = "pre_train") -> list[str]:
+    """Names that `--config` takes: presets of pre-training lie in `presets/`, those of another stage in a
+    folder of its name."""
+    return sorted(path.stem for path in preset_folder(stage).glob("*.json"))
+
+
+def preset_folder(stage: str) -> Path:
+    """Where the presets of a stage are."""
+    return PRESETS if stage == "pre_train" else PRESETS / stage
+
+
+def default_preset(stage: str = "pre_train") -> str:
+    """What a stage runs with where nothing is named."""
+    return DEFAULT_PRESET if stage == "pre_train" else "default"
 
 
 def load_config(
@@ -28,20 +39,22 @@ def load_config(
     settings: list[str] = (),
     inherited: dict | None = None,
     flags: dict | None = None,
+    stage: str = "pre_train",
 ) -> RunConfig:
     """The checked configuration of a run.
 
     Args:
-        name: a preset or a JSON file; None for the default preset.
+        name: a preset or a JSON file; None for the stage's default preset.
         settings: texts `section.key=value`, the strongest.
         inherited: sections of the checkpoint that a run starts from.
         flags: sections with what the command line's own flags say.
+        stage: whose presets `name` is looked up in.
     """
     config = RunConfig()
-    name = name or DEFAULT_PRESET
-    path = PRESETS / f"{name}.json" if not name.endswith(".json") else Path(name)
+    name = name or default_preset(stage)
+    path = preset_folder(stage) / f"{name}.json" if not name.endswith(".json") else Path(name)
     if not path.is_file():
-        hint = f"; presets: {', '.join(preset_names())}" if not name.endswith(".json") else ""
+        hint = f"; presets: {', '.join(preset_names(stage))}" if path != Path(name) else ""
         raise UserError(f"--config {name}: no such {'file' if not hint else 'preset'}{hint}")
     apply_dict(config, read_json(path), where=str(path))
     apply_dict(config, inherited or {}, where="--init")

@@ -1,6 +1,7 @@
 """Every choice of a run, as dataclasses that check themselves.
 
-A run has one `RunConfig` with six sections: `model`, `tokenizer`, `data`, `optim`, `train`, `balance`.
+A run has one `RunConfig` with sections: `model`, `tokenizer`, `data`, `optim`, `train`, `balance`, and one for
+each stage with settings of its own: `lora`, `mixlora`, `prefix`, `gate`.
 Presets (JSON files in `config/presets/`) and the command line fill it in; `config/load.py` does the filling.
 Field names follow Hugging Face where Hugging Face has the field, so that a reader meets known words.
 
@@ -164,12 +165,16 @@ class TokenizerConfig:
 class DataConfig:
     """Which text, and how it is cut."""
 
-    paths: list[str] = option(["python"])  # files, folders, or the word `python`: the standard library
+    paths: list[str] = option(["python"])  # files, folders, `python`, or for chat stages `skills`
     sequence_length: int = option(512, at_least=2)
     val_fraction: float = option(0.05, above=0, below=1)
     worked_examples: int = option(20_000, at_least=0)  # `>>> expression` and its value, with `python` only
     limit: int | None = option(None, at_least=1)  # at most this many documents
     cache_dir: str = "out/cache"  # relative to the repository
+    # chat stages
+    template: str = option("tinyseek", choices=("tinyseek", "chatml"))
+    packing: bool = True  # several dialogues in one row, which do not see each other
+    skill_samples: int = option(40_000, at_least=1)  # dialogues of one epoch, with `skills` only
 
 
 @dataclass
@@ -234,6 +239,69 @@ class BalanceConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters, see modules/lora.py. Names as in `peft`'s `LoraConfig` where it has them."""
+
+    r: int = option(8, at_least=1)  # rank
+    lora_alpha: float = option(16.0, above=0)  # what the adapter adds is multiplied by lora_alpha / r
+    lora_dropout: float = option(0.0, at_least=0, below=1)
+    # groups (attention, dense, shared, experts), or the last part of any linear layer's name (q_proj)
+    target_modules: list[str] = option(["attention", "dense", "shared"])
+    use_rslora: bool = False  # lora_alpha / sqrt(r) instead
+    use_dora: bool = False  # direction and magnitude learn apart
+
+    def check(self):
+        """Experts get their adapter as part of their weights, where dropout of the input has no place."""
+        if "experts" in self.target_modules and self.lora_dropout:
+            raise UserError("lora.lora_dropout must be 0 when lora.target_modules names experts")
+        if not self.target_modules:
+            raise UserError("lora.target_modules is empty: nothing would learn; name attention, for example")
+
+
+@dataclass
+class MixLoraConfig:
+    """A mixture of LoRA experts over one frozen feed-forward, see modules/mixlora.py. Its adapters on
+    attention are described by the section `lora`."""
+
+    num_experts: int = option(8, at_least=1)
+    num_experts_per_tok: int = option(2, at_least=1)
+    r: int = option(8, at_least=1)
+    lora_alpha: float = option(16.0, above=0)
+    lora_dropout: float = option(0.0, at_least=0, below=1)
+    shared_expert: bool = False  # one more LoRA expert that every token uses
+    attention: bool = True  # plain LoRA on attention beside it
+
+    def check(self):
+        """What a router cannot do."""
+        if self.num_experts_per_tok > self.num_experts:
+            raise UserError(
+                f"mixlora.num_experts_per_tok={self.num_experts_per_tok} is more than mixlora.num_experts="
+                f"{self.num_experts}: lower the first or raise the second"
+            )
+        if self.num_experts_per_tok == 1 and self.num_experts > 1:
+            raise UserError(
+                "mixlora.num_experts_per_tok=1 makes every weight 1, so that the router gets no gradient from "
+                "the language-model loss: use two experts or more"
+            )
+
+
+@dataclass
+class PrefixConfig:
+    """Learned keys and values, or learned embeddings, before and within the text (modules/prefix.py)."""
+
+    kind: str = option("prefix", choices=("prefix", "prompt"))
+    length: int = option(16, at_least=1)  # keys and values per layer; or embeddings after each role marker
+
+
+@dataclass
+class GateConfig:
+    """Which adapter answers, see modules/gate.py."""
+
+    candidates: list[str] = option([])  # checkpoints; `base` is the base without an adapter
+    width: int = option(64, at_least=0)  # hidden units; 0: a linear gate
+
+
+@dataclass
 class RunConfig:
     """All sections of one run."""
 
@@ -243,6 +311,10 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    mixlora: MixLoraConfig = field(default_factory=MixLoraConfig)
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
 
     def validate(self) -> "RunConfig":
         """Check every field of every section; returns itself. Raises `UserError` on the first violation."""

@@ -3,8 +3,11 @@
     python inference/chat.py                               the latest model in out/, line by line
     python inference/chat.py --prompt ">>> 12 + 7"         one text, then the end
     python inference/chat.py --checkpoint FILE --temperature 0
+    python inference/chat.py --adapter out/TinySeek_Lora_final.pkl      a base with an adapter; or with several
+    python inference/chat.py --gate out/TinySeek_Gate_final.pkl         a gate chooses who answers each turn
 
-A pre-trained model continues the text that it is given; a fine-tuned one (SFT, DPO, GRPO) answers it.
+A pre-trained model continues the text that it is given; a fine-tuned one answers it, and remembers the turns
+before. With several adapters, a line `/use 2` lets the second answer from there on, `/use 0` the base alone.
 Standard output holds the text only; what is said about it goes to standard error.
 """
 
@@ -14,13 +17,15 @@ import contextlib
 import dataclasses
 
 import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
+from inference.conversation import Conversation
+from inference.gate import Gate
 from inference.generate import Generator
-from inference.load import CHAT_STAGES, find_model, load_model
+from inference.load import find_base, find_model, load_adapter, load_full
 from inference.sampling import SamplingParams
 from inference.speculative import SpeculativeGenerator
-from inference.text_stream import TextStream
+from utils.checkpoint import load_checkpoint
 from utils.device import pick_device, set_threads
-from utils.errors import Parser, run_main
+from utils.errors import Parser, UserError, run_main
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -33,6 +38,9 @@ def parse_command():
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", metavar="FILE", help="the model (default: the latest stage in --out)")
     source.add_argument("--out", metavar="DIR", default=ROOT / "out", help="where runs left their models")
+    extra = parser.add_mutually_exclusive_group()
+    extra.add_argument("--adapter", nargs="+", metavar="FILE", help="results of lora_train, prefix_train, ..")
+    extra.add_argument("--gate", metavar="FILE", help="the result of gate_train: it chooses who answers")
     add("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
     add("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default: 0, from all)")
     add("--top-p", type=float, default=0.9, help="draw from the likeliest that have p (default: %(default)s)")
@@ -44,52 +52,6 @@ def parse_command():
     add("--draft", type=int, default=0, metavar="N", help="draft N tokens ahead with the model's MTP head")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args()
-
-
-class Conversation:
-    """What the model has read so far, as token ids, and how a new text is put to it."""
-
-    def __init__(self, generator: Generator, tokenizer, answers: bool, stop: tuple[str, ...] = ()):
-        self.generator, self.tokenizer, self.answers, self.stop = generator, tokenizer, answers, stop
-        self.turns = []  # ids of each question with its answer
-        ends = {tokenizer.eos_id} | ({tokenizer.special_ids["<|im_end|>"]} if answers else set())
-        self.stop_ids = frozenset(ends)
-
-    def prompt_ids(self, text: str, max_new_tokens: int) -> list[int]:
-        """What the model reads before it writes.
-
-        To continue, a text starts where a document does. To answer, past turns come first (the oldest dropped
-        when they would not fit), each as `User：{question}\\nAssistant：{answer}<|im_end|>\\n`. The role
-        markers are special ids that no text can spell, so nobody can put words into another's mouth.
-        """
-        encode, special = self.tokenizer.encode, self.tokenizer.special_ids
-        if not self.answers:
-            return [self.tokenizer.eos_id, *encode(text)]
-        turn = [special["User："], *encode(text), *encode("\n"), special["Assistant："]]
-        room = self.generator.context - max_new_tokens - len(turn)
-        while self.turns and sum(map(len, self.turns)) > room:
-            del self.turns[0]
-        return [*sum(self.turns, []), *turn]
-
-    def say(self, text: str, params: SamplingParams, show) -> None:
-        """Put `text` to the model; `show(piece)` gets its words as they come."""
-        ids = self.prompt_ids(text, params.max_new_tokens)
-        read = self.generator.fit(ids, params.max_new_tokens)
-        if len(read) < len(ids):
-            tell(f"(too long for {self.generator.context} tokens: only the last {len(read)} are read)")
-        stream = TextStream(self.tokenizer, self.stop)
-
-        def on_token(row, token):
-            show(stream.push(token))
-            return stream.stopped
-
-        answer = self.generator.generate([ids], params, self.stop_ids, on_token)[0]
-        show(stream.finish())
-        if self.answers:
-            written = [token for token in answer if token not in self.stop_ids]
-            end = [self.tokenizer.special_ids["<|im_end|>"], *self.tokenizer.encode("\n")]
-            own = ids[sum(map(len, self.turns)) :]
-            self.turns.append([*own, *written, *end])
 
 
 def show(piece: str) -> None:
@@ -112,16 +74,15 @@ def main():
     params = SamplingParams(**{name: getattr(args, name) for name in names})
     device = pick_device(args.device)
     set_threads()
-    path = args.checkpoint or find_model(args.out)
-    model, tokenizer, checkpoint = load_model(path, device)
-    answers = checkpoint["short"] in CHAT_STAGES
-    does = "answers" if answers else "is pre-trained: it continues the text that it is given"
-    step = f", step {checkpoint['step']:,}" if "step" in checkpoint else ""
-    tell(f"{path} ({checkpoint['stage']}{step}, {device}) {does}")
-    generator = Generator(model, tokenizer.eos_id)
+    models, choose = open_models(args, device)
+    if args.draft and len(models) > 1:
+        raise UserError("--draft goes with one whole model: leave out --adapter and --gate")
+    generators = [Generator(one.model, one.tokenizer.eos_id) for one in models]
     if args.draft:
-        generator = SpeculativeGenerator(model, tokenizer.eos_id, args.draft)
-    conversation = Conversation(generator, tokenizer, answers, tuple(args.stop))
+        generators = [SpeculativeGenerator(models[0].model, models[0].tokenizer.eos_id, args.draft)]
+    conversation = Conversation(models, generators, choose, tuple(args.stop), tell)
+    conversation.use = 1 if args.adapter else 0
+    answers = models[conversation.use].answers
     try:
         if args.prompt is not None:
             show("" if answers else args.prompt)
@@ -132,9 +93,34 @@ def main():
             converse(conversation, params)
     except KeyboardInterrupt:
         show("\n")
+    generator = generators[0]
     if args.draft and generator.drafted:
         share = generator.accepted / generator.drafted
         tell(f"{generator.accepted} of {generator.drafted} drafted tokens were accepted ({share:.0%})")
+
+
+def open_models(args, device):
+    """The models that may answer, and who chooses: the base first where there are adapters."""
+    named = args.adapter or ([args.gate] if args.gate else [])
+    path = args.checkpoint or (find_base(load_checkpoint(named[0]), named[0]) if named else find_model(args.out))
+    base = load_full(path, device)
+    does = "answers" if base.answers else "is pre-trained: it continues the text that it is given"
+    step = f", step {base.about['step']:,}" if "step" in base.about else ""
+    tell(f"{path} ({base.about['stage']}{step}, {device}) {does}")
+    if args.gate:
+        gate = Gate(args.gate, base)
+
+        def choose(messages):
+            number = gate.choose(messages)
+            tell(f"({gate.names[number]})")
+            return number
+
+        tell(f"{args.gate} chooses between: {', '.join(gate.names)}")
+        return gate.models, choose
+    adapters = [load_adapter(file, base) for file in args.adapter or []]
+    for number, adapter in enumerate(adapters, start=1):
+        tell(f"{number}: {adapter.path} ({adapter.about['stage']}, step {adapter.about['step']:,}) answers")
+    return [base, *adapters], None
 
 
 def converse(conversation: Conversation, params: SamplingParams) -> None:
@@ -146,10 +132,23 @@ def converse(conversation: Conversation, params: SamplingParams) -> None:
             return
         if not line:
             return
+        if line.startswith("/use"):
+            choose_model(conversation, line)
+            continue
         with contextlib.suppress(KeyboardInterrupt):  # ends the answer, not the conversation
             conversation.say(line, params, show)
         show("\n")
         params = dataclasses.replace(params, seed=params.seed + 1)
+
+
+def choose_model(conversation: Conversation, line: str) -> None:
+    """`/use 2`: the second adapter answers from here on."""
+    number, last = line.removeprefix("/use").strip(), len(conversation.models) - 1
+    if not number.isdecimal() or int(number) > last or conversation.choose is not None:
+        tell(f"/use takes a number from 0 to {last}; with a gate there is nothing to choose")
+        return
+    conversation.use = int(number)
+    tell(f"({conversation.models[conversation.use].path})")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Generator:
 
     def __init__(self, model, start_id: int = 0, fast: bool = True):
         self.model, self.start_id, self.fast = model, start_id, fast
-        self.context = model.config.max_position_embeddings
+        self.context = model.config.max_position_embeddings - getattr(model, "prefix_length", 0)
         self.decoder, self.prepared_from = None, None
 
     @torch.inference_mode()

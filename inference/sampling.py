@@ -104,8 +104,8 @@ class Sampler:
         self.params, self.seen = params, None
         if params.repetition_penalty != 1:
             self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-            for row, prompt in enumerate(prompts):
-                self.seen[row, prompt] = True
+            for row, prompt in enumerate(prompts):  # learned embeddings have ids beyond the vocabulary
+                self.seen[row, [token for token in prompt if token < vocab_size]] = True
         self.generators = [torch.Generator().manual_seed(params.seed + row) for row in range(len(prompts))]
 
     def pick(self, logits) -> list[int]:

@@ -108,21 +108,31 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, input_ids, position_ids=None, document_ids=None, padding_mask=None, cache=None, new_tokens=None
+        self,
+        input_ids,
+        position_ids=None,
+        document_ids=None,
+        padding_mask=None,
+        cache=None,
+        new_tokens=None,
+        prefix=None,
     ):
-        """See `TinySeek.forward`. Positions, masks and rotary tables are made here, once for all layers."""
+        """See `TinySeek.forward`; `prefix` is its own. Positions, masks and rotary tables are made here, once
+        for all layers."""
         tokens = input_ids.shape[1]
         if cache is not None:
             cache.begin(tokens, new_tokens)
         context = build_context(
             tokens, input_ids.device, window=self.config.sliding_window, position_ids=position_ids,
             document_ids=document_ids, padding_mask=padding_mask, cache=cache,
+            prefix=0 if prefix is None else prefix.length,
         )  # fmt: skip
+        past = prefix if cache is None else cache  # a cache starts with the prefix
         hidden = self.dropout(self.embed_tokens(input_ids))  # (B, T, C)
         rotary = self.rotary_emb(context.positions)
         routings = []
         for layer in self.layers:
-            hidden, routing = layer(hidden, context, rotary, cache)
+            hidden, routing = layer(hidden, context, rotary, past)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
@@ -131,13 +141,19 @@ class Decoder(nn.Module):
 
 
 class TinySeek(nn.Module):
-    """The language model. Parameters are named as in Hugging Face's `...ForCausalLM`."""
+    """The language model. Parameters are named as in Hugging Face's `...ForCausalLM`.
+
+    Attributes:
+        prefix: learned keys and values before all text (modules/prefix.py), or None. Text has its places
+            after them: of `max_position_embeddings` places the prefix takes `prefix_length`.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.prefix = None
         self.mtp = None
         if config.mtp == "parallel":
             self.mtp = ParallelMTP(config)
@@ -183,7 +199,7 @@ class TinySeek(nn.Module):
             labels: (B, T); labels[b, t] is the token that follows input_ids[b, t], or -100 for none. The
                 shift happened in the data set; there is none here. With labels the output holds the loss and
                 no logits.
-            position_ids: (B, T) places for rotary embeddings; default 0, 1, 2, ..
+            position_ids: (B, T) places for rotary embeddings; default 0, 1, 2, .. (after a prefix)
             document_ids: (B, T) texts packed into one row, which then do not see each other.
             padding_mask: (B, T), True for real tokens.
             cache: past keys and values; grows by the new tokens.
@@ -193,15 +209,16 @@ class TinySeek(nn.Module):
                 `padding_mask` is not looked at.
             mtp: with labels, also the loss of the tokens after the next (the model must have that head).
         """
-        decoded = self.model(input_ids, position_ids, document_ids, padding_mask, cache, new_tokens)
+        decoded = self.model(
+            input_ids, position_ids, document_ids, padding_mask, cache, new_tokens, self.prefix
+        )
         hidden, routings = decoded.hidden, decoded.routings
         if labels is not None:
             output = CausalLMOutput(hidden=hidden, routings=routings)
             output.loss_sum, output.nll = self.cross_entropy(hidden, labels)
             if mtp:
-                second, routing = self.look_further(
-                    hidden, next_ids(input_ids), decoded.context, decoded.rotary
-                )
+                context = decoded.context.without_prefix(self.prefix_length)
+                second, routing = self.look_further(hidden, next_ids(input_ids), context, decoded.rotary)
                 output.mtp_loss_sum, _ = self.cross_entropy(second, mtp_labels(labels, document_ids))
                 output.routings = routings + ([routing] if routing is not None else [])
             return output
@@ -252,10 +269,28 @@ class TinySeek(nn.Module):
             cache.advance()
         return self.logits(second[:, -1:] if last_only else second), second
 
-    def make_cache(self, batch_size: int, capacity: int, layers: int | None = None) -> KVCache:
-        """An empty cache for `batch_size` rows of at most `capacity` tokens, in the model's dtype."""
+    @property
+    def prefix_length(self) -> int:
+        """How many places the prefix takes before all text."""
+        return 0 if self.prefix is None else self.prefix.length
+
+    def make_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """A cache for `batch_size` rows of at most `capacity` tokens, in the model's dtype. It holds nothing
+        but the prefix, for which it has more room."""
+        cache = self.empty_cache(self.config.num_hidden_layers, batch_size, capacity + self.prefix_length)
+        if self.prefix is not None:
+            self.prefix.start(cache)
+        return cache
+
+    def make_draft_cache(self, batch_size: int, capacity: int) -> KVCache | None:
+        """The cache of the sequential MTP head, one layer deep, without prefix; None for a model without
+        that head."""
+        return self.empty_cache(1, batch_size, capacity) if self.config.mtp == "sequential" else None
+
+    def empty_cache(self, layers: int, batch_size: int, capacity: int) -> KVCache:
+        """A cache of the model's kind and dtype with nothing in it."""
         config, weight = self.config, self.model.embed_tokens.weight
-        layers, place = layers or config.num_hidden_layers, (weight.dtype, weight.device)
+        place = (weight.dtype, weight.device)
         if config.attention_kind == "mla":
             widths = (config.kv_lora_rank, config.qk_rope_head_dim)
             return LatentCache(layers, batch_size, capacity, *widths, *place)
@@ -263,7 +298,3 @@ class TinySeek(nn.Module):
         if config.sliding_window is not None and config.sliding_window < capacity:
             return RollingKVCache(layers, batch_size, config.sliding_window, *heads, *place)
         return KVCache(layers, batch_size, capacity, *heads, *place)
-
-    def make_draft_cache(self, batch_size: int, capacity: int) -> KVCache | None:
-        """The cache of the sequential MTP head, one layer deep; None for a model without it."""
-        return self.make_cache(batch_size, capacity, layers=1) if self.config.mtp == "sequential" else None

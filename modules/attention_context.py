@@ -7,6 +7,9 @@ The rules, for a query with index q and a key with index k in the same row (coun
   documents  document[k] == document[q]  texts packed into one row do not see each other
   padding    k is a real token
 
+The keys of a prefix (modules/prefix.py) are no tokens: they stand in front of the row, and every query sees
+them.
+
 All layers read the same object; none builds a mask of its own. Where no rule needs a mask (whole causal rows,
 or one new token that may see all the past) there is none, and kernels can use their own triangle. A row with
 nothing to attend to gives zeros: `modules/attention.py` sees to that.
@@ -14,9 +17,10 @@ nothing to attend to gives zeros: `modules/attention.py` sees to that.
     mask: (B or 1, 1, T, S) bool, True = may look     T new tokens (queries), S keys (cached and new)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,10 @@ class AttentionContext:
     mask: torch.Tensor | None
     is_causal: bool
 
+    def without_prefix(self, prefix: int):
+        """The same for a layer whose attention has no prefix; `prefix` is what `build_context` was told."""
+        return self if self.mask is None else replace(self, mask=self.mask[..., prefix:])
+
 
 def build_context(
     tokens: int,
@@ -44,6 +52,7 @@ def build_context(
     document_ids=None,
     padding_mask=None,
     cache=None,
+    prefix: int = 0,
 ) -> AttentionContext:
     """The context of one forward over `tokens` new tokens per row.
 
@@ -57,16 +66,18 @@ def build_context(
         padding_mask: (B, T) bool or 0/1, True = real token; without cache only.
         cache: a cache of `modules/cache.py` on which `begin` was called for these tokens; it knows how long
             each row is and which keys its slots hold.
+        prefix: how many keys of a prefix stand in front. `position_ids` count from its end. A cache that
+            starts with the prefix counts its keys among its own.
     """
     if cache is not None and (document_ids is not None or padding_mask is not None):
         raise ValueError("document_ids and padding_mask go without a cache; it takes `new_tokens` per row")
     if cache is None:
-        query_index = key_index = torch.arange(tokens, device=device)[None]  # (1, T)
-        past = 0
+        query_index = key_index = torch.arange(prefix, prefix + tokens, device=device)[None]  # (1, T)
+        past = prefix
     else:
         query_index, key_index = cache.query_index, cache.key_index  # (B or 1, T), (B or 1, S)
         past = cache.uniform_past  # None where rows have different lengths
-    positions = query_index if position_ids is None else position_ids
+    positions = query_index if position_ids is None else position_ids + prefix
     narrow = window is not None and (past is None or past + tokens > window)
     if not causal and window is None and document_ids is None and padding_mask is None and cache is None:
         return AttentionContext(positions, None, is_causal=False)  # everyone sees everyone
@@ -88,6 +99,8 @@ def build_context(
         mask = mask & (document_ids[:, :, None] == document_ids[:, None, :])
     if padding_mask is not None:
         mask = mask & padding_mask.bool()[:, None, :]
+    if prefix and cache is None:
+        mask = F.pad(mask, (prefix, 0), value=True)  # (B or 1, T, n + T)
     return AttentionContext(positions, mask[:, None], is_causal=False)
 
 

@@ -14,9 +14,12 @@ The backward pass is derived by hand, with dy the gradient of y at each row's to
 
 One expert's rows stay in the processor's cache from the first product to the last, so that what lies between
 costs little and can be done in fp32: under bf16 the weights g, in fp32, meet the F inner channels before
-these are rounded, once. Rows are copied by `index_select` and added up by `embedding_bag` (a gather and a sum
-in one pass) and never by atomic additions: the same input gives the same bits. Sorting in place of dropping:
-MegaBlocks (Gale et al., arXiv 2211.15841).
+these are rounded, once. Matrices in fp32 are cast one expert at a time, next to their product, so that no
+second copy of all experts is ever written, read back or kept for the backward pass.
+
+Rows are copied by `index_select` and added up by `embedding_bag` (a gather and a sum in one pass) and never
+by atomic additions: the same input gives the same bits. Sorting in place of dropping: MegaBlocks (Gale et
+al., arXiv 2211.15841).
 """
 
 import torch
@@ -80,6 +83,14 @@ def parts(ends):
     return [(e, slice(a, b)) for e, (a, b) in enumerate(zip(starts, ends, strict=True)) if b > a]
 
 
+def empty_gradient(stack, ends):
+    """A stack for the gradients of busy experts to be written into; zeros for those without rows."""
+    gradient, busy = torch.empty_like(stack), [e for e, _ in parts(ends)]
+    for e in set(range(len(ends))).difference(busy):
+        gradient[e] = 0
+    return gradient
+
+
 class GroupedExperts(torch.autograd.Function):
     """The whole routed feed-forward; P rows, blank ones included, n of them of one expert."""
 
@@ -92,48 +103,54 @@ class GroupedExperts(torch.autograd.Function):
         token = flat.new_zeros(ends[-1]).scatter_(0, flat, torch.arange(len(flat), device=x.device) // K)
         g = weights.new_zeros(ends[-1]).scatter_(0, flat, weights.flatten())[:, None]  # (P, 1)
         ctx.ends = ends
-        x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
+        x = x.to(dtype)
         hidden = x.new_empty(len(token), gate_up.shape[1])  # (P, 2F)
         out = x.new_empty(len(token), x.shape[1])  # (P, C)
         for e, part in parts(ends):
             rows = x.index_select(0, token[part])  # (n, C)
-            torch.mm(rows, gate_up[e].T, out=hidden[part])
+            torch.mm(rows, gate_up[e].to(dtype).T, out=hidden[part])
             gate, up = hidden[part].to(g.dtype).chunk(2, dim=-1)  # (n, F) each
             inner = F.silu(gate).mul_(up).mul_(g[part])
-            torch.mm(inner.to(dtype), down[e].T, out=out[part])
+            torch.mm(inner.to(dtype), down[e].to(dtype).T, out=out[part])
         ctx.save_for_backward(x, position, token, g, hidden, gate_up, down)
         return F.embedding_bag(position, out, mode="sum")  # (N, C), the K rows of each token added up
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        """grad (N, C) -> gradients of x, weights, gate_up and down."""
+        """grad (N, C) -> gradients of x, weights, gate_up and down; of those that learn, as autograd says."""
         x, position, token, g, hidden, gate_up, down = ctx.saved_tensors
+        learns_x, _, learns_g, learns_gate_up, learns_down, _ = ctx.needs_input_grad
         dtype, wide = x.dtype, g.dtype
         grad = grad.to(dtype)
-        learns_gate_up, learns_down = ctx.needs_input_grad[3:5]
-        grad_rows, grad_g = x.new_empty(len(token), x.shape[1]), g.new_empty(len(token))
-        grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
+        grad_rows = x.new_empty(len(token), x.shape[1]) if learns_x else None  # (P, C)
+        grad_g = torch.empty_like(g) if learns_g else None  # (P, 1)
+        grad_gate_up = empty_gradient(gate_up, ctx.ends) if learns_gate_up else None
+        grad_down = empty_gradient(down, ctx.ends) if learns_down else None
         for e, part in parts(ctx.ends):
-            rows, grad_out = x.index_select(0, token[part]), grad.index_select(0, token[part])  # (n, C)
-            gate, up = hidden[part].to(wide).chunk(2, dim=-1)  # (n, F) each
-            grad_inner = torch.mm(grad_out, down[e]).to(wide)  # (n, F), u above
-            sigmoid = gate.sigmoid()
-            silu = sigmoid * gate
+            wide_hidden = hidden[part].to(wide, copy=True)  # (n, 2F); what is saved stays as it is
+            gate, up = wide_hidden.chunk(2, dim=-1)  # (n, F) each
+            grad_out = grad.index_select(0, token[part])  # (n, C)
+            grad_inner = torch.mm(grad_out, down[e].to(dtype)).to(wide)  # (n, F), u above
+            silu = F.silu(gate)
             inner = silu * up
-            torch.sum(grad_inner * inner, dim=-1, out=grad_g[part])
+            if learns_g:
+                torch.sum(grad_inner * inner, dim=-1, keepdim=True, out=grad_g[part])
             if learns_down:
-                torch.mm(grad_out.T, inner.mul_(g[part]).to(dtype), out=grad_down[e])
+                grad_down[e] = torch.mm(grad_out.T, inner.mul_(g[part]).to(dtype))
+            if not (learns_x or learns_gate_up):
+                continue
             grad_inner.mul_(g[part])
-            grad_hidden = torch.empty_like(hidden[part])
-            grad_gate, grad_up = grad_hidden.chunk(2, dim=-1)
-            grad_up.copy_(grad_inner * silu)
-            grad_gate.copy_(grad_inner.mul_(up).mul_(silu.mul_(1 - sigmoid).add_(sigmoid)))
+            grad_silu = torch.mul(grad_inner, up, out=inner)  # inner is not needed any more
+            torch.mul(grad_inner, silu, out=up)  # in place: gate and up become dgate and dup
+            torch.ops.aten.silu_backward(grad_silu, gate, grad_input=gate)
+            grad_hidden = wide_hidden.to(dtype)  # (n, 2F)
             if learns_gate_up:
-                torch.mm(grad_hidden.T, rows, out=grad_gate_up[e])
-            torch.mm(grad_hidden, gate_up[e], out=grad_rows[part])
-        grad_x = F.embedding_bag(position, grad_rows, mode="sum")
-        grad_weights = grad_g.index_select(0, position.flatten()).view_as(position)
+                grad_gate_up[e] = torch.mm(grad_hidden.T, x.index_select(0, token[part]))
+            if learns_x:
+                torch.mm(grad_hidden, gate_up[e].to(dtype), out=grad_rows[part])
+        grad_x = F.embedding_bag(position, grad_rows, mode="sum") if learns_x else None
+        grad_weights = grad_g[:, 0][position] if learns_g else None  # (N, K)
         return grad_x, None, grad_weights, grad_gate_up, grad_down, None  # autograd casts to dtypes of inputs
 
 

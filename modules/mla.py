@@ -97,7 +97,8 @@ class LatentAttention(nn.Module):
         latents = torch.cat([self.kv_a_layernorm(latent), k_rope], dim=-1)  # (B, 1, T, R + rope)
         if cache is not None:
             latents = cache.append(self.layer, latents)  # (B, 1, S, R + rope)
-        absorb = cache is not None and self.absorbing_pays(T, latents.shape[2])
+        plain = type(self.kv_b_proj) is nn.Linear  # with adapters the weight alone is not what it computes
+        absorb = cache is not None and plain and self.absorbing_pays(T, latents.shape[2])
         form = self.absorbed if absorb else self.expanded
         out = form(q_nope, q_rope, latents, context)  # (B, H, T, Dv)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, H*Dv) -> (B, T, C)

@@ -7,7 +7,7 @@ it may.
 from dataclasses import dataclass
 from pathlib import Path
 
-from config.load import DEFAULT_PRESET, load_config, preset_names
+from config.load import default_preset, load_config, preset_names
 from config.schema import RunConfig
 from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint
 from utils.errors import Parser, UserError
@@ -22,17 +22,27 @@ class Command:
     config: RunConfig
     out: Path
     init: dict | None  # the checkpoint to start from, loaded
+    init_path: Path | None
     resume: bool
     overwrite: bool
 
 
-def parse_command(stage: str, short: str, description: str, argv=None) -> Command:
-    """Read the flags of stage `stage` (checkpoints named `short`). Raises `UserError`; writes nothing."""
+def parse_command(
+    stage: str, short: str, description: str, argv=None, bases: tuple[str, ...] = ()
+) -> Command:
+    """Read the flags of stage `stage` (checkpoints named `short`). Raises `UserError`; writes nothing.
+
+    A stage that needs a trained model says in `bases` which stages' results it starts from without `--init`,
+    the best one first.
+    """
     parser = Parser(description)
     add = parser.add_argument
-    add("--config", metavar="NAME|FILE.json", help=f"preset ({', '.join(preset_names())}) or JSON file")
-    add("--data", nargs="+", metavar="PATH", help=".txt, .jsonl, a folder of them, or the word python")
-    add("--init", metavar="CHECKPOINT", help="start from these weights, with their model and tokenizer")
+    words = "python" if not bases else "skills"
+    where = ", then ".join(final_name(base) for base in bases)
+    default = f" (default: {where} in --out, then in out/)" if bases else ""
+    add("--config", metavar="NAME|FILE.json", help=f"preset ({', '.join(preset_names(stage))}) or JSON file")
+    add("--data", nargs="+", metavar="PATH", help=f".txt, .jsonl, a folder of them, or the word {words}")
+    add("--init", metavar="CHECKPOINT", help="start from these weights, model and tokenizer" + default)
     add("--out", metavar="DIR", help="where to write (default: out/, or out/<preset>/ for other presets)")
     add(
         "--resume",
@@ -51,22 +61,40 @@ def parse_command(stage: str, short: str, description: str, argv=None) -> Comman
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other: go on, or start anew?")
 
-    init = load_checkpoint(args.init) if args.init else None
-    inherited = {}
-    if init:
-        inherited = inherited_sections(init, args.init)
-    config = load_config(args.config, args.settings, inherited, flags=flag_settings(args))
-    preset = Path(args.config).stem if args.config else DEFAULT_PRESET
-    out = Path(args.out) if args.out else ROOT / "out" / (preset if preset != DEFAULT_PRESET else "")
+    preset = default_preset(stage)
+    named = Path(args.config).stem if args.config else preset
+    out = Path(args.out) if args.out else ROOT / "out" / (named if named != preset else "")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
+    init_path = Path(args.init) if args.init else None
+    if bases and init_path is None:
+        init_path = default_base(stage, bases, out)
+    init = load_checkpoint(init_path) if init_path else None
+    inherited = inherited_sections(init, str(init_path)) if init else {}
+    config = load_config(args.config, args.settings, inherited, flag_settings(args), stage)
     if not args.overwrite:
         refuse_to_overwrite(out, stage, short, args.resume)
-    return Command(config, out, init, args.resume, args.overwrite)
+    return Command(config, out, init, init_path, args.resume, args.overwrite)
+
+
+def default_base(stage: str, bases: tuple, out: Path) -> Path:
+    """The result of the first of the stages `bases` that is in `out` or else in the default folder."""
+    for folder in dict.fromkeys((out, ROOT / "out")):
+        for base in bases:
+            if (folder / final_name(base)).is_file():
+                return folder / final_name(base)
+    raise UserError(
+        f"{stage} starts from a trained model, and there is no {final_name(bases[-1])} in {out}: train one with "
+        "python train/pre_train.py, or name one with --init CHECKPOINT"
+    )
 
 
 def inherited_sections(init: dict, path: str) -> dict:
     """The settings that a checkpoint decides: its model and its tokenizer."""
+    if init.get("base"):
+        raise UserError(
+            f"--init {path} holds an adapter, not a whole model: name its base ({init['base'].get('path')})"
+        )
     missing = [key for key, kind in (("config", dict), ("weights", dict), ("tokenizer", str))
                if not isinstance(init.get(key), kind)]  # fmt: skip
     sections = {} if missing else {name: init["config"].get(name) for name in ("model", "tokenizer")}

@@ -39,8 +39,10 @@ from utils import checkpoint as files
 from utils import distributed
 from utils.device import seed_everything, synchronize
 from utils.errors import UserError
-from utils.gradient_check import WeightWitness, prove_gradients_before
+from utils.gradient_check import prove_gradients_before
+from utils.model_check import check_saved
 from utils.plot import plot_curves
+from utils.weight_witness import WeightWitness
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)  # end the run after the step at hand, with a checkpoint
 PROOF_STEPS = 100  # steps of data that are searched for a label before the first step
@@ -64,6 +66,11 @@ class Stage:
             attribute `batches` is how many there are in all.
         tokenizer: goes into every checkpoint.
         data_digest: identifies the training data; a resumed run must find the same.
+        trains: which parameters are meant to learn, by name. The engine does not freeze; it checks.
+        base: what an adapter needs of the frozen model it was made for (plain data: `digest`, `path`). Its
+            checkpoints hold the parameters and buffers that are named in `own` and none of the base.
+        own: names of the weights that checkpoints hold; None for all.
+        keep_best: the result is the best of the validations after each epoch, not the last weights.
     """
 
     name: str
@@ -74,6 +81,10 @@ class Stage:
     evaluate: Callable
     tokenizer: Tokenizer
     data_digest: str
+    trains: Callable[[str], bool] = lambda name: True
+    base: dict | None = None
+    own: frozenset[str] | None = None
+    keep_best: bool = False
 
 
 class Trainer:
@@ -85,6 +96,7 @@ class Trainer:
         self.elapsed = self.reserve = 0.0  # seconds of training so far, and kept for the last evaluation
         self.saved_in_epoch, self.saved_epoch = 0, 0
         self.last_good, self.finished = None, False
+        self.best = None  # of `keep_best`: step, evaluation and weights
         self.received = self.signal = None  # a signal that came in, and one that all agreed to stop for
         self.model = stage.model.to(machine.device)
         distributed.broadcast_parameters(self.model)
@@ -115,6 +127,7 @@ class Trainer:
             if self.signal:
                 return self.interrupted()
             self.finish(witness)
+        self.take_best()
         if self.machine.world.is_first:
             self.save_final()
             plot_curves(self.log.folder / "log.txt", self.log.folder / "curves.png")
@@ -150,7 +163,10 @@ class Trainer:
                 parts = [self.stage.loss(model, batch, max(1, supervised(batch)))[0] for batch in batches]
             return {name: sum(part[name] for part in parts) for name in parts[0]}
 
-        report = prove_gradients_before(self.model, terms, batches, claims=self.hook("claims") or {})
+        report = prove_gradients_before(
+            self.model, terms, batches, claims=self.hook("claims") or {}, trains=self.stage.trains
+        )
+        check_saved(self.model, self.weights())
         self.machine.say(report)
 
     def train(self, witness: WeightWitness) -> None:
@@ -179,6 +195,7 @@ class Trainer:
 
     def one_step(self, witness: WeightWitness, bar: tqdm) -> None:
         """One optimizer step, and what is due after it."""
+        epoch = int(self.stage.loader.epoch_progress)
         clock = time.perf_counter()
         micro_batches = self.stage.loader.next_step()
         waited = time.perf_counter() - clock
@@ -200,7 +217,7 @@ class Trainer:
         self.log.note(values, waited, time.perf_counter() - clock)
         self.agree()
         self.show(bar)
-        self.after_step(factor)
+        self.after_step(factor, new_epoch=int(self.stage.loader.epoch_progress) > epoch)
 
     def agree(self) -> None:
         """All go by the clock of the first process, and all stop if one got a signal by now."""
@@ -273,7 +290,7 @@ class Trainer:
             f"{int(left) // 60}:{int(left) % 60:02d} left"
         )
 
-    def after_step(self, factor: float) -> None:
+    def after_step(self, factor: float, new_epoch: bool) -> None:
         """Log, evaluate and save where they are due. A signal adds a checkpoint, and not a line to the log:
         the log of a resumed run is that of one which was never stopped."""
         train = self.config.train
@@ -281,7 +298,9 @@ class Trainer:
         if self.step % train.log_every == 0 or ending:
             place = {"step": self.step, "tokens": self.tokens, "epoch": self.stage.loader.epoch_progress}
             self.log.write(place, self.config.optim.lr * factor, self.tokens / self.step, self.skipped)
-        if self.step % train.eval_every == 0 and not ending:
+        if self.stage.keep_best and new_epoch and not ending:
+            self.evaluate(None)
+        elif self.step % train.eval_every == 0 and not ending:
             self.evaluate(train.eval_batches)
         if (self.step % train.save_every == 0 and not ending) or self.signal:
             self.save()
@@ -302,6 +321,10 @@ class Trainer:
         if batches is not None:  # from a part, estimate how long the last evaluation will take
             took *= max(1.0, self.stage.evaluate.batches / batches)
             self.reserve = distributed.sum_scalars([took])[0] / self.machine.world.size
+        elif self.stage.keep_best and values["val_loss"] < (self.best or {}).get("val_loss", math.inf):
+            weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights().items()}
+            self.best = {"step": self.step, "val_loss": values["val_loss"], "evaluation": values,
+                         "weights": weights}  # fmt: skip
 
     def measure(self, batches: int | None) -> dict[str, float]:
         """The stage's evaluation as it is."""
@@ -331,6 +354,7 @@ class Trainer:
                 "saved": [self.saved_in_epoch, self.saved_epoch],
                 "last_evaluation": self.last_evaluation,
                 "finished": self.finished,
+                "best": self.best,
             }
             files.save_checkpoint(path, {**self.contents(), "training": training})
             files.prune_checkpoints(self.out, self.stage.short, keep=2)
@@ -342,12 +366,25 @@ class Trainer:
             "stage": self.stage.name,
             "short": self.stage.short,
             "config": to_dict(self.config),
-            "weights": self.model.state_dict(),
+            "weights": self.weights(),
+            "base": self.stage.base,
             "tokenizer": self.stage.tokenizer.to_json(),
             "data_digest": self.stage.data_digest,
             "step": self.step,
             "tokens": self.tokens,
         }
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps of the model."""
+        own = self.stage.own
+        return {name: part for name, part in self.model.state_dict().items() if own is None or name in own}
+
+    def take_best(self) -> None:
+        """Go back to the weights that did best on held-out data."""
+        if self.best and self.best["step"] != self.step:
+            files.load_weights(self.model, self.best["weights"], "the best weights", self.stage.own)
+            self.last_evaluation = self.best["evaluation"]
+            self.machine.say(f"best: step {self.best['step']}, val_loss {self.best['val_loss']:.4f}")
 
     def save_final(self) -> None:
         """The result: what the next stage starts from and what chat loads."""
@@ -359,7 +396,7 @@ class Trainer:
         """Go on from `path`. Raises `UserError` if this run is not the one that wrote it."""
         saved = files.load_checkpoint(path)
         self.check_same_run(saved, path)
-        files.load_weights(self.model, saved["weights"], str(path))
+        files.load_weights(self.model, saved["weights"], str(path), self.stage.own)
         state = saved["training"]
         for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
@@ -368,7 +405,7 @@ class Trainer:
         self.step, self.tokens, self.skipped = saved["step"], saved["tokens"], state["skipped"]
         self.elapsed, self.reserve = state["elapsed"], state["reserve"]
         self.saved_in_epoch, self.saved_epoch = state["saved"]
-        self.last_evaluation = state["last_evaluation"]
+        self.last_evaluation, self.best = state["last_evaluation"], state.get("best")
         self.log.load_state_dict(state["log"])
         self.last_good = path
         self.finished = state["finished"] and self.progress >= 1
@@ -386,6 +423,11 @@ class Trainer:
                         f"{path} was trained with {section}.{key}={was}, this command says {value}: resume "
                         "with the same settings, or start anew with --overwrite or in another --out"
                     )
+        base, was = ((one or {}).get("digest") for one in (self.stage.base, saved.get("base")))
+        if base != was:
+            raise UserError(
+                f"{path} adapts the base {was}, this command starts from {base}: name the same with --init"
+            )
         if saved["data_digest"] != self.stage.data_digest:
             raise UserError(f"{path} was trained on other data: resume with the same, or start elsewhere")
 

@@ -9,10 +9,13 @@ With experts:
     val_max_vio  (max - mean) / mean of the experts' loads, in the worst layer, over all tokens measured
     val_dead     experts, of all layers together, that none of these tokens chose
 
-The windows do not overlap and cover every token once; the first token of a window is predicted without what
-came before."""
+In pre-training the windows do not overlap and cover every token once; the first token of a window is
+predicted without what came before. In chat stages only answers are predicted, each with all of its dialogue.
+"""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,52 +27,47 @@ from modules.balance import max_vio
 from utils.distributed import sum_scalars
 
 
-class LanguageModelEvaluation:
-    """`evaluation(model, max_batches)` -> the numbers above; None measures all of `tokens`.
+class Evaluation:
+    """`evaluation(model, max_batches)` -> the numbers above; None measures all that is held out.
 
     Afterwards `loads` (layers, kinds, E) holds how many tokens of each kind went to each expert, by the names
     in `kinds`; None without experts.
 
     Args:
-        tokens: (N,) held-out ids.
+        held_out: max_batches -> the batches of this process, at most so many of them.
+        rows: how many rows of `batch_size` there are in all.
         tokenizer: tells how many bytes each id stands for.
-        sequence_length, batch_size: the shape of a batch.
         machine: device and processes; each process measures its share.
     """
 
-    def __init__(
-        self, tokens: np.ndarray, tokenizer: Tokenizer, sequence_length: int, batch_size: int, machine
-    ):
-        self.tokens, self.length, self.batch_size, self.machine = tokens, sequence_length, batch_size, machine
+    def __init__(self, held_out: Callable, rows: int, batch_size: int, tokenizer: Tokenizer, machine):
+        self.held_out, self.machine = held_out, machine
+        self.batches = -(-rows // (batch_size * machine.world.size))  # of each process, rounded up
         self.token_bytes = torch.from_numpy(tokenizer.token_bytes.astype(np.int64))
         self.kinds, kind_of = token_kinds(tokenizer)
         self.kind_of, self.loads = torch.from_numpy(kind_of).long(), None
-        windows = -(-(len(tokens) - 1) // sequence_length)  # rounded up
-        self.batches = -(-windows // (batch_size * machine.world.size))  # of each process
 
     def __call__(self, model, max_batches: int | None) -> dict[str, float]:
         """Sums over this process's batches, then over all processes."""
-        world, device = self.machine.world, self.machine.device
         nats = sure = count = size = 0.0
         self.loads = None
-        for batch in eval_windows(
-            self.tokens, self.length, self.batch_size, max_batches, world.rank, world.size
-        ):
+        for batch in self.held_out(max_batches):
             labels = batch["labels"]
-            output = model(batch["input_ids"].to(device), labels=labels.to(device))
+            there = {key: value.to(self.machine.device) for key, value in batch.items()}
+            output = model(there.pop("input_ids"), **there)
             nll = output.nll.double()
             if output.routings:
-                self.count(output.routings, batch["input_ids"], labels != IGNORED)
+                self.count(output.routings, batch["input_ids"], batch.get("padding_mask", labels != IGNORED))
             nats += nll.sum().item()
             sure += (-nll).exp().sum().item()
             count += len(nll)
             size += self.token_bytes[labels[labels >= 0]].sum().item()
         nats, sure, count, size = sum_scalars([nats, sure, count, size])
-        loss = nats / count
+        loss = nats / max(count, 1.0)
         values = {
             "val_loss": loss,
             "val_ppl": math.exp(min(loss, 700.0)),
-            "val_conf": sure / count,
+            "val_conf": sure / max(count, 1.0),
             "val_bpb": nats / math.log(2) / max(size, 1.0),
         }
         if self.loads is not None:
@@ -81,7 +79,8 @@ class LanguageModelEvaluation:
 
     def count(self, routings, ids, real) -> None:
         """Add a batch to `loads`. ids (B, T); real (B, T): columns that are no padding."""
-        kinds = self.kind_of[ids[real]]  # (N,)
+        known = ids[real].clamp(max=len(self.kind_of) - 1)  # a learned embedding is beyond the vocabulary
+        kinds = self.kind_of[known]  # (N,)
         counts = []
         for routing in routings:
             E, K = routing.logits.shape[-1], routing.indices.shape[-1]
@@ -90,3 +89,13 @@ class LanguageModelEvaluation:
             counts.append(torch.bincount(places.flatten(), minlength=len(self.kinds) * E).view(-1, E))
         batch = torch.stack(counts).double()  # (layers, kinds, E)
         self.loads = batch if self.loads is None else self.loads + batch
+
+
+class LanguageModelEvaluation(Evaluation):
+    """`Evaluation` on a row of held-out ids, `tokens` (N,), in windows of `sequence_length`."""
+
+    def __init__(self, tokens: np.ndarray, tokenizer: Tokenizer, sequence_length: int, batch_size: int, machine):
+        rank, size = machine.world.rank, machine.world.size
+        windows = partial(eval_windows, tokens, sequence_length, batch_size, rank=rank, world_size=size)
+        rows = -(-(len(tokens) - 1) // sequence_length)  # rounded up
+        super().__init__(lambda bound: windows(max_batches=bound), rows, batch_size, tokenizer, machine)

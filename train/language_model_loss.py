@@ -20,22 +20,24 @@ class LanguageModelLoss:
     """`loss(model, micro-batch, tokens of the step)` -> (terms, measures for the log).
 
     Args:
-        model: its routers are the ones that the loss-free bias moves.
+        model: its trainable routers are balanced and moved by the loss-free bias, and its second head trained;
+            what is frozen, as under an adapter, is left alone.
         config: sections model, train (`mtp_weight`) and balance.
         machine: autocast of the counting pass.
     """
 
     def __init__(self, model, config, machine):
         routers = [module for module in model.modules() if isinstance(module, TopkRouter)]
+        routers = [router for router in routers if router.weight.requires_grad]
         self.balancer = LoadBalancer(config.balance, routers) if routers else None
-        self.mtp = config.model.mtp != "none"
+        self.mtp = model.mtp is not None and any(p.requires_grad for p in model.mtp.parameters())
         weight = config.train.mtp_weight
         self.mtp_weight = MTP_WEIGHT[config.model.mtp] if weight is None else weight
         self.machine = machine
 
     def claims(self) -> dict:
         """Which parameters each term must reach, for the gradient proof: term -> (name -> bool)."""
-        router = lambda name: name.endswith("mlp.gate.weight")  # noqa: E731
+        router = lambda name: name.endswith(".gate.weight")  # noqa: E731
         return {"mtp": lambda name: name.startswith("mtp."), "balance": router, "z": router}
 
     def before_step(self, model, micro_batches: list[dict]) -> None:

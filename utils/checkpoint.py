@@ -9,10 +9,12 @@ the restricted reader knows tensors and plain data and refuses the rest. Source:
 https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
 
+import hashlib
 import os
 import pickle
 import re
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -188,13 +190,15 @@ def why_unreadable(error: Exception) -> str:
     return f"the checkpoint is damaged ({name}); delete it (the one before is good), or copy it anew"
 
 
-def load_weights(module: torch.nn.Module, state_dict: dict[str, torch.Tensor], where: str) -> None:
+def load_weights(
+    module: torch.nn.Module, state_dict: dict[str, torch.Tensor], where: str, names: Collection[str] | None = None
+) -> None:
     """Copy `state_dict` into `module`, all of it and nothing else; `where` names its source in the error.
 
-    Raises `UserError` that says which weights are missing, unexpected or of another shape; then nothing is
-    copied.
+    `names`: which of the module's weights it must hold, those of an adapter for example; None for all. Raises
+    `UserError` that says which weights are missing, unexpected or of another shape; then nothing is copied.
     """
-    own = module.state_dict()
+    own = {name: tensor for name, tensor in module.state_dict().items() if names is None or name in names}
     shapes = [
         f"{name} {tuple(state_dict[name].shape)} where the model has {tuple(own[name].shape)}"
         for name in own
@@ -211,7 +215,16 @@ def load_weights(module: torch.nn.Module, state_dict: dict[str, torch.Tensor], w
             f"{where} does not fit this model: weights {'; '.join(words)}. The model settings must be those "
             "it was trained with"
         )
-    module.load_state_dict(state_dict)
+    module.load_state_dict(state_dict, strict=names is None)
+
+
+def weights_digest(state_dict: dict[str, torch.Tensor]) -> str:
+    """16 hexadecimal digits that identify weights: names, shapes, number formats and every bit."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()[:16]
 
 
 def first_few(names: list[str], count: int = 3) -> str:

@@ -1,26 +1,28 @@
-"""Proof that training trains: gradients checked before the first step, movement checked after the last.
+"""Proof that training will train: before the first step, one batch goes forth and back through a copy.
 
 A model with half of its parameters cut off still learns something, and its loss curve looks like any other.
-So before a run `prove_gradients_before` sends one batch forth and back through a copy, and after it
-`WeightWitness.prove_moved` compares every weight with what it was.
+So before a run `prove_gradients_before` looks at the model (`utils/model_check.py`) and at its gradients, and
+after it `WeightWitness` (`utils/weight_witness.py`) compares every weight with what it was.
 
-The copy has small random numbers where the model has tensors of zeros: a projection that starts at zero
-(LoRA's B, the last layer of each block under `zero_init_residual`) passes no gradient to what lies before it
-on the very first step, and a healthy model would look broken.
+Zeros need care: a projection that starts at zero (LoRA's B, the last layer of each block under
+`zero_init_residual`) passes no gradient to what lies before it on the very first step, and a healthy model
+would look broken. So the copy plays the first steps: a tensor of zeros that gets a gradient is given small
+random numbers, as the optimizer would move it, until no more of them wake up. What is then without gradient
+stays so for ever, as a LoRA does whose A and B both start at zero.
 """
 
 import copy
-import hashlib
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 
 from utils.device import random_state, set_random_state
+from utils.distributed import sum_scalars
 from utils.errors import UserError
+from utils.model_check import TIES, check_model, describe, hidden_parts, some
 
 NOISE = 0.02  # standard deviation of the numbers that replace zeros in the copy
 
@@ -54,220 +56,213 @@ def prove_gradients_before(
     batches: list,
     may_be_unreached: Callable[[str], bool] = lambda name: False,
     claims: Mapping[str, Callable[[str], bool]] = MappingProxyType({}),
+    trains: Callable[[str], bool] = lambda name: True,
+    ties=TIES,
 ) -> GradientReport:
     """Prove on a copy of `model` that every trainable parameter gets a gradient, and no frozen one.
 
-    `loss_fn(model, batches)` returns the loss, or a dictionary of its terms, each of which must train
-    something. It must use the model that it is given. `may_be_unreached(name)` excuses parameters that a
-    batch may miss. `claims` says of a term which parameters it must reach: a balance loss that became a
-    constant still leaves the router the gradient of the language-model loss, and would go unnoticed. The
-    model, its gradients and the random states are left as they were. Raises `UserError` naming the
-    parameters, the modules they belong to and the likely cause.
+    Args:
+        model: it, its gradients and the random states are left as they were.
+        loss_fn: `loss_fn(model, batches)` returns the loss, or a dictionary of its terms, each of which must
+            train something. It must use the model that it is given. It is called once, and once more for
+            each layer of zeros upon zeros.
+        may_be_unreached: excuses parameters, by name, that a batch may miss.
+        claims: says of a term which parameters it must reach: a balance loss that became a constant still
+            leaves the router the gradient of the language-model loss, and would go unnoticed.
+        trains: which parameters are meant to learn, by name.
+        ties: groups of ends of names that one parameter may have.
+
+    With several processes a parameter counts as reached if one of them reaches it, since they add up their
+    gradients. Raises `UserError` naming the parameters, the modules they belong to and the likely cause.
     """
-    check_one_device(model, batches)
+    check_model(model, batches, trains, ties)
     before = random_state()
-    trial = copy.deepcopy(model)
     try:
-        starts_at_zero = fill_zeros(trial)
-        frozen = [name for name, parameter in trial.named_parameters() if not parameter.requires_grad]
-        trainable = [name for name, parameter in trial.named_parameters() if parameter.requires_grad]
-        if not trainable:
-            raise UserError("no trainable parameter: everything is frozen, so there is nothing to learn")
+        trial = Trial(model, loss_fn, batches)
         with torch.enable_grad():
-            losses = loss_fn(trial, batches)
-        losses = losses if isinstance(losses, Mapping) else {"loss": losses}
-        reached, idle = reached_parameters(trial, losses)
+            starts_at_zero = trial.wake_zeros()
+            reached, idle = trial.reached_parameters()
+            missed = [name for name in trial.trainable if name not in set().union(*reached.values())]
+            if cut_off := [name for name in missed if not may_be_unreached(name)]:
+                trial.explain(cut_off)
     finally:
         set_random_state(before)
-
-    parameters = dict(trial.named_parameters())
-    if woken := [name for name in frozen if any(name in names for names in reached.values())]:
-        raise UserError(f"frozen, yet it gets a gradient: {describe(trial, woken)}; who set requires_grad?")
-    union = set().union(*reached.values())
-    missed = [name for name in trainable if name not in union]
-    cut_off = [name for name in missed if not may_be_unreached(name)]
-    if cut_off:
-        raise UserError(
-            f"cut off from the loss, so never trained: {describe(trial, cut_off)}; is it used in the "
-            "forward, or is there a detach(), an .item() or a multiplication by zero on the way?"
-        )
+    if idle_terms := [term for term, names in reached.items() if not names]:
+        raise UserError(f"{idle_terms[0]} reaches no trainable parameter: is it multiplied by zero?")
     for term in reached.keys() & claims.keys():
-        promised = [name for name in trainable if claims[term](name) and name not in reached[term]]
+        promised = [name for name in trial.trainable if claims[term](name) and name not in reached[term]]
         if promised:
-            raise UserError(f"{term} does not reach what it should train: {describe(trial, promised)}")
+            raise UserError(f"{term} does not reach what it should train: {describe(model, promised)}")
+    parameters = dict(model.named_parameters())
     return GradientReport(
-        trainable=count_by_group({name: parameters[name] for name in trainable}),
-        frozen=count_by_group({name: parameters[name] for name in frozen}),
-        starts_at_zero=[name for name in starts_at_zero if name in trainable],
+        trainable=count_by_group({name: parameters[name] for name in trial.trainable}),
+        frozen=count_by_group({name: p for name, p in parameters.items() if name not in trial.trainable}),
+        starts_at_zero=starts_at_zero,
         reached_by={term: len(names) for term, names in reached.items()},
         unreached=missed + idle,
     )
 
 
-def fill_zeros(model: torch.nn.Module) -> list[str]:
-    """Give every parameter that is all zeros small random values, always the same; returns their names."""
-    generator = torch.Generator().manual_seed(0)  # its own, so that the global one is not disturbed
-    names = []
-    for name, parameter in model.named_parameters():
-        if not parameter.detach().any():
-            names.append(name)
-            noise = torch.randn(parameter.shape, generator=generator) * NOISE
-            parameter.data.copy_(noise)
-    return names
+class Trial:
+    """A copy of a model, on which the first steps are played."""
 
+    def __init__(self, model: torch.nn.Module, loss_fn: Callable, batches: list):
+        self.original, self.loss_fn, self.batches = model, loss_fn, batches
+        self.model = copy.deepcopy(model)
+        self.parameters = dict(self.model.named_parameters())
+        self.trainable = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        self.woken = set()  # names of zeros that were given numbers
+        self.plain = {id(tensor): (where, tensor) for where, tensor in hidden_parts(self.model)}
+        for _, tensor in self.plain.values():  # so that the graph shows whether it has a part in the loss
+            if tensor.is_floating_point():
+                tensor.requires_grad_()
 
-def reached_parameters(model: torch.nn.Module, losses: Mapping[str, torch.Tensor]):
-    """For each loss term, the names of the parameters that it gives a finite, non-zero gradient; and of the
-    stacks of experts, how many got nothing from any term (no token chose them)."""
-    reached, used = {}, {}  # used: for each stack of experts, which of them got a gradient
-    for term, loss in losses.items():
-        if (
-            not isinstance(loss, torch.Tensor) or loss.grad_fn is None
-        ):  # requires_grad_(True) makes no graph either
+    def wake_zeros(self) -> list[str]:
+        """Give small random numbers to the zeros that get a gradient, and to those behind them, and so on;
+        returns the names of all that start at zero."""
+        generator = torch.Generator().manual_seed(0)  # its own, so that the global one is not disturbed
+        start = zeros = [name for name, parameter in self.trainable.items() if not parameter.any()]
+        while zeros:
+            moving = self.with_gradient(zeros)
+            if not moving:
+                break
+            self.fill(moving, generator)
+            zeros = [name for name in zeros if name not in moving]
+        return start
+
+    def fill(self, names: list[str], generator: torch.Generator) -> None:
+        """Small random numbers in place of zeros."""
+        for name in names:
+            noise = torch.randn(self.parameters[name].shape, generator=generator) * NOISE
+            self.parameters[name].data.copy_(noise)
+        self.woken |= set(names)
+
+    def forward(self) -> dict[str, torch.Tensor]:
+        """The terms of the loss, each with a graph that ends in parameters of the copy alone."""
+        try:
+            losses = self.loss_fn(self.model, self.batches)
+        except RuntimeError as error:
+            usual = next(iter(self.parameters.values())).device
+            odd = [f"{where} on {t.device}" for where, t in self.plain.values() if t.device != usual]
+            if not odd or not re.search("same device|expected device", str(error)):
+                raise
             raise UserError(
-                f"{term} has no graph behind it, so it cannot train anything: was it computed under "
-                "no_grad(), detached, or turned into a number with .item()?"
-            )
-        if not torch.isfinite(loss).all():
-            raise UserError(
-                f"{term} is {loss.item()} on the first batch: check the data and the initial weights"
-            )
-        model.zero_grad(set_to_none=True)
-        loss.backward(retain_graph=True)
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        if broken := [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]:
-            raise UserError(f"{term} gives gradients that are not finite: {describe(model, broken)}")
-        reached[term] = {name for name, gradient in gradients.items() if gradient.any()}
-        for name, gradient in gradients.items():
-            if gradient.dim() == 3:
-                used[name] = used.get(name, False) | gradient.flatten(1).any(dim=1)
-        if not reached[term]:
-            raise UserError(
-                f"{term} reaches no trainable parameter: is it computed from the model it is given?"
-            )
-    model.zero_grad(set_to_none=True)
-    idle = {name: len(flags) - int(flags.sum()) for name, flags in used.items() if flags.any()}
-    words = [f"{count} of {len(used[name])} experts of {name}" for name, count in idle.items() if count]
-    return reached, words
-
-
-# --- one device -----------------------------------------------------------------------------------
-
-
-def check_one_device(model: torch.nn.Module, batches) -> None:
-    """Raise `UserError` naming the tensor that is not where the others are."""
-    places = {f"parameter {name}": parameter.device for name, parameter in model.named_parameters()}
-    places |= {f"buffer {name}": buffer.device for name, buffer in model.named_buffers()}
-    places |= {name: tensor.device for name, tensor in tensors_in(batches, "batches")}
-    if not places:
-        return
-    usual = Counter(places.values()).most_common(1)[0][0]
-    if odd := [f"{name} is on {device}" for name, device in places.items() if device != usual]:
-        raise UserError(f"everything must be on one device: {some(odd)}; the others are on {usual}")
-
-
-def tensors_in(value, where: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors within nested dictionaries, lists, tuples and dataclasses, with their places."""
-    if isinstance(value, torch.Tensor):
-        yield where, value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from tensors_in(part, f"{where}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for index, part in enumerate(value):
-            yield from tensors_in(part, f"{where}[{index}]")
-    elif is_dataclass(value):
-        for item in fields(value):
-            yield from tensors_in(getattr(value, item.name), f"{where}.{item.name}")
-
-
-# --- after the last step --------------------------------------------------------------------------
-
-
-class WeightWitness:
-    """Remembers the weights at the start, and proves at the end that exactly the trainable ones have moved.
-
-    Weight decay shrinks a weight even if no gradient ever reaches it. So the witness keeps, for each
-    parameter, the product of (1 - lr * weight_decay) over the steps. Decay alone leads from the first value w
-    to s * w for some s between that product and 1, and a weight has learned if it is anywhere else.
-    (Decoupled decay, as in AdamW and Muon.) The first values are kept on the CPU, of frozen tensors only a
-    fingerprint.
-    """
-
-    def __init__(self, model: torch.nn.Module):
-        self.model = model
-        self.start = {}
-        self.fingerprints = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                self.start[name] = parameter.detach().to("cpu", copy=True)
-            else:
-                self.fingerprints[name] = fingerprint(parameter)
-        self.decay = {}  # by id of the parameter: the product of (1 - lr * weight_decay)
-        self.steps = {}  # by id of the parameter: optimizer steps with a learning rate above zero
-
-    def note_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Call once per optimizer step, while the groups still hold the learning rates of that step."""
-        for group in optimizer.param_groups:
-            factor = 1 - group["lr"] * group.get("weight_decay", 0)
-            for parameter in group["params"]:
-                key = id(parameter)
-                self.decay[key] = self.decay.get(key, 1.0) * factor
-                self.steps[key] = self.steps.get(key, 0) + (group["lr"] > 0)
-
-    def prove_moved(self, may_be_unreached: Callable[[str], bool] = lambda name: False) -> str:
-        """One line about how far the weights moved. Raises `UserError` naming those that did not behave."""
-        if not self.steps:
-            return "weights not compared: no step was taken"
-        parameters = dict(self.model.named_parameters())
-        changed = [
-            name for name, before in self.fingerprints.items() if fingerprint(parameters[name]) != before
-        ]
-        if changed:
-            raise UserError(f"frozen, yet changed by training: {describe(self.model, changed)}")
-        relative, stuck = {}, {}
-        for name, start in self.start.items():
-            key = id(parameters[name])
-            now = parameters[name].detach().to("cpu", torch.float64)
-            if not torch.isfinite(now).all():
-                raise UserError(
-                    f"training made it infinite or NaN: {describe(self.model, [name])}; lower the lr"
+                f"the forward meets two devices; plain attributes do not follow the model to {usual}: "
+                f"{some(odd)}; use register_buffer"
+            ) from error
+        losses = losses if isinstance(losses, Mapping) else {"loss": losses}
+        for term, loss in losses.items():
+            if not isinstance(loss, torch.Tensor) or loss.grad_fn is None:
+                raise UserError(  # requires_grad_(True) makes no graph either
+                    f"{term} has no graph behind it, so it cannot train anything: was it computed under "
+                    "no_grad(), detached, or turned into a number with .item()?"
                 )
-            first = start.double()
-            decay = self.decay.get(key, 1.0)
-            shrunk = ((now * first).sum() / (first * first).sum().clamp_min(1e-30)).clamp(decay, 1.0)
-            # each decay step rounds once; without decay nothing rounds, and any change counts
-            rounding = 0 if decay == 1.0 else torch.finfo(start.dtype).eps * self.steps[key] * first.norm()
-            if (now - shrunk * first).norm() > rounding:
-                relative[name] = ((now - first).norm() / first.norm().clamp_min(1e-12)).item()
-            elif not may_be_unreached(name):
-                stuck.setdefault(self.why(key), []).append(name)
-        if stuck:
-            words = [f"{describe(self.model, names)}: {why}" for why, names in stuck.items()]
-            raise UserError(f"trainable, yet not moved by training: {'; '.join(words)}")
-        ratios = [ratio for name, ratio in relative.items() if self.start[name].any()] or [0.0]
-        return (
-            f"weights proven: {len(relative)} trainable tensors moved ({min(ratios):.2g} to {max(ratios):.2g}"
-            f" of their size), {len(self.start) - len(relative)} had no gradient, as may be, "
-            f"{len(self.fingerprints)} frozen ones are unchanged"
+            if not torch.isfinite(loss).all():
+                raise UserError(
+                    f"{term} is {loss.item()} on the first batch: check the data and the initial weights"
+                )
+            self.check_leaves(term, loss)
+        for name, parameter in self.parameters.items():
+            if name not in self.woken and not torch.equal(parameter, self.original.get_parameter(name)):
+                raise UserError(f"the forward itself changes {describe(self.model, [name])}: in place?")
+        return losses
+
+    def check_leaves(self, term: str, loss: torch.Tensor) -> None:
+        """Whatever the graph of a term ends in must be a parameter of the copy."""
+        owned = {id(parameter) for parameter in self.parameters.values()}
+        originals = {id(parameter): name for name, parameter in self.original.named_parameters()}
+        for leaf in leaves(loss):
+            if id(leaf) in owned:
+                continue
+            if id(leaf) in self.plain:
+                what = f"{self.plain[id(leaf)][0]}, neither parameter nor buffer: nn.Parameter forgotten?"
+            elif id(leaf) in originals:
+                what = f"{originals[id(leaf)]} of the original: does a closure or a hook hold on to it?"
+            elif leaf.dim() == 0:
+                what = "a number: requires_grad_() on a loss that lost its graph to a detach() or an .item()?"
+            else:
+                what = (
+                    f"{tuple(leaf.shape)} that no module registers: from a closure, a global, a module made "
+                    "in the forward, or another model? Is it computed from the model it is given?"
+                )
+            raise UserError(f"{term} depends on a tensor that is no parameter of the copy: {what}")
+
+    def gradients(self, term: str, loss: torch.Tensor, keep_graph: bool = False) -> dict[str, torch.Tensor]:
+        """The gradients of one term, by name."""
+        self.model.zero_grad(set_to_none=True)
+        loss.backward(retain_graph=keep_graph)
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        self.model.zero_grad(set_to_none=True)
+        if broken := [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]:
+            raise UserError(f"{term} gives gradients that are not finite: {describe(self.model, broken)}")
+        return gradients
+
+    def reached_parameters(self) -> tuple[dict[str, set[str]], list[str]]:
+        """For each loss term, the names of the parameters that it gives a finite, non-zero gradient; and of
+        the stacks of experts, how many got nothing from any term (no token chose them)."""
+        reached, used = {}, {}  # used: for each stack of experts, which of them got a gradient
+        for term, loss in self.forward().items():
+            gradients = self.gradients(term, loss, keep_graph=True)
+            hits = agreed([name in gradients and bool(gradients[name].any()) for name in self.parameters])
+            reached[term] = {name for name, hit in zip(self.parameters, hits) if hit}
+            if woken := sorted(reached[term] - self.trainable.keys()):
+                raise UserError(
+                    f"frozen, yet it gets a gradient: {describe(self.model, woken)}; who set requires_grad?"
+                )
+            for name, gradient in gradients.items():
+                if gradient.dim() == 3:
+                    used[name] = used.get(name, False) | gradient.flatten(1).any(dim=1)
+        idle = {name: len(flags) - int(flags.sum()) for name, flags in used.items() if flags.any()}
+        return reached, [f"{count} of {len(used[name])} experts of {name}"
+                         for name, count in idle.items() if count]  # fmt: skip
+
+    def explain(self, cut_off: list[str]) -> None:
+        """Raise the error: is it zeros that hold each other, frozen zeros, or a cut on the way? To find out,
+        the former are filled, then the latter."""
+        generator = torch.Generator().manual_seed(0)
+        zeros = [name for name, parameter in self.parameters.items() if not parameter.any()]
+        walls = [name for name in zeros if name not in self.trainable]
+        walls.sort(key=lambda name: -self.parameters[name].dim())  # matrices before biases
+        self.fill([name for name in zeros if name in self.trainable], generator)
+        if woken := self.with_gradient(cut_off):
+            raise UserError(
+                f"A and B both start at zero: neither can move: {describe(self.model, woken)}; one factor of "
+                "a product must start with random numbers"
+            )
+        self.fill(walls, generator)
+        if woken := self.with_gradient(cut_off):
+            raise UserError(
+                f"no gradient will ever reach it: {describe(self.model, woken)}; what follows it is frozen "
+                f"at zero: {describe(self.model, walls)}"
+            )
+        raise UserError(
+            f"cut off from the loss, so never trained: {describe(self.model, cut_off)}; is it used in the "
+            "forward, or is there a detach(), a no_grad(), an .item() or a multiplication by zero on the way?"
         )
 
-    def why(self, key: int) -> str:
-        """The likely cause why a parameter did not move."""
-        if key not in self.steps:
-            return "not in the optimizer"
-        if not self.steps[key]:
-            return "the learning rate was 0 in every step"
-        return "no gradient reached it, so that weight decay alone acted on it"
+    def with_gradient(self, names: list[str]) -> list[str]:
+        """Those of `names` that the whole loss gives a gradient now."""
+        gradients = self.gradients("loss", sum(self.forward().values()))
+        hits = agreed([name in gradients and bool(gradients[name].any()) for name in names])
+        return [name for name, hit in zip(names, hits) if hit]
 
 
-def fingerprint(tensor: torch.Tensor) -> str:
-    """A hash of the bits of `tensor`."""
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(data.numpy()).hexdigest()
+def agreed(flags: list[bool]) -> list[bool]:
+    """True where it is true in any process, so that all processes take the same way."""
+    return [total > 0 for total in sum_scalars([float(flag) for flag in flags])]
 
 
-# --- words ----------------------------------------------------------------------------------------
+def leaves(loss: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that the graph of `loss` ends in: those that a backward would give a gradient."""
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "AccumulateGrad":
+            yield node.variable
+        waiting += [before for before, _ in node.next_functions]
 
 
 def group_of(name: str) -> str:
@@ -289,14 +284,3 @@ def count_by_group(parameters: dict[str, torch.Tensor]) -> dict[str, int]:
 def grouped(names: list[str]) -> list[str]:
     """The names with layer numbers replaced by stars, each once."""
     return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
-
-
-def describe(model: torch.nn.Module, names: list[str]) -> str:
-    """The first few parameters, each with the kind of module it belongs to, and how many there are."""
-    kinds = [type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in names]
-    return some([f"{name} (in {kind})" for name, kind in zip(names, kinds)])
-
-
-def some(names: list[str], count: int = 3) -> str:
-    """The first names, and how many there are in all if there are more."""
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -1,8 +1,11 @@
 """Both paths through the experts against an obvious loop over tokens; the block against Hugging Face's."""
 
+import itertools
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV3Config, Dots1Config, Qwen3MoeConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.dots1.modeling_dots1 import Dots1MoE
@@ -161,6 +164,15 @@ def test_twice_the_same_bits(path):
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_second_backward_pass_finds_what_the_first_one_found(dtype):
+    """The first one works in place, but not on what is saved."""
+    x, indices, *rest = leaves(make_experts(150, 16, 8, 3, 12, dtype=dtype))
+    y = grouped_experts(x, indices, rest[0].float() if dtype == torch.bfloat16 else rest[0], *rest[1:])
+    runs = [torch.autograd.grad(y.sum(), (x, *rest), retain_graph=True) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_without_gradients_under_checkpoints_and_with_strided_tensors(path):
     inputs = make_experts(9, 4, 5, 2, 3)
@@ -193,6 +205,22 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_its_own(path, frozen):
             assert tensor.grad is None
         else:
             torch.testing.assert_close(tensor.grad, expected[n], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("learning", list(itertools.product((False, True), repeat=4))[1:])
+def test_what_is_frozen_costs_nothing(learning):
+    """Experts under LoRA, say: not even computed. Products of the backward pass, in N K C F multiplications:
+    1 for u, 2 for dx, 2 for dU, 1 for dD."""
+    x, indices, *rest = make_experts(9, 4, 5, 2, 3)
+    for tensor, learns in zip((x, *rest), learning, strict=True):
+        tensor.requires_grad_(learns)
+    y = grouped_experts(x, indices, *rest)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert [tensor.grad is not None for tensor in (x, *rest)] == list(learning)
+    learns_x, _, learns_gate_up, learns_down = learning
+    products = 1 + 2 * learns_x + 2 * learns_gate_up + learns_down
+    assert counter.get_total_flops() == products * 2 * 9 * 2 * 4 * 3
 
 
 @pytest.mark.parametrize("N, E, K", [(1, 4, 2), (2, 16, 3), (150, 3, 2), (700, 4, 2), (2048, 16, 4)])

@@ -1,0 +1,207 @@
+"""Scores: how many answers of a model are right, on questions that no training has seen.
+
+    python inference/evaluate.py                            every skill of fine-tuning, the latest model in out/
+    python inference/evaluate.py --skills arithmetic,lists --count 500
+    python inference/evaluate.py --data dialogues.jsonl --score items
+
+Answers are greedy. A skill judges its answers itself, most by equality; answers of held-out dialogues must
+equal the true ones (`exact`), or, where an answer is a table `|name|amount|note|name|...|`, count by items
+(`items`, see `table_items`). The last line of the output is for programs: `skill=percent` for each skill.
+"""
+
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
+from inference.generate import Generator
+from inference.load import find_model, load_full
+from inference.sampling import SamplingParams
+from load_data.chat_data import prepare_chat
+from load_data.skills import SFT_SKILLS, SKILLS, is_right, scored_items
+from utils.device import pick_device, set_threads
+from utils.errors import Parser, UserError, run_main
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+BATCH = 50  # questions that are answered together
+COLUMNS = 3  # of a table: name, amount, note
+DATA = "data"  # what scores of held-out dialogues are listed under
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one set of questions was answered.
+
+    Attributes:
+        right: answers, or items of tables.
+        of: questions, or items of the true tables.
+        percent: of right answers; of items their F1, which surplus ones lower too.
+        wrong: the first question answered wrong, the answer, and the true one; None if there is none.
+    """
+
+    right: int
+    of: int
+    percent: float
+    wrong: tuple[str, str, str] | None
+
+
+def score_skills(generator, template, names: Iterable[str], count: int = 100) -> dict[str, Score]:
+    """The score of each skill in `names` on `count` test items, or as many as it has.
+
+    `template`: a `ChatTemplate`. Raises `UserError` for an unknown skill.
+    """
+    scores = {}
+    for name in names:
+        items = scored_items(name, count, seed=0)
+        answers = greedy_answers(generator, template, [(item.messages, item.expected) for item in items])
+        judged = [
+            (item.messages[-1]["content"], answer, item.expected, is_right(item, answer))
+            for item, answer in zip(items, answers, strict=True)
+        ]
+        scores[name] = share_of_right(judged)
+    return scores
+
+
+def score_dialogues(generator, template, dialogues: Iterable[list[dict]], score: str = "exact") -> Score:
+    """The score on dialogues: every answer in them is predicted, with the true turns before it given.
+
+    score: `exact`, or `items` for the F1 of the items of tables, over all answers together.
+    """
+    tasks = [
+        (messages[:turn], messages[turn]["content"])
+        for messages in dialogues
+        for turn in range(1, len(messages))
+        if messages[turn]["role"] == "assistant"
+    ]
+    answers = greedy_answers(generator, template, tasks)
+    judge = {"exact": share_of_right, "items": f1_of_items}[score]
+    return judge(
+        [
+            (messages[-1]["content"], answer, expected, answer.strip() == expected.strip())
+            for (messages, expected), answer in zip(tasks, answers, strict=True)
+        ]
+    )
+
+
+def greedy_answers(generator, template, tasks: list[tuple[list[dict], str]]) -> list[str]:
+    """The answer to each (messages, expected answer), many at a time.
+
+    The expected answer serves only to bound the time: questions whose answers should be of about the same
+    length go together, and what runs on for half as long again is cut, being wrong by then.
+    """
+    tokenizer = template.tokenizer
+    lengths = [len(tokenizer.encode(expected)) for _, expected in tasks]
+    order = sorted(range(len(tasks)), key=lambda number: lengths[number])
+    answers = [""] * len(tasks)
+    for first in range(0, len(order), BATCH):
+        batch = order[first : first + BATCH]
+        params = SamplingParams(temperature=0, max_new_tokens=16 + lengths[batch[-1]] * 3 // 2)
+        prompts = [template.prompt(tasks[number][0]) for number in batch]
+        written = generator.generate(prompts, params, template.stop_ids)
+        for number, ids in zip(batch, written, strict=True):
+            answers[number] = tokenizer.decode(one for one in ids if one not in template.stop_ids)
+    return answers
+
+
+def share_of_right(judged: list[tuple[str, str, str, bool]]) -> Score:
+    """The score by answers, from (question, answer, true answer, is it right?)."""
+    right = sum(good for *_, good in judged)
+    wrong = next((example for *example, good in judged if not good), None)
+    return Score(right, len(judged), percent(right, len(judged)), wrong and tuple(wrong))
+
+
+def f1_of_items(judged: list[tuple[str, str, str, bool]]) -> Score:
+    """The score by items, from the same: micro F1, 2 * right / (given + wanted) over all answers."""
+    right = given = wanted = 0
+    wrong = None
+    for question, answer, expected, _ in judged:
+        found, true = table_items(answer), table_items(expected)
+        right += (found & true).total()
+        given, wanted = given + found.total(), wanted + true.total()
+        if found != true and wrong is None:
+            wrong = (question, answer, expected)
+    return Score(right, wanted, percent(2 * right, given + wanted), wrong)
+
+
+def table_items(text: str, columns: int = COLUMNS) -> Counter:
+    """The items of `|name|amount|note|name|...|`, in groups of `columns` cells.
+
+    Cells left over at the end make one shorter item: no whole item equals it, so that it counts as a wrong
+    one, unless the other table ends in the same way.
+    """
+    inner = text.strip().removeprefix("|").removesuffix("|")
+    cells = [cell.strip() for cell in inner.split("|")] if inner else []
+    return Counter(tuple(cells[first : first + columns]) for first in range(0, len(cells), columns))
+
+
+def percent(part: float, whole: float) -> float:
+    """`part` in percent of `whole`; of nothing it is 0."""
+    return 100 * part / whole if whole else 0.0
+
+
+def report(scores: dict[str, Score]) -> str:
+    """A table for people, and a last line for programs."""
+    lines = [f"{'skill':12} {'right':>6} {'of':>6} {'percent':>8}  a wrong answer"]
+    for name, score in scores.items():
+        line = f"{name:12} {score.right:6} {score.of:6} {score.percent:8.1f}"
+        if score.wrong:
+            question, answer, expected = map(shortened, score.wrong)
+            line += f"  {question} -> {answer}, not {expected}"
+        lines.append(line)
+    return "\n".join([*lines, " ".join(f"{name}={score.percent:.2f}" for name, score in scores.items())])
+
+
+def shortened(text: str, most: int = 48) -> str:
+    """A text on one line, in quotes."""
+    return repr(text if len(text) <= most else text[: most - 3] + "...")
+
+
+def parse_command():
+    """The flags."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", metavar="FILE", help="the model (default: the latest stage in --out)")
+    source.add_argument("--out", metavar="DIR", default=ROOT / "out", help="where runs left their models")
+    add("--skills", metavar="A,B", help=f"some of {','.join(SKILLS)} (default: those of fine-tuning)")
+    add("--data", nargs="+", default=[], metavar="FILE", help="score the held-out dialogues of these files")
+    add("--count", type=int, default=100, help="at most this many questions or dialogues each (%(default)s)")
+    add("--score", choices=("exact", "items"), default="exact", help="how answers of --data are judged")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    args = parser.parse_args()
+    if args.count < 1:
+        raise UserError(f"--count {args.count} must be at least 1")
+    args.skills = args.skills.split(",") if args.skills else [] if args.data else SFT_SKILLS
+    return args
+
+
+def held_out(paths: list[str], loaded, count: int) -> list[list[dict]]:
+    """The first `count` held-out dialogues of files, divided as the training of `loaded` divides them."""
+    loaded.config.data.paths = paths
+    dialogues = prepare_chat(loaded.config, loaded.tokenizer).val_dialogues[:count]
+    if not dialogues:
+        raise UserError(f"--data {' '.join(paths)}: no dialogue in it is held out; give more dialogues")
+    return dialogues
+
+
+def main():
+    """The command."""
+    for stream in (sys.stdout, sys.stderr):  # a Windows pipe speaks another encoding than UTF-8
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    args = parse_command()
+    device = pick_device(args.device)
+    set_threads()
+    loaded = load_full(args.checkpoint or find_model(args.out), device)
+    print(f"{loaded.path} ({loaded.about['stage']}, {device})", file=sys.stderr, flush=True)
+    generator = Generator(loaded.model, loaded.tokenizer.eos_id)
+    scores = score_skills(generator, loaded.template, args.skills, args.count)
+    if args.data:
+        dialogues = held_out(args.data, loaded, args.count)
+        scores[DATA] = score_dialogues(generator, loaded.template, dialogues, args.score)
+    print(report(scores))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,67 @@
+"""Questions about Python's standard library, answered from its own docstrings and signatures:
+``What does `textwrap.dedent` do?`` -> its first sentence; ``How is `textwrap.dedent` called?`` -> its
+signature.
+
+Sides follow the files: what pre-training may read is for training, its held-out files are for `val` and
+`test`. Most held-out answers cannot be known, only guessed from the name: a model of this size that scores
+far above zero has seen them.
+"""
+
+import random
+import re
+from functools import cache
+
+from config.schema import DataConfig
+from load_data.python_corpus import docstring_documents, read_python_corpus
+from load_data.reserved import is_reserved
+from load_data.skills.common import SIDES, SMALL_SUM, TRAIN, Sample, Skill, held_out_side, is_exact
+
+MOST_WORDS = 20  # of a sentence
+LONGEST_CALL = 60  # characters
+LONGEST_NAME = 40
+SENTENCE = re.compile(r"(.+?[.!?])(?=$|\s+[A-Z])")  # "i.e. that" goes on
+PURPOSES = ("What does `{}` do?", "What is `{}` for?", "Describe `{}`.", "`{}` 有什么用？")
+CALLS = ("How is `{}` called?", "What is the signature of `{}`?", "How do I call `{}`?", "怎么调用 `{}`？")
+
+
+@cache
+def entries() -> dict[str, list[tuple[str, str, str]]]:
+    """By side: (name, first sentence or "", call or "") of everything public; read once per process."""
+    corpus = read_python_corpus(DataConfig().val_fraction)
+    found = {side: [] for side in SIDES}
+    for file in corpus.train:
+        found[TRAIN] += filter(None, map(entry, docstring_documents(file)))
+    for file in corpus.val:
+        for one in filter(None, map(entry, docstring_documents(file))):
+            found[held_out_side(one[0])].append(one)
+    return found
+
+
+def entry(document: str) -> tuple[str, str, str] | None:
+    """What a document of `docstring_documents` says; None where it says nothing short, or is private."""
+    heading, docstring = document.split("\n", maxsplit=1)
+    name = heading.removeprefix("class ").removeprefix("module ").partition("(")[0]
+    if len(name) > LONGEST_NAME or any(part.startswith("_") for part in name.split(".")):
+        return None
+    sentence = first_sentence(docstring)
+    call = heading if heading.endswith(")") and len(heading) <= LONGEST_CALL else ""
+    sums = SMALL_SUM.findall(f"{sentence} {call}")
+    return (name, sentence, call) if (sentence or call) and not any(map(is_reserved, sums)) else None
+
+
+def first_sentence(docstring: str) -> str:
+    """The first sentence of the first paragraph on one line; "" if it has no end or is long."""
+    paragraph = " ".join(docstring.split("\n\n")[0].split())
+    match = SENTENCE.match(paragraph)
+    return match[1] if match and len(match[1].split()) <= MOST_WORDS else ""
+
+
+def sample(rng: random.Random, side: str) -> Sample:
+    """One question about one entry."""
+    name, sentence, call = rng.choice(entries()[side])
+    if call and (not sentence or rng.random() < 0.4):
+        return Sample(f"call {name}", rng.choice(CALLS).format(name), call)
+    return Sample(f"purpose {name}", rng.choice(PURPOSES).format(name), sentence)
+
+
+SKILL = Skill(sample, is_exact)

@@ -1,0 +1,330 @@
+"""Skills: nothing held out is ever trained on, and every answer checked in a way of the test's own."""
+
+import ast
+import importlib
+import inspect
+import re
+from fractions import Fraction
+
+import pytest
+
+from load_data.reserved import is_reserved
+from load_data.skills import (
+    SFT_SKILLS,
+    SKILLS,
+    Item,
+    held_out_dialogues,
+    identity,
+    is_right,
+    lists,
+    scored_items,
+    training_dialogues,
+)
+from load_data.skills.docstrings import first_sentence
+from utils.errors import UserError
+
+CHINESE = re.compile("[\u4e00-\u9fff]")
+SUM = re.compile(r"(?<![\w.])(\d{1,2})\s*([+-])\s*(?=(\d{1,2})(?![\w.]))")
+WORDED = re.compile(r"(\d+) (?:and|plus|minus|加|减) (\d+)")
+
+
+@pytest.fixture(scope="module")
+def dialogues():
+    """One epoch of fine-tuning."""
+    return list(training_dialogues(SFT_SKILLS, 40_000, 0))
+
+
+@pytest.fixture(scope="module")
+def trained(dialogues):
+    """Every question of it with its answer."""
+    return [(d[n]["content"], d[n + 1]["content"]) for d in dialogues for n in range(0, len(d), 2)]
+
+
+@pytest.fixture(scope="module")
+def test_items():
+    """Many test items of each skill."""
+    return {name: scored_items(name, 400, 0) for name in SKILLS}
+
+
+def pairs_of(items):
+    return [(item.messages[-1]["content"], item.expected) for item in items]
+
+
+def samples(name, items, count=1500):
+    """Questions and answers of one skill, of all sides."""
+    train = [(d[n]["content"], d[n + 1]["content"])
+             for d in training_dialogues([name], count, 3) for n in range(0, len(d), 2)]  # fmt: skip
+    held_out = [(d[0]["content"], d[1]["content"]) for d in held_out_dialogues([name], 200, 0)]
+    return train + held_out + pairs_of(items[name])
+
+
+def sums_in(text):
+    """Every sum of two small numbers that can be read in a text, in signs or words, as `a + b` and `a - b`."""
+    found = {f"{a} {sign} {b}" for a, sign, b in SUM.findall(text)}
+    for a, b in WORDED.findall(text):
+        found.add(f"{a} {'-' if re.search('minus|减', text) else '+'} {b}")
+    return found
+
+
+def written(question):
+    """The expression in a question about one."""
+    return re.sub(r"^(?:>>> |.*?`)|`.*$", "", question)
+
+
+# --- dialogues --------------------------------------------------------------------------------------------
+
+
+def test_dialogues_are_turns_of_user_and_assistant(dialogues):
+    assert len(dialogues) == 40_000
+    for messages in dialogues:
+        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
+        assert all(m["content"] and m["content"] == m["content"].strip() for m in messages)
+    turns = [len(messages) // 2 for messages in dialogues]
+    assert set(turns) == {1, 2, 3} and 0.2 < 1 - turns.count(1) / len(turns) < 0.3
+
+
+def test_the_arguments_decide(dialogues):
+    assert list(training_dialogues(SFT_SKILLS, 300, 0)) == dialogues[:300]
+    assert list(training_dialogues(SFT_SKILLS, 300, 1)) != dialogues[:300]
+    assert list(training_dialogues(SFT_SKILLS, 0, 0)) == []
+    names = ("naming", "lists")
+    assert held_out_dialogues(names, 9, 4) == held_out_dialogues(names, 9, 4)
+    assert held_out_dialogues(names, 9, 4) != held_out_dialogues(names, 9, 5)
+    assert scored_items("lists", 9, 4) == scored_items("lists", 9, 4) != scored_items("lists", 9, 5)
+
+
+def test_the_seed_means_the_same_in_every_process():
+    """Not Python's own hash, which differs from process to process."""
+    first = next(iter(training_dialogues(["arithmetic"], 1, 0)))
+    assert first == FIRST
+
+
+def test_only_the_named_skills_are_trained():
+    for messages in training_dialogues(["shopping"], 50, 0):
+        assert all(m["content"][0] == m["content"][-1] == "|" for m in messages[1::2])
+
+
+@pytest.mark.parametrize("call", [
+    lambda: training_dialogues(["sums"], 1, 0), lambda: held_out_dialogues(["sums"], 1, 0),
+    lambda: scored_items("sums", 1, 0), lambda: is_right(Item("sums", [], ""), ""),
+])  # fmt: skip
+def test_an_unknown_skill_is_named(call):
+    """At once, not when the first dialogue is taken."""
+    with pytest.raises(UserError, match="unknown skill 'sums'; skills: identity, arithmetic"):
+        call()
+
+
+def test_items_are_distinct_and_as_many_as_asked(test_items):
+    for name, items in test_items.items():
+        assert len({item.messages[-1]["content"] for item in items}) == len(items), name
+        assert len(items) == 400 or name in ("identity", "docstrings")
+        assert all(item.skill == name and [m["role"] for m in item.messages] == ["user"] for item in items)
+        assert all(is_right(item, item.expected) for item in items)
+        assert not any(is_right(item, wrong) for item in items for wrong in ("", "42 apples", "I am GPT."))
+        assert [len(scored_items(name, count, 0)) for count in (0, 7)] == [0, 7]
+    assert len(test_items["identity"]) > 60
+    assert len({frozenset(sums_in(item.messages[0]["content"])) for item in test_items["arithmetic"]}) == 400
+    assert len(held_out_dialogues(("lists", "naming"), 30, 0)) == 60
+
+
+# --- sides ------------------------------------------------------------------------------------------------
+
+
+def test_no_reserved_sum_is_in_the_training_text(dialogues):
+    """Of any skill, inside larger expressions, in docstrings, without spaces, in words."""
+    reserved = [
+        one for d in dialogues for m in d for one in sums_in(m["content"]) if is_reserved(one)
+    ]
+    assert reserved == []
+
+
+def test_no_part_of_a_training_expression_is_reserved(trained):
+    worked_out = (ast.BinOp, ast.Compare, ast.Call, ast.Subscript, ast.BoolOp, ast.UnaryOp)
+    expressions = {q for q, _ in trained if q.startswith(">>> ")}
+    assert len(expressions) > 1500
+    for question in expressions:
+        if not re.match(r"[-\d'\[(nTFslm]", question[4:]):
+            continue
+        for node in ast.walk(ast.parse(question[4:].removesuffix("?").removesuffix("= ").rstrip("= 多少？"),
+                                       mode="eval")):  # fmt: skip
+            assert not (isinstance(node, worked_out) and is_reserved(ast.unparse(node))), question
+
+
+def keys(name, pairs):
+    """What identifies each question, found without the skill's own keys."""
+    for question, answer in pairs:
+        if name == "arithmetic":
+            yield from sums_in(question)
+        elif name == "lists":
+            yield frozenset(ast.literal_eval(answer))
+        elif name == "expressions":
+            yield written(question)
+        elif name == "shopping":
+            cells = answer.strip("|").split("|")
+            yield frozenset(zip(cells[::2], cells[1::2], strict=True))
+        elif name == "naming":
+            yield tuple(re.findall("[a-z]+", snake(answer)))
+        elif name == "docstrings":
+            yield re.search("`(.*)`", question)[1]
+        else:
+            yield re.sub(r"\W", "", question.lower())
+
+
+@pytest.mark.parametrize("name", SKILLS)
+def test_sides_are_disjoint(name, dialogues, trained, test_items):
+    if name not in SFT_SKILLS:
+        epoch = training_dialogues([name], 5000, 0)
+        trained = [(d[n]["content"], d[n + 1]["content"]) for d in epoch for n in range(0, len(d), 2)]
+    elif name == "lists":
+        trained = [(q, a) for q, a in trained if a.startswith("['")]
+        trained = [(q, a) for q, a in trained if "`" not in q and ">>>" not in q]
+    test = set(keys(name, pairs_of(test_items[name])))
+    held_out = [(d[0]["content"], d[1]["content"]) for d in held_out_dialogues([name], 400, 0)]
+    val = set(keys(name, held_out))
+    everything = {q for q, _ in trained}
+    assert len(test) > 50 and len(val) > 40 and not test & val
+    if name in ("expressions", "docstrings", "identity"):
+        seen = {part for q in everything for part in (written(q), re.sub(r"\W", "", q.lower()))}
+        seen |= {name for q in everything for name in re.findall("`(.*)`", q)}
+    else:
+        seen = set(keys(name, trained))
+    assert len(seen) > 1000 and not seen & (test | val)
+    texts = " ".join(everything)
+    if name == "expressions":
+        assert not any(f"`{key}`" in texts for key in test)
+
+
+def test_the_first_questions_of_all_are_trained(trained):
+    """Held out by accident, they would be what everybody asks first."""
+    questions = {q for q, _ in trained}
+    assert {"你是谁？", "Who are you?", "What is your name?", "你叫什么名字？", "Are you ChatGPT?"} <= questions
+
+
+# --- answers ----------------------------------------------------------------------------------------------
+
+
+def test_identity_names_tinyseek_in_the_language_of_the_question(test_items):
+    pairs = samples("identity", test_items)
+    assert len({question for question, _ in pairs}) > 1200
+    for question, answer in pairs:
+        assert "TinySeek" in answer and bool(CHINESE.search(question)) == bool(CHINESE.search(answer))
+    english = Item("identity", [{"role": "user", "content": "Are you Qwen"}], "")
+    chinese = Item("identity", [{"role": "user", "content": "你是 Qwen 吗"}], "")
+    for item, right, wrong in ((english, "Hi, TinySeek.", "我叫 TinySeek。"), (chinese, "叫 TinySeek", "TinySeek")):
+        assert is_right(item, right) and not is_right(item, wrong)
+        assert not is_right(item, right.replace("TinySeek", "tinyseek"))
+    for language in ("en", "zh"):
+        cores = identity.QUESTIONS[language]
+        assert len({core for core, _ in cores}) == len(cores) >= 40
+        assert len(set(identity.OPENINGS[language])) * len(cores) >= 600
+
+
+def test_arithmetic_is_right(test_items):
+    pairs = samples("arithmetic", test_items)
+    for question, answer in pairs:
+        (left, sign, right), *more = (one.split() for one in sums_in(question))
+        assert not more and Fraction(answer) == Fraction(left) + (1 if sign == "+" else -1) * int(right)
+    one_digit = [q for q, _ in pairs if re.fullmatch(r"\D*\d\D+\d\D*", q)]
+    assert 0.2 < len(one_digit) / len(pairs) < 0.45
+    assert 0.4 < sum("-" in q or "减" in q or "minus" in q for q, _ in pairs) / len(pairs) < 0.6
+
+
+def test_is_right_wants_the_whole_answer():
+    item = Item("arithmetic", [{"role": "user", "content": "12 + 7"}], "19")
+    assert is_right(item, "19") and is_right(item, " 19\n")
+    assert not any(is_right(item, answer) for answer in ("1", "190", "19.", "119", "12 + 7 = 19"))
+
+
+def test_lists_are_those_of_the_sentence(test_items):
+    """All words of the pools that stand in the sentence, in their order: the frames have none of them."""
+    pairs = samples("lists", test_items)
+    pools = {True: [], False: []}
+    for language in (lists.ENGLISH, lists.CHINESE):
+        for words, *sentences in language.values():
+            pools[language is lists.CHINESE] += words.split()
+            assert len(sentences) >= 5
+    for chinese, pool in pools.items():
+        assert len(set(pool)) == len(pool) >= 110
+    for question, answer in pairs:
+        things = ast.literal_eval(answer)
+        assert repr(things) == answer and 1 <= len(things) <= 5
+        if CHINESE.search(question):
+            found = "、".join(things)
+            assert found in re.sub("[和、]", "、", question)
+            before, after = re.sub("[和、]", "、", question).split(found, 1)
+            assert not before.endswith("、") and not after.startswith("、")
+        else:
+            pool = sorted(pools[False], key=len, reverse=True)
+            assert things == re.findall(rf"\b(?:{'|'.join(pool)})\b", question), question
+    assert {len(ast.literal_eval(answer)) for _, answer in pairs} == {1, 2, 3, 4, 5}
+
+
+def test_expressions_are_what_python_says(test_items):
+    pairs = samples("expressions", test_items)
+    for question, answer in pairs:
+        assert repr(eval(written(question))) == answer, question  # noqa: S307 - the generator's own
+        assert not re.fullmatch(r"\d{1,2} [+-] \d{1,2}", written(question))  # that is arithmetic
+
+
+def test_docstrings_are_those_of_the_modules(test_items):
+    """The interpreter's own signatures and docstrings, where a module can be imported without a fuss."""
+    modules = {"textwrap", "json", "string", "queue", "heapq", "bisect", "calendar", "csv", "shutil", "copy"}
+    seen = set()
+    for question, answer in samples("docstrings", test_items, 12_000):
+        name = re.search("`(.*)`", question)[1]
+        assert not any(part.startswith("_") for part in name.split("."))
+        parts = name.split(".")
+        if parts[0] not in modules or (question, answer) in seen:
+            continue
+        seen.add((question, answer))
+        found = importlib.import_module(parts[0])
+        for part in parts[1:]:
+            if not hasattr(found, part):
+                break
+            found = getattr(found, part)
+        else:
+            if answer.startswith(name + "("):
+                parameters = inspect.signature(found).parameters
+                args = ast.parse(f"def f{answer.removeprefix(name)}: pass").body[0].args
+                named = [a for a in (*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg) if a]
+                assert [a.arg for a in named] == list(parameters)
+            else:
+                assert " ".join(inspect.getdoc(found).split()).startswith(answer)
+                assert answer[-1] in ".!?" and len(answer.split()) <= 20
+    assert len(seen) > 60
+
+
+def test_first_sentences():
+    assert first_sentence("Do it. Do more.") == "Do it."
+    assert first_sentence("Do it, i.e. begin\nnow.\n\nMore. And more.") == "Do it, i.e. begin now."
+    assert first_sentence("See a.b for (x.y). It") == "See a.b for (x.y)."
+    assert first_sentence("A title") == first_sentence("Words " * 20 + "end.") == ""
+    assert first_sentence("Why? Because.") == "Why?"
+
+
+def test_shopping_tables(test_items):
+    numbers = "one|two|three|four|five|six|seven|eight|nine|ten"
+    for question, answer in samples("shopping", test_items):
+        said = re.findall(rf"\b((?:{numbers}) \w+) of (\w+)", question)
+        assert answer == "".join(f"|{good}|{amount}" for amount, good in said) + "|"
+        assert all((amount.split()[0] == "one") != bool(re.search("s$", amount)) for amount, _ in said)
+
+
+def snake(name):
+    """Any style as snake_case."""
+    name = name.replace("-", "_")
+    return name.lower() if name.isupper() else re.sub("[A-Z]", lambda m: "_" + m[0].lower(), name)
+
+
+def test_names_in_their_styles(test_items):
+    shapes = {
+        "snake_case": "[a-z]+(_[a-z]+)+", "kebab-case": "[a-z]+(-[a-z]+)+",
+        "CONSTANT_CASE": "[A-Z]+(_[A-Z]+)+", "camelCase": "[a-z]+([A-Z][a-z]+)+",
+    }  # fmt: skip
+    met = set()
+    for question, answer in samples("naming", test_items):
+        name = re.search("`(.*)`", question)[1]
+        style = next(style for style in shapes if question.rstrip(".?").endswith(style))
+        assert re.fullmatch(shapes[style], answer) and name != answer and snake(name) == snake(answer)
+        met.add(style)
+    assert met == set(shapes)

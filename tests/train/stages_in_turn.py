@@ -1,0 +1,42 @@
+"""Runs fine-tuning stages one after the other in one process, or under torchrun in several:
+
+    python stages_in_turn.py STAGE ARGUMENTS.. [-- STAGE ARGUMENTS..]
+
+One start of Python for all of them: starting takes longer than training a tiny model.
+"""
+
+import importlib
+import sys
+
+import utils  # noqa: F401  first
+from train import machine
+from utils import distributed
+
+
+def main():
+    """All stages, on one group of processes."""
+    world = None
+
+    def start_once(device_type="cpu"):
+        nonlocal world
+        world = world or distributed_start(device_type)
+        return world
+
+    distributed_start, machine.distributed.start = distributed.start, start_once
+    calls, call = [], []
+    for word in sys.argv[1:]:
+        if word == "--":
+            calls.append(call)
+            call = []
+        else:
+            call.append(word)
+    for stage, *arguments in [*calls, call]:
+        module = importlib.import_module(f"train.{stage}")
+        module.finish = lambda: None
+        sys.argv = [stage, *arguments]
+        module.main()
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What the fine-tuning stages share: the model they start from, their dialogues, and the scores."""
+
+from dataclasses import dataclass
+
+from inference.evaluate import score_dialogues, score_skills
+from inference.generate import Generator
+from load_data.chat_data import ChatData, chosen_skills
+from load_data.chat_loader import ChatLoader, count_eval_rows, eval_chat_batches
+from load_data.skills import SFT_SKILLS
+from load_data.tokenizer import Tokenizer
+from model.tinyseek import TinySeek
+from train.cli import Command
+from train.engine import Stage, Trainer
+from train.evaluation import Evaluation
+from train.machine import Machine
+from utils.checkpoint import load_weights, weights_digest
+
+SCORED = 100  # items of each skill, before and after
+SCORED_DIALOGUES = 200  # of held-out dialogues, likewise
+
+
+@dataclass
+class Base:
+    """The model that a stage starts from."""
+
+    model: TinySeek
+    tokenizer: Tokenizer
+    record: dict  # digest and path: with them an adapter's checkpoint names its base
+
+
+def open_base(command: Command, machine: Machine) -> Base:
+    """The model and the tokenizer of `--init`; the model's settings are in the configuration already."""
+    init, path = command.init, command.init_path
+    tokenizer = Tokenizer.from_json(init["tokenizer"], str(path))
+    config = command.config.model
+    config.vocab_size = config.vocab_size or tokenizer.vocab_size
+    model = TinySeek(config)
+    load_weights(model, init["weights"], f"--init {path}")
+    record = {"digest": weights_digest(init["weights"]), "path": str(path)}
+    machine.say(f"base: {path} ({init.get('stage')}, weights {record['digest']})")
+    return Base(model, tokenizer, record)
+
+
+def dialogue_batches(data: ChatData, config, machine: Machine) -> tuple[ChatLoader, Evaluation]:
+    """Training batches, and the evaluation on held-out dialogues."""
+    machine.say("\n".join(data.summary))
+    train, length, world = config.train, config.data.sequence_length, machine.world
+    rows = {"packing": config.data.packing, "pad_id": data.tokenizer.pad_id}
+    loader = ChatLoader(
+        data.train, length, train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed, **rows
+    )
+
+    def held_out(max_batches):
+        return eval_chat_batches(data.val, length, train.batch_size, max_batches, world.rank, world.size, **rows)
+
+    count = count_eval_rows(data.val, length, config.data.packing)
+    return loader, Evaluation(held_out, count, train.batch_size, data.tokenizer, machine)
+
+
+def train_and_score(stage: Stage, data: ChatData, command: Command, machine: Machine) -> None:
+    """Train, and score greedy answers to questions that no training has seen, before and after."""
+    before = scores(stage.model, data, command, machine)
+    Trainer(stage, command.config, machine, command.out, command.resume).run()
+    after = scores(stage.model, data, command, machine)
+    if not machine.world.is_first:
+        return
+    width = max(map(len, after))
+    lines = [f"  {name:{width}} {before[name]:6.1f} -> {after[name]:5.1f}" for name in after]
+    machine.say("\n".join(["right answers to unseen questions, in percent, before -> after", *lines]))
+    text = "".join(f"{name}  before={before[name]:.2f}  after={after[name]:.2f}\n" for name in after)
+    (command.out / stage.name / "scores.txt").write_text(text, encoding="utf-8")
+
+
+def scores(model: TinySeek, data: ChatData, command: Command, machine: Machine) -> dict[str, float]:
+    """Percent of right answers: by skill, those of `sft_train` and those learned here; and on held-out
+    dialogues of files (`exact`; `items` where answers are tables). Only the first process looks."""
+    if not machine.world.is_first:
+        return {}
+    generator, found = Generator(model, data.tokenizer.eos_id), {}
+    skills = chosen_skills(command.config.data.paths)
+    if skills:
+        names = dict.fromkeys((*SFT_SKILLS, *skills))
+        found = score_skills(generator, data.template, names, SCORED)
+    elif data.val_dialogues:
+        some = data.val_dialogues[:SCORED_DIALOGUES]
+        tables = all(message["content"].startswith("|") for messages in some for message in messages[-1:])
+        for kind in ("exact", "items") if tables else ("exact",):
+            found[kind] = score_dialogues(generator, data.template, some, kind)
+    return {name: score.percent for name, score in found.items()}

@@ -1,0 +1,129 @@
+"""A gate over finished models: it learns to see from the question alone who will answer it best.
+
+    python train/gate_train.py                               over the adapters in out/ and their base
+    python train/gate_train.py --data a.jsonl b.jsonl --set gate.candidates='["base", "a.pkl", "b.pkl"]'
+    python inference/chat.py --gate out/TinySeek_Gate_final.pkl
+
+What makes this stage: its data are mixed dialogues, turn by turn, each with the loss that every candidate
+(adapters on one base, whole models, or the word `base`) has on its answer; its loss is cross-entropy between
+the gate and the candidate with the lowest; trainable is the gate alone, one small classifier on the base's
+hidden state where the question ends; it saves the gate, with hashes of the base and all candidates.
+"""
+
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
+
+import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
+import torch
+import torch.nn.functional as F
+
+from inference.gate import BASE, candidate_records, open_candidates
+from inference.load import Loaded, load_full
+from load_data.chat_data import prepare_chat
+from load_data.chat_loader import ChatLoader
+from load_data.loader import IGNORED
+from model.adapters import ADAPTERS
+from model.gated import GatedModel
+from modules.gate import choices
+from train.cli import parse_command
+from train.engine import Stage, Trainer
+from train.gate_data import answer_losses, gate_samples, question_ids, turns_of
+from train.machine import start_machine
+from utils.checkpoint import final_name, load_checkpoint, weights_digest
+from utils.distributed import finish
+from utils.errors import UserError, run_main
+
+STAGE, SHORT = "gate_train", "Gate"
+
+
+def main():
+    """Losses of all candidates, then a classifier."""
+    command = parse_command(STAGE, SHORT, __doc__, bases=("SFT", "Pre"))
+    config = command.config
+    machine = start_machine(config)
+    train, world, length = config.train, machine.world, config.data.sequence_length
+
+    base = load_full(command.init_path, machine.device)
+    config.gate.candidates = config.gate.candidates or adapters_beside(base)
+    candidates = open_candidates(config.gate.candidates, base)
+    machine.say(f"base: {base.path}\ncandidates: {', '.join(config.gate.candidates)}")
+    data = prepare_chat(config, base.tokenizer)
+    sides = [turns_of(side, base, length) for side in (data.train_dialogues, data.val_dialogues)]
+    tables = [answer_losses(candidates, turns, machine) for turns in sides]  # (turns, A) each
+    samples = [gate_samples(base, turns, table) for turns, table in zip(sides, tables, strict=True)]
+
+    model = GatedModel(base.model, len(candidates), config.gate.width)
+    own = frozenset(name for name in model.state_dict() if name.startswith("gate."))
+    loader = ChatLoader(
+        samples[0], length, train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed,
+        packing=config.data.packing, pad_id=base.tokenizer.pad_id,
+    )  # fmt: skip
+    record = {"digest": weights_digest(base.model.state_dict()), "path": str(base.path)}
+    stage = Stage(
+        name=STAGE, short=SHORT, model=model, loader=loader, loss=gate_loss,
+        evaluate=GateEvaluation([question_ids(base, turn) for turn in sides[1]], tables[1], machine),
+        tokenizer=base.tokenizer, data_digest=data.digest, trains=own.__contains__, own=own, keep_best=True,
+        base=record | {"candidates": candidate_records(candidates, base)},
+    )  # fmt: skip
+    Trainer(stage, config, machine, command.out, command.resume).run()
+    report(stage.evaluate, model, config.gate.candidates, machine)
+    machine.say(f"\nnext: python inference/chat.py --gate {command.out / final_name(SHORT)}")
+    finish()
+
+
+def adapters_beside(base: Loaded) -> list[str]:
+    """The base and all adapters of it that lie beside it."""
+    digest, found = weights_digest(base.model.state_dict()), []
+    for path in (base.path.parent / final_name(short) for short in ADAPTERS):
+        if path.is_file() and (load_checkpoint(path).get("base") or {}).get("digest") == digest:
+            found.append(str(path))
+    if not found:
+        raise UserError(
+            f"no adapter of {base.path} lies beside it, so there is nothing to choose from: train one with "
+            "python train/lora_train.py, or name candidates with --set gate.candidates='[\"base\", \"FILE\"]'"
+        )
+    return [BASE, *found]
+
+
+def gate_loss(model, batch: dict, step_tokens: float):
+    """Cross-entropy at the last token of each question; its label is the number of the best candidate."""
+    about = {key: batch[key] for key in ("position_ids", "document_ids", "padding_mask")}
+    place = batch["labels"] != IGNORED
+    logits, best = model(batch["input_ids"], **about)[place], batch["labels"][place]  # (N, A), (N,)
+    right = (logits.argmax(dim=1) == best).sum()
+    return {"ce": F.cross_entropy(logits, best, reduction="sum") / step_tokens}, {"acc": right / step_tokens}
+
+
+class GateEvaluation:
+    """`evaluation(model, max_batches)`: on held-out questions, how often the gate is right and what it loses.
+
+    questions: ids of each; table (N, A): what each candidate loses on its answer.
+    """
+
+    def __init__(self, questions: list[list[int]], table: torch.Tensor, machine):
+        self.questions, self.table, self.machine, self.batches = questions, table, machine, 1
+
+    def __call__(self, model, max_batches: int | None) -> dict[str, float]:
+        """All questions, in every process: they are few and short."""
+        logits = [model(torch.tensor([ids], device=self.machine.device))[0, -1] for ids in self.questions]
+        logits = torch.stack(logits).double().cpu()  # (N, A)
+        found = self.found = choices(self.table, logits)
+        loss = F.cross_entropy(logits, self.table.argmin(dim=1)).item()
+        return {"val_loss": loss, "val_acc": found["accuracy"], "val_regret": found["regret"]}
+
+
+def report(evaluation: GateEvaluation, model, names: list[str], machine) -> None:
+    """Nats per answer token: each candidate alone, the gate, and always choosing right."""
+    model.eval()
+    with torch.no_grad(), machine.autocast():
+        evaluation(model, None)
+    found = evaluation.found
+    rows = [*zip(names, found["alone"], strict=True), ("the gate", found["gate"]), ("always right", found["best"])]
+    machine.say("nats per token of held-out answers:")
+    for name, loss in rows:
+        machine.say(f"  {loss:.4f}  {name}")
+    share, regret = found["accuracy"], found["regret"]
+    machine.say(f"the gate is right on {share:.1%} of {len(evaluation.table)} turns and loses {regret:.4f} nats")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,193 @@
+"""What can be seen of a model before it runs: nothing hidden, nothing shared by accident, the right half
+frozen.
+
+A module owns the parameters and buffers that are registered in it. Only these follow `.to()`, reach the
+optimizer and are saved. A layer in a plain dictionary works in the forward all the same, gets gradients, and
+never learns; so does one that a filter of names froze by mistake. Both are found here by looking.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from types import FunctionType, ModuleType
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+
+TIES = (("lm_head.weight", "embed_tokens.weight"),)  # one matrix under both names, as ends of names
+DEPTH = 6  # how deep lists in dictionaries in objects are searched for hidden tensors
+CONTAINERS = (list, tuple, set, frozenset, deque)
+
+
+def check_model(model: nn.Module, batches=(), trains: Callable[[str], bool] = lambda name: True, ties=TIES):
+    """All checks below, before a run. Raises `UserError` naming the tensor."""
+    check_hidden(model)
+    check_shared(model, ties)
+    check_trainable(model, trains)
+    check_one_device(model, batches)
+    check_one_dtype(model)
+
+
+def check_trainable(model: nn.Module, trains: Callable[[str], bool]) -> None:
+    """Exactly those parameters require a gradient whose name `trains` says so of."""
+    learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    if not any(learning.values()):
+        raise UserError("no trainable parameter: everything is frozen, so there is nothing to learn")
+    if extra := [name for name, learns in learning.items() if learns and not trains(name)]:
+        raise UserError(
+            f"trainable, though this stage does not train it: {describe(model, extra)}; who filtered the "
+            "names?"
+        )
+    if frozen := [name for name, learns in learning.items() if not learns and trains(name)]:
+        raise UserError(
+            f"frozen, though this stage trains it: {describe(model, frozen)}; who filtered the names?"
+        )
+
+
+# --- hidden tensors -------------------------------------------------------------------------------
+
+
+def check_hidden(model: nn.Module) -> None:
+    """No parameter, module with parameters, or tensor with a gradient outside of what is registered."""
+    for name, buffer in model.named_buffers():
+        if buffer.requires_grad or isinstance(buffer, nn.Parameter):
+            raise UserError(f"{name} wants a gradient, but is a buffer, which no optimizer sees: {REGISTER}")
+    for where, value in hidden_parts(model):
+        device = next(value.parameters()).device if isinstance(value, nn.Module) else value.device
+        kind = f"{type(value).__name__} on {device}"
+        if isinstance(value, torch.Tensor) and not value.is_leaf:
+            raise UserError(
+                f"{where} ({kind}) was left by an earlier forward and holds its whole graph: detach it"
+            )
+        if isinstance(value, (nn.Module, nn.Parameter)) or value.requires_grad:
+            raise UserError(
+                f"{where} ({kind}) is kept in a plain attribute, list or dictionary, so .to(), the optimizer "
+                f"and the checkpoint never see it: {REGISTER}"
+            )
+
+
+REGISTER = "use nn.Parameter, nn.ParameterDict, nn.ModuleDict or nn.ModuleList"
+
+
+def hidden_parts(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | nn.Module]]:
+    """Each tensor, and each module with parameters, that a module holds without having registered it, with
+    its place: `layers.0.experts['e0']`. What is registered anywhere in the model is no secret."""
+    known = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute not in ("_parameters", "_buffers", "_modules"):
+                yield from search(value, f"{name}.{attribute}" if name else attribute, known)
+
+
+def search(value, where: str, seen: set[int], depth: int = 0):
+    """`hidden_parts` of one value. `seen`, ids of what was looked at already, stops at cycles."""
+    if value is None or isinstance(value, (str, int, float)) or id(value) in seen or depth > DEPTH:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor) or (isinstance(value, nn.Module) and list(value.parameters())):
+        yield where, value
+        return
+    parts = {}
+    if isinstance(value, Mapping):
+        parts = {f"{where}[{key!r}]": part for key, part in value.items()}
+    elif isinstance(value, CONTAINERS):
+        parts = {f"{where}[{index}]": part for index, part in enumerate(value)}
+    elif not isinstance(value, (type, FunctionType, ModuleType)):
+        parts = {f"{where}.{key}": part for key, part in getattr(value, "__dict__", {}).items()}
+    for place, part in parts.items():
+        yield from search(part, place, seen, depth + 1)
+
+
+# --- shared, saved --------------------------------------------------------------------------------
+
+
+def check_shared(model: nn.Module, ties=TIES) -> None:
+    """No two names for the same numbers, but for `ties`. `[Layer()] * n` is one layer n times."""
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        key = (parameter.device, parameter.data_ptr()) if parameter.data_ptr() else id(parameter)
+        names.setdefault(key, []).append(name)
+    for group in names.values():
+        tied = any(sorted(end for end in tie for name in group if name.endswith(end)) == sorted(tie)
+                   for tie in ties if len(tie) == len(group))  # fmt: skip
+        if len(group) > 1 and not tied:
+            raise UserError(
+                f"the same numbers under {len(group)} names: {describe(model, group)}; make one layer for "
+                "each place ([Layer()] * n is one layer n times), or share it on purpose under one name"
+            )
+
+
+def check_saved(model: nn.Module, saved_names) -> None:
+    """What training changes must be among the names that the stage saves: every trainable parameter, and the
+    bias of each trainable router. Raises `UserError` naming what would be lost."""
+    saved = set(saved_names)
+    changes = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    changes += [name for name, _ in model.named_buffers() if balances(model, name)]
+    if lost := [name for name in changes if name not in saved]:
+        raise UserError(
+            f"trained, but not saved: {describe(model, lost)}; the checkpoint would lose what it learns"
+        )
+
+
+def balances(model: nn.Module, name: str) -> bool:
+    """True for the bias that steers a router, if the router is trainable: it moves without a gradient."""
+    path, _, last = name.rpartition(".")
+    weight = getattr(model.get_submodule(path), "weight", None)
+    return last == "e_score_correction_bias" and weight is not None and weight.requires_grad
+
+
+# --- one device -----------------------------------------------------------------------------------
+
+
+def check_one_device(model: nn.Module, batches) -> None:
+    """Raise `UserError` naming the tensor that is not where the others are."""
+    places = {f"parameter {name}": parameter.device for name, parameter in model.named_parameters()}
+    places |= {f"buffer {name}": buffer.device for name, buffer in model.named_buffers()}
+    places |= {name: tensor.device for name, tensor in tensors_in(batches, "batches")}
+    if not places:
+        return
+    usual = Counter(places.values()).most_common(1)[0][0]
+    if odd := [f"{name} is on {device}" for name, device in places.items() if device != usual]:
+        raise UserError(f"everything must be on one device: {some(odd)}; the others are on {usual}")
+
+
+def check_one_dtype(model: nn.Module) -> None:
+    """The frozen base may be rounded as one likes; what learns together must have one number format."""
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    usual = Counter(dtypes.values()).most_common(1)[0][0]
+    if odd := [name for name, dtype in dtypes.items() if dtype != usual]:
+        raise UserError(
+            f"trainable parameters must have one dtype: {describe(model, odd)} is {dtypes[odd[0]]}, the "
+            f"others are {usual}"
+        )
+
+
+def tensors_in(value, where: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors within nested dictionaries, lists, tuples and dataclasses, with their places."""
+    if isinstance(value, torch.Tensor):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from tensors_in(part, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, part in enumerate(value):
+            yield from tensors_in(part, f"{where}[{index}]")
+    elif is_dataclass(value):
+        for item in fields(value):
+            yield from tensors_in(getattr(value, item.name), f"{where}.{item.name}")
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def describe(model: nn.Module, names: list[str]) -> str:
+    """The first few parameters, each with the kind of module it belongs to, and how many there are."""
+    kinds = [type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in names]
+    return some([f"{name} (in {kind})" for name, kind in zip(names, kinds)])
+
+
+def some(names: list[str], count: int = 3) -> str:
+    """The first names, and how many there are in all if there are more."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
