@@ -1,7 +1,7 @@
 """Every choice of a run, as dataclasses that check themselves.
 
-A run has one `RunConfig` with sections: `model`, `tokenizer`, `data`, `optim`, `train`, `balance`, and one for
-each stage with settings of its own: `lora`, `mixlora`, `prefix`, `gate`.
+A run has one `RunConfig` with sections: `model`, `tokenizer`, `data`, `optim`, `train`, `balance`, and one
+for each stage with settings of its own: `lora`, `mixlora`, `prefix`, `gate`.
 Presets (JSON files in `config/presets/`) and the command line fill it in; `config/load.py` does the filling.
 Field names follow Hugging Face where Hugging Face has the field, so that a reader meets known words.
 
@@ -280,7 +280,7 @@ class MixLoraConfig:
             )
         if self.num_experts_per_tok == 1 and self.num_experts > 1:
             raise UserError(
-                "mixlora.num_experts_per_tok=1 makes every weight 1, so that the router gets no gradient from "
+                "mixlora.num_experts_per_tok=1 makes every weight 1, so the router gets no gradient from "
                 "the language-model loss: use two experts or more"
             )
 

@@ -3,7 +3,7 @@
     python inference/chat.py                               the latest model in out/, line by line
     python inference/chat.py --prompt ">>> 12 + 7"         one text, then the end
     python inference/chat.py --checkpoint FILE --temperature 0
-    python inference/chat.py --adapter out/TinySeek_Lora_final.pkl      a base with an adapter; or with several
+    python inference/chat.py --adapter out/TinySeek_Lora_final.pkl     a base with an adapter; or with several
     python inference/chat.py --gate out/TinySeek_Gate_final.pkl         a gate chooses who answers each turn
 
 A pre-trained model continues the text that it is given; a fine-tuned one answers it, and remembers the turns
@@ -102,7 +102,9 @@ def main():
 def open_models(args, device):
     """The models that may answer, and who chooses: the base first where there are adapters."""
     named = args.adapter or ([args.gate] if args.gate else [])
-    path = args.checkpoint or (find_base(load_checkpoint(named[0]), named[0]) if named else find_model(args.out))
+    path = args.checkpoint or (
+        find_base(load_checkpoint(named[0]), named[0]) if named else find_model(args.out)
+    )
     base = load_full(path, device)
     does = "answers" if base.answers else "is pre-trained: it continues the text that it is given"
     step = f", step {base.about['step']:,}" if "step" in base.about else ""

@@ -35,7 +35,13 @@ class Conversation:
         stop: tuple[str, ...] = (),
         tell: Callable[[str], None] = lambda line: None,
     ):
-        self.models, self.generators, self.choose, self.stop, self.tell = models, generators, choose, stop, tell
+        self.models, self.generators, self.choose, self.stop, self.tell = (
+            models,
+            generators,
+            choose,
+            stop,
+            tell,
+        )
         self.messages, self.use = [], 0
 
     def say(self, text: str, params: SamplingParams, show: Callable[[str], None]) -> str:

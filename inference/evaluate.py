@@ -1,6 +1,6 @@
 """Scores: how many answers of a model are right, on questions that no training has seen.
 
-    python inference/evaluate.py                            every skill of fine-tuning, the latest model in out/
+    python inference/evaluate.py                         every skill of fine-tuning, the latest model in out/
     python inference/evaluate.py --skills arithmetic,lists --count 500
     python inference/evaluate.py --data dialogues.jsonl --score items
 
@@ -20,7 +20,7 @@ from inference.generate import Generator
 from inference.load import find_model, load_full
 from inference.sampling import SamplingParams
 from load_data.chat_data import prepare_chat
-from load_data.skills import SFT_SKILLS, SKILLS, is_right, scored_items
+from load_data.skills import SFT_SKILLS, SKILLS, is_right, scored_items, skill_named
 from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, run_main
 
@@ -101,7 +101,7 @@ def greedy_answers(generator, template, tasks: list[tuple[list[dict], str]]) -> 
         prompts = [template.prompt(tasks[number][0]) for number in batch]
         written = generator.generate(prompts, params, template.stop_ids)
         for number, ids in zip(batch, written, strict=True):
-            answers[number] = tokenizer.decode(one for one in ids if one not in template.stop_ids)
+            answers[number] = tokenizer.decode(ids)  # the stop id stands for no text
     return answers
 
 
@@ -174,6 +174,8 @@ def parse_command():
     if args.count < 1:
         raise UserError(f"--count {args.count} must be at least 1")
     args.skills = args.skills.split(",") if args.skills else [] if args.data else SFT_SKILLS
+    for name in args.skills:
+        skill_named(name)  # an unknown one shows before anything is loaded
     return args
 
 

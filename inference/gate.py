@@ -54,14 +54,18 @@ class Gate:
     def __init__(self, path: str | Path, base: Loaded):
         checkpoint = load_checkpoint(path)
         if checkpoint.get("short") != "Gate":
-            raise UserError(f"{path}: not a gate ({checkpoint.get('stage')}); train one with train/gate_train.py")
+            raise UserError(
+                f"{path}: not a gate ({checkpoint.get('stage')}); train one with train/gate_train.py"
+            )
         check_base(checkpoint, path, base)
         records = checkpoint["base"]["candidates"]
         paths = [self.find(record["path"], Path(path).parent) for record in records]
         self.base, self.models = base, open_candidates(paths, base)
         for record, model in zip(records, self.models, strict=True):
             if record["digest"] != weights_digest(model.model.state_dict()):
-                raise UserError(f"{path} was trained to choose {record['path']} as it was before: train it anew")
+                raise UserError(
+                    f"{path} was trained to choose {record['path']} as it was before: train it anew"
+                )
         self.names = [record["path"] for record in records]
         self.gated = GatedModel(base.model, len(records), checkpoint["config"]["gate"]["width"])
         own = {name for name in self.gated.state_dict() if name.startswith("gate.")}

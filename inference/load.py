@@ -15,6 +15,7 @@ from load_data.chat_template import ChatTemplate
 from load_data.tokenizer import Tokenizer
 from model.adapters import ADAPTERS, adapted, soft_tokens
 from model.tinyseek import TinySeek
+from modules.adapted_layer import fold
 from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint, load_weights, weights_digest
 from utils.errors import UserError
 
@@ -65,7 +66,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Ti
     if missing:
         raise UserError(f"{path}: not a full model, it has no {', '.join(missing)}")
     if checkpoint.get("base"):
-        raise UserError(f"{path}: an adapter of {checkpoint['stage']}, not a full model; use --adapter {path}")
+        raise UserError(
+            f"{path}: an adapter of {checkpoint['stage']}, not a full model; use --adapter {path}"
+        )
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"], str(path))
     config = from_dict(checkpoint["config"], str(path)).model
     config.vocab_size = config.vocab_size or tokenizer.vocab_size
@@ -112,6 +115,8 @@ def load_adapter(path: str | Path, base: Loaded) -> Loaded:
     check_base(checkpoint, path, base)
     config = from_dict(checkpoint["config"], str(path))
     model = adapted(base.model, checkpoint["short"], config, checkpoint.pop("weights"), str(path))
+    if checkpoint["short"] == "Lora":
+        fold(model, "default")  # plain layers again, which the fast decoder takes
     soft, ids = soft_tokens(checkpoint["short"], config), model.config.vocab_size
     template = ChatTemplate(base.tokenizer, config.data.template, soft, ids)
     return Loaded(model, base.tokenizer, config, Path(path), True, template, checkpoint)

@@ -101,7 +101,7 @@ class SpeculativeGenerator(Generator):
                     logits, hidden = self.verify([answer[-1], *drafts], cache)  # (1+g, V), (1+g, C)
                     new = accept(filtered_probs(logits, params, seen), q, drafts, sampler.generators[0])
                     self.drafted, self.accepted = self.drafted + length, self.accepted + len(new) - 1
-                    cache.crop([len(prompt) + len(answer) - 1 + len(new)])
+                    cache.crop([cache.lengths[0] - 1 - length + len(new)])
                     hidden, following = hidden[: len(new)], new
                     if sampler.seen is not None:
                         sampler.seen[0, new] = True

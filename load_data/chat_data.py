@@ -49,7 +49,8 @@ class ChatData:
     template: ChatTemplate
     train: list[Sample]
     val: list[Sample]
-    val_dialogues: list[Messages]  # what `val` was made from, in its order, not shortened
+    train_dialogues: list[Messages]  # what `train` was made from, in its order, not shortened
+    val_dialogues: list[Messages]
     summary: list[str]  # lines for a person
     digest: str  # identifies all ids, what is learned of them, and their order
 
@@ -61,13 +62,13 @@ def prepare_chat(config: RunConfig, tokenizer: Tokenizer, soft_tokens: int = 0) 
     data = config.data
     template = ChatTemplate(tokenizer, data.template, soft_tokens, config.model.vocab_size or None)
     names, files = chosen_skills(data.paths), chosen_files(data.paths)
-    samples, dialogues, shortened = {TRAIN: [], VAL: []}, [], {TRAIN: 0, VAL: 0}
+    samples, dialogues = {TRAIN: [], VAL: []}, {TRAIN: [], VAL: []}
+    shortened = {TRAIN: 0, VAL: 0}
     for side, messages in islice(split_dialogues(data, names, files), data.limit):
         sample, was_cut = encode(template, messages, data.sequence_length + 1)
         samples[side].append(sample)
         shortened[side] += was_cut
-        if side == VAL:
-            dialogues.append(messages)
+        dialogues[side].append(messages)
     summary = [f"skills: {', '.join(names)}"] if names else []
     summary += [f"{file}: {file.stat().st_size:,} bytes" for file in files]
     summary.append(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {tokenizer.digest}")
@@ -80,7 +81,8 @@ def prepare_chat(config: RunConfig, tokenizer: Tokenizer, soft_tokens: int = 0) 
             f"shortened to {data.sequence_length + 1} tokens"
         )
     digest = samples_digest(samples)
-    return ChatData(tokenizer, template, samples[TRAIN], samples[VAL], dialogues, summary, digest)
+    parts = (samples[TRAIN], samples[VAL], dialogues[TRAIN], dialogues[VAL])
+    return ChatData(tokenizer, template, *parts, summary, digest)
 
 
 def chosen_skills(paths: list[str]) -> list[str]:

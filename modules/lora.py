@@ -10,7 +10,8 @@ zero, so that training begins with the model as it is; A is random, or both woul
 (modules/adapter_switch.py); stacked experts have theirs in modules/lora_experts.py.
 
     names = add_lora(model, config, "default")      freeze_all_but(model, names)      ... train ...
-    switch_of(model).use("default")            merge, unmerge: into the weights and back
+    switch_of(model).use("default")                 who is used; this and the rest: modules/adapted_layer.py
+    merge(model, "default"), unmerge(model)         into the weights and back
     fold(model, "default")                          a plain model with the adapter in its weights
 
 Paper: Hu et al., arXiv 2106.09685. Names as in `peft`; parameters are called `<layer>.lora_A.<adapter>`, and

@@ -9,11 +9,15 @@
 A prefix reaches every layer directly: 2 L G D numbers per place. A prompt is read by the first layer only, as
 a text is, for C numbers; it is the best wording that no vocabulary could spell.
 
-Where to start decides how well both learn. With small random keys and values the prefix is worse than
-nothing: a score near 0 takes weight from real tokens, the value brings nothing for it, and the model has to
-be repaired before it can be steered. So both start as real text (as both papers advise): the prefix as the
-keys and values of n tokens of the vocabulary, the prompt as their embeddings. The model then starts as if it
-had read these tokens, a situation that it knows.
+Both start as text, as both papers advise: the prefix as keys and values that the model itself makes of n
+tokens, the prompt as embeddings of tokens. The model then begins as if it had read them, a situation that it
+knows. And a prefix wants large steps, with Adam about 0.1 or 0.3 where a weight takes 0.001, as keys and
+values have to travel a distance of 1 or so. Measured with n = 16 on a text of another kind (4 layers, 120
+steps, loss 5.27 without prefix):
+
+    starts as                 at first   with Adam's step 0.01   0.03    0.1     0.3
+    N(0, 0.02)                  5.28                      5.19   5.12    4.79    4.47
+    random tokens               5.29                      5.16   5.01    4.65    4.41
 
 Trap: keys are used as they are stored. Those that come from a text are turned to places 0..n-1 already, so
 real tokens stand at n, n+1, ..; each of several packed documents starts again at n, and sees the prefix.

@@ -84,8 +84,8 @@ def default_base(stage: str, bases: tuple, out: Path) -> Path:
             if (folder / final_name(base)).is_file():
                 return folder / final_name(base)
     raise UserError(
-        f"{stage} starts from a trained model, and there is no {final_name(bases[-1])} in {out}: train one with "
-        "python train/pre_train.py, or name one with --init CHECKPOINT"
+        f"{stage} starts from a trained model, and there is no {final_name(bases[-1])} in {out}: train one "
+        "with python train/pre_train.py, or name one with --init CHECKPOINT"
     )
 
 

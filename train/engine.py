@@ -171,7 +171,7 @@ class Trainer:
 
     def train(self, witness: WeightWitness) -> None:
         """Steps until a bound or a signal ends them."""
-        self.started = time.monotonic() - self.elapsed
+        self.started, self.began_at = time.monotonic() - self.elapsed, self.step - self.skipped
         before = {number: signal.signal(number, self.on_signal) for number in STOPPING}
         if self.step == 0:
             self.measure(1)  # the first batch of a process is slow and would make all look slow
@@ -442,6 +442,10 @@ class Trainer:
 
     def finish(self, witness: WeightWitness) -> None:
         """After the last step: weights must have moved; all held-out data; a last checkpoint."""
+        if self.step - self.skipped > self.began_at and not witness.steps:
+            raise UserError(
+                "no optimizer step was taken, as gradients overflowed each time: set train.dtype=bf16 or fp32"
+            )
         self.machine.say(witness.prove_moved())
         self.save()  # the evaluation may take a while, and somebody may lose patience
         self.evaluate(None)

@@ -94,7 +94,9 @@ class Evaluation:
 class LanguageModelEvaluation(Evaluation):
     """`Evaluation` on a row of held-out ids, `tokens` (N,), in windows of `sequence_length`."""
 
-    def __init__(self, tokens: np.ndarray, tokenizer: Tokenizer, sequence_length: int, batch_size: int, machine):
+    def __init__(
+        self, tokens: np.ndarray, tokenizer: Tokenizer, sequence_length: int, batch_size: int, machine
+    ):
         rank, size = machine.world.rank, machine.world.size
         windows = partial(eval_windows, tokens, sequence_length, batch_size, rank=rank, world_size=size)
         rows = -(-(len(tokens) - 1) // sequence_length)  # rounded up

@@ -47,11 +47,20 @@ def dialogue_batches(data: ChatData, config, machine: Machine) -> tuple[ChatLoad
     train, length, world = config.train, config.data.sequence_length, machine.world
     rows = {"packing": config.data.packing, "pad_id": data.tokenizer.pad_id}
     loader = ChatLoader(
-        data.train, length, train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed, **rows
+        data.train,
+        length,
+        train.batch_size,
+        train.accumulation_steps,
+        world.rank,
+        world.size,
+        train.seed,
+        **rows,
     )
 
     def held_out(max_batches):
-        return eval_chat_batches(data.val, length, train.batch_size, max_batches, world.rank, world.size, **rows)
+        return eval_chat_batches(
+            data.val, length, train.batch_size, max_batches, world.rank, world.size, **rows
+        )
 
     count = count_eval_rows(data.val, length, config.data.packing)
     return loader, Evaluation(held_out, count, train.batch_size, data.tokenizer, machine)

@@ -1,8 +1,8 @@
 """What a gate learns from: the turns of dialogues, what each candidate loses on their answers, and who wins.
 
-    dialogue of n turns -> n turns, each with all that was said before
-    table[turn, candidate] = mean cross-entropy of the turn's answer given all before it
-    sample: the ids of the question alone, its one label (at its last token) the candidate with the least loss
+dialogue of n turns -> n turns, each with all that was said before
+table[turn, candidate] = mean cross-entropy of the turn's answer given all before it
+sample: the ids of the question alone, its one label (at its last token) the candidate with the least loss
 """
 
 import numpy as np
@@ -46,7 +46,7 @@ def gate_samples(base: Loaded, turns: list[list[Message]], table: torch.Tensor) 
 def answer_losses(candidates: list[Loaded], turns: list[list[Message]], machine) -> torch.Tensor:
     """(turns, A) fp64: mean nats per token that each candidate loses on the last answer of each turn."""
     columns = []
-    for number, candidate in enumerate(candidates):
+    for candidate in candidates:
         machine.say(f"losses of {candidate.path} on {len(turns):,} turns")
         columns.append(losses_of(candidate, turns, machine))
     return torch.stack(columns, dim=1)
@@ -69,7 +69,9 @@ def losses_of(candidate: Loaded, turns: list[list[Message]], machine) -> torch.T
         real = torch.arange(width) < torch.tensor([len(rows[number][0]) for number in chosen])[:, None]
         place = {"device": machine.device}
         with machine.autocast():
-            output = candidate.model(ids.to(**place), labels=labels.to(**place), padding_mask=real.to(**place))
+            output = candidate.model(
+                ids.to(**place), labels=labels.to(**place), padding_mask=real.to(**place)
+            )
         counts = (labels != IGNORED).sum(dim=1).tolist()
         means = [part.double().mean() for part in output.nll.cpu().split(counts)]
         losses[chosen] = torch.stack(means)

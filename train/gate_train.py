@@ -79,7 +79,7 @@ def adapters_beside(base: Loaded) -> list[str]:
     if not found:
         raise UserError(
             f"no adapter of {base.path} lies beside it, so there is nothing to choose from: train one with "
-            "python train/lora_train.py, or name candidates with --set gate.candidates='[\"base\", \"FILE\"]'"
+            'python train/lora_train.py, or name candidates with --set gate.candidates=\'["base", "FILE"]\''
         )
     return [BASE, *found]
 
@@ -117,12 +117,15 @@ def report(evaluation: GateEvaluation, model, names: list[str], machine) -> None
     with torch.no_grad(), machine.autocast():
         evaluation(model, None)
     found = evaluation.found
-    rows = [*zip(names, found["alone"], strict=True), ("the gate", found["gate"]), ("always right", found["best"])]
+    rows = [*zip(names, found["alone"], strict=True)]
+    rows += [("the gate", found["gate"]), ("always right", found["best"])]
     machine.say("nats per token of held-out answers:")
     for name, loss in rows:
         machine.say(f"  {loss:.4f}  {name}")
     share, regret = found["accuracy"], found["regret"]
-    machine.say(f"the gate is right on {share:.1%} of {len(evaluation.table)} turns and loses {regret:.4f} nats")
+    machine.say(
+        f"the gate is right on {share:.1%} of {len(evaluation.table)} turns and loses {regret:.4f} nats"
+    )
 
 
 if __name__ == "__main__":

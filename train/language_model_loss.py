@@ -20,7 +20,7 @@ class LanguageModelLoss:
     """`loss(model, micro-batch, tokens of the step)` -> (terms, measures for the log).
 
     Args:
-        model: its trainable routers are balanced and moved by the loss-free bias, and its second head trained;
+        model: its trainable routers are balanced and moved by the loss-free bias, its second head trained;
             what is frozen, as under an adapter, is left alone.
         config: sections model, train (`mtp_weight`) and balance.
         machine: autocast of the counting pass.
@@ -52,8 +52,12 @@ class LanguageModelLoss:
             with torch.random.fork_rng(devices), torch.no_grad(), self.machine.autocast():
                 for batch in micro_batches:
                     output = self.forward(model, batch)
-                    self.balancer.count(output.routings, real_tokens(batch))
+                    self.balancer.count(self.learning(output), real_tokens(batch))
             self.balancer.finish_counting()
+
+    def learning(self, output) -> list:
+        """The routings of the routers that learn: all, or less that of a frozen second head, the last."""
+        return output.routings[: len(self.balancer.routers)]
 
     def forward(self, model, batch: dict):
         """The model's output for all that a batch says about its tokens."""
@@ -69,7 +73,7 @@ class LanguageModelLoss:
             measures["mtp"] = output.mtp_loss_sum / step_tokens  # the log shows it as it is, without lambda
             terms["mtp"] = self.mtp_weight * measures["mtp"]
         if self.balancer is not None:
-            balance_terms, balance_measures = self.balancer.loss(output.routings, real_tokens(batch))
+            balance_terms, balance_measures = self.balancer.loss(self.learning(output), real_tokens(batch))
             terms |= balance_terms
             measures |= balance_measures
         return terms, measures

@@ -1,6 +1,6 @@
 """MixLoRA: a frozen model becomes a mixture of experts, each of which is a LoRA of its feed-forward.
 
-    python train/mixlora_train.py                               two new skills for the fine-tuned model in out/
+    python train/mixlora_train.py                      two new skills for the fine-tuned model in out/
     python train/mixlora_train.py --set mixlora.num_experts=4 --set mixlora.shared_expert=true --out out/four
     python inference/chat.py --adapter out/TinySeek_MixLora_final.pkl
 

@@ -11,7 +11,7 @@ import torch
 from config.schema import OptimConfig
 from modules.muon import Muon
 
-TABLES = ("embed_tokens.weight", "lm_head.weight", ".gate.weight")
+TABLES = ("embed_tokens.weight", "lm_head.weight", ".gate.weight", "embed_tokens.prompt")
 
 
 def build_optimizers(model: torch.nn.Module, optim: OptimConfig) -> list[torch.optim.Optimizer]:

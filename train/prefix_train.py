@@ -1,7 +1,7 @@
 """Prefix tuning: the smallest of adapters, learned keys and values that every token can look at.
 
     python train/prefix_train.py                                a new skill for the fine-tuned model in out/
-    python train/prefix_train.py --set prefix.kind=prompt --out out/prompt      learned embeddings after the roles
+    python train/prefix_train.py --set prefix.kind=prompt --out out/prompt     embeddings after the roles
     python inference/chat.py --adapter out/TinySeek_Prefix_final.pkl
 
 What makes this stage: its data and its loss are those of sft_train.py; trainable are `prefix.length` keys and

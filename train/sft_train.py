@@ -1,6 +1,6 @@
 """Supervised fine-tuning (SFT): a model that continues text learns to answer.
 
-    python train/sft_train.py                              from the pre-trained model in out/, on embedded skills
+    python train/sft_train.py                              the pre-trained model in out/, on embedded skills
     python train/sft_train.py --data dialogues.jsonl --init out/book/TinySeek_Pre_final.pkl --out out/book
     python load_data/show.py                               what the model sees, and which tokens it learns
 

@@ -191,7 +191,10 @@ def why_unreadable(error: Exception) -> str:
 
 
 def load_weights(
-    module: torch.nn.Module, state_dict: dict[str, torch.Tensor], where: str, names: Collection[str] | None = None
+    module: torch.nn.Module,
+    state_dict: dict[str, torch.Tensor],
+    where: str,
+    names: Collection[str] | None = None,
 ) -> None:
     """Copy `state_dict` into `module`, all of it and nothing else; `where` names its source in the error.
 

@@ -187,12 +187,13 @@ class Trial:
                 )
             raise UserError(f"{term} depends on a tensor that is no parameter of the copy: {what}")
 
-    def gradients(self, term: str, loss: torch.Tensor, keep_graph: bool = False) -> dict[str, torch.Tensor]:
-        """The gradients of one term, by name."""
+    def gradients(self, term: str, loss: torch.Tensor, names, keep_graph: bool = False):
+        """The gradients that one term gives to these parameters, by name."""
         self.model.zero_grad(set_to_none=True)
-        loss.backward(retain_graph=keep_graph)
-        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        self.model.zero_grad(set_to_none=True)
+        inputs = [self.parameters[name] for name in names if self.parameters[name].requires_grad]
+        loss.backward(retain_graph=keep_graph, inputs=inputs)  # no work for others
+        gradients = {name: self.parameters[name].grad for name in names}
+        gradients = {name: gradient for name, gradient in gradients.items() if gradient is not None}
         if broken := [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]:
             raise UserError(f"{term} gives gradients that are not finite: {describe(self.model, broken)}")
         return gradients
@@ -202,7 +203,7 @@ class Trial:
         the stacks of experts, how many got nothing from any term (no token chose them)."""
         reached, used = {}, {}  # used: for each stack of experts, which of them got a gradient
         for term, loss in self.forward().items():
-            gradients = self.gradients(term, loss, keep_graph=True)
+            gradients = self.gradients(term, loss, self.parameters, keep_graph=True)
             hits = agreed([name in gradients and bool(gradients[name].any()) for name in self.parameters])
             reached[term] = {name for name, hit in zip(self.parameters, hits) if hit}
             if woken := sorted(reached[term] - self.trainable.keys()):
@@ -242,7 +243,7 @@ class Trial:
 
     def with_gradient(self, names: list[str]) -> list[str]:
         """Those of `names` that the whole loss gives a gradient now."""
-        gradients = self.gradients("loss", sum(self.forward().values()))
+        gradients = self.gradients("loss", sum(self.forward().values()), names)
         hits = agreed([name in gradients and bool(gradients[name].any()) for name in names])
         return [name for name, hit in zip(names, hits) if hit]
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from load_data.reserved import is_reserved, unit_hash
 
 TRAIN, VAL, TEST = SIDES = ("train", "val", "test")
-# As in worked_examples.py, in any spacing; a longer number or a name beside it makes it another sum.
-SMALL_SUM = re.compile(r"(?<![\w.])(?=(\d{1,2} ?[+-] ?\d{1,2})(?![\w.]))")
+# Sums of two small numbers, overlapping ones too, in any spacing; a longer number, a decimal or a name at
+# either end makes another sum of it.
+SMALL_SUM = re.compile(r"(?<![\w.])(?=(\d{1,2} ?[+-] ?\d{1,2})(?!\w|\.\d))")
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from load_data.skills.common import Sample, Skill, by_side
 NAME = "TinySeek"
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 OPENINGS = {
-    "en": ("", "", "Hi! ", "Hello! ", "Hey, ", "Hello, ", "Hi there, ", "Good morning! ", "Good evening! ")
+    "en": ("Hi! ", "Hello! ", "Hey, ", "Good day! ", "Hi there, ", "Good morning! ", "Good evening! ")
     + ("Excuse me, ", "Sorry, ", "Please tell me: ", "Tell me, ", "A question: ", "By the way, ", "So, ")
     + ("Good afternoon! ", "Quick question: ", "Just curious: ", "One more thing, "),
-    "zh": ("", "", "你好，", "您好，", "你好！", "嗨，", "早上好，", "晚上好，", "请问，", "打扰一下，")
+    "zh": ("你好，", "您好，", "嘿，", "嗨，", "早上好，", "晚上好，", "请问，", "打扰一下，")
     + ("请告诉我，", "我想问一下，", "对了，", "顺便问一下，", "那么，", "问个问题：")
     + ("下午好！", "我很好奇，", "我想知道，", "哈喽，"),
 }
@@ -163,7 +163,7 @@ QUESTIONS = {
 def make(rng: random.Random) -> Sample:
     """One question, with or without its last sign, at times without capitals."""
     language = rng.choice(("en", "zh"))
-    opening = rng.choice(OPENINGS[language])
+    opening = rng.choice(OPENINGS[language]) if rng.random() < 0.6 else ""
     core, answer = rng.choice(QUESTIONS[language])
     key = f"who: {core}"
     if not is_reserved(key):

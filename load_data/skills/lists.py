@@ -11,12 +11,12 @@ from load_data.skills.common import Sample, Skill, by_side, is_exact
 
 COUNTS, COUNT_WEIGHTS = (1, 2, 3, 4, 5), (1, 3, 4, 2, 1)
 FILLERS = {  # what else is in the sentence
-    "who": "my sister,our teacher,the old man,her brother,a friend,the neighbour,Anna,Tom".split(","),
-    "where": "in the kitchen,on the table,at home,near the station,behind the door,in town".split(","),
-    "when": "today,tomorrow,on Sunday,after work,this morning,before dinner,next week".split(","),
-    "谁": "我妹妹 老师 爷爷 邻居 小王 小李 妈妈 同事".split(),
-    "哪里": "在桌上 在家里 在门口 在楼下 在学校 在路边".split(),
-    "何时": "今天 明天 周末 下班后 早上 晚饭前".split(),
+    "who": ("my sister", "our teacher", "the old man", "her brother", "a friend", "the neighbour", "Anna"),
+    "where": ("in the kitchen", "on the table", "at home", "near the station", "behind the door", "in town"),
+    "when": ("today", "tomorrow", "on Sunday", "after work", "this morning", "before dinner", "next week"),
+    "谁": ("我妹妹", "老师", "爷爷", "邻居", "小王", "小李", "妈妈", "同事"),
+    "哪里": ("在桌上", "在家里", "在门口", "在楼下", "在学校", "在路边"),
+    "何时": ("今天", "明天", "周末", "下班后", "早上", "晚饭前"),
 }
 ENGLISH = {  # domain: its things, and sentences for them
     "food": (
@@ -40,7 +40,8 @@ ENGLISH = {  # domain: its things, and sentences for them
         "In this book there are {} and no people.",
     ),
     "tools": (
-        "hammers nails screws saws pliers ropes ladders brushes buckets shovels rakes drills wires lamps keys "
+        "hammers nails screws saws pliers ropes ladders brushes buckets shovels rakes drills wires lamps "
+        "keys "
         "knives scissors needles pens pencils rulers erasers notebooks folders tapes clips",
         "Bring {} to the office {when}.",
         "{who} left {} {where}.",
@@ -60,7 +61,8 @@ ENGLISH = {  # domain: its things, and sentences for them
 }
 CHINESE = {
     "food": (
-        "苹果 牛奶 面包 鸡蛋 大米 香蕉 土豆 番茄 白菜 胡萝卜 洋葱 蘑菇 豆腐 牛肉 鸡肉 鱼 虾 面条 饺子 包子 茶 咖啡 果汁 水 "
+        "苹果 牛奶 面包 鸡蛋 大米 香蕉 土豆 番茄 白菜 胡萝卜 洋葱 蘑菇 豆腐 牛肉 鸡肉 鱼 虾 面条 饺子 包子 "
+        "茶 咖啡 果汁 水 "
         "盐 糖 醋 酱油 葡萄 西瓜 梨 桃子 橙子 柠檬 花生 饼干",
         "我要买{}。",
         "请帮我买{}。",
@@ -70,7 +72,8 @@ CHINESE = {
         "厨房里还有{}。",
     ),
     "animals": (
-        "猫 狗 马 牛 羊 猪 鸡 鸭 鹅 兔子 老鼠 狐狸 狼 熊 鹿 狮子 老虎 猴子 大象 蛇 青蛙 乌龟 鹰 蜜蜂 蚂蚁 鲸鱼 熊猫 骆驼",
+        "猫 狗 马 牛 羊 猪 鸡 鸭 鹅 兔子 老鼠 狐狸 狼 熊 鹿 狮子 老虎 猴子 大象 蛇 青蛙 乌龟 鹰 蜜蜂 蚂蚁 "
+        "鲸鱼 熊猫 骆驼",
         "{何时}我看见了{}。",
         "{谁}养了{}。",
         "农场里有{}。",
@@ -78,7 +81,8 @@ CHINESE = {
         "这本书里有{}，没有人。",
     ),
     "tools": (
-        "锤子 钉子 锯子 钳子 绳子 梯子 刷子 水桶 铲子 电线 灯泡 钥匙 剪刀 针 铅笔 钢笔 尺子 橡皮 本子 胶带 雨伞 毛巾 牙刷 "
+        "锤子 钉子 锯子 钳子 绳子 梯子 刷子 水桶 铲子 电线 灯泡 钥匙 剪刀 针 铅笔 钢笔 尺子 橡皮 本子 胶带 "
+        "雨伞 毛巾 牙刷 "
         "肥皂 杯子 盘子 勺子 筷子",
         "{何时}把{}带到办公室。",
         "{谁}把{}忘{哪里}了。",
@@ -87,7 +91,8 @@ CHINESE = {
         "{谁}能借我{}吗？",
     ),
     "cities": (
-        "北京 上海 广州 深圳 成都 重庆 杭州 南京 武汉 西安 天津 苏州 青岛 大连 厦门 昆明 长沙 郑州 济南 福州 巴黎 伦敦 罗马 "
+        "北京 上海 广州 深圳 成都 重庆 杭州 南京 武汉 西安 天津 苏州 青岛 大连 厦门 昆明 长沙 郑州 济南 "
+        "福州 巴黎 伦敦 罗马 "
         "柏林 东京 首尔 悉尼 纽约",
         "火车经过{}。",
         "{谁}去过{}。",

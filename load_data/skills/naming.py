@@ -8,11 +8,15 @@ import random
 
 from load_data.skills.common import Sample, Skill, by_side, is_exact
 
-FIRST = "add build check clear close copy count create delete draw fetch find format get load make merge move "
+FIRST = (
+    "add build check clear close copy count create delete draw fetch find format get load make merge move "
+)
 FIRST += "open parse print read remove render save send set show sort split start stop store update write"
 MIDDLE = "active all base big cached current default empty extra fast file first free global html http "
 MIDDLE += "input json last local main max min new next old open page raw safe small temp text user web"
-LAST = "bytes cache color count data date error event field file frame group header image index item key line "
+LAST = (
+    "bytes cache color count data date error event field file frame group header image index item key line "
+)
 LAST += "list map mode name node order page path point queue range rate row size state table time token value"
 STYLES = {
     "snake_case": "_".join,

@@ -8,7 +8,7 @@ import random
 
 from load_data.skills.common import Sample, Skill, by_side, is_exact
 
-NUMBERS = "one two three four five six seven eight nine ten".split()
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 UNITS = {  # one, several, and what is sold in it
     ("bottle", "bottles"): "milk water juice wine vinegar ketchup lemonade shampoo",
     ("loaf", "loaves"): "bread",

@@ -61,6 +61,7 @@ def test_the_summary_counts(run_config, write):
     path = write("a.jsonl", dialogues(1200) + [{"messages": turns("x" * 300, "y")}])
     data = prepare_chat(run_config(path, sequence_length=100, val_fraction=0.01), TOKENIZER)
     summary = "\n".join(data.summary)
+    assert max(len(one.ids) for one in data.train) == 101  # inputs and labels fill a row of 100
     for side, part in (("train", data.train), ("val", data.val)):
         tokens, learned = sum(len(one.ids) for one in part), sum(one.targets.sum() for one in part)
         line = f"{side}: {len(part):,} dialogues, {tokens:,} tokens, {learned:,} of them learned, "
@@ -282,7 +283,7 @@ def test_a_row_without_room_for_markers_is_an_error():
     messages = turns("question", "answer")
     with pytest.raises(UserError, match=r"data.sequence_length=19 is too short .* raise it, to \d+"):
         encode(template, messages, 20)
-    for room in range(5, 40):  # never without anything to learn
+    for room in range(3, 40):  # never without anything to learn
         try:
             ids, targets = cut_turn(ChatTemplate(TOKENIZER), turns("question " * 9, "answer " * 9), room)
         except UserError:
@@ -307,6 +308,8 @@ def test_the_digest_says_everything(run_config, write):
         {TRAIN: [sample([1, 2, 3], [0, 0, 1]), two], VAL: [one]},
         {TRAIN: [sample([1, 2, 7], [0, 1, 1]), two], VAL: [one]},
         {TRAIN: [sample([1, 2, 3, 4, 5], [0, 1, 1, 0, 1])], VAL: [one]},
+        {TRAIN: [sample([0], [0]), sample([0, 0], [0, 0])], VAL: []},
+        {TRAIN: [sample([0, 0], [0, 0]), sample([0], [0])], VAL: []},
     ]
     digests = [samples_digest(part) for part in variants]
     assert len(set(digests)) == len(digests) and all(len(one) == 16 for one in digests)

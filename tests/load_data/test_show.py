@@ -86,8 +86,15 @@ def test_by_default_there_are_three(data, write, monkeypatch, capsys):
         "dialogue 0: 9 places", "dialogue 1: 26 places", "dialogue 2: 15 places"
     ]  # fmt: skip
     few = write("few.jsonl", [{"messages": TALKS[0]}, {"messages": held_out()}])
-    out = run(monkeypatch, capsys, "--data", few)[1]
+    code, out, _ = run(monkeypatch, capsys, "--data", few)
+    assert code == 0
     assert "1 dialogues for training" in out and out.count("dialogue 0") == 1 and "dialogue 1" not in out
+
+
+def test_as_many_dialogues_of_a_skill_as_needed(data, monkeypatch, capsys):
+    monkeypatch.setattr(show, "FEWEST", 5)
+    out = run(monkeypatch, capsys, "--data", "skills:lists", "--index", 6, 0)[1]
+    assert "; 7 dialogues for training" in out and out.index("dialogue 6") < out.index("dialogue 0")
 
 
 def held_out():

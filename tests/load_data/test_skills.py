@@ -20,11 +20,11 @@ from load_data.skills import (
     scored_items,
     training_dialogues,
 )
-from load_data.skills.docstrings import first_sentence
+from load_data.skills.docstrings import entry, first_sentence
 from utils.errors import UserError
 
 CHINESE = re.compile("[\u4e00-\u9fff]")
-SUM = re.compile(r"(?<![\w.])(\d{1,2})\s*([+-])\s*(?=(\d{1,2})(?![\w.]))")
+SUM = re.compile(r"(?<![\w.])(\d{1,2})\s*([+-])\s*(?=(\d{1,2})(?!\w|[.]\d))")
 WORDED = re.compile(r"(\d+) (?:and|plus|minus|加|减) (\d+)")
 
 
@@ -59,7 +59,7 @@ def samples(name, items, count=1500):
 
 
 def sums_in(text):
-    """Every sum of two small numbers that can be read in a text, in signs or words, as `a + b` and `a - b`."""
+    """Every sum of two small numbers that can be read in a text, in signs or in words, as `a + b`."""
     found = {f"{a} {sign} {b}" for a, sign, b in SUM.findall(text)}
     for a, b in WORDED.findall(text):
         found.add(f"{a} {'-' if re.search('minus|减', text) else '+'} {b}")
@@ -95,8 +95,8 @@ def test_the_arguments_decide(dialogues):
 
 def test_the_seed_means_the_same_in_every_process():
     """Not Python's own hash, which differs from process to process."""
-    first = next(iter(training_dialogues(["arithmetic"], 1, 0)))
-    assert first == FIRST
+    questions = [messages[0]["content"] for messages in training_dialogues(["arithmetic"], 3, 0)]
+    assert questions == [">>> 66-1", "What is 89-82?", "What is 84 - 77?"]
 
 
 def test_only_the_named_skills_are_trained():
@@ -132,22 +132,18 @@ def test_items_are_distinct_and_as_many_as_asked(test_items):
 
 def test_no_reserved_sum_is_in_the_training_text(dialogues):
     """Of any skill, inside larger expressions, in docstrings, without spaces, in words."""
-    reserved = [
-        one for d in dialogues for m in d for one in sums_in(m["content"]) if is_reserved(one)
-    ]
+    reserved = [one for d in dialogues for m in d for one in sums_in(m["content"]) if is_reserved(one)]
     assert reserved == []
 
 
-def test_no_part_of_a_training_expression_is_reserved(trained):
-    worked_out = (ast.BinOp, ast.Compare, ast.Call, ast.Subscript, ast.BoolOp, ast.UnaryOp)
-    expressions = {q for q, _ in trained if q.startswith(">>> ")}
-    assert len(expressions) > 1500
-    for question in expressions:
-        if not re.match(r"[-\d'\[(nTFslm]", question[4:]):
-            continue
-        for node in ast.walk(ast.parse(question[4:].removesuffix("?").removesuffix("= ").rstrip("= 多少？"),
-                                       mode="eval")):  # fmt: skip
-            assert not (isinstance(node, worked_out) and is_reserved(ast.unparse(node))), question
+def test_no_part_of_a_training_expression_is_reserved():
+    worked_out = (ast.BinOp, ast.Compare, ast.Call, ast.Subscript, ast.BoolOp)
+    questions = {m["content"] for d in training_dialogues(["expressions"], 4000, 0) for m in d[::2]}
+    assert len(questions) > 4000
+    for expression in map(written, questions):
+        nodes = ast.walk(ast.parse(expression, mode="eval"))
+        parts = [ast.unparse(node) for node in nodes if isinstance(node, worked_out)]
+        assert not any(map(is_reserved, (expression, *parts))), expression
 
 
 def keys(name, pairs):
@@ -197,7 +193,21 @@ def test_sides_are_disjoint(name, dialogues, trained, test_items):
 def test_the_first_questions_of_all_are_trained(trained):
     """Held out by accident, they would be what everybody asks first."""
     questions = {q for q, _ in trained}
-    assert {"你是谁？", "Who are you?", "What is your name?", "你叫什么名字？", "Are you ChatGPT?"} <= questions
+    assert {
+        "你是谁？",
+        "Who are you?",
+        "What is your name?",
+        "你叫什么名字？",
+        "Are you ChatGPT?",
+    } <= questions
+
+
+def test_some_identity_questions_are_held_out_with_every_opening():
+    """So that not every test question is a known one after another greeting."""
+    questions = [m["content"].lower() for d in training_dialogues(["identity"], 10_000, 0) for m in d[::2]]
+    cores = [core.lower()[:-1] for pairs in identity.QUESTIONS.values() for core, _ in pairs]
+    unseen = [core for core in cores if not any(core in question for question in questions)]
+    assert 4 <= len(unseen) <= 20
 
 
 # --- answers ----------------------------------------------------------------------------------------------
@@ -210,7 +220,10 @@ def test_identity_names_tinyseek_in_the_language_of_the_question(test_items):
         assert "TinySeek" in answer and bool(CHINESE.search(question)) == bool(CHINESE.search(answer))
     english = Item("identity", [{"role": "user", "content": "Are you Qwen"}], "")
     chinese = Item("identity", [{"role": "user", "content": "你是 Qwen 吗"}], "")
-    for item, right, wrong in ((english, "Hi, TinySeek.", "我叫 TinySeek。"), (chinese, "叫 TinySeek", "TinySeek")):
+    for item, right, wrong in (
+        (english, "Hi, TinySeek.", "我叫 TinySeek。"),
+        (chinese, "叫 TinySeek", "TinySeek"),
+    ):
         assert is_right(item, right) and not is_right(item, wrong)
         assert not is_right(item, right.replace("TinySeek", "tinyseek"))
     for language in ("en", "zh"):
@@ -225,7 +238,7 @@ def test_arithmetic_is_right(test_items):
         (left, sign, right), *more = (one.split() for one in sums_in(question))
         assert not more and Fraction(answer) == Fraction(left) + (1 if sign == "+" else -1) * int(right)
     one_digit = [q for q, _ in pairs if re.fullmatch(r"\D*\d\D+\d\D*", q)]
-    assert 0.2 < len(one_digit) / len(pairs) < 0.45
+    assert 0.07 < len(one_digit) / len(pairs) < 0.2
     assert 0.4 < sum("-" in q or "减" in q or "minus" in q for q, _ in pairs) / len(pairs) < 0.6
 
 
@@ -243,7 +256,7 @@ def test_lists_are_those_of_the_sentence(test_items):
         for words, *sentences in language.values():
             pools[language is lists.CHINESE] += words.split()
             assert len(sentences) >= 5
-    for chinese, pool in pools.items():
+    for pool in pools.values():
         assert len(set(pool)) == len(pool) >= 110
     for question, answer in pairs:
         things = ast.literal_eval(answer)
@@ -268,7 +281,7 @@ def test_expressions_are_what_python_says(test_items):
 
 def test_docstrings_are_those_of_the_modules(test_items):
     """The interpreter's own signatures and docstrings, where a module can be imported without a fuss."""
-    modules = {"textwrap", "json", "string", "queue", "heapq", "bisect", "calendar", "csv", "shutil", "copy"}
+    modules = {"textwrap", "json", "string", "queue", "shlex", "calendar", "csv", "shutil", "copy"}
     seen = set()
     for question, answer in samples("docstrings", test_items, 12_000):
         name = re.search("`(.*)`", question)[1]
@@ -286,7 +299,9 @@ def test_docstrings_are_those_of_the_modules(test_items):
             if answer.startswith(name + "("):
                 parameters = inspect.signature(found).parameters
                 args = ast.parse(f"def f{answer.removeprefix(name)}: pass").body[0].args
-                named = [a for a in (*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg) if a]
+                named = [
+                    a for a in (*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg) if a
+                ]
                 assert [a.arg for a in named] == list(parameters)
             else:
                 assert " ".join(inspect.getdoc(found).split()).startswith(answer)
@@ -300,6 +315,14 @@ def test_first_sentences():
     assert first_sentence("See a.b for (x.y). It") == "See a.b for (x.y)."
     assert first_sentence("A title") == first_sentence("Words " * 20 + "end.") == ""
     assert first_sentence("Why? Because.") == "Why?"
+
+
+def test_what_is_private_long_or_reserved_is_no_entry():
+    assert entry("m.f(a)\nGives 1 + 7. More.\n") == ("m.f", "Gives 1 + 7.", "m.f(a)")
+    assert entry("class m.C\nA thing.\n") == ("m.C", "A thing.", "")
+    assert is_reserved("1 + 8") and not is_reserved("1 + 7")
+    for document in ("m.f(a)\nGives 1 + 8.", "m.f(a=1+8)\nGives.", "m._f(a)\nGives.", "class m.C\nA title"):
+        assert entry(document + "\n") is None
 
 
 def test_shopping_tables(test_items):

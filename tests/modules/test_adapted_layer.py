@@ -79,7 +79,7 @@ def test_a_merged_model_may_be_moved():
     wide = bits(copy.deepcopy(model).double())
     merge(model, "small")
     unmerge(model.double())
-    assert same(wide, bits(model))
+    assert same(wide, bits(model)) and {p.dtype for p in model.parameters()} == {torch.float64}
 
 
 def test_what_cannot_be_merged():

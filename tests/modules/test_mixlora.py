@@ -14,7 +14,7 @@ from config.schema import BalanceConfig, MixLoraConfig
 from inference.fast_decoder import supports
 from model.tinyseek import TinySeek
 from modules.load_balancer import LoadBalancer
-from modules.mixlora import PROJECTIONS, LoraExperts, MixLoraMLP, MixLoraMoE, add_mixlora, merge_shared
+from modules.mixlora import PROJECTIONS, LoraStack, MixLoraMLP, MixLoraMoE, add_mixlora, merge_shared
 from modules.mlp import SwiGLU
 from tests.modules.tools import shake, small_config
 from utils.errors import UserError
@@ -145,7 +145,7 @@ def test_it_starts_as_the_base_and_as_lora_starts():
     """B is zero; A of each expert is of the size of `peft`'s, and no two are alike."""
     torch.manual_seed(0)
     linear = nn.Linear(50, 20, bias=False)
-    adapter = LoraExperts(linear, 40, MixLoraConfig(r=4))
+    adapter = LoraStack(linear, 40, MixLoraConfig(r=4))
     bound = 50**-0.5
     assert not adapter.lora_B.any() and adapter.lora_B.shape == (40, 20, 4)
     assert 0.98 * bound < adapter.lora_A.abs().max() <= bound

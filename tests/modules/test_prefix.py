@@ -12,6 +12,7 @@ from inference.fast_decoder import supports
 from inference.generate import Generator
 from inference.sampling import SamplingParams
 from model.tinyseek import TinySeek
+from modules.attention_context import build_context
 from modules.prefix import PrefixEncoder, add_prefix
 from tests.model.test_tinyseek import text, twins
 from tests.modules.tools import shake, small_config
@@ -130,18 +131,19 @@ def test_every_packed_document_is_the_document_alone_with_the_prefix(changes):
         same(got, expected)
 
 
-@pytest.mark.parametrize("changes", [{}, MOE, {"rope_interleaved": True}], ids=str)
+@pytest.mark.parametrize("changes", [{"dropout": 0.3}, MOE, {"rope_interleaved": True}], ids=str)
 def test_it_starts_as_the_text_it_was_taken_from(changes):
     """With a prefix made of n tokens, and with a prompt made of them, a text's logits are those that follow
     these tokens; what a role's marker is followed by is the same in the middle."""
     model, front = shake(TinySeek(small_config(**changes))).double(), text(1, 6, seed=4)
-    model.train()
     ids = text(2, 5)
     whole = torch.cat([front.expand(2, -1), ids], dim=1)
-    expected = model(whole).logits
+    expected = model.eval()(whole).logits
+    model.train()
     prompted = copy.deepcopy(model)
     assert add_prefix(model, PrefixConfig(length=6), front[0].tolist()) == ["prefix.keys", "prefix.values"]
     assert model.training and model.model.layers[0].mlp.training and model.prefix_length == 6
+    model.eval(), prompted.eval()
     same(model(ids).logits, expected[:, 6:])
     assert add_prefix(prompted, PrefixConfig("prompt", 2), front[0].tolist()) == ["model.embed_tokens.prompt"]
     assert prompted.prefix_length == 0
@@ -232,6 +234,14 @@ def test_the_second_head_has_no_prefix(kind, tokens):
         assert model.prefix.keys.grad.abs().max() > 1e-6  # through the trunk
 
 
+def test_every_query_sees_the_prefix_whatever_else_it_may_see():
+    """Two tokens, the second alone in its window; and encoders, where everyone sees everyone."""
+    mask = build_context(2, "cpu", window=1, prefix=3).mask
+    assert mask[0, 0].int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 1]]
+    context = build_context(2, "cpu", causal=False, prefix=3)
+    assert context.mask is None and not context.is_causal and context.positions.tolist() == [[3, 4]]
+
+
 def test_routing_counts_real_tokens_only():
     model = prefixed(**MOE)
     routings = model(text(2, 5)).routings
@@ -243,6 +253,8 @@ def test_under_autocast_the_prefix_follows_the_tokens():
     exact = model(text(2, 6)).logits
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(text(2, 6)).logits
+    tokens = torch.randn(2, 2, 3, 8, dtype=torch.bfloat16)
+    assert {part.dtype for part in model.prefix.append(0, tokens, tokens)} == {torch.bfloat16}
     assert (logits - exact).norm() < 0.03 * exact.norm()
     logits.float().sum().backward()
     assert model.prefix.keys.grad.dtype == torch.float32

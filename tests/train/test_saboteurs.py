@@ -3,6 +3,7 @@ thing, without an error of its own. Each is planted by a few lines, and each mus
 step or after the last, by a message that names what is wrong."""
 
 import copy
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -510,7 +511,8 @@ def words_of(run, *arguments):
 def two_processes(rank, folder):
     """Each process uses one of two adapters only; then one process freezes what the other trains."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
+                            timeout=timedelta(seconds=60))  # fmt: skip
     torch.manual_seed(0)
     model, x = nn.ModuleList(Lora(nn.Linear(4, 4)) for _ in range(2)), torch.randn(3, 4)
 

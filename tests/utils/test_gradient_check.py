@@ -113,6 +113,7 @@ def test_everything_frozen_is_refused(batches):
 def test_a_parameter_cut_off_is_named_with_its_module(batches):
     model = Toy()
     model.spare = nn.Linear(2, 2, bias=False)
+    model.spare.weight.grad = torch.ones(2, 2)  # an old gradient proves nothing
     with pytest.raises(UserError, match=r"spare\.weight \(in Linear\)"):
         prove(model, loss_fn, batches)
     report = prove(model, loss_fn, batches, may_be_unreached=lambda name: "spare" in name)

@@ -50,6 +50,12 @@ def test_what_is_hidden_is_named_with_its_place(part, hide, place):
         check_hidden(model)
 
 
+def test_what_several_layers_share_is_named_once():
+    model, settings = small(), SimpleNamespace(table=torch.ones(2))
+    model[0].settings = model[1][0].settings = model.settings = settings
+    assert [where for where, _ in hidden_parts(model)] == ["settings.table"]
+
+
 def test_an_attribute_set_behind_the_back_of_the_module_is_found():
     model = small()
     object.__setattr__(model, "extra", nn.Linear(2, 2))
@@ -95,6 +101,8 @@ def test_one_layer_in_several_places_is_refused_and_a_known_tie_is_not():
     other.weight = nn.Parameter(one.weight.data)  # two parameters, one memory
     with pytest.raises(UserError, match=r"under 2 names: 0\.weight .*, 1\.weight"):
         check_shared(nn.Sequential(one, other))
+
+    check_shared(nn.Sequential(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2, device="meta")))  # no memory
 
     def tied(*names):
         model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in names})

@@ -197,6 +197,7 @@ def test_learning_in_half_precision_over_many_steps_is_not_taken_for_rounding(ba
 def test_a_number_that_shrinks_faster_than_by_decay_has_learned(batches):
     """No element grows here: only their size tells it from decay."""
     model = nn.Linear(4, 3, bias=False)
+    nn.init.uniform_(model.weight, 0.5, 1)
     loss = lambda model, batches: model.weight.square().sum()  # noqa: E731
     assert "1 trainable" in train(model, batches, adamw(model.parameters()), loss=loss).prove_moved()
 
@@ -208,6 +209,14 @@ def test_parameters_that_come_or_go_during_training_are_named(batches):
         change(model)
         with pytest.raises(UserError, match="added or taken away during training: (late|norm.bias)"):
             witness.prove_moved()
+
+
+def test_a_buffer_that_is_gone_has_changed(batches):
+    model = routed(True)
+    witness = train(model, batches, adamw(model.parameters()))
+    del model.norm[1].table
+    with pytest.raises(UserError, match=r"buffer .*changed.*norm\.1\.table"):
+        witness.prove_moved()
 
 
 def test_a_parameter_that_was_replaced_is_not_in_the_optimizer(batches):

@@ -1,0 +1,201 @@
+"""Scores counted by hand on small cases, and the whole command on a model with random weights."""
+
+import sys
+
+import pytest
+
+from inference import evaluate
+from inference.evaluate import BATCH, Score, report, score_dialogues, score_skills, table_items
+from load_data.chat_template import ChatTemplate
+from load_data.skills import scored_items
+from tests.inference.tools import byte_tokenizer, write_checkpoint
+from utils.errors import UserError, run_main
+
+TOKENIZER = byte_tokenizer()
+TEMPLATE = ChatTemplate(TOKENIZER)
+END = TOKENIZER.special_ids["<|im_end|>"]
+
+
+class Scripted:
+    """Stands for a generator: `answer(messages as text)` is what it writes, token by token, to the limit."""
+
+    def __init__(self, answer):
+        self.answer, self.asked, self.sizes = answer, [], []
+
+    def generate(self, prompts, params, stop_ids):
+        assert params.temperature == 0 and END in stop_ids
+        self.sizes.append(len(prompts))
+        texts = [TOKENIZER.decode(ids, skip_special=False) for ids in prompts]
+        self.asked += texts
+        return [[*TOKENIZER.encode(self.answer(text)), END][: params.max_new_tokens] for text in texts]
+
+
+def dialogue(*contents):
+    """Messages of user and assistant in turn."""
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+
+
+def told(answers):
+    """A generator that answers the last question of a prompt from a dictionary."""
+    return Scripted(lambda text: answers[text.split("User：")[-1].removesuffix("\nAssistant：")])
+
+
+def test_exact_answers_are_counted():
+    dialogues = [dialogue("a", "one"), dialogue("b", "two"), dialogue("c", "three")]
+    score = score_dialogues(told({"a": "one", "b": " two\n", "c": "3"}), TEMPLATE, dialogues)
+    assert score == Score(2, 3, pytest.approx(200 / 3), ("c", "3", "three"))
+    perfect = score_dialogues(told({"a": "one"}), TEMPLATE, dialogues[:1])
+    assert perfect == Score(1, 1, 100.0, None)
+    assert score_dialogues(told({}), TEMPLATE, []) == Score(0, 0, 0.0, None)
+
+
+def test_every_answer_of_a_dialogue_is_predicted_after_the_true_turns():
+    """A wrong answer does not spoil the next one, as the true one is given."""
+    system = [{"role": "system", "content": "be brief"}, *dialogue("a", "one", "b", "two")]
+    model = told({"a": "wrong", "b": "two"})
+    assert score_dialogues(model, TEMPLATE, [system]).right == 1
+    first = "System：be brief\nUser：a\nAssistant："
+    assert sorted(model.asked) == [first, first + "one<|im_end|>\nUser：b\nAssistant："]
+
+
+def test_answers_come_back_in_order_from_many_batches():
+    """They are sorted by length on the way, and each has room for half as much again as the true one."""
+    lengths = [(7 * n) % 150 + 1 for n in range(2 * BATCH + 3)]
+    dialogues = [dialogue(str(n), f"{n}:" + "x" * length) for n, length in enumerate(lengths)]
+    answers = {d[0]["content"]: d[1]["content"] for d in dialogues}
+    model = told(answers)
+    assert score_dialogues(model, TEMPLATE, dialogues).percent == 100
+    assert model.sizes == [BATCH, BATCH, 3]
+    endless = told(dict.fromkeys(answers, "x" * 10_000))
+    score = score_dialogues(endless, TEMPLATE, dialogues)
+    assert score.right == 0 and 1.4 * len(score.wrong[2]) < len(score.wrong[1]) < 300
+
+
+@pytest.mark.parametrize(
+    "text, items",
+    [
+        ("|milk|two|cold|bread|one||", [("milk", "two", "cold"), ("bread", "one", "")]),
+        (" | milk |two| cold|\n", [("milk", "two", "cold")]),
+        ("|a|b|c|a|b|c|", [("a", "b", "c"), ("a", "b", "c")]),
+        ("|a|b|c|d|e|", [("a", "b", "c"), ("d", "e")]),
+        ("a|b|c", [("a", "b", "c")]),
+        ("no table", [("no table",)]),
+        ("", []),
+        ("|", []),
+    ],
+)
+def test_items_of_tables(text, items):
+    assert sorted(table_items(text).elements()) == sorted(items)
+
+
+def test_two_columns():
+    assert table_items("|a|b|c|d|", columns=2) == {("a", "b"): 1, ("c", "d"): 1}
+
+
+F1_CASES = [  # true tables, answers, right, wanted, F1 by hand
+    (["|a|1|x|b|2|y|"], ["|a|1|x|b|2|y|"], 2, 2, 100),
+    (["|a|1|x|b|2|y|"], ["|b|2|y|a|1|x|"], 2, 2, 100),  # the order does not matter
+    (["|a|1|x|b|2|y|"], ["|a|1|x|"], 1, 2, 200 / 3),  # precision 1, recall 1/2
+    (["|a|1|x|"], ["|a|1|x|b|2|y|c|3|z|"], 1, 1, 50),  # precision 1/3, recall 1
+    (["|a|1|x|"], ["|a|1|z|"], 0, 1, 0),  # every cell counts
+    (["|a|1|x|a|1|x|"], ["|a|1|x|"], 1, 2, 200 / 3),  # twice is twice
+    (["|a|1|x|"], ["|a|1|x|a|1|x|"], 1, 1, 200 / 3),
+    (["|a|1|x|a|1|x|"], ["|a|1|x|a|1|x|"], 2, 2, 100),
+    (["|a|1|x|"], ["|a|1|x|b|"], 1, 1, 200 / 3),  # a remainder is one wrong item
+    (["|a|1|x|b|2|"], ["|a|1|x|b|2|"], 2, 2, 100),  # unless the true table ends so too
+    (["|a|1|x|"], [""], 0, 1, 0),
+    (["|a|1|x|", "|b|2|y|c|3|z|d|4|w|"], ["|a|1|x|", "|b|2|y|"], 2, 4, 400 / 6),  # micro, not macro: 75
+    (["|a|1|x|", "|b|2|y|"], ["|b|2|y|", "|a|1|x|"], 0, 2, 0),  # of another answer: wrong
+]
+
+
+@pytest.mark.parametrize("truth, answers, right, wanted, f1", F1_CASES)
+def test_items_are_scored_by_micro_f1(truth, answers, right, wanted, f1):
+    dialogues = [dialogue(str(n), text) for n, text in enumerate(truth)]
+    model = told({str(n): text for n, text in enumerate(answers)})
+    score = score_dialogues(model, TEMPLATE, dialogues, "items")
+    assert (score.right, score.of) == (right, wanted) and score.percent == pytest.approx(f1)
+    assert (score.wrong is None) == (f1 == 100)
+
+
+def test_skills_judge_their_own_answers():
+    """Identity wants a name in a language; arithmetic the number and nothing else."""
+    model = Scripted(lambda text: "It is TinySeek." if text.isascii() else "我叫 TinySeek。")
+    english = sum(item.messages[0]["content"].isascii() for item in scored_items("identity", 30, 0))
+    scores = score_skills(model, TEMPLATE, ["identity", "arithmetic"], count=30)
+    assert list(scores) == ["identity", "arithmetic"] and 0 < english < 30
+    assert scores["identity"].of == scores["arithmetic"].of == 30
+    assert scores["arithmetic"].right == 0 and scores["arithmetic"].wrong[1].startswith("我叫")
+    assert scores["identity"].right == 30 - english  # the markers of roles are not ASCII: always Chinese
+    assert {text[0] for text in model.asked} == {"U"} and len(set(model.asked)) == 60
+    right = {item.messages[0]["content"]: item.expected for item in scored_items("arithmetic", 30, 0)}
+    assert score_skills(told(right), TEMPLATE, ["arithmetic"], count=30)["arithmetic"].percent == 100
+    with pytest.raises(UserError, match="unknown skill 'sums'"):
+        score_skills(model, TEMPLATE, ["sums"])
+
+
+def test_the_report():
+    scores = {"lists": Score(9, 10, 90.0, ("q" * 90, "a\nb", "c")), "naming": Score(3, 3, 100.0, None)}
+    header, first, second, last = report(scores).splitlines()
+    assert first.split()[:4] == ["lists", "9", "10", "90.0"] and first.endswith("...' -> 'a\\nb', not 'c'")
+    assert second.split() == ["naming", "3", "3", "100.0"]
+    assert last == "lists=90.00 naming=100.00"
+
+
+def run(monkeypatch, capsys, *args):
+    """(exit code, lines of standard output, standard error) of the command in this process."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the command sets threads for the whole process
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
+    for name in ("stdout", "stderr"):  # capsys' streams are not to be reconfigured
+        monkeypatch.setattr(getattr(sys, name), "reconfigure", lambda **_: None, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        run_main(evaluate.main)
+    out, err = capsys.readouterr()
+    return ended.value.code, out.splitlines(), err
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A checkpoint as fine-tuning would leave it, which knows nothing."""
+    return write_checkpoint(tmp_path_factory.mktemp("out") / "TinySeek_SFT_final.pkl", "SFT")
+
+
+def test_the_command_scores_skills(monkeypatch, capsys, model):
+    args = ["--out", model.parent, "--skills", "naming,arithmetic", "--count", 3, "--device", "cpu"]
+    code, lines, err = run(monkeypatch, capsys, *args)
+    assert code == 0 and "TinySeek_SFT_final.pkl (sft, cpu)" in err
+    assert [line.split()[0] for line in lines[:-1]] == ["skill", "naming", "arithmetic"]
+    assert lines[1].split()[1:4] == ["0", "3", "0.0"] and lines[-1] == "naming=0.00 arithmetic=0.00"
+
+
+@pytest.mark.parametrize("score", ["exact", "items"])
+def test_the_command_scores_held_out_dialogues_of_a_file(monkeypatch, capsys, model, tmp_path, score):
+    """Of 200 a twentieth is held out, by the hash that training uses; `--count` takes the first of them."""
+    path = tmp_path / "talk.jsonl"
+    record = '{"messages": [{"role": "user", "content": "%d"}, {"role": "assistant", "content": "x"}]}\n'
+    path.write_text("".join(record % n for n in range(200)), encoding="utf-8")
+    asked = []
+    monkeypatch.setattr(
+        evaluate, "score_dialogues", lambda g, t, d, s: asked.append((d, s)) or Score(1, 4, 25.0, None)
+    )
+    args = ["--checkpoint", model, "--data", path, "--count", 4, "--score", score, "--device", "cpu"]
+    code, lines, _ = run(monkeypatch, capsys, *args)
+    assert code == 0 and lines[-1] == "data=25.00" and len(lines) == 3
+    ((dialogues, how),) = asked
+    assert how == score and len(dialogues) == 4 and all(len(messages) == 2 for messages in dialogues)
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--count", 0], "--count 0 must be at least 1"),
+        (["--skills", "lists,sums"], "unknown skill 'sums'"),
+        (["--score", "f2"], "argument --score"),
+        (["--data", "none.jsonl"], "none.jsonl: no such file"),
+        (["--checkpoint", "none.pkl"], "none.pkl: no such checkpoint"),
+    ],
+)
+def test_wrong_flags(monkeypatch, capsys, model, args, words):
+    source = [] if "--checkpoint" in args else ["--checkpoint", model]
+    code, lines, err = run(monkeypatch, capsys, *source, *args)
+    assert code == 2 and lines == [] and words in err.splitlines()[-1]
