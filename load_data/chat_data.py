@@ -2,8 +2,8 @@
 
 Dialogues come from `.jsonl` files (see `load_data/records.py`), or from the embedded skills: `skills` are
 those of fine-tuning, `skills:lists,shopping` the named ones, `skills:all` all of them. Skills know what they
-hold out; a dialogue of a file is put on its side by a hash of its first question, so that the same question
-is never on both.
+hold out; a dialogue of a file is put on its side by a hash of its first question, as in pre-training, so that
+the same question is never on both.
 
 A dialogue that is too long for a row loses its oldest turns first; then the beginning of its question, and
 only then the end of its answer. An answer without its end is learned without `<|im_end|>`: it would teach to
@@ -23,11 +23,11 @@ import numpy as np
 from config.schema import DataConfig, RunConfig
 from load_data.chat_template import ChatTemplate, Messages, fit_turns, joined
 from load_data.documents import find_files, read_records
-from load_data.records import as_messages
+from load_data.records import as_messages, first_question
 from load_data.reserved import unit_hash
 from load_data.skills import SFT_SKILLS, SKILLS, held_out_dialogues, training_dialogues
 from load_data.sources import PYTHON, TRAIN, VAL
-from load_data.tokenizer import Tokenizer, without_surrogates
+from load_data.tokenizer import Tokenizer
 from utils.errors import UserError
 
 SKILL_WORD = "skills"
@@ -132,8 +132,7 @@ def split_dialogues(data: DataConfig, names: list[str], files: list[Path]) -> It
     for file in files:
         for record, where in read_records(file):
             messages = checked_turns(as_messages(record, where), where)
-            question = next(message["content"] for message in messages if message["role"] == "user")
-            held_out = unit_hash(without_surrogates(question)) < data.val_fraction
+            held_out = unit_hash(first_question(record, where)) < data.val_fraction
             yield (VAL if held_out else TRAIN), messages
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from load_data.records import as_text
+from load_data.records import as_text, first_question
 from utils.errors import UserError
 
 SUFFIXES = (".txt", ".jsonl")
@@ -20,7 +20,8 @@ HASHED_WHOLE = 2**28  # bytes; a larger file is identified by its size and its f
 
 @dataclass(frozen=True)
 class Document:
-    """A text, in one or more pieces, and what identifies it: equal texts have equal identities."""
+    """A text, in one or more pieces, and what decides its side of the split: equal texts have equal
+    identities, and so have conversations with the same first question."""
 
     identity: str
     pieces: Iterable[str]
@@ -64,8 +65,11 @@ def find_files(paths: list[str]) -> list[Path]:
 def read_documents(file: Path) -> Iterator[Document]:
     """The documents of one file: all of a `.txt`, each record of a `.jsonl`."""
     if file.suffix.lower() == ".jsonl":
-        for text in read_records_as_text(file):
-            yield Document(text_identity(text), (text,))
+        for record, where in read_records(file):
+            text = as_text(record, where)
+            if text.strip():  # records without text are passed over
+                question = first_question(record, where)
+                yield Document(text_identity(text) if question is None else question, (text,))
     else:
         yield Document(file_identity(file), read_pieces(file))
 
@@ -111,14 +115,6 @@ def parse_record(line: str, where: str) -> dict:
     if not isinstance(record, dict):
         raise UserError(f"{where}: each line must hold one JSON object, not a {type(record).__name__}")
     return record
-
-
-def read_records_as_text(file: Path) -> Iterator[str]:
-    """The text of each record, for pre-training; records without text are passed over."""
-    for record, where in read_records(file):
-        text = as_text(record, where)
-        if text.strip():
-            yield text
 
 
 def not_utf8(file: Path) -> UserError:

@@ -39,6 +39,13 @@ def as_messages(record: dict, where: str) -> list[dict[str, str]]:
     raise UserError(f"{where}: a record of unknown form (its keys: {found}); known forms: {FORMS}")
 
 
+def first_question(record: dict, where: str) -> str | None:
+    """What the user says first, if the record is a conversation: it decides on which side of the split the
+    record is, so that the same question is never on both, in pre-training or later."""
+    messages = [] if "text" in record else as_messages(record, where)
+    return next((one["content"] for one in messages if one["role"] == "user"), None)
+
+
 def as_turns(record: dict, key: str, role: str, where: str) -> list[dict[str, str]]:
     """`record[key]`, which may be one text said by `role` or a list of messages."""
     if isinstance(record[key], list):

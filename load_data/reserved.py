@@ -12,7 +12,7 @@ RESERVED_FRACTION = 0.1
 
 def unit_hash(text: str) -> float:
     """A number in [0, 1) that depends on `text` alone, evenly spread (SHA-256, the same on every machine)."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
 
 
 def is_reserved(item: str) -> bool:

@@ -4,7 +4,8 @@ The split is made before anything is learned from the text:
 
 - the word `python`: by file of the standard library (see `load_data/python_corpus.py`);
 - a single `.txt` file: its last `data.val_fraction` of characters is held out, as usual for tinyshakespeare;
-- otherwise: by a hash of each document's content, so that two copies of a text are always on the same side.
+- otherwise: by a hash of each document's content, of a conversation its first question, so that two copies
+  are always on the same side.
   Of several `.txt` files at least one is held out.
 """
 

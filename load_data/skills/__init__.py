@@ -15,14 +15,14 @@ from load_data.skills import arithmetic, docstrings, expressions, identity, list
 from load_data.skills.common import TEST, TRAIN, VAL, Sample, Skill
 from utils.errors import UserError
 
-# How often a turn is of this skill, and the skill. Arithmetic needs by far the most examples, and each of them
-# is short; long answers, such as docstrings, take more of the loss than their share of turns.
+# How often a turn is of this skill, and the skill. Arithmetic needs by far the most examples, and each of
+# them is short; long answers, such as docstrings, take more of the loss than their share of turns.
 REGISTRY: dict[str, tuple[float, Skill]] = {
-    "identity": (0.04, identity.SKILL),
-    "arithmetic": (0.68, arithmetic.SKILL),
-    "lists": (0.14, lists.SKILL),
-    "expressions": (0.11, expressions.SKILL),
-    "docstrings": (0.03, docstrings.SKILL),
+    "identity": (0.05, identity.SKILL),
+    "arithmetic": (0.45, arithmetic.SKILL),
+    "lists": (0.15, lists.SKILL),
+    "expressions": (0.30, expressions.SKILL),
+    "docstrings": (0.05, docstrings.SKILL),
     "shopping": (0.25, shopping.SKILL),
     "naming": (0.25, naming.SKILL),
 }

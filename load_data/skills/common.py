@@ -41,7 +41,7 @@ def side_of(sample: Sample) -> str | None:
     """Where a sample belongs; None: nowhere, as its key is free for training, but a part of it is not."""
     if is_reserved(sample.key):
         return held_out_side(sample.key)
-    sums = SMALL_SUM.findall(f"{sample.question} {sample.answer}")
+    sums = SMALL_SUM.findall(f"{sample.question}\n{sample.answer}")  # `3 - 8` and `-5` hold no `8 - 5`
     return None if any(map(is_reserved, (*sample.parts, *sums))) else TRAIN
 
 

@@ -1,12 +1,17 @@
 """Readers: what they read, how little they hold, and what they say about files that cannot be read."""
 
+import json
 import tracemalloc
 
 import pytest
 
+from config.schema import RunConfig
 from load_data import documents as module
+from load_data.chat_data import prepare_chat
 from load_data.documents import find_files, read_documents, read_pieces, read_records
 from load_data.records import as_messages, as_text
+from load_data.sources import Sources
+from load_data.tokenizer import BpeTokenizer
 from utils.errors import UserError
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -166,3 +171,19 @@ def test_plain_text_is_no_conversation():
 def test_records_say_where_they_stand(write):
     path = write("a.jsonl", '\n{"text": "x"}\n\n{"text": "y"}\n')
     assert [where for _, where in read_records(path)] == [f"{path}, line 2", f"{path}, line 4"]
+
+
+def test_pre_training_and_chat_put_a_question_on_the_same_side(tmp_path):
+    """Else the text of pre-training would hold the answers that a later stage is scored on."""
+    path = tmp_path / "a.jsonl"
+    records = [[("user", f"q {n // 2}"), ("assistant", f"a {n}")] for n in range(60)]
+    with path.open("w", encoding="utf-8") as file:
+        for record in records:
+            messages = [{"role": role, "content": content} for role, content in record]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    config = RunConfig()
+    config.data.paths, config.data.val_fraction = [str(path)], 0.3
+    pieces = list(Sources(config.data).all_documents())
+    chat = prepare_chat(config, BpeTokenizer([]))
+    answers = {"".join(text).split("\n")[1] for side, text in pieces if side == "val"}
+    assert answers == {messages[1]["content"] for messages in chat.val_dialogues} and 4 < len(answers) < 40

@@ -20,6 +20,7 @@ from load_data.skills import (
     scored_items,
     training_dialogues,
 )
+from load_data.skills.common import Sample, side_of
 from load_data.skills.docstrings import entry, first_sentence
 from utils.errors import UserError
 
@@ -200,6 +201,12 @@ def test_the_first_questions_of_all_are_trained(trained):
         "你叫什么名字？",
         "Are you ChatGPT?",
     } <= questions
+
+
+def test_question_and_answer_make_no_sum_together():
+    """Every sum that is not reserved can be trained, also one whose answer begins with a sign."""
+    sums = [(f"{a} - {b}", str(a - b)) for a in range(30) for b in range(30)]
+    assert all((side_of(Sample(q, q, answer)) == "train") != is_reserved(q) for q, answer in sums)
 
 
 def test_some_identity_questions_are_held_out_with_every_opening():
