@@ -20,10 +20,9 @@ import utils  # noqa: F401  first: it says how threads wait, before PyTorch load
 from inference.conversation import Conversation
 from inference.gate import Gate
 from inference.generate import Generator
-from inference.load import find_base, find_model, load_adapter, load_full
+from inference.load import Loaded, load_adapter, load_base
 from inference.sampling import SamplingParams
 from inference.speculative import SpeculativeGenerator
-from utils.checkpoint import load_checkpoint
 from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, run_main
 
@@ -74,9 +73,9 @@ def main():
     params = SamplingParams(**{name: getattr(args, name) for name in names})
     device = pick_device(args.device)
     set_threads()
-    models, choose = open_models(args, device)
-    if args.draft and len(models) > 1:
+    if args.draft and (args.adapter or args.gate):
         raise UserError("--draft goes with one whole model: leave out --adapter and --gate")
+    models, choose = open_models(args, device)
     generators = [Generator(one.model, one.tokenizer.eos_id) for one in models]
     if args.draft:
         generators = [SpeculativeGenerator(models[0].model, models[0].tokenizer.eos_id, args.draft)]
@@ -101,14 +100,9 @@ def main():
 
 def open_models(args, device):
     """The models that may answer, and who chooses: the base first where there are adapters."""
-    named = args.adapter or ([args.gate] if args.gate else [])
-    path = args.checkpoint or (
-        find_base(load_checkpoint(named[0]), named[0]) if named else find_model(args.out)
-    )
-    base = load_full(path, device)
+    base = load_base(args.checkpoint, device, args.out, args.adapter and args.adapter[0], args.gate)
     does = "answers" if base.answers else "is pre-trained: it continues the text that it is given"
-    step = f", step {base.about['step']:,}" if "step" in base.about else ""
-    tell(f"{path} ({base.about['stage']}{step}, {device}) {does}")
+    tell(f"{base.path} ({trained(base)}, {device}) {does}")
     if args.gate:
         gate = Gate(args.gate, base)
 
@@ -121,8 +115,13 @@ def open_models(args, device):
         return gate.models, choose
     adapters = [load_adapter(file, base) for file in args.adapter or []]
     for number, adapter in enumerate(adapters, start=1):
-        tell(f"{number}: {adapter.path} ({adapter.about['stage']}, step {adapter.about['step']:,}) answers")
+        tell(f"{number}: {adapter.path} ({trained(adapter)}) answers")
     return [base, *adapters], None
+
+
+def trained(model: Loaded) -> str:
+    """The stage that a model comes from, and how many steps it took."""
+    return model.about["stage"] + (f", step {model.about['step']:,}" if "step" in model.about else "")
 
 
 def converse(conversation: Conversation, params: SamplingParams) -> None:
@@ -134,7 +133,7 @@ def converse(conversation: Conversation, params: SamplingParams) -> None:
             return
         if not line:
             return
-        if line.startswith("/use"):
+        if line.split()[:1] == ["/use"]:  # not /usecase
             choose_model(conversation, line)
             continue
         with contextlib.suppress(KeyboardInterrupt):  # ends the answer, not the conversation
@@ -145,12 +144,14 @@ def converse(conversation: Conversation, params: SamplingParams) -> None:
 
 def choose_model(conversation: Conversation, line: str) -> None:
     """`/use 2`: the second adapter answers from here on."""
-    number, last = line.removeprefix("/use").strip(), len(conversation.models) - 1
-    if not number.isdecimal() or int(number) > last or conversation.choose is not None:
-        tell(f"/use takes a number from 0 to {last}; with a gate there is nothing to choose")
-        return
-    conversation.use = int(number)
-    tell(f"({conversation.models[conversation.use].path})")
+    number, numbers = line.split()[1:], range(len(conversation.models))
+    if conversation.choose is not None:
+        tell("there is no /use with a gate: it chooses who answers")
+    elif len(number) != 1 or number[0] not in map(str, numbers):
+        tell(f"/use takes a number from 0 to {numbers[-1]}")
+    else:
+        conversation.use = int(number[0])
+        tell(f"({conversation.models[conversation.use].path})")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from inference.generate import Generator
 from inference.load import Loaded
 from inference.sampling import SamplingParams
 from inference.text_stream import TextStream
-from load_data.chat_template import fit_turns
+from load_data.chat_template import ChatTemplate, fit_turns
 
 Message = dict[str, str]
 
@@ -35,13 +35,8 @@ class Conversation:
         stop: tuple[str, ...] = (),
         tell: Callable[[str], None] = lambda line: None,
     ):
-        self.models, self.generators, self.choose, self.stop, self.tell = (
-            models,
-            generators,
-            choose,
-            stop,
-            tell,
-        )
+        self.models, self.generators, self.choose = models, generators, choose
+        self.stop, self.tell = stop, tell
         self.messages, self.use = [], 0
 
     def say(self, text: str, params: SamplingParams, show: Callable[[str], None]) -> str:
@@ -50,15 +45,16 @@ class Conversation:
         if self.choose is not None:
             self.use = self.choose(messages)
         model, generator = self.models[self.use], self.generators[self.use]
-        tokenizer, template = model.tokenizer, model.template
+        tokenizer, template, room = model.tokenizer, model.template, room_for(generator, params)
         if model.answers:
-            messages = fit_turns(template, messages, generator.context - params.max_new_tokens)
-            ids, stop_ids = template.prompt(messages), template.stop_ids
+            messages = fit_turns(template, messages, room)
+            whole, stop_ids = template.prompt(messages), template.stop_ids
+            ids = prompt_within(template, messages, room)
         else:  # a text starts where a document does
-            ids, stop_ids = [tokenizer.eos_id, *tokenizer.encode(text)], {tokenizer.eos_id}
-        read = generator.fit(ids, params.max_new_tokens)
-        if len(read) < len(ids):
-            self.tell(f"(too long for {generator.context} tokens: only the last {len(read)} are read)")
+            whole, stop_ids = [tokenizer.eos_id, *tokenizer.encode(text)], {tokenizer.eos_id}
+            ids = whole[-room:]
+        if len(ids) < len(whole):
+            self.tell(f"(too long for {generator.context} tokens: only the last {len(ids)} are read)")
         stream, pieces = TextStream(tokenizer, self.stop), []
 
         def shown(piece: str) -> None:
@@ -75,3 +71,18 @@ class Conversation:
             written = tokenizer.decode(token for token in answer if token not in stop_ids)
             self.messages = [*messages, {"role": "assistant", "content": written}]
         return "".join(pieces)
+
+
+def room_for(generator: Generator, params: SamplingParams) -> int:
+    """How many ids a prompt may have, so that the generator reads all of them."""
+    return len(generator.fit(range(generator.context), params.max_new_tokens))
+
+
+def prompt_within(template: ChatTemplate, messages: list[Message], room: int) -> list[int]:
+    """The prompt of `messages` as at most `room` ids: less the oldest turns, then less the beginning of the
+    question, as in training. The markers stay, even where `room` is too small for them."""
+    messages = fit_turns(template, messages, room)
+    ids, text = template.prompt(messages), len(template.tokenizer.encode(messages[-1]["content"]))
+    end = len(ids) - len(template.before["assistant"]) - len(template.after["user"])  # of the question's text
+    cut = min(max(0, len(ids) - room), text)
+    return ids[: end - text] + ids[end - text + cut :]

@@ -3,6 +3,7 @@
     python inference/evaluate.py                         every skill of fine-tuning, the latest model in out/
     python inference/evaluate.py --skills arithmetic,lists --count 500
     python inference/evaluate.py --data dialogues.jsonl --score items
+    python inference/evaluate.py --adapter out/TinySeek_Lora_final.pkl     a base with an adapter
 
 Answers are greedy. A skill judges its answers itself, most by equality; answers of held-out dialogues must
 equal the true ones (`exact`), or, where an answer is a table `|name|amount|note|name|...|`, count by items
@@ -13,14 +14,17 @@ import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().par
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
+from inference.conversation import prompt_within, room_for
 from inference.generate import Generator
-from inference.load import find_model, load_full
+from inference.load import Loaded, load_adapter, load_base
 from inference.sampling import SamplingParams
-from load_data.chat_data import prepare_chat
+from load_data.chat_data import chosen_files, chosen_skills, split_dialogues
 from load_data.skills import SFT_SKILLS, SKILLS, is_right, scored_items, skill_named
+from load_data.sources import VAL
 from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, run_main
 
@@ -98,7 +102,8 @@ def greedy_answers(generator, template, tasks: list[tuple[list[dict], str]]) -> 
     for first in range(0, len(order), BATCH):
         batch = order[first : first + BATCH]
         params = SamplingParams(temperature=0, max_new_tokens=16 + lengths[batch[-1]] * 3 // 2)
-        prompts = [template.prompt(tasks[number][0]) for number in batch]
+        room = room_for(generator, params)
+        prompts = [prompt_within(template, tasks[number][0], room) for number in batch]
         written = generator.generate(prompts, params, template.stop_ids)
         for number, ids in zip(batch, written, strict=True):
             answers[number] = tokenizer.decode(ids)  # the stop id stands for no text
@@ -165,6 +170,7 @@ def parse_command():
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", metavar="FILE", help="the model (default: the latest stage in --out)")
     source.add_argument("--out", metavar="DIR", default=ROOT / "out", help="where runs left their models")
+    add("--adapter", metavar="FILE", help="score the model with this result of lora_train, prefix_train, ..")
     add("--skills", metavar="A,B", help=f"some of {','.join(SKILLS)} (default: those of fine-tuning)")
     add("--data", nargs="+", default=[], metavar="FILE", help="score the held-out dialogues of these files")
     add("--count", type=int, default=100, help="at most this many questions or dialogues each (%(default)s)")
@@ -179,10 +185,12 @@ def parse_command():
     return args
 
 
-def held_out(paths: list[str], loaded, count: int) -> list[list[dict]]:
-    """The first `count` held-out dialogues of files, divided as the training of `loaded` divides them."""
-    loaded.config.data.paths = paths
-    dialogues = prepare_chat(loaded.config, loaded.tokenizer).val_dialogues[:count]
+def held_out(paths: list[str], loaded: Loaded, count: int) -> list[list[dict]]:
+    """The first `count` held-out dialogues of files, divided as the training of `loaded` divides them; for an
+    adapter that is the training of the adapter."""
+    data = replace(loaded.config.data, paths=paths)
+    split = islice(split_dialogues(data, chosen_skills(paths), chosen_files(paths)), data.limit)
+    dialogues = list(islice((messages for side, messages in split if side == VAL), count))
     if not dialogues:
         raise UserError(f"--data {' '.join(paths)}: no dialogue in it is held out; give more dialogues")
     return dialogues
@@ -195,7 +203,9 @@ def main():
     args = parse_command()
     device = pick_device(args.device)
     set_threads()
-    loaded = load_full(args.checkpoint or find_model(args.out), device)
+    loaded = load_base(args.checkpoint, device, args.out, args.adapter)
+    if args.adapter:
+        loaded = load_adapter(args.adapter, loaded)
     print(f"{loaded.path} ({loaded.about['stage']}, {device})", file=sys.stderr, flush=True)
     generator = Generator(loaded.model, loaded.tokenizer.eos_id)
     scores = score_skills(generator, loaded.template, args.skills, args.count)

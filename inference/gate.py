@@ -1,13 +1,14 @@
 """Loading a gate: from its checkpoint to the models that it chooses between, and the choice itself."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from inference.load import Loaded, check_base, load_adapter, load_full
-from load_data.chat_template import fit_turns
+from inference.conversation import Message, prompt_within
+from inference.load import Loaded, check_base, find_file, load_adapter, load_full, open_as
 from model.gated import GatedModel
-from utils.checkpoint import load_checkpoint, load_weights, weights_digest
+from utils.checkpoint import load_checkpoint, load_weights
 from utils.errors import UserError
 
 BASE = "base"  # the candidate without an adapter
@@ -25,7 +26,7 @@ def open_candidates(paths: list[str], base: Loaded) -> list[Loaded]:
         elif load_checkpoint(path).get("base"):
             models.append(load_adapter(path, base))
         else:
-            models.append(load_full(path, base.model.embed_tokens.weight.device))
+            models.append(load_full(path, base.device))
             if models[-1].tokenizer.digest != base.tokenizer.digest:
                 raise UserError(
                     f"gate.candidates: {path} has another tokenizer than the base {base.path}, so that their "
@@ -39,7 +40,7 @@ def candidate_records(models: list[Loaded], base: Loaded) -> list[dict]:
     records = []
     for model in models:
         path = BASE if model is base else str(model.path)
-        records.append({"path": path, "digest": weights_digest(model.model.state_dict())})
+        records.append({"path": path, "digest": model.digest})
     return records
 
 
@@ -49,40 +50,42 @@ class Gate:
     Args:
         path: its checkpoint.
         base: the model that it reads questions with.
+
+    Attributes:
+        models: the candidates. All answer, as they did in training, a pre-trained one included.
+        names: where they were in training.
     """
 
     def __init__(self, path: str | Path, base: Loaded):
-        checkpoint = load_checkpoint(path)
-        if checkpoint.get("short") != "Gate":
-            raise UserError(
-                f"{path}: not a gate ({checkpoint.get('stage')}); train one with train/gate_train.py"
-            )
+        checkpoint = open_as("--gate", path)
         check_base(checkpoint, path, base)
         records = checkpoint["base"]["candidates"]
-        paths = [self.find(record["path"], Path(path).parent) for record in records]
-        self.base, self.models = base, open_candidates(paths, base)
-        for record, model in zip(records, self.models, strict=True):
-            if record["digest"] != weights_digest(model.model.state_dict()):
+        models = open_candidates([self.find(record, path) for record in records], base)
+        for record, model in zip(records, models, strict=True):
+            if record["digest"] != model.digest:
                 raise UserError(
-                    f"{path} was trained to choose {record['path']} as it was before: train it anew"
+                    f"{path} was trained to choose {record['path']} as it was before, and {model.path} has "
+                    "other weights: train the gate anew"
                 )
+        self.base, self.models = base, [replace(model, answers=True) for model in models]
         self.names = [record["path"] for record in records]
         self.gated = GatedModel(base.model, len(records), checkpoint["config"]["gate"]["width"])
         own = {name for name in self.gated.state_dict() if name.startswith("gate.")}
         load_weights(self.gated, checkpoint["weights"], str(path), own)
-        self.gated.to(base.model.embed_tokens.weight.device).eval()
+        self.gated.to(base.device).eval()
 
     @staticmethod
-    def find(path: str, folder: Path) -> str:
-        """Where a candidate is: where it was in training, or beside the gate."""
-        beside = folder / Path(path).name
-        return path if path == BASE or Path(path).is_file() or not beside.is_file() else str(beside)
+    def find(record: dict, path: str | Path) -> str:
+        """Where the candidate of `record` is, seen from the gate in `path`."""
+        was = record["path"]
+        found = was if was == BASE else find_file(was, record["digest"], path)
+        if found is None:
+            raise UserError(f"{path}: its candidate {was} is not there; put it beside the gate")
+        return str(found)
 
     @torch.inference_mode()
-    def choose(self, messages: list[dict[str, str]]) -> int:
+    def choose(self, messages: list[Message]) -> int:
         """The candidate for the last message, which alone is read."""
-        template = self.base.template
-        room = self.base.config.model.max_position_embeddings
-        ids = template.prompt(fit_turns(template, messages[-1:], room))[-room:]
-        device = self.base.model.embed_tokens.weight.device
-        return int(self.gated(torch.tensor([ids], device=device))[0, -1].argmax())
+        room = self.base.model.config.max_position_embeddings
+        ids = prompt_within(self.base.template, messages[-1:], room)
+        return int(self.gated(torch.tensor([ids], device=self.base.device))[0, -1].argmax())

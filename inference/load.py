@@ -5,7 +5,8 @@ and a hash of all weights decides whether that is the right one.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PureWindowsPath
 
 import torch
 
@@ -21,6 +22,7 @@ from utils.errors import UserError
 
 CHAT_STAGES = ("GRPO", "DPO", "SFT")  # their models answer; the latest stage first
 FULL_MODELS = (*CHAT_STAGES, "Pre")  # a pre-trained model continues
+KINDS = {"--checkpoint": "a full model", "--adapter": "an adapter", "--gate": "a gate"}  # by their flags
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Loaded:
         answers: whether it was trained on dialogues; if not, it continues texts.
         template: how dialogues are put to it.
         about: the checkpoint as saved, less its weights.
+        own: the weights that its file holds; of an adapter they are the adapter alone.
     """
 
     model: TinySeek
@@ -41,6 +44,17 @@ class Loaded:
     answers: bool
     template: ChatTemplate
     about: dict
+    own: dict[str, torch.Tensor]
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies the weights of its file. (Folded ones would not do: each machine rounds them anew.)"""
+        return weights_digest(self.own)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.lm_head.weight.device
 
 
 def find_model(out: str | Path) -> Path:
@@ -61,14 +75,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Ti
 
     Raises `UserError` if the file is missing, damaged, or holds no full model.
     """
-    checkpoint = load_checkpoint(path)
-    missing = [key for key in ("stage", "short", "config", "weights", "tokenizer") if key not in checkpoint]
-    if missing:
-        raise UserError(f"{path}: not a full model, it has no {', '.join(missing)}")
-    if checkpoint.get("base"):
-        raise UserError(
-            f"{path}: an adapter of {checkpoint['stage']}, not a full model; use --adapter {path}"
-        )
+    checkpoint = open_as("--checkpoint", path)
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"], str(path))
     config = from_dict(checkpoint["config"], str(path)).model
     config.vocab_size = config.vocab_size or tokenizer.vocab_size
@@ -86,47 +93,80 @@ def load_full(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
     model, tokenizer, about = load_model(path, device)
     config = from_dict(about["config"], str(path))
     template = ChatTemplate(tokenizer, config.data.template)
-    return Loaded(model, tokenizer, config, Path(path), about["short"] in CHAT_STAGES, template, about)
+    answers = about["short"] in CHAT_STAGES
+    return Loaded(model, tokenizer, config, Path(path), answers, template, about, model.state_dict())
 
 
-def open_adapter(path: str | Path) -> dict:
-    """The checkpoint of an adapter. Raises `UserError` if the file holds something else."""
+def load_base(
+    checkpoint: str | None,
+    device: str | torch.device,
+    out: str | Path,
+    adapter: str | None = None,
+    gate: str | None = None,
+) -> Loaded:
+    """The whole model that a command means: the one it names, or else that of the adapter or the gate, or
+    else the best in folder `out`."""
+    if not checkpoint and adapter:
+        checkpoint = find_base("--adapter", adapter)
+    if not checkpoint and gate:
+        checkpoint = find_base("--gate", gate)
+    return load_full(checkpoint or find_model(out), device)
+
+
+def open_as(flag: str, path: str | Path) -> dict:
+    """The checkpoint in `path`. Raises `UserError` unless it is one that `flag`, of `KINDS`, takes."""
     checkpoint = load_checkpoint(path)
-    if checkpoint.get("short") not in ADAPTERS or not checkpoint.get("base"):
-        what = checkpoint.get("stage", "something else")
-        raise UserError(f"{path}: not an adapter ({what}); adapters are results of {', '.join(ADAPTERS)}")
+    needed = ["stage", "short", "config", "weights", "tokenizer"]
+    needed += [] if flag == "--checkpoint" else ["base"]
+    short = checkpoint.get("short")
+    kind = "--adapter" if short in ADAPTERS else "--gate" if short == "Gate" else "--checkpoint"
+    if short is not None and kind != flag:
+        stage = checkpoint.get("stage")
+        raise UserError(f"{path}: {KINDS[kind]} of {stage}, not {KINDS[flag]}; use {kind} {path}")
+    if missing := [key for key in needed if checkpoint.get(key) is None]:
+        raise UserError(f"{path}: not {KINDS[flag]}, it has no {', '.join(missing)}")
     return checkpoint
 
 
-def find_base(checkpoint: dict, path: str | Path) -> Path:
-    """Where the base of an adapter, or of a gate, is: where it was in training, or beside the file."""
-    if not checkpoint.get("base"):
-        raise UserError(f"{path}: a whole model of {checkpoint.get('stage')}; use --checkpoint {path}")
-    was = Path(checkpoint["base"]["path"])
-    for place in (was, Path(path).parent / was.name):
-        if place.is_file():
-            return place
-    raise UserError(f"{path}: its base {was} is not there; name it with --checkpoint FILE")
+def find_base(flag: str, path: str | Path) -> Path:
+    """Where the base of an adapter, or of a gate, is; `flag` says which of them `path` is."""
+    base = open_as(flag, path)["base"]
+    if found := find_file(base["path"], base["digest"], path):
+        return found
+    raise UserError(f"{path}: its base {base['path']} is not there; name it with --checkpoint FILE")
+
+
+def find_file(was: str, digest: str, path: str | Path) -> Path | None:
+    """Where a file is that the one in `path` speaks of: where it was in training, seen from here or from a
+    folder above `path`, or beside `path`. Of several, the first whose weights have `digest`; or None."""
+    folder = Path(path).resolve().parent
+    places = [Path(was), *(parent / was for parent in (folder, *folder.parents))]
+    places.append(folder / PureWindowsPath(was).name)  # which knows the slashes of both worlds
+    found = list(dict.fromkeys(place.resolve() for place in places if place.is_file()))
+    if len(found) < 2:
+        return found[0] if found else None
+    fits = (one for one in found if weights_digest(load_checkpoint(one).get("weights", {})) == digest)
+    return next(fits, found[0])
 
 
 def load_adapter(path: str | Path, base: Loaded) -> Loaded:
     """`base` with the adapter in `path`; both share the tensors of the base."""
-    checkpoint = open_adapter(path)
+    checkpoint = open_as("--adapter", path)
     check_base(checkpoint, path, base)
-    config = from_dict(checkpoint["config"], str(path))
-    model = adapted(base.model, checkpoint["short"], config, checkpoint.pop("weights"), str(path))
+    config, own = from_dict(checkpoint["config"], str(path)), checkpoint.pop("weights")
+    model = adapted(base.model, checkpoint["short"], config, own, str(path))
     if checkpoint["short"] == "Lora":
         fold(model, "default")  # plain layers again, which the fast decoder takes
     soft, ids = soft_tokens(checkpoint["short"], config), model.config.vocab_size
     template = ChatTemplate(base.tokenizer, config.data.template, soft, ids)
-    return Loaded(model, base.tokenizer, config, Path(path), True, template, checkpoint)
+    return Loaded(model, base.tokenizer, config, Path(path), True, template, checkpoint, own)
 
 
 def check_base(checkpoint: dict, path: str | Path, base: Loaded) -> None:
     """Raise `UserError` if the file was made for other weights than those of `base`."""
-    needs, has = checkpoint["base"]["digest"], weights_digest(base.model.state_dict())
-    if needs != has:
+    needs = checkpoint["base"]
+    if needs["digest"] != base.digest:
         raise UserError(
-            f"{path} was trained on other weights ({needs}, {checkpoint['base']['path']}) than those of "
-            f"{base.path} ({has}): name its own base with --checkpoint FILE"
+            f"{path} was trained on other weights ({needs['digest']}, {needs['path']}) than those of "
+            f"{base.path} ({base.digest}): name its own base with --checkpoint FILE"
         )

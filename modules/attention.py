@@ -46,11 +46,11 @@ def eager_attention(q, k, v, context: AttentionContext, scale: float, dropout: f
         bias = torch.zeros(mask.shape, dtype=scores.dtype, device=q.device)
         scores = scores + bias.masked_fill_(~mask, torch.finfo(scores.dtype).min / 2)
     probs = scores.softmax(dim=-1)
-    if context.mask is not None:
-        probs = probs * context.mask  # rows with nothing to attend to become zeros
     if dropout:
         probs = F.dropout(probs, dropout)
-    return torch.bmm(probs.view(B * G, H // G * T, S), v.reshape(B * G, S, -1)).view(B, H, T, -1)
+    out = torch.bmm(probs.view(B * G, H // G * T, S), v.reshape(B * G, S, -1)).view(B, H, T, -1)
+    # Rows with nothing to attend to become zeros; a product with (T, S) earlier on would be kept for backward.
+    return out if context.mask is None else out * context.mask.any(dim=-1, keepdim=True)
 
 
 def sdpa_attention(q, k, v, context: AttentionContext, scale: float, dropout: float = 0.0):

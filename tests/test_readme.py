@@ -1,12 +1,16 @@
 """The commands of README.md work: each is run with a small end, and those that need a GPU are parsed.
 
-Every fenced block marked `bash` is read. `python train/...` and `torchrun ... train/...` are run with a tiny
-model and two steps, after one such run has made a model for the chat; other scripts of ours are run as they
-are written, with that model. A text that a command names and that is not in the repository is made here. What
-is left, `make` targets and pip's files, must exist.
+Every fenced block marked `bash` is read, and a `make` target stands for the commands of its recipe. They are
+run in the order in which they stand, on a tiny model, with two steps and little data: what one leaves is what
+the next begins with. All that is `out/` there is a folder of the test here, and the real one stays as it is.
+A text or a file of dialogues that a command names and that is not in the repository is made. What is left,
+`make` itself and pip's files, must exist. `torchrun` is started as such; the rest runs in this process, which
+saves the start of PyTorch each time.
 """
 
+import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -15,22 +19,26 @@ from pathlib import Path
 import pytest
 
 from config.load import load_config
+from tests.inference.tools import write_checkpoint
 from tests.train.tools import ROOT, environment
 from train.cli import parse_command
 
 README = ROOT / "README.md"
 NEEDS_GPU = ("gpu_", "--device cuda", "nccl")
+STAGES = {
+    "pre_train": ("Pre", ()), "sft_train": ("SFT", ("Pre",)), "lora_train": ("Lora", ("SFT", "Pre")),
+    "mixlora_train": ("MixLora", ("SFT", "Pre")), "prefix_train": ("Prefix", ("SFT", "Pre")),
+    "gate_train": ("Gate", ("SFT", "Pre")),
+}  # fmt: skip
 TEXT = "\n".join(f"To be or not to be, that is question {number}." for number in range(400))
-SMALL = [
-    f"--set={setting}"
-    for setting in (
-        "model.hidden_size=32", "model.num_hidden_layers=1", "model.num_attention_heads=2",
-        "model.num_key_value_heads=1", "model.intermediate_size=32", "model.head_dim=16",
-        "tokenizer.vocab_size=400", "tokenizer.train_bytes=100000", "data.limit=60",
-        "data.worked_examples=20", "data.sequence_length=32", "train.batch_size=2",
-        "train.accumulation_steps=1", "train.eval_batches=1",
-    )
+COMMON = ["train.batch_size=2", "train.accumulation_steps=1", "train.eval_batches=1"]
+SMALL_MODEL = [
+    "model.hidden_size=32", "model.num_hidden_layers=1", "model.num_attention_heads=2",
+    "model.num_key_value_heads=1", "model.intermediate_size=32", "model.head_dim=16",
+    "tokenizer.vocab_size=400", "tokenizer.train_bytes=100000", "data.limit=60",
+    "data.worked_examples=20", "data.sequence_length=32",
 ]  # fmt: skip
+FEW_DIALOGUES = ["data.skill_samples=40", "data.val_fraction=0.2"]
 
 
 def blocks(text: str) -> list[str]:
@@ -55,10 +63,32 @@ def script_of(words: list[str]) -> str | None:
     return next((word for word in words if word.endswith(".py")), None)
 
 
+def recipes(makefile: str) -> dict[str, list[str]]:
+    """The commands of each target of a Makefile that run Python, as they would be typed."""
+    found, target = {}, None
+    for line in makefile.splitlines():
+        if match := re.match(r"([\w-]+):", line):
+            target = match[1]
+        elif line.startswith("\t") and target and "$(BIN)/python" in line:
+            found.setdefault(target, []).append(line.strip().replace("$(BIN)/", ""))
+    return found
+
+
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 COMMANDS = commands(README.read_text(encoding="utf-8")) if README.exists() else []
-OURS = [command for command in COMMANDS if script_of(shlex.split(command))]
-TRAINING = [command for command in OURS if script_of(shlex.split(command)) == "train/pre_train.py"]
-OTHERS = [command for command in OURS if command not in TRAINING]
+SPELLED = [one for command in COMMANDS
+           for one in (recipes(MAKEFILE).get(command.removeprefix("make "), [command]))]  # fmt: skip
+OURS = [command for command in dict.fromkeys(SPELLED) if script_of(shlex.split(command))]
+
+
+def stage_of(words: list[str]) -> str | None:
+    """The training stage that a command runs."""
+    path = Path(script_of(words) or "")
+    return path.stem if path.parent == Path("train") and path.stem in STAGES else None
+
+
+TRAINING = [command for command in OURS if stage_of(shlex.split(command))]
+RUN_HERE = [command for command in OURS if not any(word in command for word in NEEDS_GPU)]
 
 
 def test_the_reader_of_blocks_can_fail():
@@ -69,15 +99,19 @@ def test_the_reader_of_blocks_can_fail():
     assert script_of(shlex.split("torchrun --nproc_per_node 2 b.py --data x.txt")) == "b.py"
     assert script_of(shlex.split("python -m modules.rope")) == "modules/rope.py"
     assert script_of(shlex.split("python -m pip install x")) is None and script_of(["make"]) is None
+    assert recipes("a: b\n\t$(BIN)/python x.py --y\n\techo\nb:\n\tcc") == {"a": ["python x.py --y"]}
+    assert stage_of(["python", "train/sft_train.py"]) == "sft_train"
+    assert stage_of(["python", "train/ablate.py"]) is None
 
 
 def test_there_are_commands():
-    assert TRAINING and any("chat.py" in command for command in OTHERS)
+    assert {stage_of(shlex.split(command)) for command in TRAINING} == STAGES.keys()
+    assert any("chat.py" in command for command in OURS) and any("make" in command for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"make {target}" for target in recipes(MAKEFILE))])
 def test_what_a_command_names_exists(command):
-    """Scripts, modules, requirement files, presets, make targets."""
+    """Scripts, modules, requirement files, presets, make targets and the scripts of their recipes."""
     words = shlex.split(command)
     if script := script_of(words):
         assert (ROOT / script).is_file(), f"README.md: `{command}`: there is no {script}"
@@ -85,17 +119,33 @@ def test_what_a_command_names_exists(command):
         if flag == "-r":
             assert (ROOT / value).is_file(), f"README.md: `{command}`: there is no {value}"
         if flag == "--config" and not value.endswith(".json"):
-            load_config(value)
+            load_config(value, stage=stage_of(words) or "pre_train")
     if words[0] == "make":
-        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE)
         assert set(words[1:]) <= set(targets), f"README.md: `{command}`: no such target"
+        for line in recipes(MAKEFILE).get(words[1], []):
+            script = script_of(shlex.split(line))
+            assert script is None or (ROOT / script).is_file(), f"Makefile: `{line}`: there is no {script}"
 
 
-def with_texts(words: list[str], folder: Path) -> list[str]:
-    """The same words; texts that are not there become one that is made in `folder`."""
-    made = folder / "text.txt"
-    made.write_text(TEXT, encoding="utf-8")
-    return [str(made) if word.endswith(".txt") and not (ROOT / word).exists() else word for word in words]
+def with_files(words: list[str], folder: Path) -> list[str]:
+    """The same words; what is not there is made in `folder`, and so is all that is in `out/`."""
+    words = [re.sub(r"(?<![-\w./])out(?=/|$)", (folder / "out").as_posix(), word) for word in words]
+    for place, word in enumerate(words):
+        made = folder / Path(word).name
+        if word.endswith((".txt", ".jsonl")) and "/" not in word and not (ROOT / word).exists():
+            made.write_text(TEXT if word.endswith(".txt") else dialogues(word), encoding="utf-8")
+            words[place] = str(made)
+    return words
+
+
+def dialogues(name: str) -> str:
+    """A file of short dialogues, others for another name."""
+    lines = []
+    for number in range(60):
+        turns = (("user", f"{name} {number}?"), ("assistant", f"|{name}|{number}||"))
+        lines.append({"messages": [{"role": role, "content": content} for role, content in turns]})
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def without(words: list[str], *flags: str) -> list[str]:
@@ -108,79 +158,102 @@ def without(words: list[str], *flags: str) -> list[str]:
     return kept
 
 
-def run(words: list[str]) -> subprocess.CompletedProcess:
-    """A command in the repository root; python is this one, torchrun its module."""
-    program = [sys.executable]
-    if words[0] == "torchrun":
-        program += ["-m", "torch.distributed.run", *([] if "--standalone" in words else ["--standalone"])]
-    return subprocess.run(
-        [*program, *words[1:]], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
-        check=False, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The folder of a run of two steps: what chat and curves need."""
-    out = tmp_path_factory.mktemp("model")
-    words = with_texts(["python", "train/pre_train.py", "--data", "gone.txt"], out)
-    done = run(
-        [*words, "--out", str(out), "--max-steps", "2", *SMALL, f"--set=data.cache_dir={out / 'cache'}"]
-    )
-    assert done.returncode == 0, done.stderr
-    return out
-
-
 @pytest.mark.parametrize("command", TRAINING)
-def test_training_commands_are_parsed(command, tmp_path, monkeypatch):
+def test_training_commands_are_parsed(command, tmp_path):
     """Every one, those for GPUs too: its flags exist and its settings are right."""
     words = shlex.split(command)
-    arguments = words[words.index("train/pre_train.py") + 1 :]
+    stage = stage_of(words)
+    short, bases = STAGES[stage]
+    arguments = words[words.index(f"train/{stage}.py") + 1 :]
     if "--help" in arguments:
         return
     init = arguments[arguments.index("--init") + 1] if "--init" in arguments else ""
     assert not init or init.startswith("out/"), f"README.md: `{command}`: where does {init} come from?"
-    parse_command("pre_train", "Pre", "", [*without(arguments, "--out", "--init"), "--out", str(tmp_path)])
+    flags = [*without(arguments, "--out", "--init"), "--out", str(tmp_path / "new")]
+    if bases:
+        flags += ["--init", str(write_checkpoint(tmp_path / "base.pkl"))]
+    parse_command(stage, short, "", flags, bases)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder whose out/ takes the place of the real one."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def run(home, monkeypatch, capfd):
+    """Runs a command from the repository root, and returns what it said."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("train.cli.ROOT", home)  # where stages write and look for a base
+    monkeypatch.setattr("load_data.chat_data.VAL_PER_SKILL", 3)
+    monkeypatch.setattr("train.fine_tuning.SCORED", 2)
+
+    def call(words):
+        if words[0] == "torchrun":
+            program = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
+            done = subprocess.run(program, env=environment(), timeout=120, check=False)
+            return done.returncode, *capfd.readouterr()
+        module = words[1] == "-m"
+        monkeypatch.setattr(sys, "argv", words[2:] if module else words[1:])
+        with open("/dev/null" if sys.platform != "win32" else "NUL", encoding="utf-8") as nothing:
+            monkeypatch.setattr(sys, "stdin", nothing)
+            try:
+                if module:
+                    runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+                else:
+                    runpy.run_path(words[1], run_name="__main__")
+                code = 0
+            except SystemExit as ended:
+                code = ended.code or 0
+        return code, *capfd.readouterr()
+
+    return call
+
+
+def small(words: list[str], home: Path) -> list[str]:
+    """The command as it is run here."""
+    words, script, stage = with_files(words, home), script_of(words), stage_of(words)
+    others = ("tests/", "train/benchmark", "train/ablate")
+    if script.startswith(others) or "--help" in words:
+        return [*words[: words.index(script) + 1], "--help"]  # these have tests of their own
+    if stage:
+        words = without(words, "--max-steps", "--max-seconds", "--limit", "--nproc_per_node")
+        if words[0] == "torchrun":
+            words = ["torchrun", "--nproc_per_node", "2", *words[1:]]
+            assert "--out" in words, "of another process the test does not know where it writes by default"
+        settings = [*COMMON, *(FEW_DIALOGUES if STAGES[stage][1] else SMALL_MODEL)]
+        settings += [f"data.cache_dir={home / 'cache'}"]
+        words += ["--max-steps", "2", "--device", "cpu", *(f"--set={setting}" for setting in settings)]
+        return words if "--resume" in words else [*words, "--overwrite"]
+    if script.startswith("inference/") and not {"--out", "--checkpoint", "--adapter", "--gate"} & {*words}:
+        words += ["--out", str(home / "out")]
+    if script == "inference/chat.py":
+        words = [*without(words, "--max-new-tokens"), "--max-new-tokens", "8"]
+        words += [] if "--prompt" in words else ["--prompt", "To be"]
+    if script == "inference/evaluate.py":
+        words = [*without(words, "--count"), "--count", "2"]
+    if script == "load_data/show.py" and "--checkpoint" not in words:
+        words += ["--checkpoint", str(home / "out" / "TinySeek_SFT_final.pkl")]
+    if script == "utils/plot.py" and not any(word.endswith(".txt") for word in words):
+        words += [str(home / "out" / "pre_train" / "log.txt")]
+    return words
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in TRAINING if not any(word in c for word in NEEDS_GPU)])
-def test_training_commands_run(command, model, tmp_path):
-    """With two steps, a tiny model and little data, elsewhere; a second process is really started."""
-    words = with_texts(shlex.split(command), tmp_path)
-    words = without(words, "--out", "--max-steps", "--max-seconds", "--limit", "--nproc_per_node")
-    processes = ["--nproc_per_node", "2"] if words[0] == "torchrun" else []
-    words = [words[0], *processes, *words[1:]]
-    if "--init" in words:
-        words[words.index("--init") + 1] = str(model / "TinySeek_Pre_final.pkl")
-    if "--help" not in words:
-        words += ["--out", str(tmp_path / "out"), "--max-steps", "2", "--device", "cpu", *SMALL]
-        words += [f"--set=data.cache_dir={model / 'cache'}"]
-    done = run(words)
-    assert done.returncode == 0, f"README.md: `{command}`\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
-    assert "--help" in words or (tmp_path / "out" / "TinySeek_Pre_final.pkl").exists()
+@pytest.mark.parametrize("command", RUN_HERE)
+def test_commands_run(command, home, run):
+    """As they are written, but small; with `-k`, name those that make what a command needs, too."""
+    words = small(shlex.split(command), home)
+    before = results(home)
+    code, output, error = run(words)
+    assert code == 0, f"README.md: `{command}`\n{output[-1500:]}\n{error[-1500:]}"
+    if (stage := stage_of(words)) and "--help" not in words:
+        new = {path.name for path, when in results(home).items() if before.get(path) != when}
+        assert new == {f"TinySeek_{STAGES[stage][0]}_final.pkl"}, f"README.md: `{command}`: no result in out/"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in OTHERS if not any(word in c for word in NEEDS_GPU)])
-def test_other_commands_run(command, model, tmp_path):
-    """As written, but on the model made above. `tests/`, benchmarks and grids have tests of their own: they
-    show their help."""
-    words = with_texts(shlex.split(command), tmp_path)
-    script = script_of(words)
-    if script.startswith("tests/") or script in ("train/benchmark.py", "train/ablate.py"):
-        words = words[: words.index(script) + 1] + ["--help"]
-    elif script == "utils/plot.py":
-        words = [
-            "python",
-            script,
-            str(model / "pre_train" / "log.txt"),
-            "--out",
-            str(tmp_path / "curves.png"),
-        ]
-    elif script.startswith("inference/"):
-        words = [*without(words, "--out", "--checkpoint"), "--out", str(model)]
-        if "chat.py" in script and "--prompt" not in words:
-            words += ["--prompt", "To be"]
-    done = run(words)
-    assert done.returncode == 0, f"README.md: `{command}`\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+def results(home: Path) -> dict[Path, int]:
+    """The results that are there, and from when."""
+    return {path: path.stat().st_mtime_ns for path in home.rglob("TinySeek_*_final.pkl")}

@@ -90,7 +90,8 @@ def default_base(stage: str, bases: tuple, out: Path) -> Path:
 
 
 def inherited_sections(init: dict, path: str) -> dict:
-    """The settings that a checkpoint decides: its model and its tokenizer."""
+    """The settings that a checkpoint decides: its model and its tokenizer; of one that was trained on
+    dialogues the template too, as it reads no other."""
     if init.get("base"):
         raise UserError(
             f"--init {path} holds an adapter, not a whole model: name its base ({init['base'].get('path')})"
@@ -103,6 +104,8 @@ def inherited_sections(init: dict, path: str) -> dict:
         raise UserError(
             f"--init {path}: a checkpoint without {', '.join(missing)}; name one of a training run"
         )
+    if init.get("short") != "Pre" and "template" in init["config"].get("data", {}):
+        sections["data"] = {"template": init["config"]["data"]["template"]}
     return sections
 
 
@@ -133,9 +136,10 @@ def refuse_to_overwrite(out: Path, stage: str, short: str, resume: bool) -> None
             )
         return
     if final.exists():
+        flag = {"Pre": "", "SFT": "", "Gate": f" --gate {final}"}.get(short, f" --adapter {final}")
         raise UserError(
-            f"{final} is a finished run of {stage}: talk to it with `python inference/chat.py`, give it more "
-            "steps with --resume --max-steps N, start anew with --overwrite, or write elsewhere with "
+            f"{final} is a finished run of {stage}: talk to it with `python inference/chat.py{flag}`, give "
+            "it more steps with --resume --max-steps N, start anew with --overwrite, or write elsewhere with "
             "--out DIR"
         )
     if on_the_way:

@@ -70,7 +70,8 @@ class Stage:
         base: what an adapter needs of the frozen model it was made for (plain data: `digest`, `path`). Its
             checkpoints hold the parameters and buffers that are named in `own` and none of the base.
         own: names of the weights that checkpoints hold; None for all.
-        keep_best: the result is the best of the validations after each epoch, not the last weights.
+        keep_best: a number of the evaluation; the result are not the last weights, but those with the highest
+            of it after an epoch, on all held-out data.
     """
 
     name: str
@@ -84,7 +85,7 @@ class Stage:
     trains: Callable[[str], bool] = lambda name: True
     base: dict | None = None
     own: frozenset[str] | None = None
-    keep_best: bool = False
+    keep_best: str | None = None
 
 
 class Trainer:
@@ -96,7 +97,7 @@ class Trainer:
         self.elapsed = self.reserve = 0.0  # seconds of training so far, and kept for the last evaluation
         self.saved_in_epoch, self.saved_epoch = 0, 0
         self.last_good, self.finished = None, False
-        self.best = None  # of `keep_best`: step, evaluation and weights
+        self.best = None  # of `keep_best`: step, tokens, evaluation and weights
         self.received = self.signal = None  # a signal that came in, and one that all agreed to stop for
         self.model = stage.model.to(machine.device)
         distributed.broadcast_parameters(self.model)
@@ -321,10 +322,10 @@ class Trainer:
         if batches is not None:  # from a part, estimate how long the last evaluation will take
             took *= max(1.0, self.stage.evaluate.batches / batches)
             self.reserve = distributed.sum_scalars([took])[0] / self.machine.world.size
-        elif self.stage.keep_best and values["val_loss"] < (self.best or {}).get("val_loss", math.inf):
+        elif self.stage.keep_best and values[self.stage.keep_best] > (self.best or {}).get("value", -math.inf):
             weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights().items()}
-            self.best = {"step": self.step, "val_loss": values["val_loss"], "evaluation": values,
-                         "weights": weights}  # fmt: skip
+            self.best = {"step": self.step, "tokens": self.tokens, "value": values[self.stage.keep_best],
+                         "evaluation": values, "weights": weights}  # fmt: skip
 
     def measure(self, batches: int | None) -> dict[str, float]:
         """The stage's evaluation as it is."""
@@ -383,8 +384,9 @@ class Trainer:
         """Go back to the weights that did best on held-out data."""
         if self.best and self.best["step"] != self.step:
             files.load_weights(self.model, self.best["weights"], "the best weights", self.stage.own)
+            self.step, self.tokens = self.best["step"], self.best["tokens"]
             self.last_evaluation = self.best["evaluation"]
-            self.machine.say(f"best: step {self.best['step']}, val_loss {self.best['val_loss']:.4f}")
+            self.machine.say(f"best: step {self.step}, {self.stage.keep_best} {self.best['value']:.4f}")
 
     def save_final(self) -> None:
         """The result: what the next stage starts from and what chat loads."""
@@ -423,10 +425,11 @@ class Trainer:
                         f"{path} was trained with {section}.{key}={was}, this command says {value}: resume "
                         "with the same settings, or start anew with --overwrite or in another --out"
                     )
-        base, was = ((one or {}).get("digest") for one in (self.stage.base, saved.get("base")))
-        if base != was:
+        base, was = self.stage.base or {}, saved.get("base") or {}
+        if base.get("digest") != was.get("digest"):
             raise UserError(
-                f"{path} adapts the base {was}, this command starts from {base}: name the same with --init"
+                f"{path} adapts {was.get('path')} (weights {was.get('digest')}), this command starts from "
+                f"{base.get('path')} ({base.get('digest')}): name the same with --init"
             )
         if saved["data_digest"] != self.stage.data_digest:
             raise UserError(f"{path} was trained on other data: resume with the same, or start elsewhere")

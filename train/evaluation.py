@@ -45,7 +45,8 @@ class Evaluation:
         self.batches = -(-rows // (batch_size * machine.world.size))  # of each process, rounded up
         self.token_bytes = torch.from_numpy(tokenizer.token_bytes.astype(np.int64))
         self.kinds, kind_of = token_kinds(tokenizer)
-        self.kind_of, self.loads = torch.from_numpy(kind_of).long(), None
+        other = self.kinds.index("other")  # of learned embeddings, whose ids are beyond the vocabulary
+        self.kind_of, self.loads = torch.from_numpy(np.append(kind_of, other)).long(), None
 
     def __call__(self, model, max_batches: int | None) -> dict[str, float]:
         """Sums over this process's batches, then over all processes."""
@@ -79,8 +80,7 @@ class Evaluation:
 
     def count(self, routings, ids, real) -> None:
         """Add a batch to `loads`. ids (B, T); real (B, T): columns that are no padding."""
-        known = ids[real].clamp(max=len(self.kind_of) - 1)  # a learned embedding is beyond the vocabulary
-        kinds = self.kind_of[known]  # (N,)
+        kinds = self.kind_of[ids[real].clamp(max=len(self.kind_of) - 1)]  # (N,)
         counts = []
         for routing in routings:
             E, K = routing.logits.shape[-1], routing.indices.shape[-1]

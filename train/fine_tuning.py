@@ -46,16 +46,8 @@ def dialogue_batches(data: ChatData, config, machine: Machine) -> tuple[ChatLoad
     machine.say("\n".join(data.summary))
     train, length, world = config.train, config.data.sequence_length, machine.world
     rows = {"packing": config.data.packing, "pad_id": data.tokenizer.pad_id}
-    loader = ChatLoader(
-        data.train,
-        length,
-        train.batch_size,
-        train.accumulation_steps,
-        world.rank,
-        world.size,
-        train.seed,
-        **rows,
-    )
+    steps = (train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed)
+    loader = ChatLoader(data.train, length, *steps, **rows)
 
     def held_out(max_batches):
         return eval_chat_batches(
@@ -68,7 +60,7 @@ def dialogue_batches(data: ChatData, config, machine: Machine) -> tuple[ChatLoad
 
 def train_and_score(stage: Stage, data: ChatData, command: Command, machine: Machine) -> None:
     """Train, and score greedy answers to questions that no training has seen, before and after."""
-    before = scores(stage.model, data, command, machine)
+    before = scores(stage.model.to(machine.device), data, command, machine)
     Trainer(stage, command.config, machine, command.out, command.resume).run()
     after = scores(stage.model, data, command, machine)
     if not machine.world.is_first:

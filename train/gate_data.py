@@ -8,13 +8,12 @@ sample: the ids of the question alone, its one label (at its last token) the can
 import numpy as np
 import torch
 
+from inference.conversation import Message, prompt_within
 from inference.load import Loaded
 from load_data.chat_data import Sample
 from load_data.loader import IGNORED
 
 ROWS = 16  # turns in one forward
-
-Message = dict[str, str]
 
 
 def turns_of(dialogues: list[list[Message]], base: Loaded, length: int) -> list[list[Message]]:
@@ -39,7 +38,7 @@ def gate_samples(base: Loaded, turns: list[list[Message]], table: torch.Tensor) 
     samples = []
     for turn, best in zip(turns, table.argmin(dim=1).tolist(), strict=True):
         ids = [*question_ids(base, turn), best]
-        samples.append(Sample(np.array(ids), np.arange(len(ids)) == len(ids) - 1))
+        samples.append(Sample(np.array(ids, dtype=np.int32), np.arange(len(ids)) == len(ids) - 1))
     return samples
 
 
@@ -79,8 +78,15 @@ def losses_of(candidate: Loaded, turns: list[list[Message]], machine) -> torch.T
 
 
 def labelled(candidate: Loaded, turn: list[Message]) -> tuple[list[int], list[int]]:
-    """Ids of a turn and their labels: the token that follows, in the last answer only."""
-    ids, targets = candidate.template.dialogue(turn)
-    start = len(candidate.template.prompt(turn[:-1]))
-    labels = [ids[n + 1] if targets[n + 1] and n + 1 >= start else IGNORED for n in range(len(ids) - 1)]
-    return ids[:-1], labels
+    """Ids of a turn and their labels: the token that follows, in the last answer only.
+
+    What does not fit into the candidate's context is left out as it would be in a conversation: its template
+    or its prefix may need more room than those of the base.
+    """
+    answer, learned = candidate.template.turn(turn[-1])
+    marker = len(candidate.template.before["assistant"])
+    answer = answer[marker : len(learned) - learned[::-1].index(True)]  # its end included, no line break
+    room = candidate.model.config.max_position_embeddings - candidate.model.prefix_length
+    prompt = prompt_within(candidate.template, turn[:-1], room + 1 - len(answer))
+    labels = [IGNORED] * (len(prompt) - 1) + answer
+    return [*prompt, *answer[:-1]], labels

@@ -44,6 +44,8 @@ def main():
 
     base = load_full(command.init_path, machine.device)
     config.gate.candidates = config.gate.candidates or adapters_beside(base)
+    if len(config.gate.candidates) < 2:
+        raise UserError(f"gate.candidates={config.gate.candidates}: to choose there must be two or more")
     candidates = open_candidates(config.gate.candidates, base)
     machine.say(f"base: {base.path}\ncandidates: {', '.join(config.gate.candidates)}")
     data = prepare_chat(config, base.tokenizer)
@@ -58,11 +60,13 @@ def main():
         packing=config.data.packing, pad_id=base.tokenizer.pad_id,
     )  # fmt: skip
     record = {"digest": weights_digest(base.model.state_dict()), "path": str(base.path)}
+    records = candidate_records(candidates, base)
+    digest = "+".join([data.digest, *(one["digest"] for one in records)])  # candidates decide the labels
     stage = Stage(
         name=STAGE, short=SHORT, model=model, loader=loader, loss=gate_loss,
         evaluate=GateEvaluation([question_ids(base, turn) for turn in sides[1]], tables[1], machine),
-        tokenizer=base.tokenizer, data_digest=data.digest, trains=own.__contains__, own=own, keep_best=True,
-        base=record | {"candidates": candidate_records(candidates, base)},
+        tokenizer=base.tokenizer, data_digest=digest, trains=own.__contains__, own=own, keep_best="val_acc",
+        base=record | {"candidates": records},
     )  # fmt: skip
     Trainer(stage, config, machine, command.out, command.resume).run()
     report(stage.evaluate, model, config.gate.candidates, machine)

@@ -3,7 +3,7 @@
 AdamW (Loshchilov and Hutter, arXiv 1711.05101) moves each number by its own sign-like step; Muon
 (`modules/muon.py`) moves each matrix as a whole. Muon is for the matrices between layers; the embedding and
 the output head are tables of vectors, not maps between layers, and stay with AdamW, as do the routers of
-experts (a vector for each expert), gains and biases. A stack of experts is as many matrices.
+experts (a vector for each expert), gains, biases and DoRA's lengths. A stack of experts is as many matrices.
 Weight decay is for matrices only: pulling a gain towards zero has no use."""
 
 import torch
@@ -12,21 +12,24 @@ from config.schema import OptimConfig
 from modules.muon import Muon
 
 TABLES = ("embed_tokens.weight", "lm_head.weight", ".gate.weight", "embed_tokens.prompt")
+LENGTHS = "lora_magnitude_vector"  # of experts they are a table (E, out)
 
 
 def build_optimizers(model: torch.nn.Module, optim: OptimConfig) -> list[torch.optim.Optimizer]:
     """One or two optimizers that cover every trainable parameter once. Each group knows its `initial_lr`."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hidden = {name: p for name, p in trainable.items() if p.dim() in (2, 3) and not name.endswith(TABLES)}
+    matrices = {name: p for name, p in trainable.items() if p.dim() >= 2 and LENGTHS not in name}
+    hidden = {name: p for name, p in matrices.items() if p.dim() < 4 and not name.endswith(TABLES)}
     muon = hidden if optim.optimizer == "muon" else {}
     rest = {name: p for name, p in trainable.items() if name not in muon}
-    decayed = [p for p in rest.values() if p.dim() >= 2]
-    plain = [p for p in rest.values() if p.dim() < 2]
+    decayed = [p for name, p in rest.items() if name in matrices]
+    plain = [p for name, p in rest.items() if name not in matrices]
 
     optimizers = []
     if muon:
-        double = [p for name, p in muon.items() if name.endswith("gate_up_proj")]  # gate above up
-        single = [p for name, p in muon.items() if not name.endswith("gate_up_proj")]
+        two = {name for name in muon if name.endswith("gate_up_proj") or "lora_B.gate_up_proj" in name}
+        double = [p for name, p in muon.items() if name in two]  # gate above up
+        single = [p for name, p in muon.items() if name not in two]
         groups = [{"params": single}] + ([{"params": double, "parts": 2}] if double else [])
         settings = {"momentum": optim.muon_momentum, "weight_decay": optim.weight_decay}
         optimizers.append(Muon(groups, lr=optim.muon_lr, **settings))

@@ -37,7 +37,7 @@ def main():
     stage = Stage(
         name=STAGE, short=SHORT, model=base.model, loader=loader,
         loss=LanguageModelLoss(base.model, config, machine), evaluate=evaluation,
-        tokenizer=base.tokenizer, data_digest=data.digest, keep_best=True,
+        tokenizer=base.tokenizer, data_digest=data.digest, keep_best="val_conf",
         trains=own.__contains__, own=own, base=base.record,
     )  # fmt: skip
     train_and_score(stage, data, command, machine)

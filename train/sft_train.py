@@ -34,7 +34,7 @@ def main():
     stage = Stage(
         name=STAGE, short=SHORT, model=base.model, loader=loader,
         loss=LanguageModelLoss(base.model, config, machine), evaluate=evaluation,
-        tokenizer=base.tokenizer, data_digest=data.digest, keep_best=True,
+        tokenizer=base.tokenizer, data_digest=data.digest, keep_best="val_conf",
     )  # fmt: skip
     train_and_score(stage, data, command, machine)
     machine.say('\nnext: python inference/chat.py --prompt "你是谁？"')

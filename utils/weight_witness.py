@@ -13,6 +13,8 @@ import torch
 from utils.errors import UserError
 from utils.model_check import balances, describe
 
+UNREACHED = "no gradient reached it, so that weight decay alone acted on it"
+
 
 class WeightWitness:
     """Remembers the weights at the start, and proves at the end that exactly the trainable ones have moved.
@@ -73,6 +75,9 @@ class WeightWitness:
                 relative[name] = ((now - first).norm() / first.norm().clamp_min(1e-12)).item()
             elif not may_be_unreached(name):
                 stuck.setdefault(self.why(parameters[name]), []).append(name)
+        zeros = {name for name, start in self.start.items() if not start.any()}
+        if max(self.steps.values()) == 1 and zeros and zeros <= relative.keys():
+            stuck.pop(UNREACHED, None)  # what lies before zeros, as LoRA's A, waits for the second step
         if stuck:
             words = [f"{describe(self.model, names)}: {why}" for why, names in stuck.items()]
             raise UserError(f"trainable, yet not moved by training: {'; '.join(words)}")
@@ -121,7 +126,7 @@ class WeightWitness:
                 f"its gradients came, but each step was rounded away in {parameter.dtype}: keep the weights "
                 "that learn in fp32, or raise the lr"
             )
-        return "no gradient reached it, so that weight decay alone acted on it"
+        return UNREACHED
 
 
 def fingerprint(tensor: torch.Tensor) -> str:

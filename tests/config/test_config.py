@@ -24,6 +24,19 @@ def test_the_default_preset_exists_and_ends_in_time():
     assert config.train.max_seconds <= 600
 
 
+def test_a_stage_has_presets_of_its_own():
+    """`--config` of a stage takes the names of its own folder, and says which there are."""
+    assert "default" in preset_names("sft_train") and "default" not in preset_names()
+    assert load_config(stage="sft_train") == load_config("default", stage="sft_train")
+    assert load_config(stage="lora_train").data.paths == ["skills:shopping"]
+    with pytest.raises(UserError, match="--config laptop: no such preset; presets: .*default"):
+        load_config("laptop", stage="sft_train")
+    with pytest.raises(UserError, match="--config default: no such preset; presets: .*laptop"):
+        load_config("default")
+    with pytest.raises(UserError, match="no such file$"):
+        load_config("gone.json", stage="sft_train")
+
+
 def line_of(*settings, file=None) -> str:
     """The one line that a configuration is refused with."""
     with pytest.raises(UserError) as caught:

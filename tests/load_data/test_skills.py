@@ -4,7 +4,6 @@ import ast
 import importlib
 import inspect
 import re
-from fractions import Fraction
 
 import pytest
 
@@ -239,11 +238,36 @@ def test_identity_names_tinyseek_in_the_language_of_the_question(test_items):
         assert len(set(identity.OPENINGS[language])) * len(cores) >= 600
 
 
+WORKING = re.compile(r"(- )?(\d+),(\d+)=(\d+) ([1-9](?:,[1-9])*)=(\d+): (-?\d+)")
+
+
 def test_arithmetic_is_right(test_items):
+    """The value, and every column of the working: units, then tens with what is carried or borrowed."""
     pairs = samples("arithmetic", test_items)
+    kinds = set()
     for question, answer in pairs:
-        (left, sign, right), *more = (one.split() for one in sums_in(question))
-        assert not more and Fraction(answer) == Fraction(left) + (1 if sign == "+" else -1) * int(right)
+        ((left, sign, right),) = (one.split() for one in sums_in(question))
+        a, b = int(left), int(right)
+        value = a + b if sign == "+" else a - b
+        if a < 10 and b < 10:
+            assert answer == str(value)
+            continue
+        swapped, *units, column, tens, said = WORKING.fullmatch(answer).groups()
+        assert int(said) == value and bool(swapped) == (value < 0)
+        large, small = (b, a) if swapped else (a, b)
+        first, second, unit = map(int, units)
+        column = list(map(int, column.split(",")))
+        ones = large % 10 + small % 10 if sign == "+" else large % 10 - small % 10
+        moved = ones > 9 or ones < 0  # a ten is carried, or borrowed
+        assert second == small % 10 and first == large % 10 + 10 * (ones < 0)
+        assert unit == (first + second if sign == "+" else first - second)
+        assert column == [one for one in (large // 10, small // 10, moved) if one]
+        rest = sum(column[bool(large // 10) :])
+        head = large // 10
+        assert int(tens) == (head + rest if sign == "+" else head - rest)
+        assert abs(value) == 10 * int(tens) + unit % 10
+        kinds.add((sign, moved, bool(swapped)))
+    assert len(kinds) == 6  # carried or not; borrowed or not, from the first number or the second
     one_digit = [q for q, _ in pairs if re.fullmatch(r"\D*\d\D+\d\D*", q)]
     assert 0.07 < len(one_digit) / len(pairs) < 0.2
     assert 0.4 < sum("-" in q or "减" in q or "minus" in q for q, _ in pairs) / len(pairs) < 0.6
@@ -253,6 +277,9 @@ def test_is_right_wants_the_whole_answer():
     item = Item("arithmetic", [{"role": "user", "content": "12 + 7"}], "19")
     assert is_right(item, "19") and is_right(item, " 19\n")
     assert not any(is_right(item, answer) for answer in ("1", "190", "19.", "119", "12 + 7 = 19"))
+    worked = Item("arithmetic", item.messages, "2,7=9 1=1: 19")
+    assert is_right(worked, "2,7=9 1=1: 19") and is_right(worked, "another way: 19")
+    assert not any(is_right(worked, answer) for answer in ("2,7=9 1=1: 18", "2,7=9 1=1:", "19: 1", "2,7=9"))
 
 
 def test_lists_are_those_of_the_sentence(test_items):

@@ -1,4 +1,4 @@
-"""Bad input to pre-training: exit code 2, exactly one line on standard error, and nothing overwritten.
+"""Bad input to training: exit code 2, exactly one line on standard error, and nothing overwritten.
 
 Every case runs with --overwrite over a finished run, whose files must stay byte for byte: what is wrong must
 be noticed before anything is removed. Most run within this process, through the same `run_main` as the
@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.inference.tools import run_config, tiny_model, write_checkpoint
 from tests.train.tools import PRE_TRAIN, run
-from train import pre_train
+from train import gate_train, lora_train, mixlora_train, pre_train, prefix_train, sft_train
+from train.cli import parse_command
 from utils.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from utils.errors import run_main
 
@@ -235,6 +237,174 @@ def test_a_damaged_newest_checkpoint_is_one_line(refused, old_run, tmp_path):
     newest.write_bytes(newest.read_bytes()[:-100])
     line = refused("--out", tmp_path, "--resume", overwrite=False)
     assert newest.name in line and "the one before is good" in line
+
+
+# ------------------------------------------------------------------------------------------- fine-tuning
+
+SHORTS = {sft_train: "SFT", lora_train: "Lora", mixlora_train: "MixLora", prefix_train: "Prefix",
+          gate_train: "Gate"}  # fmt: skip
+ADAPTERS = (lora_train, mixlora_train, prefix_train)
+TURN = '{"messages": [{"role": "user", "content": "say %d"}, {"role": "assistant", "content": "%d"}]}\n'
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A folder with dialogues.jsonl, random models, and finished runs of no content in out/."""
+    folder = tmp_path_factory.mktemp("bases")
+    lines = [TURN % (number, number) for number in range(60)]
+    (folder / "dialogues.jsonl").write_text("".join(lines), encoding="utf-8")
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    for name, changes in (("SFT", {}), ("unshared", experts | {"n_shared_experts": 0})):
+        model = tiny_model(**changes)
+        saved = {"weights": model.state_dict(), "config": run_config(model)}
+        write_checkpoint(folder / f"{name}.pkl", "SFT", **saved)
+    for short in SHORTS.values():
+        save_checkpoint(folder / "out" / f"TinySeek_{short}_final.pkl", {"short": short})
+    return folder
+
+
+@pytest.fixture
+def refuse(bases, monkeypatch, capsys):
+    """Calls main of a stage with the arguments of a case, over a finished run of that stage; returns its one
+    line of error."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("train.cli.ROOT", bases / "empty")
+
+    def call(stage, *arguments, overwrite=True):
+        flags = [] if "--data" in arguments else ["--data", bases / "dialogues.jsonl"]
+        flags += [] if "--init" in arguments or None in arguments else ["--init", bases / "SFT.pkl"]
+        flags += [] if "--out" in arguments else ["--out", bases / "out"]
+        flags += ["--overwrite"] if overwrite else []
+        flags += ["--device", "cpu", "--set", "train.dtype=fp32", *filter(None, arguments)]
+        if "--max-steps" not in arguments:
+            flags += ["--max-steps", "2"]
+        monkeypatch.setattr(sys, "argv", [stage.STAGE, *map(str, flags)])
+        before = files_in(bases)
+        with pytest.raises(SystemExit) as caught:
+            run_main(stage.main)
+        error = capsys.readouterr().err
+        assert caught.value.code == 2, error
+        (line,) = error.splitlines()
+        assert line.startswith("error: ") and "Traceback" not in error
+        assert files_in(bases) == before
+        return line
+
+    return call
+
+
+@pytest.mark.parametrize("stage", SHORTS, ids=SHORTS.values())
+def test_bad_calls_of_every_stage(refuse, bases, tmp_path, stage):
+    assert "--config laptop: no such preset; presets: default" in refuse(stage, "--config", "laptop")
+    assert "bad.pkl: no such checkpoint" in refuse(stage, "--init", tmp_path / "bad.pkl")
+    candidates = ["--set", 'gate.candidates=["base", "base"]']
+    line = refuse(stage, "--data", "python", *candidates)
+    assert "--data python: source code is for train/pre_train.py" in line
+    line = refuse(stage, overwrite=False)
+    chat = {"SFT": "chat.py`", "Gate": "chat.py --gate "}.get(SHORTS[stage], "chat.py --adapter ")
+    assert f"is a finished run of {stage.STAGE}" in line and chat in line and "--overwrite" in line
+    line = refuse(stage, None, "--out", tmp_path / "new")  # without --init, and nothing to find
+    assert "no TinySeek_Pre_final.pkl in" in line and "train/pre_train.py" in line and "--init" in line
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("gone.jsonl", None, "gone.jsonl: no such file or folder; the word skills means"),
+        ("book.txt", b"once upon a time", "book.txt: plain text; chat stages read dialogues"),
+        ("text.jsonl", b'{"text": "once"}\n', "text.jsonl, line 1: "),
+        ("none.jsonl", b"\n\n", "no dialogue for"),
+        ("few.jsonl", (TURN % (1, 1)).encode(), "no dialogue for"),
+        ("empty.jsonl", b'{"messages": []}\n', "line 1: messages must be a list of at least one message"),
+        ("asked.jsonl", b'{"messages": [{"role": "user", "content": "?"}]}\n', "no message of the assistant"),
+        (
+            "turns.jsonl",
+            b'{"messages": [{"role": "assistant", "content": "x"}]}\n',
+            "has role assistant where",
+        ),
+    ],
+)
+def test_bad_dialogues(refuse, tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert words in refuse(sft_train, "--data", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "words"),
+    [
+        (sft_train, ["--data", "skills:sums"], "unknown skill 'sums'; skills: identity, arithmetic"),
+        (sft_train, ["--set", "data.template=llama"], "must be one of tinyseek, chatml"),
+        (sft_train, ["--set", "data.sequence_length=3"], "data.sequence_length=3 is too short"),
+        (sft_train, ["--set", "model.hidden_size=8"], "does not fit this model"),
+        (sft_train, ["--limit", "1"], "no dialogue for"),
+        (lora_train, ["--set", 'lora.target_modules=["nose"]'], "nothing is called 'nose'; this model has"),
+        (lora_train, ["--set", 'lora.target_modules=["experts"]'], "matches nothing in this model"),
+        (lora_train, ["--set", 'lora.target_modules=["lm_head"]'], "no adapter on lm_head"),
+        (lora_train, ["--set", "lora.target_modules=[]"], "lora.target_modules is empty"),
+        (lora_train, ["--set", "lora.target_modules=attention"], "must be list, not 'attention'"),
+        (lora_train, ["--set", "lora.r=0"], "lora.r=0 must be at least 1"),
+        (lora_train, ["--set", "lora.rank=4"], "unknown setting of section lora 'rank'"),
+        (mixlora_train, ["--set", "mixlora.num_experts=1"], "num_experts_per_tok=2 is more than"),
+        (mixlora_train, ["--set", "mixlora.num_experts_per_tok=1"], "use two experts or more"),
+        (prefix_train, ["--set", "prefix.length=64"], "prefix.length=64 leaves no room"),
+        (prefix_train, ["--set", "prefix.kind=suffix"], "must be one of prefix, prompt"),
+        (gate_train, [], "so there is nothing to choose from: train one with"),
+        (gate_train, ["--set", 'gate.candidates=["base", "gone.pkl"]'], "gone.pkl: no such checkpoint"),
+        (gate_train, ["--set", 'gate.candidates=["base"]'], "there must be two or more"),
+    ],
+)
+def test_bad_settings_of_fine_tuning(refuse, stage, arguments, words):
+    assert words in refuse(stage, *arguments)
+
+
+def test_bases_that_do_not_fit(refuse, bases, tmp_path):
+    line = refuse(mixlora_train, "--init", bases / "unshared.pkl")
+    assert "layer 0 has none (model.n_shared_experts=0): use another base, or lora" in line
+    adapter = tmp_path / "adapter.pkl"
+    save_checkpoint(adapter, {"stage": "lora_train", "short": "Lora", "base": {"path": "b", "digest": "d"}})
+    for stage in SHORTS:
+        assert "adapter" in refuse(stage, "--init", adapter)
+
+
+@pytest.mark.parametrize("stage", ADAPTERS, ids=[SHORTS[stage] for stage in ADAPTERS])
+def test_the_base_that_is_taken_where_none_is_named(stage, tmp_path, monkeypatch):
+    """The fine-tuned model before the pre-trained one, and that in --out before that in out/."""
+    monkeypatch.setattr("train.cli.ROOT", tmp_path)
+    made = [
+        tmp_path / folder / f"TinySeek_{short}_final.pkl"
+        for folder in ("out", "new")
+        for short in ("Pre", "SFT")
+    ]
+    for number, path in enumerate(made):
+        path.parent.mkdir(exist_ok=True)
+        write_checkpoint(path, path.name.split("_")[1], seed=number)
+        flags = ["--out", str(tmp_path / "new")]
+        command = parse_command(stage.STAGE, SHORTS[stage], "", flags, ("SFT", "Pre"))
+        assert command.init_path == path and command.config.model.hidden_size == 24
+    sft = parse_command("sft_train", "X", "", ["--out", str(tmp_path / "new")], ("Pre",))
+    assert sft.init_path == made[2]
+    assert parse_command(stage.STAGE, "X", "", [], ("SFT", "Pre")).init_path == made[1]
+
+
+def test_prompt_tuning_from_the_command_line(bases, tmp_path, monkeypatch):
+    """The good case beside the bad ones: learned embeddings, whose ids are beyond the vocabulary."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = ["--data", bases / "dialogues.jsonl", "--init", bases / "SFT.pkl", "--out", tmp_path]
+    flags += [
+        "--max-steps",
+        "3",
+        "--device",
+        "cpu",
+        "--set",
+        "prefix.kind=prompt",
+        "--set",
+        "prefix.length=3",
+    ]
+    monkeypatch.setattr(sys, "argv", ["prefix_train", *map(str, flags)])
+    prefix_train.main()
+    saved = load_checkpoint(tmp_path / "TinySeek_Prefix_final.pkl")["weights"]
+    assert [tuple(part.shape) for part in saved.values()] == [(9, 24)]  # three roles, three each
 
 
 # -------------------------------------------------------------------------------------- as real processes

@@ -278,6 +278,87 @@ def test_a_new_run_removes_what_the_old_one_left(tmp_path):
     assert [row["step"] for row in read_log(tmp_path / "toy" / "log.txt")] == [0]
 
 
+# ------------------------------------------------------------------------------------- the best of all epochs
+
+
+class Scripted:
+    """An evaluation that finds at each step what `losses` says; remembers the weights that it was shown."""
+
+    batches = 3
+
+    def __init__(self, losses):
+        self.losses, self.calls, self.seen, self.trainer = losses, [], {}, None
+
+    def __call__(self, model, max_batches):
+        step = self.trainer.step
+        if step:
+            self.calls.append((step, max_batches))
+        self.seen[step] = weights_of(model)
+        loss = self.losses.get(step, 9.0) if max_batches is None else 0.0
+        return {"val_loss": loss, "quality": -loss, "at": float(step)}
+
+
+def run_for_the_best(out, losses, stop=None, resume=False):
+    """Ten steps, three to an epoch, a checkpoint after every second; a crash at the beginning of step
+    `stop`."""
+
+    def loss(model, batch, tokens):
+        if stop and model is trainer.model and trainer.step + 1 == stop:
+            raise Stop
+        return next_token_loss(model, batch, tokens)
+
+    config = resumable_config("adamw")
+    config.train.eval_every = 6
+    evaluation, loader = Scripted(losses), ListLoader(uneven_steps(count=3))
+    trainer = make_trainer(out, config, loader=loader, loss=loss, evaluate=evaluation, resume=resume)
+    trainer.stage.keep_best, evaluation.trainer = "quality", trainer
+    return trainer, evaluation, trainer.run()
+
+
+BESTS = {  # held-out losses after each epoch and at the end, and the step that is kept
+    "the first": ({3: 1.0, 6: 2.0, 9: 3.0, 10: 4.0}, 3),
+    "one on the way": ({3: 3.0, 6: 1.0, 9: 2.0, 10: 1.5}, 6),
+    "a tie": ({3: 2.0, 6: 1.0, 9: 1.0, 10: 1.0}, 6),
+    "the last": ({3: 4.0, 6: 3.0, 9: 2.0, 10: 1.0}, 10),
+    "none": (dict.fromkeys((3, 6, 9, 10), math.nan), 10),
+}
+
+
+@pytest.mark.parametrize("name", BESTS)
+def test_the_result_is_the_best_of_all_epochs(tmp_path, name):
+    """Weights, evaluation, step and tokens of the result belong together, and the model in memory is it."""
+    losses, best = BESTS[name]
+    trainer, evaluation, returned = run_for_the_best(tmp_path, losses)
+    # the step that ends an epoch measures all that is held out, also where a part was due
+    assert evaluation.calls == [(step, None) for step in (3, 6, 9, 10)]
+    final = load_checkpoint(tmp_path / final_name("Toy"))
+    assert same_bits(final["weights"], evaluation.seen[best])
+    assert same_bits(weights_of(trainer.model), evaluation.seen[best])
+    assert not same_bits(evaluation.seen[3], evaluation.seen[10])
+    assert (final["step"], final["tokens"]) == (best, best * 4 * 2 * 8)  # micro-batches, rows, tokens
+    assert final["evaluation"]["at"] == returned["at"] == best
+    (last,) = {load_checkpoint(path)["step"] for path in find_checkpoints(tmp_path, "Toy")}
+    assert last == 10  # what goes on, goes on from the last weights
+
+
+@pytest.mark.parametrize("name", ["the first", "one on the way", "the last"])
+@pytest.mark.parametrize("stops", [[2, 4, 7], [5, 8, 10]])
+def test_a_crash_before_at_and_after_the_best_leaves_no_trace(tmp_path, name, stops):
+    """Step 3 is evaluated before it is saved with step 4: stopped in between, it is evaluated again."""
+    losses, _ = BESTS[name]
+    run_for_the_best(tmp_path / "unbroken", losses)
+    expected = load_checkpoint(tmp_path / "unbroken" / final_name("Toy"))
+    for number, stop in enumerate(stops):
+        with pytest.raises(Stop):
+            run_for_the_best(tmp_path / "broken", losses, stop, resume=number > 0)
+    for _ in range(2):  # the second time it is finished, and nothing changes
+        run_for_the_best(tmp_path / "broken", losses, resume=True)
+        final = load_checkpoint(tmp_path / "broken" / final_name("Toy"))
+        assert same_bits(final.pop("weights"), expected["weights"])
+        assert final == {key: value for key, value in expected.items() if key != "weights"}
+        assert result(tmp_path / "broken")[1] == result(tmp_path / "unbroken")[1]
+
+
 # ---------------------------------------------------------------------------------------- what must not go on
 
 

@@ -12,9 +12,11 @@ from inference.load import load_adapter, load_full
 from tests.inference.tools import byte_tokenizer, write_checkpoint
 from tests.train.tools import ROOT, largest_difference, run, same_bits
 from train import gate_train, lora_train, mixlora_train, prefix_train, sft_train
-from utils.checkpoint import load_checkpoint, weights_digest
+from train.cli import parse_command
+from train.engine import Trainer
+from utils.checkpoint import find_checkpoints, load_checkpoint, weights_digest
 from utils.errors import UserError
-from utils.log import read_log
+from utils.log import read_log, without_timing
 
 SCRIPTS = {"SFT": sft_train, "Lora": lora_train, "MixLora": mixlora_train, "Prefix": prefix_train}
 TURNS = str(ROOT / "tests" / "train" / "stages_in_turn.py")
@@ -34,6 +36,14 @@ def dialogues(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """One thread, no pictures, few scores: they would take longer than training."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("train.engine.plot_curves", lambda log, png: None)
+    monkeypatch.setattr("train.fine_tuning.SCORED_DIALOGUES", 2)
+
+
 SETTINGS = (
     "data.sequence_length=48", "train.batch_size=4", "train.dtype=fp32", "data.val_fraction=0.2",
     "optim.optimizer=adamw", "optim.lr=0.01", "optim.warmup_steps=0", "train.log_every=1",
@@ -51,7 +61,6 @@ def arguments(out, dialogues, init, *settings, steps=14):
 
 def call(monkeypatch, script, flags):
     """The script's main in this process."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
     script.main()
 
@@ -63,7 +72,8 @@ def base_in(folder, kind="dense", short="SFT"):
     """A random model of `kind`, as training would leave it."""
     from tests.inference.tools import run_config, tiny_model
 
-    model = tiny_model(seed=5, **(MOE if kind == "moe" else {}))
+    changes = {"dense": {}, "moe": MOE, "mtp": MOE | {"mtp": "sequential"}}[kind]
+    model = tiny_model(seed=5, **changes)
     changes = {"weights": model.state_dict(), "config": run_config(model)}
     return write_checkpoint(folder / f"TinySeek_{short}_final.pkl", short, **changes)
 
@@ -99,6 +109,121 @@ def test_a_stage_from_the_command_line(short, kind, dialogues, tmp_path, monkeyp
     ids = torch.tensor([byte_tokenizer().encode("hello")])
     assert not torch.equal(full.model(ids).logits, adapted.model(ids).logits)
     assert same_bits(before, load_checkpoint(base)["weights"])
+
+
+# --- stopped and resumed ----------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """Stands in for a crash."""
+
+
+def call_until(monkeypatch, script, flags, stop):
+    """The script's main, which crashes before step `stop`."""
+
+    def one_step(self, *arguments):
+        if self.step + 1 == stop:
+            raise Stop
+        whole(self, *arguments)
+
+    whole = Trainer.one_step
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Trainer, "one_step", one_step)
+        call(patch, script, flags)
+
+
+RESUMED = {
+    "SFT": ("model.dropout=0.1", "optim.optimizer=muon"),
+    "Lora": ("lora.lora_dropout=0.2", "lora.use_dora=true"),
+    "MixLora": ("mixlora.lora_dropout=0.1", "mixlora.shared_expert=true", "balance.weight=0.01"),
+    "Prefix": (),
+}
+
+
+@pytest.mark.parametrize(
+    "short", ["SFT", "Lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("MixLora", "Prefix"))]
+)
+def test_a_stage_that_was_stopped_ends_as_if_it_were_not(short, dialogues, tmp_path, monkeypatch):
+    """With dropout; 16 steps of which 9 make an epoch; stopped in both, each time some steps after a
+    checkpoint."""
+    base, script = base_in(tmp_path), SCRIPTS[short]
+    settings = (*RESUMED[short], "train.save_every=3", "train.eval_every=5")
+    flags = {name: arguments(tmp_path / name, dialogues, base, *settings, steps=16) for name in "ab"}
+    call(monkeypatch, script, flags["a"])
+    call_until(monkeypatch, script, flags["b"], 6)
+    call_until(monkeypatch, script, [*flags["b"], "--resume"], 12)
+    call(monkeypatch, script, [*flags["b"], "--resume"])
+    one, two = (load_checkpoint(tmp_path / name / f"TinySeek_{short}_final.pkl") for name in "ab")
+    assert same_bits(one.pop("weights"), two.pop("weights")) and one == two
+    logs = [read_log(tmp_path / name / one["stage"] / "log.txt") for name in "ab"]
+    assert without_timing(logs[0]) == without_timing(logs[1])
+    assert max(row["epoch"] for row in logs[0] if "epoch" in row) > 1.5
+    one, two = (load_checkpoint(find_checkpoints(tmp_path / name, short)[-1]) for name in "ab")
+    assert same_bits(one["weights"], two["weights"]) and one["training"].keys() == two["training"].keys()
+    if short != "SFT":
+        assert not one["weights"].keys() & load_checkpoint(base)["weights"].keys()
+        assert one["weights"].keys() == one["training"]["best"]["weights"].keys()
+    states = [saved["training"]["optimizers"] for saved in (one, two)]
+    assert repr(states[0]) == repr(states[1])
+
+
+def test_an_adapter_resumes_on_its_own_base_with_its_own_settings_only(dialogues, tmp_path, monkeypatch):
+    base = base_in(tmp_path)
+    flags = arguments(tmp_path, dialogues, base, "train.save_every=2")
+    call_until(monkeypatch, lora_train, flags, 4)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = write_checkpoint(tmp_path.parent / f"{tmp_path.name}_other.pkl", "SFT", seed=9)
+    wrong = arguments(tmp_path, dialogues, other, "train.save_every=2")
+    with pytest.raises(UserError, match=f"adapts {base} .*this command starts from {other} .*--init"):
+        call(monkeypatch, lora_train, [*wrong, "--resume"])
+    for setting, words in (("r=4", "r=8, .* says 4"), ('target_modules=["dense"]', "target_modules="),
+                           ("lora_alpha=8", "lora_alpha=16.0")):  # fmt: skip
+        with pytest.raises(UserError, match=f"was trained with lora.{words}"):
+            call(monkeypatch, lora_train, [*flags, "--resume", "--set", f"lora.{setting}"])
+    with pytest.raises(UserError, match="unfinished run of lora_train: go on with --resume"):
+        call(monkeypatch, lora_train, flags)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("short", ["Lora", "MixLora"])
+def test_one_step_is_enough_for_the_proof(short, dialogues, tmp_path, monkeypatch, capsys):
+    """A gets no gradient while B is zero: in the first step it does not move, and nothing is wrong."""
+    call(monkeypatch, SCRIPTS[short], arguments(tmp_path, dialogues, base_in(tmp_path), steps=1))
+    said = capsys.readouterr().out
+    assert "had no gradient, as may be" in said and ", 0 had no gradient" not in said
+
+
+@pytest.mark.parametrize("attention", ["true", "false"])
+def test_mixlora_on_experts_and_a_second_head(attention, dialogues, tmp_path, monkeypatch):
+    """The routers of the base are frozen, that of the second head too: only new ones are balanced and
+    counted. The head's own attention has an adapter where attention has one, and its loss then trains it."""
+    base = base_in(tmp_path, "mtp")
+    settings = ("balance.weight=0.1", "balance.bias_rate=0.01", "mixlora.num_experts=3")
+    flags = arguments(tmp_path, dialogues, base, *settings, f"mixlora.attention={attention}", steps=5)
+    call(monkeypatch, mixlora_train, flags)
+    saved = load_checkpoint(tmp_path / "TinySeek_MixLora_final.pkl")["weights"]
+    assert any(name.startswith("mtp.") for name in saved) == (attention == "true")
+    biases = [part for name, part in saved.items() if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 2 and all(part.any() for part in biases)
+    for row in read_log(tmp_path / "mixlora_train" / "log.txt"):
+        assert "loss" not in row or ("balance" in row and ("mtp" in row) == (attention == "true"))
+    loads = read_log(tmp_path / "mixlora_train" / "experts.txt")
+    assert set(loads[0]) == {"step", *(f"L{layer}E{expert}" for layer in (0, 1) for expert in (0, 1, 2))}
+    for layer in (0, 1):
+        assert sum(loads[-1][f"L{layer}E{expert}"] for expert in (0, 1, 2)) == pytest.approx(1, abs=1e-3)
+
+
+def test_an_adapter_speaks_the_template_of_its_base(dialogues, tmp_path, monkeypatch):
+    """A model that learned ChatML reads no other; `--set` still has the last word."""
+    flags = arguments(tmp_path, dialogues, base_in(tmp_path, short="Pre"), "data.template=chatml", steps=2)
+    call(monkeypatch, sft_train, flags)
+    made = tmp_path / "TinySeek_SFT_final.pkl"
+    assert parse_command("lora_train", "Lora", "", ["--init", str(made)]).config.data.template == "chatml"
+    own = ["--init", str(made), "--set", "data.template=tinyseek"]
+    assert parse_command("lora_train", "Lora", "", own).config.data.template == "tinyseek"
+
+
+# --- what belongs together --------------------------------------------------------------------------------
 
 
 def test_an_adapter_of_another_base_is_refused(dialogues, tmp_path, monkeypatch):
@@ -138,6 +263,11 @@ def test_a_gate_over_adapters(dialogues, tmp_path, monkeypatch, capsys):
     names = [one["path"] for one in saved["base"]["candidates"]]
     assert names[0] == "base" and len(names) == 3 and all(name in said for name in names)
     assert "the gate is right on" in said
+    again = arguments(tmp_path, dialogues, base)
+    call(monkeypatch, gate_train, [*again, "--resume"])  # it is finished
+    call(monkeypatch, lora_train, [*again, "--overwrite", "--seed", "1"])  # the labels were made with another
+    with pytest.raises(UserError, match="was trained on other data"):
+        call(monkeypatch, gate_train, [*again, "--resume"])
     with pytest.raises(UserError, match="no adapter of"):
         alone = base_in(tmp_path / "empty")
         call(monkeypatch, gate_train, arguments(tmp_path / "empty" / "g", dialogues, alone))
@@ -163,7 +293,7 @@ def test_two_processes_equal_one(dialogues, tmp_path):
         }
     for short, one in results[1].items():
         two = results[2][short]
-        assert one["tokens"] == two["tokens"]
+        assert (one["step"], one["tokens"]) == (two["step"], two["tokens"])  # the same best of all epochs
         gap = largest_difference(one["weights"], two["weights"])
         assert gap < 1e-4, short
         assert one["evaluation"]["val_loss"] == pytest.approx(two["evaluation"]["val_loss"], rel=1e-4)

@@ -1,11 +1,17 @@
 """Optimizers against `torch.optim`: Muon matrix by matrix, Adam and AdamW, and which parameter gets which."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
-from config.schema import OptimConfig
+from config.schema import LoraConfig, OptimConfig, RunConfig
+from model.adapters import attach
+from model.tinyseek import TinySeek
 from modules.muon import Muon
+from tests.modules.tools import shake
+from tests.modules.tools import small_config as model_config
 from tests.train.tools import small_config, small_model
 from train.optim import build_optimizers, set_lr
 
@@ -157,6 +163,43 @@ def test_tied_tables_are_one_parameter_and_stay_with_adamw():
     tables = [p for group in adam.param_groups for p in group["params"] if p is model.lm_head.weight]
     assert len(tables) == 1 and tables[0] is model.model.embed_tokens.weight
     assert all(p.dim() == 2 for p in muon.param_groups[0]["params"])
+
+
+def test_parameters_of_adapters():
+    """LoRA's factors are matrices, of experts as many; routers, prompts and DoRA's lengths are none."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "vocab_size": 50}
+    config = RunConfig(model=model_config(**experts))
+    config.lora = LoraConfig(target_modules=["attention", "experts"], use_dora=True)
+    found = {}
+    for kind, prefix in (
+        ("Lora", "prefix"),
+        ("MixLora", "prefix"),
+        ("Prefix", "prefix"),
+        ("Prefix", "prompt"),
+    ):
+        model, config.prefix.kind = shake(TinySeek(config.model)), prefix
+        attach(model, kind, config)
+        names = {id(p): name for name, p in model.named_parameters()}
+        optim = OptimConfig(optimizer="muon", weight_decay=0.1)
+        for made in build_optimizers(model, optim):
+            for group in made.param_groups:
+                how = (isinstance(made, Muon), group.get("parts", 1), group["weight_decay"] > 0)
+                found |= {re.sub(r".*(layers\.\d+|model|prefix)\.", "", names[id(p)]): how
+                          for p in group["params"]}  # fmt: skip
+    expected = {
+        "self_attn.q_proj.lora_A.default": (True, 1, True),
+        "self_attn.q_proj.lora_B.default": (True, 1, True),
+        "self_attn.q_proj.lora_magnitude_vector.default": (False, 1, False),
+        "mlp.experts.lora_A.gate_up_proj.default": (True, 1, True),
+        "mlp.experts.lora_B.gate_up_proj.default": (True, 2, True),
+        "mlp.experts.lora_B.down_proj.default": (True, 1, True),
+        "mlp.experts.lora_magnitude_vector.gate_up_proj.default": (False, 1, False),
+        "mlp.shared_experts.gate.weight": (False, 1, True),
+        "mlp.shared_experts.lora_experts.up_proj.lora_A": (True, 1, True),
+        "keys": (False, 1, True),
+        "embed_tokens.prompt": (False, 1, True),
+    }
+    assert {name: found.get(name) for name in expected} == expected
 
 
 def test_set_lr_scales_every_group_from_its_own_start():

@@ -1,16 +1,21 @@
 """Every preset is built and stepped: its own model, optimizer and schedule, on one row of sixteen tokens.
 
 Only the batch is small, and of a preset with more than eight layers two are built: twelve would take twenty
-seconds.
+seconds. Those of fine-tuning run as they are, two steps on a tiny random base.
 """
+
+import importlib
+import sys
 
 import pytest
 import torch
 
-from config.load import load_config, preset_names
+from config.load import PRESETS, load_config, preset_names, to_dict
 from load_data.loader import TokenLoader
 from model.tinyseek import TinySeek
+from tests.inference.tools import run_config, tiny_model, write_checkpoint
 from tests.train.tools import make_trainer, random_tokens, weights_of
+from utils.checkpoint import load_checkpoint
 
 VOCABULARY = 100  # of presets whose tokenizer decides it, and who have one of characters
 
@@ -45,3 +50,52 @@ def test_a_preset_is_built_and_stepped(name, tmp_path, monkeypatch):
     assert trainer.step == 2
     for name, weight in model.named_parameters():
         assert torch.isfinite(weight).all() and not torch.equal(weight, before[name]), name
+
+
+FINE_TUNING = {"sft_train": "SFT", "lora_train": "Lora", "mixlora_train": "MixLora", "prefix_train": "Prefix",
+               "gate_train": "Gate"}  # fmt: skip
+
+
+def test_every_stage_has_presets_and_every_folder_is_of_a_stage():
+    assert {folder.name for folder in PRESETS.iterdir() if folder.is_dir()} == FINE_TUNING.keys()
+    assert all("default" in preset_names(stage) for stage in FINE_TUNING)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random model with a context as long as the presets' rows, in a folder of its own."""
+    model = tiny_model(max_position_embeddings=512)
+    path = tmp_path_factory.mktemp("base") / "TinySeek_SFT_final.pkl"
+    return write_checkpoint(path, "SFT", weights=model.state_dict(), config=run_config(model))
+
+
+def fine_tune(monkeypatch, stage, name, base, out, *settings):
+    """`python train/<stage>.py --config NAME` with two steps; returns what it saved and its settings."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("train.engine.plot_curves", lambda log, png: None)
+    monkeypatch.setattr("train.fine_tuning.SCORED", 1)
+    monkeypatch.setattr("load_data.chat_data.VAL_PER_SKILL", 4)
+    small = ["data.skill_samples=40", "train.batch_size=1", "train.dtype=fp32", *settings]
+    flags = ["--config", name, "--init", base, "--out", out, "--device", "cpu", "--max-steps", "2"]
+    flags += [part for setting in small for part in ("--set", setting)]
+    monkeypatch.setattr(sys, "argv", [stage, *map(str, flags)])
+    importlib.import_module(f"train.{stage}").main()
+    return load_checkpoint(out / f"TinySeek_{FINE_TUNING[stage]}_final.pkl")
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"), [(stage, name) for stage in FINE_TUNING for name in preset_names(stage)]
+)
+def test_a_preset_of_fine_tuning_is_built_and_stepped(stage, name, base, tmp_path, monkeypatch):
+    """The run says itself that every weight moved; here, that it ran with what the preset says."""
+    settings = []
+    if stage == "gate_train":
+        fine_tune(monkeypatch, "prefix_train", "default", base, tmp_path)
+        settings = [f'gate.candidates=["base", "{tmp_path / "TinySeek_Prefix_final.pkl"}"]']
+    saved = fine_tune(monkeypatch, stage, name, base, tmp_path / "run", *settings)
+    preset = to_dict(load_config(name, stage=stage))
+    assert preset["data"]["sequence_length"] <= 512
+    for section in ("optim", "balance", "lora", "mixlora", "prefix"):
+        assert saved["config"][section] == preset[section]
+    assert saved["config"]["data"]["paths"] == preset["data"]["paths"]
+    assert saved["step"] == 2 and all(part.isfinite().all() for part in saved["weights"].values())

@@ -25,6 +25,7 @@ from utils.checkpoint import (
     load_weights,
     prune_checkpoints,
     save_checkpoint,
+    weights_digest,
 )
 from utils.errors import UserError
 
@@ -182,6 +183,43 @@ def test_names_and_order(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted(names[-2:] + others)
     prune_checkpoints(tmp_path, "Pre", keep=0)
     assert sorted(os.listdir(tmp_path)) == sorted(others)
+
+
+def test_a_digest_knows_names_shapes_formats_and_every_bit():
+    """And neither the order of the entries, nor how they lie in memory."""
+    matrix = torch.arange(6.0).view(2, 3)
+    weights = {"a": matrix, "b": torch.ones(2, dtype=torch.bfloat16)}
+    digest = weights_digest(weights)
+    assert re.fullmatch("[0-9a-f]{16}", digest)
+    turned = {"b": weights["b"].clone(), "a": matrix.T.contiguous().T}
+    assert weights_digest(turned) == digest
+    bit = matrix.clone()
+    bit.view(torch.int32)[1, 2] ^= 1
+    for other in (
+        weights | {"a": bit}, weights | {"a": matrix.view(3, 2)}, weights | {"a": matrix.double()},
+        {"a": matrix}, {"c": matrix, "b": weights["b"]}, weights | {"c": torch.ones(())},
+        weights | {"a": torch.cat([-matrix[:1], matrix[1:]])},
+    ):  # fmt: skip
+        assert weights_digest(other) != digest
+
+
+def test_weights_of_an_adapter_are_loaded_beside_those_of_its_base():
+    """All of its names and no other, or nothing is copied."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    before = {name: part.clone() for name, part in model.state_dict().items()}
+    names = {"1.weight", "1.bias"}
+    good = {"1.weight": torch.ones(2, 3), "1.bias": torch.ones(2)}
+    for bad, words in (
+        ({"1.weight": torch.ones(2, 3)}, r"adapter\.pkl .*1 missing \(1\.bias\)"),
+        (good | {"0.bias": torch.ones(3)}, r"1 unexpected \(0\.bias\)"),
+        (good | {"1.bias": torch.ones(3)}, r"1\.bias \(3,\) where the model has \(2,\)"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_weights(model, bad, "adapter.pkl", names)
+        assert all(torch.equal(part, before[name]) for name, part in model.state_dict().items())
+    load_weights(model, good, "adapter.pkl", names)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], (before | good)[name]) for name in before)
 
 
 SAVE_FOR_EVER = """

@@ -52,6 +52,26 @@ def test_trained_weights_have_moved(batches):
     assert "2 frozen" in words
 
 
+def test_what_lies_before_zeros_waits_for_the_second_step(batches):
+    """LoRA's A before a B of zeros: after one step it is excused."""
+    model = Toy()
+    words = train(model, batches, adamw(model.parameters()), steps=1).prove_moved()
+    assert "1 trainable tensors moved" in words and "1 had no gradient, as may be" in words
+
+    def cut(model, batches):  # the zeros alone learn, for ever
+        hidden = [model.norm(torch.tanh(model.first(batch["x"]))).detach() for batch in batches]
+        pairs = zip(hidden, batches, strict=True)
+        return sum(nn.functional.cross_entropy(model.last(h), batch["y"]) for h, batch in pairs)
+
+    model = Toy()
+    with pytest.raises(UserError, match=r"first\.weight .*no gradient reached it"):
+        train(model, batches, adamw(model.parameters()), steps=2, loss=cut).prove_moved()
+    model = Toy()
+    nn.init.normal_(model.last.weight)  # no zeros: nothing to wait for
+    with pytest.raises(UserError, match=r"first\.weight .*no gradient reached it"):
+        train(model, batches, adamw(model.parameters()), steps=1, loss=cut).prove_moved()
+
+
 def test_a_small_learning_rate_still_counts_as_movement(batches):
     model = Toy()
     words = train(model, batches, adamw(model.parameters(), lr=1e-6), steps=3).prove_moved()
