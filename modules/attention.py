@@ -49,7 +49,7 @@ def eager_attention(q, k, v, context: AttentionContext, scale: float, dropout: f
     if dropout:
         probs = F.dropout(probs, dropout)
     out = torch.bmm(probs.view(B * G, H // G * T, S), v.reshape(B * G, S, -1)).view(B, H, T, -1)
-    # Rows with nothing to attend to become zeros; a product with (T, S) earlier on would be kept for backward.
+    # Rows with nothing to attend to become zeros; a product with (T, S) before would be kept for backward.
     return out if context.mask is None else out * context.mask.any(dim=-1, keepdim=True)
 
 

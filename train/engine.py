@@ -322,9 +322,9 @@ class Trainer:
         if batches is not None:  # from a part, estimate how long the last evaluation will take
             took *= max(1.0, self.stage.evaluate.batches / batches)
             self.reserve = distributed.sum_scalars([took])[0] / self.machine.world.size
-        elif self.stage.keep_best and values[self.stage.keep_best] > (self.best or {}).get("value", -math.inf):
+        elif (key := self.stage.keep_best) and values[key] > (self.best or {}).get("value", -math.inf):
             weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights().items()}
-            self.best = {"step": self.step, "tokens": self.tokens, "value": values[self.stage.keep_best],
+            self.best = {"step": self.step, "tokens": self.tokens, "value": values[key],
                          "evaluation": values, "weights": weights}  # fmt: skip
 
     def measure(self, batches: int | None) -> dict[str, float]:

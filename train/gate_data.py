@@ -65,12 +65,8 @@ def losses_of(candidate: Loaded, turns: list[list[Message]], machine) -> torch.T
         for row, number in enumerate(chosen):
             some, targets = rows[number]
             ids[row, : len(some)], labels[row, : len(some)] = torch.tensor(some), torch.tensor(targets)
-        real = torch.arange(width) < torch.tensor([len(rows[number][0]) for number in chosen])[:, None]
-        place = {"device": machine.device}
-        with machine.autocast():
-            output = candidate.model(
-                ids.to(**place), labels=labels.to(**place), padding_mask=real.to(**place)
-            )
+        with machine.autocast():  # padding is behind, where no token looks
+            output = candidate.model(ids.to(machine.device), labels=labels.to(machine.device))
         counts = (labels != IGNORED).sum(dim=1).tolist()
         means = [part.double().mean() for part in output.nll.cpu().split(counts)]
         losses[chosen] = torch.stack(means)

@@ -74,6 +74,23 @@ def test_a_question_longer_than_the_context_keeps_its_markers(folder):
     assert read == [[*before, *text, *after]] and len(read[0]) == 64
 
 
+def test_packed_questions_are_questions_alone(folder):
+    """As training reads them: several in one row, then padding; and the base gets no gradient."""
+    base = load_full(folder / "base.pkl")
+    gated = Gate(write_gate(folder / "p.pkl", folder / "base.pkl", ["base", folder / "lora.pkl"]), base).gated
+    first, second = ([TOKENIZER.encode(text)] for text in ("hello", "what?"))
+    row = torch.tensor([first[0] + second[0] + [6] * 3])
+    documents = torch.tensor([[0] * 5 + [1] * 5 + [2] * 3])
+    places = torch.tensor([[*range(5), *range(5), 0, 1, 2]])
+    real = torch.arange(13)[None] < 10
+    logits = gated(row, position_ids=places, document_ids=documents, padding_mask=real)
+    alone = torch.cat([gated(torch.tensor(first)), gated(torch.tensor(second))], dim=1)
+    torch.testing.assert_close(logits[:, :10], alone, rtol=1e-4, atol=1e-5)
+    logits[0, 4].sum().backward()
+    assert all(parameter.grad is None for parameter in base.model.parameters())
+    assert all(parameter.grad is not None for parameter in gated.gate.parameters())
+
+
 def test_candidates_may_be_whole_models(folder):
     """Of another shape and stage; each answers as itself, a pre-trained one too."""
     base = load_full(folder / "base.pkl")
