@@ -263,13 +263,13 @@ class MixLoraConfig:
     """A mixture of LoRA experts over one frozen feed-forward, see modules/mixlora.py. Its adapters on
     attention are described by the section `lora`."""
 
-    num_experts: int = option(8, at_least=1)
+    num_experts: int = option(8, at_least=2)  # of one alone the router has nothing to learn: that is LoRA
     num_experts_per_tok: int = option(2, at_least=1)
     r: int = option(8, at_least=1)
     lora_alpha: float = option(16.0, above=0)
     lora_dropout: float = option(0.0, at_least=0, below=1)
     shared_expert: bool = False  # one more LoRA expert that every token uses
-    attention: bool = True  # plain LoRA on attention beside it
+    attention: bool = True  # plain LoRA on attention beside it, that of a second head (MTP) included
 
     def check(self):
         """What a router cannot do."""
@@ -278,7 +278,7 @@ class MixLoraConfig:
                 f"mixlora.num_experts_per_tok={self.num_experts_per_tok} is more than mixlora.num_experts="
                 f"{self.num_experts}: lower the first or raise the second"
             )
-        if self.num_experts_per_tok == 1 and self.num_experts > 1:
+        if self.num_experts_per_tok == 1:
             raise UserError(
                 "mixlora.num_experts_per_tok=1 makes every weight 1, so the router gets no gradient from "
                 "the language-model loss: use two experts or more"

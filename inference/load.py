@@ -150,7 +150,8 @@ def find_file(was: str, digest: str, path: str | Path) -> Path | None:
 
 
 def load_adapter(path: str | Path, base: Loaded) -> Loaded:
-    """`base` with the adapter in `path`; both share the tensors of the base."""
+    """`base` with the adapter in `path`; both share the tensors of the base, but for matrices that a LoRA
+    changes: it is folded into copies of them, which cost memory and make each token as fast as the base's."""
     checkpoint = open_as("--adapter", path)
     check_base(checkpoint, path, base)
     config, own = from_dict(checkpoint["config"], str(path)), checkpoint.pop("weights")

@@ -18,6 +18,12 @@ class GatedModel(nn.Module):
         self.base = base.requires_grad_(False)
         self.gate = SampleGate(base.config.hidden_size, candidates, width)
 
+    def train(self, mode: bool = True):
+        """The base always reads as it will in use, without dropout."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
     def forward(self, input_ids, position_ids=None, document_ids=None, padding_mask=None):
         """As in `TinySeek.forward`."""
         with torch.no_grad():

@@ -7,8 +7,8 @@
 A mixture of experts decides for each token and layer, in the middle of the network, and must be trained with
 its experts. A gate decides once for a whole answer, in front of finished models: it is a classifier, and its
 labels cost nothing: run all candidates on questions whose answer is known, and see whose loss is lowest. How
-good it is, is measured in nats: the loss of its choices, less that of the best choices (its regret). Deciding
-per answer is as in branch-train-merge (arXiv 2208.03306), and for adapters AdapterSoup (arXiv 2302.07027).
+good it is, is measured in nats: the loss of its choices, less that of the best choices (its regret). Related:
+LoraRetriever (arXiv 2402.09997), which finds adapters by the prompt and combines them.
 
 The last token of the question, where the answer begins, is the one place that has attended to all of it.
 """

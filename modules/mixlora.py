@@ -143,7 +143,7 @@ class MixLoraMoE(nn.Module):
 
 
 def add_mixlora(model, config: MixLoraConfig) -> list[str]:
-    """Give every layer of a `TinySeek` a mixture; its MTP head stays as it is.
+    """Give every layer of a `TinySeek` a mixture, its MTP head none.
 
     Returns the names of the new parameters.
     """
@@ -167,8 +167,10 @@ def merge_shared(model) -> None:
     for module in model.modules():
         if isinstance(module, MixLoraMLP) and module.lora_shared is not None:
             for name, adapter in module.lora_shared.items():
-                weight, delta = getattr(module, name).weight, adapter.delta()
-                weight.copy_(weight.to(delta.dtype) + delta)
+                layer, delta = getattr(module, name), adapter.delta()
+                merged = (layer.weight.to(delta.dtype) + delta).to(layer.weight.dtype)
+                # A new tensor: other models may share the old one.
+                layer.weight = nn.Parameter(merged, requires_grad=layer.weight.requires_grad)
             module.lora_shared = None
 
 

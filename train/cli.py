@@ -37,11 +37,14 @@ def parse_command(
     """
     parser = Parser(description)
     add = parser.add_argument
-    words = "python" if not bases else "skills"
+    words = ".txt, .jsonl, a folder of them, or the word python"
+    words = (
+        ".jsonl, a folder of them, or the word skills (skills:lists,naming; skills:all)" if bases else words
+    )
     where = ", then ".join(final_name(base) for base in bases)
     default = f" (default: {where} in --out, then in out/)" if bases else ""
     add("--config", metavar="NAME|FILE.json", help=f"preset ({', '.join(preset_names(stage))}) or JSON file")
-    add("--data", nargs="+", metavar="PATH", help=f".txt, .jsonl, a folder of them, or the word {words}")
+    add("--data", nargs="+", metavar="PATH", help=words)
     add("--init", metavar="CHECKPOINT", help="start from these weights, model and tokenizer" + default)
     add("--out", metavar="DIR", help="where to write (default: out/, or out/<preset>/ for other presets)")
     add(

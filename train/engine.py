@@ -100,9 +100,10 @@ class Trainer:
         self.best = None  # of `keep_best`: step, tokens, evaluation and weights
         self.received = self.signal = None  # a signal that came in, and one that all agreed to stop for
         self.model = stage.model.to(machine.device)
+        parts = [f"{n} {tuple(p.shape)} {p.requires_grad}" for n, p in self.model.named_parameters()]
+        distributed.same_on_all_ranks("\n".join(parts), "parameters, or which of them are trainable")
+        distributed.same_on_all_ranks(stage.data_digest, "training data")
         distributed.broadcast_parameters(self.model)
-        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        distributed.same_on_all_ranks("\n".join(names), "trainable parameters")
         self.optimizers = build_optimizers(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.scaled)
         self.log = StepLog(self.out / stage.name)

@@ -56,7 +56,7 @@ class Evaluation:
             labels = batch["labels"]
             there = {key: value.to(self.machine.device) for key, value in batch.items()}
             output = model(there.pop("input_ids"), **there)
-            nll = output.nll.double()
+            nll = output.nll.cpu().double()
             if output.routings:
                 self.count(output.routings, batch["input_ids"], batch.get("padding_mask", labels != IGNORED))
             nats += nll.sum().item()

@@ -1,10 +1,12 @@
 """What the fine-tuning stages share: the model they start from, their dialogues, and the scores."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from config.load import from_dict
+from config.schema import ModelConfig
 from inference.evaluate import score_dialogues, score_skills
 from inference.generate import Generator
-from load_data.chat_data import ChatData, chosen_skills
+from load_data.chat_data import SKILL_WORD, ChatData, chosen_skills
 from load_data.chat_loader import ChatLoader, count_eval_rows, eval_chat_batches
 from load_data.skills import SFT_SKILLS
 from load_data.tokenizer import Tokenizer
@@ -14,6 +16,7 @@ from train.engine import Stage, Trainer
 from train.evaluation import Evaluation
 from train.machine import Machine
 from utils.checkpoint import load_weights, weights_digest
+from utils.errors import UserError
 
 SCORED = 100  # items of each skill, before and after
 SCORED_DIALOGUES = 200  # of held-out dialogues, likewise
@@ -28,17 +31,38 @@ class Base:
     record: dict  # digest and path: with them an adapter's checkpoint names its base
 
 
-def open_base(command: Command, machine: Machine) -> Base:
-    """The model and the tokenizer of `--init`; the model's settings are in the configuration already."""
+def open_base(command: Command, machine: Machine, adapted: bool = False) -> Base:
+    """The model and the tokenizer of `--init`; the model's settings are in the configuration already. If it
+    is to be `adapted`, they must be those that it was trained with: an adapter's file does not hold them."""
     init, path = command.init, command.init_path
+    command.init = None  # not to be held in memory beside the model
     tokenizer = Tokenizer.from_json(init["tokenizer"], str(path))
     config = command.config.model
     config.vocab_size = config.vocab_size or tokenizer.vocab_size
+    if adapted:
+        check_same_model(config, from_dict(init["config"], str(path)).model)
+    length, places = command.config.data.sequence_length, config.max_position_embeddings
+    if length > places:
+        raise UserError(
+            f"data.sequence_length={length} is more than model.max_position_embeddings={places}: lower it"
+        )
     model = TinySeek(config)
     load_weights(model, init["weights"], f"--init {path}")
     record = {"digest": weights_digest(init["weights"]), "path": str(path)}
     machine.say(f"base: {path} ({init.get('stage')}, weights {record['digest']})")
     return Base(model, tokenizer, record)
+
+
+def check_same_model(config: ModelConfig, trained: ModelConfig) -> None:
+    """Raise `UserError` for a setting that changes what the base computes."""
+    free = {"vocab_size", "dropout", "attention_dropout", "router_jitter_noise", "attn_implementation"}
+    free |= {"moe_implementation"}
+    for name, value in asdict(config).items():
+        if name not in free and value != getattr(trained, name):
+            raise UserError(
+                f"model.{name}={value} is not what the base was trained with ({getattr(trained, name)}), and "
+                "an adapter belongs to its base as it is: leave it out, or change it with train/sft_train.py"
+            )
 
 
 def dialogue_batches(data: ChatData, config, machine: Machine) -> tuple[ChatLoader, Evaluation]:
@@ -74,7 +98,8 @@ def train_and_score(stage: Stage, data: ChatData, command: Command, machine: Mac
 
 def scores(model: TinySeek, data: ChatData, command: Command, machine: Machine) -> dict[str, float]:
     """Percent of right answers: by skill, those of `sft_train` and those learned here; and on held-out
-    dialogues of files (`exact`; `items` where answers are tables). Only the first process looks."""
+    dialogues of files (`exact`; `items` where answers are tables; these are the dialogues that chose the best
+    weights, so trust a new file more). Only the first process looks."""
     if not machine.world.is_first:
         return {}
     generator, found = Generator(model, data.tokenizer.eos_id), {}
@@ -82,8 +107,8 @@ def scores(model: TinySeek, data: ChatData, command: Command, machine: Machine) 
     if skills:
         names = dict.fromkeys((*SFT_SKILLS, *skills))
         found = score_skills(generator, data.template, names, SCORED)
-    elif data.val_dialogues:
-        some = data.val_dialogues[:SCORED_DIALOGUES]
+    if any(not path.startswith(SKILL_WORD) for path in command.config.data.paths):
+        some = data.val_dialogues[-SCORED_DIALOGUES:]  # those of files come after those of skills
         tables = all(message["content"].startswith("|") for messages in some for message in messages[-1:])
         for kind in ("exact", "items") if tables else ("exact",):
             found[kind] = score_dialogues(generator, data.template, some, kind)

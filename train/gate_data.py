@@ -3,6 +3,9 @@
 dialogue of n turns -> n turns, each with all that was said before
 table[turn, candidate] = mean cross-entropy of the turn's answer given all before it
 sample: the ids of the question alone, its one label (at its last token) the candidate with the least loss
+
+Trap: an adapter knows the dialogues that it was trained on, and its loss on them is too low. Where a gate is
+to be judged, it is on dialogues that neither it nor its candidates have learned from: the held-out ones.
 """
 
 import numpy as np
@@ -12,19 +15,24 @@ from inference.conversation import Message, prompt_within
 from inference.load import Loaded
 from load_data.chat_data import Sample
 from load_data.loader import IGNORED
+from utils.errors import UserError
 
 ROWS = 16  # turns in one forward
 
 
 def turns_of(dialogues: list[list[Message]], base: Loaded, length: int) -> list[list[Message]]:
-    """Every turn that fits into `length` tokens: the messages up to one answer, the answer included."""
+    """Every turn that fits into `length` tokens: the messages up to one answer, the answer included. Raises
+    `UserError` if none does."""
     turns = []
     for messages in dialogues:
         for place, message in enumerate(messages):
             if message["role"] == "assistant" and place and messages[place - 1]["role"] == "user":
                 turn = messages[: place + 1]
-                if len(base.template.dialogue(turn)[0]) <= length:
-                    turns.append(turn)
+                if len(base.template.dialogue(turn)[0]) > length:
+                    break  # later turns are longer
+                turns.append(turn)
+    if not turns:
+        raise UserError(f"no turn of these dialogues fits into data.sequence_length={length}: raise it")
     return turns
 
 

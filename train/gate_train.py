@@ -26,9 +26,10 @@ from model.gated import GatedModel
 from modules.gate import choices
 from train.cli import parse_command
 from train.engine import Stage, Trainer
-from train.gate_data import answer_losses, gate_samples, question_ids, turns_of
+from train.fine_tuning import check_same_model
+from train.gate_data import ROWS, answer_losses, gate_samples, question_ids, turns_of
 from train.machine import start_machine
-from utils.checkpoint import final_name, load_checkpoint, weights_digest
+from utils.checkpoint import final_name, load_checkpoint
 from utils.distributed import finish
 from utils.errors import UserError, run_main
 
@@ -43,7 +44,8 @@ def main():
     train, world, length = config.train, machine.world, config.data.sequence_length
 
     base = load_full(command.init_path, machine.device)
-    config.gate.candidates = config.gate.candidates or adapters_beside(base)
+    check_same_model(config.model, base.config.model)
+    config.gate.candidates = config.gate.candidates or adapters_beside(base, command.out)
     if len(config.gate.candidates) < 2:
         raise UserError(f"gate.candidates={config.gate.candidates}: to choose there must be two or more")
     candidates = open_candidates(config.gate.candidates, base)
@@ -59,7 +61,7 @@ def main():
         samples[0], length, train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed,
         packing=config.data.packing, pad_id=base.tokenizer.pad_id,
     )  # fmt: skip
-    record = {"digest": weights_digest(base.model.state_dict()), "path": str(base.path)}
+    record = {"digest": base.digest, "path": str(base.path)}
     records = candidate_records(candidates, base)
     digest = "+".join([data.digest, *(one["digest"] for one in records)])  # candidates decide the labels
     stage = Stage(
@@ -74,12 +76,15 @@ def main():
     finish()
 
 
-def adapters_beside(base: Loaded) -> list[str]:
-    """The base and all adapters of it that lie beside it."""
-    digest, found = weights_digest(base.model.state_dict()), []
-    for path in (base.path.parent / final_name(short) for short in ADAPTERS):
-        if path.is_file() and (load_checkpoint(path).get("base") or {}).get("digest") == digest:
-            found.append(str(path))
+def adapters_beside(base: Loaded, out: pathlib.Path) -> list[str]:
+    """The base, and all adapters of it that lie in `out` or else beside it."""
+    found = []
+    for short in ADAPTERS:
+        for folder in dict.fromkeys((out, base.path.parent)):
+            path = folder / final_name(short)
+            if path.is_file() and (load_checkpoint(path).get("base") or {}).get("digest") == base.digest:
+                found.append(str(path))
+                break
     if not found:
         raise UserError(
             f"no adapter of {base.path} lies beside it, so there is nothing to choose from: train one with "
@@ -107,11 +112,23 @@ class GateEvaluation:
         self.questions, self.table, self.machine, self.batches = questions, table, machine, 1
 
     def __call__(self, model, max_batches: int | None) -> dict[str, float]:
-        """All questions, in every process: they are few and short."""
-        logits = [model(torch.tensor([ids], device=self.machine.device))[0, -1] for ids in self.questions]
-        logits = torch.stack(logits).double().cpu()  # (N, A)
-        found = self.found = choices(self.table, logits)
-        loss = F.cross_entropy(logits, self.table.argmin(dim=1)).item()
+        """All questions, in every process, `ROWS` at a time: before the first step only so many."""
+        parts, count = [], len(self.questions) if max_batches is None else ROWS
+        for first in range(0, count, ROWS):
+            rows = self.questions[first : first + ROWS]
+            ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)  # padded on the right
+            for row, question in enumerate(rows):
+                ids[row, : len(question)] = torch.tensor(question)
+            ends = torch.tensor([len(question) - 1 for question in rows])
+            logits = model(ids.to(self.machine.device))  # (B, T, A)
+            parts.append(logits.cpu().double()[torch.arange(len(rows)), ends])
+        return self.judge(torch.cat(parts))
+
+    def judge(self, logits) -> dict[str, float]:
+        """The numbers for logits (N, A) of the first N questions."""
+        table = self.table[: len(logits)]
+        found = self.found = choices(table, logits)
+        loss = F.cross_entropy(logits, table.argmin(dim=1)).item()
         return {"val_loss": loss, "val_acc": found["accuracy"], "val_regret": found["regret"]}
 
 

@@ -1,5 +1,6 @@
 """Where and how a run computes: device, number format, threads, processes. Chosen once, and said aloud."""
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,9 @@ class Machine:
 
 def start_machine(config: RunConfig) -> Machine:
     """Device, number format, threads, processes and seed, each said aloud with its reason."""
+    for stream in (sys.stdout, sys.stderr):  # a Windows pipe speaks another encoding than UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     device = pick_device(config.train.device)
     world = distributed.start(device.type)
     dtype, scaled, reason = pick_dtype(config.train.dtype, device)

@@ -30,7 +30,7 @@ def main():
     """Learned keys and values before the text, on dialogues."""
     command = parse_command(STAGE, SHORT, __doc__, bases=("SFT", "Pre"))
     config, machine = command.config, start_machine(command.config)
-    base = open_base(command, machine)
+    base = open_base(command, machine, adapted=True)
     own = attach(base.model, SHORT, config)  # frozen is all the rest
     data = prepare_chat(config, base.tokenizer, soft_tokens(SHORT, config))
     loader, evaluation = dialogue_batches(data, config, machine)
