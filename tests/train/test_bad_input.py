@@ -275,7 +275,8 @@ def refuse(bases, monkeypatch, capsys):
         flags += [] if "--init" in arguments or None in arguments else ["--init", bases / "SFT.pkl"]
         flags += [] if "--out" in arguments else ["--out", bases / "out"]
         flags += ["--overwrite"] if overwrite else []
-        flags += ["--device", "cpu", "--set", "train.dtype=fp32", *filter(None, arguments)]
+        flags += ["--device", "cpu", "--set", "train.dtype=fp32", "--set", "data.sequence_length=48"]
+        flags += filter(None, arguments)
         if "--max-steps" not in arguments:
             flags += ["--max-steps", "2"]
         monkeypatch.setattr(sys, "argv", [stage.STAGE, *map(str, flags)])
@@ -345,7 +346,10 @@ def test_bad_dialogues(refuse, tmp_path, name, content, words):
         (lora_train, ["--set", "lora.target_modules=attention"], "must be list, not 'attention'"),
         (lora_train, ["--set", "lora.r=0"], "lora.r=0 must be at least 1"),
         (lora_train, ["--set", "lora.rank=4"], "unknown setting of section lora 'rank'"),
-        (mixlora_train, ["--set", "mixlora.num_experts=1"], "num_experts_per_tok=2 is more than"),
+        (sft_train, ["--set", "data.sequence_length=65"], "more than model.max_position_embeddings=64"),
+        (lora_train, ["--set", "model.rope_theta=77"], "model.rope_theta=77.0 is not what the base was"),
+        (gate_train, ["--set", "model.rope_theta=77"], "model.rope_theta=77.0 is not what the base was"),
+        (mixlora_train, ["--set", "mixlora.num_experts=1"], "mixlora.num_experts=1 must be at least 2"),
         (mixlora_train, ["--set", "mixlora.num_experts_per_tok=1"], "use two experts or more"),
         (prefix_train, ["--set", "prefix.length=64"], "prefix.length=64 leaves no room"),
         (prefix_train, ["--set", "prefix.kind=suffix"], "must be one of prefix, prompt"),
@@ -391,16 +395,8 @@ def test_prompt_tuning_from_the_command_line(bases, tmp_path, monkeypatch):
     """The good case beside the bad ones: learned embeddings, whose ids are beyond the vocabulary."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = ["--data", bases / "dialogues.jsonl", "--init", bases / "SFT.pkl", "--out", tmp_path]
-    flags += [
-        "--max-steps",
-        "3",
-        "--device",
-        "cpu",
-        "--set",
-        "prefix.kind=prompt",
-        "--set",
-        "prefix.length=3",
-    ]
+    settings = ("prefix.kind=prompt", "prefix.length=3", "data.sequence_length=48")
+    flags += ["--max-steps", "3", "--device", "cpu", *(f"--set={setting}" for setting in settings)]
     monkeypatch.setattr(sys, "argv", ["prefix_train", *map(str, flags)])
     prefix_train.main()
     saved = load_checkpoint(tmp_path / "TinySeek_Prefix_final.pkl")["weights"]

@@ -13,6 +13,7 @@ from tests.inference.adapters import MOE, write_adapter, write_base
 from tests.inference.tools import byte_tokenizer
 from tests.train.tools import machine
 from train.gate_data import answer_losses, gate_samples, labelled, question_ids, turns_of
+from utils.errors import UserError
 
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.special_ids["<|im_end|>"]
@@ -115,7 +116,8 @@ def test_every_answer_that_follows_a_question_is_a_turn(candidates, kind):
         base.template = before
     strange = [{"role": "assistant", "content": "I begin"}, *talk("a", "b")]
     assert turns_of([strange], base, 100) == [strange]
-    assert turns_of([], base, 100) == []
+    with pytest.raises(UserError, match="no turn of these dialogues fits into data.sequence_length=3"):
+        turns_of(DIALOGUES, base, 3)
 
 
 def test_a_sample_is_the_question_alone_and_the_best_candidate(candidates):
