@@ -101,7 +101,7 @@ class Trainer:
         self.received = self.signal = None  # a signal that came in, and one that all agreed to stop for
         self.model = stage.model.to(machine.device)
         parts = [f"{n} {tuple(p.shape)} {p.requires_grad}" for n, p in self.model.named_parameters()]
-        distributed.same_on_all_ranks("\n".join(parts), "parameters, or which of them are trainable")
+        distributed.same_on_all_ranks("\n".join(parts), "trainable parameters, or the shapes of all")
         distributed.same_on_all_ranks(stage.data_digest, "training data")
         distributed.broadcast_parameters(self.model)
         self.optimizers = build_optimizers(self.model, config.optim)
