@@ -12,9 +12,10 @@ from load_data.skills import SFT_SKILLS
 from load_data.tokenizer import Tokenizer
 from model.tinyseek import TinySeek
 from train.cli import Command
-from train.engine import Stage, Trainer
+from train.engine import Trainer
 from train.evaluation import Evaluation
 from train.machine import Machine
+from train.stage import Stage
 from utils.checkpoint import load_weights, weights_digest
 from utils.errors import UserError
 

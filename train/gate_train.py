@@ -25,10 +25,11 @@ from model.adapters import ADAPTERS
 from model.gated import GatedModel
 from modules.gate import choices
 from train.cli import parse_command
-from train.engine import Stage, Trainer
+from train.engine import Trainer
 from train.fine_tuning import check_same_model
 from train.gate_data import ROWS, answer_losses, gate_samples, question_ids, turns_of
 from train.machine import start_machine
+from train.stage import Stage
 from utils.checkpoint import final_name, load_checkpoint
 from utils.distributed import finish
 from utils.errors import UserError, run_main

@@ -15,10 +15,10 @@ import utils  # noqa: F401  first: it says how threads wait, before PyTorch load
 from load_data.chat_data import prepare_chat
 from model.adapters import attach
 from train.cli import parse_command
-from train.engine import Stage
 from train.fine_tuning import dialogue_batches, open_base, train_and_score
 from train.language_model_loss import LanguageModelLoss
 from train.machine import start_machine
+from train.stage import Stage
 from utils.checkpoint import final_name
 from utils.distributed import finish
 from utils.errors import run_main

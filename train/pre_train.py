@@ -20,10 +20,11 @@ from load_data.tokenizer import Tokenizer
 from model.tinyseek import TinySeek
 from modules.balance import max_vio
 from train.cli import parse_command
-from train.engine import Stage, Trainer
+from train.engine import Trainer
 from train.evaluation import LanguageModelEvaluation
 from train.language_model_loss import LanguageModelLoss
 from train.machine import start_machine
+from train.stage import Stage
 from utils.checkpoint import load_weights
 from utils.cost import cost_card
 from utils.distributed import finish, rank_zero_first

@@ -15,8 +15,9 @@ from config.load import load_config
 from load_data.loader import TokenLoader
 from load_data.tokenizer import CharTokenizer
 from model.tinyseek import TinySeek
-from train.engine import Stage, Trainer
+from train.engine import Trainer
 from train.machine import Machine
+from train.stage import Stage
 from utils.distributed import World
 
 ROOT = Path(__file__).resolve().parents[2]
