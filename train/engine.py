@@ -421,8 +421,7 @@ class Trainer:
         self.log.close()
         name = signal.Signals(self.signal).name
         self.machine.say(f"stopped by {name} at step {self.step}; saved {self.last_good}; --resume goes on")
-        distributed.finish()  # else its threads may outlive the interpreter, which aborts then
-        raise SystemExit(128 + self.signal)
+        distributed.leave(128 + self.signal)
 
     def on_signal(self, number, _frame) -> None:
         """Remember the signal; the step at hand is finished first."""

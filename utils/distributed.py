@@ -17,6 +17,7 @@ Every function here works without other processes too: then it does nothing.
 
 import hashlib
 import os
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -67,6 +68,20 @@ def finish() -> None:
     """Leave the group of processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(status: int) -> None:
+    """End this process with `status`, together with all others.
+
+    Trap: PyTorch's threads may outlive the interpreter and abort it on its way out, and the status is lost.
+    So with several processes there is no way out: what is open is flushed, and the process is gone.
+    """
+    if dist.is_initialized():
+        dist.barrier()  # the first process may still be writing, and the launcher ends all when one ends
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    raise SystemExit(status)
 
 
 def exchange_device() -> torch.device:
