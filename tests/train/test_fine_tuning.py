@@ -140,9 +140,8 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize(
-    "short", ["SFT", "Lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("MixLora", "Prefix"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("short", ["SFT", "Lora", "MixLora", "Prefix"])
 def test_a_stage_that_was_stopped_ends_as_if_it_were_not(short, dialogues, tmp_path, monkeypatch):
     """With dropout; 16 steps of which 9 make an epoch; stopped in both, each time some steps after a
     checkpoint."""

@@ -71,6 +71,7 @@ def log_of(trainer):
     return [row for row in read_log(trainer.out / "toy" / "log.txt") if "loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["switch", "kl"])
 @pytest.mark.parametrize("measure", ["hard", "soft"])
 def test_exact_global_balance_does_not_depend_on_how_a_step_is_divided(tmp_path, form, measure):
