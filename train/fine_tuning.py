@@ -14,6 +14,7 @@ from model.tinyseek import TinySeek
 from train.cli import Command
 from train.engine import Trainer
 from train.evaluation import Evaluation
+from train.language_model_loss import LanguageModelLoss
 from train.machine import Machine
 from train.stage import Stage
 from utils.checkpoint import load_weights, weights_digest
@@ -81,6 +82,21 @@ def dialogue_batches(data: ChatData, config, machine: Machine) -> tuple[ChatLoad
 
     count = count_eval_rows(data.val, length, config.data.packing)
     return loader, Evaluation(held_out, count, train.batch_size, data.tokenizer, machine)
+
+
+def dialogue_stage(
+    name: str, short: str, base: Base, data: ChatData, config, machine: Machine, own: frozenset | None = None
+) -> Stage:
+    """What the stages on dialogues have in common: packed rows, a language model's loss on the answers, and
+    the result that is surest of held-out answers. `own`: the adapter's weights, which alone learn and are
+    saved; None where all do and are."""
+    loader, evaluation = dialogue_batches(data, config, machine)
+    adapter = {} if own is None else {"trains": own.__contains__, "own": own, "base": base.record}
+    return Stage(
+        name=name, short=short, model=base.model, loader=loader,
+        loss=LanguageModelLoss(base.model, config, machine), evaluate=evaluation,
+        tokenizer=base.tokenizer, data_digest=data.digest, keep_best="val_conf", **adapter,
+    )  # fmt: skip
 
 
 def train_and_score(stage: Stage, data: ChatData, command: Command, machine: Machine) -> None:

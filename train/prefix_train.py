@@ -15,10 +15,8 @@ import utils  # noqa: F401  first: it says how threads wait, before PyTorch load
 from load_data.chat_data import prepare_chat
 from model.adapters import attach, soft_tokens
 from train.cli import parse_command
-from train.fine_tuning import dialogue_batches, open_base, train_and_score
-from train.language_model_loss import LanguageModelLoss
+from train.fine_tuning import dialogue_stage, open_base, train_and_score
 from train.machine import start_machine
-from train.stage import Stage
 from utils.checkpoint import final_name
 from utils.distributed import finish
 from utils.errors import run_main
@@ -33,13 +31,7 @@ def main():
     base = open_base(command, machine, adapted=True)
     own = attach(base.model, SHORT, config)  # frozen is all the rest
     data = prepare_chat(config, base.tokenizer, soft_tokens(SHORT, config))
-    loader, evaluation = dialogue_batches(data, config, machine)
-    stage = Stage(
-        name=STAGE, short=SHORT, model=base.model, loader=loader,
-        loss=LanguageModelLoss(base.model, config, machine), evaluate=evaluation,
-        tokenizer=base.tokenizer, data_digest=data.digest, keep_best="val_conf",
-        trains=own.__contains__, own=own, base=base.record,
-    )  # fmt: skip
+    stage = dialogue_stage(STAGE, SHORT, base, data, config, machine, own)
     train_and_score(stage, data, command, machine)
     machine.say(f"\nnext: python inference/chat.py --adapter {command.out / final_name(SHORT)}")
     finish()

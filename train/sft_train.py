@@ -14,10 +14,8 @@ import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().par
 import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
 from load_data.chat_data import prepare_chat
 from train.cli import parse_command
-from train.fine_tuning import dialogue_batches, open_base, train_and_score
-from train.language_model_loss import LanguageModelLoss
+from train.fine_tuning import dialogue_stage, open_base, train_and_score
 from train.machine import start_machine
-from train.stage import Stage
 from utils.distributed import finish
 from utils.errors import run_main
 
@@ -30,12 +28,7 @@ def main():
     config, machine = command.config, start_machine(command.config)
     base = open_base(command, machine)
     data = prepare_chat(config, base.tokenizer)
-    loader, evaluation = dialogue_batches(data, config, machine)
-    stage = Stage(
-        name=STAGE, short=SHORT, model=base.model, loader=loader,
-        loss=LanguageModelLoss(base.model, config, machine), evaluate=evaluation,
-        tokenizer=base.tokenizer, data_digest=data.digest, keep_best="val_conf",
-    )  # fmt: skip
+    stage = dialogue_stage(STAGE, SHORT, base, data, config, machine)
     train_and_score(stage, data, command, machine)
     machine.say('\nnext: python inference/chat.py --prompt "你是谁？"')
     finish()

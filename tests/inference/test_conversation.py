@@ -1,5 +1,6 @@
 """Conversations: what reaches the model, turn after turn, and that nothing said can become a marker."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -111,7 +112,7 @@ def test_no_question_and_no_answer_becomes_a_marker(template):
 @pytest.mark.parametrize("kind", ["tinyseek", "chatml"])
 def test_training_reads_what_a_conversation_reads(tmp_path, kind):
     """Hostile dialogues from a file: the same ids as at the prompt, and learned are the answers alone."""
-    dialogues = [talk(one, two, two, one) for one, two in zip(HOSTILE[:-1], HOSTILE[1:-1], strict=False)]
+    dialogues = [talk(one, two, two, one) for one, two in itertools.pairwise(HOSTILE[:-1])]
     path = tmp_path / "talk.jsonl"
     path.write_text("".join(json.dumps({"messages": one}) + "\n" for one in dialogues), encoding="utf-8")
     data = {"paths": [str(path)], "val_fraction": 0.5, "template": kind}

@@ -8,6 +8,7 @@ import torch
 
 from inference.fast_decoder import supports
 from model.adapters import ADAPTERS, adapted, attach, soft_tokens, twin
+from model.gated import GatedModel
 from model.tinyseek import TinySeek
 from modules.adapted_layer import fold
 from modules.prefix import PrefixEncoder
@@ -163,3 +164,12 @@ def test_only_a_prompt_has_soft_tokens():
     assert counts == {"lora": 0, "dora": 0, "mixlora": 0, "prefix": 0, "prompt": 2}
     assert {short for short, _ in ADAPTED.values()} == set(ADAPTERS)
     assert soft_tokens("Lora", run_settings(base_of().config, ADAPTED["prompt"][1])) == 0
+
+
+def test_the_base_of_a_gate_reads_without_dropout_while_the_gate_learns():
+    """As it will in use: with other hidden states at each reading the gate would learn from noise."""
+    base = shake(TinySeek(small_config(dropout=0.5)))
+    gated = GatedModel(base, candidates=3, width=4).train()
+    ids = torch.arange(10)[None]
+    assert gated.training and gated.gate.training and torch.equal(gated(ids), gated(ids))
+    assert not torch.equal(base.train()(ids).logits, base(ids).logits)  # it has dropout to leave out

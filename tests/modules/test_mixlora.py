@@ -230,7 +230,8 @@ def test_in_a_layer_with_experts_the_routed_ones_stay_as_they_are():
     model, _ = model_of(**MOE)
     ours, x = model.model.layers[0].mlp, torch.randn(2, 5, 24)
     assert isinstance(ours, MixLoraMoE)
-    plain.load_state_dict(ours.state_dict(), strict=False)
+    theirs = ours.state_dict()
+    plain.load_state_dict({name: theirs[name] for name in plain.state_dict()})
     y, routing = ours(x)
     mixed, expected = ours.shared_experts(x)
     torch.testing.assert_close(y, plain(x)[0] - plain.shared_experts(x) + mixed, rtol=1e-5, atol=1e-5)
@@ -305,3 +306,13 @@ def test_the_second_head_stays_as_it_is(mtp):
     model, names = model_of(mtp=mtp, **MOE)
     assert not any(name.startswith("mtp") for name in names)
     assert model(ids(), labels=ids(), mtp=True).mtp_loss_sum.isfinite()
+
+
+def test_merging_the_shared_adapter_writes_new_weights():
+    """Other models may share the old ones (model/adapters.py: twin)."""
+    model, _ = model_of(MixLoraConfig(4, 2, 3, shared_expert=True))
+    layer = model.model.layers[0].mlp.gate_proj
+    weight, before = layer.weight, layer.weight.detach().clone()
+    merge_shared(model)
+    assert torch.equal(weight, before) and not torch.equal(layer.weight, before)
+    assert not layer.weight.requires_grad  # still frozen
