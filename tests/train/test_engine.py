@@ -27,6 +27,7 @@ from tests.train.tools import (
     uneven_steps,
     weights_of,
 )
+from train import engine
 from utils.checkpoint import final_name, find_checkpoints, load_checkpoint
 from utils.errors import UserError
 from utils.log import read_log, without_timing
@@ -492,3 +493,20 @@ def test_an_overflow_under_fp16_leaves_out_the_whole_step(tmp_path):
     assert changed == [True, False, True, True]
     assert scales[2] == scales[1] / 2
     assert all(torch.isfinite(weight).all() for weight in weights[-1].values())
+
+
+def test_processes_agree_before_anything_is_sent(tmp_path, monkeypatch):
+    """Weights of other shapes would abort the exchange, and other data would be trained on unnoticed: both
+    are compared first, with frozen parameters and shapes, and then the weights of the first are sent."""
+    said = []
+    compare, send = "same_on_all_ranks", "broadcast_parameters"
+    monkeypatch.setattr(engine.distributed, compare, lambda text, what: said.append((what, text)))
+    monkeypatch.setattr(engine.distributed, send, lambda model: said.append(("sent", "")))
+    config = small_config()
+    model = small_model(config)
+    model.lm_head.weight.requires_grad_(False)
+    make_trainer(tmp_path, config, model=model)
+    (parts, text), (data, digest), sent, *_ = said
+    assert "trainable parameters" in parts and (data, digest) == ("training data", "digest")
+    assert "model.layers.0.mlp.up_proj.weight (24, 16) True" in text.splitlines() and sent[0] == "sent"
+    assert any(line.endswith("False") for line in text.splitlines())
