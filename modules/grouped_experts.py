@@ -12,10 +12,10 @@ The backward pass is derived by hand, with dy the gradient of y at each row's to
     dup = g u silu(gate)      dgate = g u up (s + silu(gate) (1 - s))      dU_e = dh^T rows
     dx_n = sum of the K rows of dh U_e of token n
 
-One expert's rows stay in the processor's cache from the first product to the last, so that what lies between
-costs little and can be done in fp32: under bf16 the weights g, in fp32, meet the F inner channels before
-these are rounded, once. Matrices in fp32 are cast one expert at a time, next to their product, so that no
-second copy of all experts is ever written, read back or kept for the backward pass.
+Only the products go expert by expert; casting, copying rows and all that lies between two products is done
+for all rows at once, in the dtype of the products, as in a dense feed-forward. With 16 experts a call per
+expert cost more than it saved in the cache (docs/experiments.md, 26). The backward pass casts and copies a
+second time, so that neither copy waits in memory between the passes.
 
 Rows are copied by `index_select` and added up by `embedding_bag` (a gather and a sum in one pass) and never
 by atomic additions: the same input gives the same bits. Sorting in place of dropping: MegaBlocks (Gale et
@@ -62,7 +62,7 @@ def sort_by_expert(indices, experts: int):
 
 
 def place_rows(indices, experts: int):
-    """indices (N, K) -> position (N, K) of each assignment's row, and where the rows of each expert end.
+    """indices (N, K) -> position (N, K) of each assignment's row, and the number of rows of each expert.
 
     Trap: on a CPU a product in bf16 is compiled for its shape, and counts of tokens hardly ever repeat, so
     that compiling doubled the time. Each expert therefore gets some blank rows, up to a round number.
@@ -74,44 +74,41 @@ def place_rows(indices, experts: int):
     shift = blank.cumsum(0)  # (E,) an expert's blank rows stand first, after those of the experts before
     places = torch.arange(len(flat), device=flat.device) + shift.index_select(0, flat.index_select(0, order))
     position = torch.empty_like(flat).scatter_(0, order, places)
-    return position.view_as(indices), (counts + blank).cumsum(0).tolist()  # the only wait for a device
+    return position.view_as(indices), (counts + blank).tolist()  # the only wait for a device
 
 
-def parts(ends):
-    """Ends of experts -> (expert, its rows) for every expert that has some."""
-    starts = [0, *ends[:-1]]
-    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip(starts, ends, strict=True)) if b > a]
+def products(rows, stack, counts):
+    """rows (P, I) by expert, stack (E, I, O) -> (P, O): every expert's rows times its matrix."""
+    out = rows.new_empty(len(rows), stack.shape[2])
+    for part, matrix, result in zip(rows.split(counts), stack.unbind(), out.split(counts), strict=True):
+        torch.mm(part, matrix, out=result)
+    return out
 
 
-def empty_gradient(stack, ends):
-    """A stack for the gradients of busy experts to be written into; zeros for those without rows."""
-    gradient, busy = torch.empty_like(stack), [e for e, _ in parts(ends)]
-    for e in set(range(len(ends))).difference(busy):
-        gradient[e] = 0
-    return gradient
+def outer_products(left, right, counts):
+    """left (P, O) and right (P, I) by expert -> (E, O, I): left_e^T right_e, zeros without rows."""
+    out = left.new_empty(len(counts), left.shape[1], right.shape[1])
+    for a, b, result in zip(left.split(counts), right.split(counts), out.unbind(), strict=True):
+        torch.mm(a.T, b, out=result)
+    return out
 
 
 class GroupedExperts(torch.autograd.Function):
-    """The whole routed feed-forward; P rows, blank ones included, n of them of one expert."""
+    """The whole routed feed-forward, on P rows, blank ones included."""
 
     @staticmethod
     def forward(ctx, x, indices, weights, gate_up, down, dtype):
         """x (N, C), indices and weights (N, K), gate_up (E, 2F, C), down (E, C, F) -> (N, C)."""
-        position, ends = place_rows(indices, len(gate_up))
-        flat, K = position.flatten(), indices.shape[1]
+        position, counts = place_rows(indices, len(gate_up))
+        flat, K, P = position.flatten(), indices.shape[1], sum(counts)
         # Blank rows read token 0 with weight 0, and nobody reads what comes out.
-        token = flat.new_zeros(ends[-1]).scatter_(0, flat, torch.arange(len(flat), device=x.device) // K)
-        g = weights.new_zeros(ends[-1]).scatter_(0, flat, weights.flatten())[:, None]  # (P, 1)
-        ctx.ends = ends
+        token = flat.new_zeros(P).scatter_(0, flat, torch.arange(len(flat), device=x.device) // K)
+        g = x.new_zeros(P, dtype=dtype).scatter_(0, flat, weights.flatten().to(dtype))[:, None]  # (P, 1)
         x = x.to(dtype)
-        hidden = x.new_empty(len(token), gate_up.shape[1])  # (P, 2F)
-        out = x.new_empty(len(token), x.shape[1])  # (P, C)
-        for e, part in parts(ends):
-            rows = x.index_select(0, token[part])  # (n, C)
-            torch.mm(rows, gate_up[e].to(dtype).T, out=hidden[part])
-            gate, up = hidden[part].to(g.dtype).chunk(2, dim=-1)  # (n, F) each
-            inner = F.silu(gate).mul_(up).mul_(g[part])
-            torch.mm(inner.to(dtype), down[e].to(dtype).T, out=out[part])
+        hidden = products(x.index_select(0, token), gate_up.to(dtype).mT, counts)  # (P, 2F)
+        gate, up = hidden.chunk(2, dim=-1)  # (P, F) each
+        out = products(F.silu(gate).mul_(up).mul_(g), down.to(dtype).mT, counts)  # (P, C)
+        ctx.counts, ctx.wide = counts, weights.dtype
         ctx.save_for_backward(x, position, token, g, hidden, gate_up, down)
         return F.embedding_bag(position, out, mode="sum")  # (N, C), the K rows of each token added up
 
@@ -121,37 +118,30 @@ class GroupedExperts(torch.autograd.Function):
         """grad (N, C) -> gradients of x, weights, gate_up and down; of those that learn, as autograd says."""
         x, position, token, g, hidden, gate_up, down = ctx.saved_tensors
         learns_x, _, learns_g, learns_gate_up, learns_down, _ = ctx.needs_input_grad
-        dtype, wide = x.dtype, g.dtype
-        grad = grad.to(dtype)
-        grad_rows = x.new_empty(len(token), x.shape[1]) if learns_x else None  # (P, C)
-        grad_g = torch.empty_like(g) if learns_g else None  # (P, 1)
-        grad_gate_up = empty_gradient(gate_up, ctx.ends) if learns_gate_up else None
-        grad_down = empty_gradient(down, ctx.ends) if learns_down else None
-        for e, part in parts(ctx.ends):
-            wide_hidden = hidden[part].to(wide, copy=True)  # (n, 2F); what is saved stays as it is
-            gate, up = wide_hidden.chunk(2, dim=-1)  # (n, F) each
-            grad_out = grad.index_select(0, token[part])  # (n, C)
-            grad_inner = torch.mm(grad_out, down[e].to(dtype)).to(wide)  # (n, F), u above
-            silu = F.silu(gate)
-            inner = silu * up
-            if learns_g:
-                torch.sum(grad_inner * inner, dim=-1, keepdim=True, out=grad_g[part])
-            if learns_down:
-                grad_down[e] = torch.mm(grad_out.T, inner.mul_(g[part]).to(dtype))
-            if not (learns_x or learns_gate_up):
-                continue
-            grad_inner.mul_(g[part])
+        counts, dtype = ctx.counts, x.dtype
+        grad_x = grad_g = grad_gate_up = grad_down = None
+        grad_out = grad.to(dtype).index_select(0, token)  # (P, C)
+        grad_inner = products(grad_out, down.to(dtype), counts)  # (P, F), u above
+        gate, up = hidden.chunk(2, dim=-1)  # (P, F) each
+        silu = F.silu(gate)
+        inner = silu * up
+        if learns_g:
+            grad_g = (grad_inner * inner).sum(dim=-1, dtype=ctx.wide)[position]  # (P,) -> (N, K)
+        if learns_down:
+            grad_down = outer_products(grad_out, inner.mul_(g), counts)
+        if learns_x or learns_gate_up:
+            grad_inner.mul_(g)
             grad_silu = torch.mul(grad_inner, up, out=inner)  # inner is not needed any more
-            torch.mul(grad_inner, silu, out=up)  # in place: gate and up become dgate and dup
-            torch.ops.aten.silu_backward(grad_silu, gate, grad_input=gate)
-            grad_hidden = wide_hidden.to(dtype)  # (n, 2F)
+            grad_hidden = torch.empty_like(hidden)
+            grad_gate, grad_up = grad_hidden.chunk(2, dim=-1)
+            torch.mul(grad_inner, silu, out=grad_up)
+            torch.ops.aten.silu_backward(grad_silu, gate, grad_input=grad_gate)
             if learns_gate_up:
-                grad_gate_up[e] = torch.mm(grad_hidden.T, x.index_select(0, token[part]))
+                grad_gate_up = outer_products(grad_hidden, x.index_select(0, token), counts)
             if learns_x:
-                torch.mm(grad_hidden, gate_up[e].to(dtype), out=grad_rows[part])
-        grad_x = F.embedding_bag(position, grad_rows, mode="sum") if learns_x else None
-        grad_weights = grad_g[:, 0][position] if learns_g else None  # (N, K)
-        return grad_x, None, grad_weights, grad_gate_up, grad_down, None  # autograd casts to dtypes of inputs
+                grad_rows = products(grad_hidden, gate_up.to(dtype), counts)  # (P, C)
+                grad_x = F.embedding_bag(position, grad_rows, mode="sum")
+        return grad_x, None, grad_g, grad_gate_up, grad_down, None  # autograd casts to dtypes of inputs
 
 
 def lesson():
@@ -160,12 +150,12 @@ def lesson():
 
     torch.manual_seed(0)
     indices = torch.rand(4, 3).topk(2).indices
-    position, ends = place_rows(indices, 3)
+    position, rows = place_rows(indices, 3)
     print("4 tokens choose 2 of 3 experts each:", *indices.tolist())
-    print("their rows, sorted by expert:       ", *position.tolist(), f"  experts end at rows {ends}")
+    print("their rows, sorted by expert:       ", *position.tolist(), f"  rows of each expert: {rows}")
     for tokens in (64, 2048, 16384):
         indices = torch.rand(tokens, 16).topk(4).indices
-        counts, rows = indices.flatten().bincount().tolist(), place_rows(indices, 16)[1][-1]
+        counts, rows = indices.flatten().bincount().tolist(), sum(place_rows(indices, 16)[1])
         blank = rows / (tokens * 4) - 1
         print(f"{tokens:6d} tokens, 4 of 16: {min(counts)} to {max(counts)} each, and {blank:.1%} blank rows")
     N, C, width, E = 512, 64, 32, 16

@@ -6,16 +6,22 @@
     python train/benchmark.py --set model.hidden_size=512 --set train.batch_size=4
     python train/benchmark.py --drafts out/mtp/TinySeek_Pre_final.pkl   plain against speculative decoding
 
-Machines are shared and noisy, so the contenders take turns, step by step, in one process, and medians and
-their ratios are what counts. Training: forward, backward and an AdamW step on random tokens. Decoding:
-greedy, 128 new tokens after a prompt of 16, one row. The twin is measured where `transformers` is installed.
-Drafts: how a trained model continues 200 places of its own held-out text, with and without its MTP head.
+Machines are shared and noisy, so the contenders take turns, step by step, and medians and their ratios are
+what counts. Training: forward, backward and an AdamW step on random tokens, the twin in a process of its own.
+Decoding: greedy, 128 new tokens after a prompt of 16, one row. The twin is measured where `transformers` is
+installed. Drafts: how a trained model continues 200 places of its own held-out text, with and without its MTP
+head.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
+import contextlib
 import dataclasses
+import functools
+import importlib.util
+import multiprocessing
 import os
+import random
 import statistics
 import time
 
@@ -35,6 +41,7 @@ from utils.device import peak_flops, set_threads, synchronize
 from utils.errors import Parser, run_main
 
 PROMPT, NEW_TOKENS = 16, 128
+DENSE = "TinySeek, dense, as wide"
 
 
 def main():
@@ -59,28 +66,35 @@ def main():
             compare_decoding(config, machine, dtype, max(5, args.steps // 2))
 
 
-def hugging_face_twin(config, attention: str):
-    """The Hugging Face model of the same shape, or None where transformers is not installed or has none."""
+def twin_kind(model) -> str | None:
+    """The Hugging Face architecture of the same shape; None without one, or without transformers."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import transformers
-    except ImportError:
+    if not importlib.util.find_spec("transformers") or model.attention_kind == "mla" or model.mtp != "none":
         return None
-    model = config.model
+    if not model.n_routed_experts:
+        return "Qwen3"
+    return "Qwen3Moe" if model.scoring_func == "softmax" and not model.n_shared_experts else "Dots1"
+
+
+def hugging_face_twin(config, attention: str):
+    """The Hugging Face model of the same shape, or None."""
+    model, kind = config.model, twin_kind(config.model)
+    if kind is None:
+        return None
+    import transformers
+
     names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "head_dim", "intermediate_size", "max_position_embeddings", "tie_word_embeddings"]  # fmt: skip
-    kind, settings = "Qwen3", {}
-    if model.attention_kind == "mla" or model.mtp != "none":
-        return None
+    settings = {}
     if model.n_routed_experts:
         names += ["num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"]
-        if model.scoring_func == "softmax" and not model.n_shared_experts:
-            kind, settings = "Qwen3Moe", {"num_experts": model.n_routed_experts}
-            settings["mlp_only_layers"] = list(range(model.first_k_dense_replace))
-        else:
-            kind, settings = "Dots1", {"sliding_window": None}
-            names += ["n_routed_experts", "n_shared_experts", "first_k_dense_replace", "n_group",
-                      "topk_group", "routed_scaling_factor"]  # fmt: skip
+    if kind == "Qwen3Moe":
+        settings["num_experts"] = model.n_routed_experts
+        settings["mlp_only_layers"] = list(range(model.first_k_dense_replace))
+    if kind == "Dots1":
+        settings["sliding_window"] = None
+        names += ["n_routed_experts", "n_shared_experts", "first_k_dense_replace", "n_group", "topk_group",
+                  "routed_scaling_factor"]  # fmt: skip
     settings |= {name: getattr(model, name) for name in names}
     shape = getattr(transformers, f"{kind}Config")(**settings, attn_implementation=attention)
     return getattr(transformers, f"{kind}ForCausalLM")(shape)
@@ -94,10 +108,14 @@ def dense_of_same_width(config):
 
 
 def take_turns(contenders: dict, steps: int, machine) -> dict[str, list[float]]:
-    """Seconds of each call of each contender, after three calls to warm up."""
-    seconds = {name: [] for name in contenders}
+    """Seconds of each call of each contender, after three calls to warm up.
+
+    In another order in every turn: a contender that always came after the same one would always find the
+    caches as that one leaves them.
+    """
+    seconds, order = {name: [] for name in contenders}, random.Random(0)
     for turn in range(steps + 3):
-        for name, call in contenders.items():
+        for name, call in order.sample(list(contenders.items()), len(contenders)):
             synchronize(machine.device)
             start = time.perf_counter()
             call()
@@ -107,26 +125,36 @@ def take_turns(contenders: dict, steps: int, machine) -> dict[str, list[float]]:
     return seconds
 
 
+def ratio(seconds: list[float], reference: list[float]) -> float:
+    """How many times as fast as the reference: the median over turns, since a shared machine may be slower in
+    some turns, for both."""
+    return statistics.median(theirs / ours for ours, theirs in zip(seconds, reference, strict=True))
+
+
 def report(seconds: dict[str, list[float]], tokens: int, unit: str, extra=None) -> None:
     """Medians, the spread of the middle half, and ratios to the last contender."""
-    last = statistics.median(list(seconds.values())[-1])
+    *_, last = seconds.values()
     for name, times in seconds.items():
         low, middle, high = statistics.quantiles(times, n=4)
         line = f"  {name:30s} {tokens / middle:10,.0f} {unit}  ({tokens / high:,.0f} to {tokens / low:,.0f})"
-        print(f"{line}  ratio {last / middle:.2f}" + (extra(tokens / middle) if extra else ""))
+        print(f"{line}  ratio {ratio(times, last):.2f}" + (extra(tokens / middle) if extra else ""))
 
 
 # --- training -------------------------------------------------------------------------------------
 
 
-def training_step(model, machine, loss):
-    """One call = forward + backward + fused AdamW step."""
+def training_step(model, config, machine, loss):
+    """One call = forward + backward + fused AdamW step on random tokens."""
     model.to(machine.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=machine.device.type in ("cpu", "cuda"))
+    shape = config.train.batch_size, config.data.sequence_length + 1
+    ids = torch.randint(0, config.model.vocab_size, shape, device=machine.device)
+    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    runner = torch.compile(model) if config.train.compile else model
 
     def step():
         with machine.autocast():
-            value = loss()
+            value = loss(runner, inputs, labels)
         value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -134,29 +162,65 @@ def training_step(model, machine, loss):
     return step
 
 
+def our_steps(config, machine) -> dict:
+    """Name -> training step, for each attention and for a dense model of the same active width."""
+    shapes = {}
+    for implementation in dict.fromkeys([config.model.attn_implementation, "sdpa"]):
+        shape = dataclasses.replace(config.model, attn_implementation=implementation)
+        shapes[f"TinySeek ({implementation})"] = shape
+    if config.model.n_routed_experts:
+        shapes[DENSE] = dense_of_same_width(config)
+
+    def loss(model, inputs, labels):
+        return model(inputs, labels=labels).loss_sum / labels.numel()
+
+    return {name: training_step(TinySeek(shape), config, machine, loss) for name, shape in shapes.items()}
+
+
+def serve_twins(connection, config, machine) -> None:
+    """In a process of the twins: a training step of the one whose name is received, until None is."""
+    set_threads()
+    steps = {}
+    for attention in ("eager", "sdpa"):
+        twin = hugging_face_twin(config, attention)
+        steps[f"{type(twin).__name__} ({attention})"] = training_step(
+            twin, config, machine, lambda model, inputs, labels: model(input_ids=inputs, labels=inputs).loss
+        )
+    connection.send(list(steps))
+    for name in iter(connection.recv, None):
+        steps[name]()
+        synchronize(machine.device)
+        connection.send(name)
+
+
+@contextlib.contextmanager
+def twins_steps(config, machine):
+    """Name -> training step of each twin, in a process that lives as long as this context.
+
+    In a process of their own because memory is shared within one: ours keeps what it freed (utils/device.py),
+    which would speed up the twins by a tenth, and what they free would speed us up.
+    """
+    if twin_kind(config.model) is None:
+        yield {}
+        return
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=serve_twins, args=(there, config, machine), daemon=True)
+    process.start()
+    there.close()  # so that `recv` fails, and does not wait, if the process ends
+
+    def step(name):
+        here.send(name)
+        here.recv()
+
+    yield {name: functools.partial(step, name) for name in here.recv()}
+    here.send(None)
+    process.join()
+
+
 def compare_training(config, machine, steps: int) -> None:
     """Training tokens per second, with the attention that each would choose and with SDPA in both."""
     rows, length = config.train.batch_size, config.data.sequence_length
-    ids = torch.randint(0, config.model.vocab_size, (rows, length + 1), device=machine.device)
-    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    contenders = {}
-
-    def add(name, model, loss):
-        runner = torch.compile(model) if config.train.compile else model
-        contenders[name] = training_step(model, machine, lambda: loss(runner))
-
-    ours = lambda model: model(inputs, labels=labels).loss_sum / labels.numel()  # noqa: E731
-    theirs = lambda model: model(input_ids=inputs, labels=inputs).loss  # noqa: E731
-    for implementation in dict.fromkeys([config.model.attn_implementation, "sdpa"]):
-        shape = dataclasses.replace(config.model, attn_implementation=implementation)
-        add(f"TinySeek ({implementation})", TinySeek(shape), ours)
-    if config.model.n_routed_experts:
-        add("TinySeek, dense, as wide", TinySeek(dense_of_same_width(config)), ours)
-    for implementation in ("eager", "sdpa"):
-        twin = hugging_face_twin(config, implementation)
-        if twin is not None:
-            add(f"{type(twin).__name__} ({implementation})", twin, theirs)
-
     card = cost_card(config.model, rows * length, length)
     cost = card.train_flops() / 1e6
     print(f"training, {rows} x {length} tokens, {machine.dtype}, {cost:.1f} MFLOP per token")
@@ -167,7 +231,12 @@ def compare_training(config, machine, steps: int) -> None:
         reached = card.train_flops() * tokens_per_second
         return f"  {reached / 1e9:,.0f} GFLOP/s" + (f"  MFU {reached / peak:.1%}" if peak else "")
 
-    report(take_turns(contenders, steps, machine), rows * length, "tokens/s", utilisation)
+    with twins_steps(config, machine) as twins:
+        seconds = take_turns(our_steps(config, machine) | twins, steps, machine)
+    report(seconds, rows * length, "tokens/s", utilisation)
+    if DENSE in seconds:
+        ours, *_ = seconds.values()
+        print(f"  with experts, against dense of the same active width: {ratio(ours, seconds[DENSE]):.2f}")
 
 
 # --- decoding -------------------------------------------------------------------------------------

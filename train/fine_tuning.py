@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 
 from config.load import from_dict
-from config.schema import ModelConfig
+from config.schema import ModelConfig, RunConfig
 from inference.evaluate import score_dialogues, score_skills
 from inference.generate import Generator
 from load_data.chat_data import SKILL_WORD, ChatData, chosen_skills
@@ -43,16 +43,23 @@ def open_base(command: Command, machine: Machine, adapted: bool = False) -> Base
     config.vocab_size = config.vocab_size or tokenizer.vocab_size
     if adapted:
         check_same_model(config, from_dict(init["config"], str(path)).model)
-    length, places = command.config.data.sequence_length, config.max_position_embeddings
-    if length > places:
-        raise UserError(
-            f"data.sequence_length={length} is more than model.max_position_embeddings={places}: lower it"
-        )
+    check_length(command.config)
     model = TinySeek(config)
     load_weights(model, init["weights"], f"--init {path}")
     record = {"digest": weights_digest(init["weights"]), "path": str(path)}
     machine.say(f"base: {path} ({init.get('stage')}, weights {record['digest']})")
     return Base(model, tokenizer, record)
+
+
+def check_length(config: RunConfig, prefix_length: int = 0) -> None:
+    """Raise `UserError` if rows, after a learned prefix, need more places than the model has."""
+    length, places = config.data.sequence_length, config.model.max_position_embeddings
+    if length + prefix_length > places:
+        behind = f" behind a prefix of {prefix_length}" if prefix_length else ""
+        raise UserError(
+            f"data.sequence_length={length}{behind} is more than model.max_position_embeddings={places}: "
+            "lower it"
+        )
 
 
 def check_same_model(config: ModelConfig, trained: ModelConfig) -> None:

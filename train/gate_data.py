@@ -10,6 +10,7 @@ to be judged, it is on dialogues that neither it nor its candidates have learned
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from inference.conversation import Message, prompt_within
 from inference.load import Loaded
@@ -65,7 +66,8 @@ def losses_of(candidate: Loaded, turns: list[list[Message]], machine) -> torch.T
     rows = [labelled(candidate, turn) for turn in turns]
     order = sorted(range(len(rows)), key=lambda number: len(rows[number][0]))  # little padding
     losses = torch.zeros(len(rows), dtype=torch.float64)
-    for first in range(0, len(order), ROWS):
+    bar = {"desc": "losses", "leave": False, "disable": None if machine.world.is_first else True}
+    for first in tqdm(range(0, len(order), ROWS), **bar):
         chosen = order[first : first + ROWS]
         width = max(len(rows[number][0]) for number in chosen)
         ids = torch.zeros(len(chosen), width, dtype=torch.long)

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from config.schema import RunConfig
 from utils import distributed
-from utils.device import pick_device, pick_dtype, seed_everything, set_threads
+from utils.device import keep_freed_memory, pick_device, pick_dtype, seed_everything, set_threads
 
 
 @dataclass
@@ -39,6 +39,7 @@ def start_machine(config: RunConfig) -> Machine:
     world = distributed.start(device.type)
     dtype, scaled, reason = pick_dtype(config.train.dtype, device)
     threads = set_threads()
+    keep_freed_memory()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     seed_everything(config.train.seed)

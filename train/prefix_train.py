@@ -15,7 +15,7 @@ import utils  # noqa: F401  first: it says how threads wait, before PyTorch load
 from load_data.chat_data import prepare_chat
 from model.adapters import attach, soft_tokens
 from train.cli import parse_command
-from train.fine_tuning import dialogue_stage, open_base, train_and_score
+from train.fine_tuning import check_length, dialogue_stage, open_base, train_and_score
 from train.machine import start_machine
 from utils.checkpoint import final_name
 from utils.distributed import finish
@@ -30,6 +30,7 @@ def main():
     config, machine = command.config, start_machine(command.config)
     base = open_base(command, machine, adapted=True)
     own = attach(base.model, SHORT, config)  # frozen is all the rest
+    check_length(config, base.model.prefix_length)
     data = prepare_chat(config, base.tokenizer, soft_tokens(SHORT, config))
     stage = dialogue_stage(STAGE, SHORT, base, data, config, machine, own)
     train_and_score(stage, data, command, machine)

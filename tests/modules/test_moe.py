@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV3Config, Dots1Config, Qwen3MoeConfig
@@ -140,18 +141,23 @@ def test_bf16_is_near_the_exact_answer(path, shape):
             assert (a - b).norm() < 0.01 * b.norm()
 
 
-def test_in_bf16_what_the_weights_multiply_is_rounded_only_once():
-    """With matrices of ones, K = 1 and one channel, y = g silu(x) x and dg = silu(x) x. One rounding to bf16
-    is off by 1/256 at most, a second one (of g, or of silu(x)) would pass that for many of 2000 tokens."""
+def test_in_bf16_only_what_lies_between_two_products_is_rounded():
+    """With matrices of ones, K = 1 and one channel, y = g silu(x) x and dg = silu(x) x. A rounding to bf16 is
+    off by 1/256 at most: y has four (g, silu(x), times x, times g), dg has two; sums are not rounded."""
     torch.manual_seed(0)
     x, weights = torch.rand(2000, 1).bfloat16() + 0.5, torch.rand(2000, 1, requires_grad=True)
     ones = torch.ones(1, 2, 1, dtype=torch.bfloat16), torch.ones(1, 1, 1, dtype=torch.bfloat16)
     y = grouped_experts(x, torch.zeros(2000, 1, dtype=torch.long), weights, *ones)
     wide = x.double()
     inner = wide / (1 + torch.exp(-wide)) * wide
-    assert ((y.double() / (inner * weights.detach())) - 1).abs().max() < 1.0001 / 256
+    assert ((y.double() / (inner * weights.detach())) - 1).abs().max() < 4.01 / 256
     y.sum().backward()
-    torch.testing.assert_close(weights.grad.double(), inner, rtol=1e-6, atol=0)
+    torch.testing.assert_close(weights.grad.double(), inner, rtol=2.01 / 256, atol=0)
+    x, ones = x.new_ones(1, 1), (x.new_ones(1, 1000, 1), x.new_ones(1, 1, 500))
+    weights = torch.ones(1, 1, requires_grad=True)
+    grouped_experts(x, torch.zeros(1, 1, dtype=torch.long), weights, *ones).sum().backward()
+    silu = F.silu(x[0, 0]).double()
+    assert weights.grad.item() == 500 * silu  # 365.2, which bf16 would round to 366
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -227,14 +233,15 @@ def test_what_is_frozen_costs_nothing(learning):
 def test_every_assignment_has_a_row_of_its_own_among_those_of_its_expert(N, E, K):
     """And sizes are round: few different shapes, few blank rows."""
     _, indices, *_ = make_experts(N, 1, E, K, 1)
-    position, ends = place_rows(indices, E)
-    assert position.shape == indices.shape and len(ends) == E
+    position, counts = place_rows(indices, E)
+    assert position.shape == indices.shape and len(counts) == E
     assert position.unique().numel() == N * K
-    starts = torch.tensor([0, *ends[:-1]])
-    assert (position >= starts[indices]).all() and (position < torch.tensor(ends)[indices]).all()
+    sizes = torch.tensor(counts)
+    ends = sizes.cumsum(0)
+    assert (position >= (ends - sizes)[indices]).all() and (position < ends[indices]).all()
     for e in range(E):  # in the order of tokens
         assert (position[indices == e].diff() == 1).all()
-    sizes, mean = torch.tensor(ends) - starts, N * K // E
+    mean = N * K // E
     step = max(1, mean // 64)
     blank = sizes - indices.flatten().bincount(minlength=E)
     assert (blank >= 0).all() and (blank <= mean / 32).all()
@@ -245,7 +252,7 @@ def test_every_assignment_has_a_row_of_its_own_among_those_of_its_expert(N, E, K
 def test_blank_rows_reach_no_result_even_if_token_0_is_not_finite():
     """Blank rows read token 0; with an infinity there only token 0 itself may be touched."""
     x, indices, weights, gate_up, down = make_experts(700, 2, 4, 2, 3)
-    assert place_rows(indices, 4)[1][-1] > indices.numel()
+    assert sum(place_rows(indices, 4)[1]) > indices.numel()
     healthy = grouped_experts(x, indices, weights, gate_up, down)
     x[0] = torch.inf
     ill = grouped_experts(x, indices, weights, gate_up, down)

@@ -352,6 +352,7 @@ def test_bad_dialogues(refuse, tmp_path, name, content, words):
         (mixlora_train, ["--set", "mixlora.num_experts=1"], "mixlora.num_experts=1 must be at least 2"),
         (mixlora_train, ["--set", "mixlora.num_experts_per_tok=1"], "use two experts or more"),
         (prefix_train, ["--set", "prefix.length=64"], "prefix.length=64 leaves no room"),
+        (prefix_train, ["--set", "prefix.length=20"], "behind a prefix of 20 is more than model.max"),
         (prefix_train, ["--set", "prefix.kind=suffix"], "must be one of prefix, prompt"),
         (gate_train, [], "so there is nothing to choose from: train one with"),
         (gate_train, ["--set", 'gate.candidates=["base", "gone.pkl"]'], "gone.pkl: no such checkpoint"),

@@ -1,5 +1,8 @@
 """The benchmark command on shapes so small that only its words and its arithmetic can be checked."""
 
+import itertools
+import multiprocessing
+import os
 import re
 import sys
 
@@ -22,6 +25,11 @@ EXPERTS = {"model.n_routed_experts": 4, "model.num_experts_per_tok": 2, "model.m
 MLA = EXPERTS | {"model.attention_kind": "mla"}
 
 
+def slow(*values):
+    """A case that waits for a second process."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def words_of(capsys, monkeypatch, *arguments, **settings):
     """What the command prints."""
     sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
@@ -37,9 +45,9 @@ def words_of(capsys, monkeypatch, *arguments, **settings):
 @pytest.mark.parametrize(
     ("preset", "changes", "names"),
     [
-        ("benchmark", {}, {"TinySeek (auto)", "TinySeek (sdpa)", "Qwen3ForCausalLM (sdpa)"}),
-        ("benchmark_moe", EXPERTS, {"TinySeek, dense, as wide", "Qwen3MoeForCausalLM (sdpa)"}),
-        ("laptop", EXPERTS, {"TinySeek, dense, as wide", "Dots1ForCausalLM (eager)"}),
+        slow("benchmark", {}, {"TinySeek (auto)", "TinySeek (sdpa)", "Qwen3ForCausalLM (sdpa)"}),
+        slow("benchmark_moe", EXPERTS, {"TinySeek, dense, as wide", "Qwen3MoeForCausalLM (sdpa)"}),
+        slow("laptop", EXPERTS, {"TinySeek, dense, as wide", "Dots1ForCausalLM (eager)"}),
         ("laptop", MLA, {"TinySeek, dense, as wide", "TinySeek (auto)"}),
     ],
 )
@@ -49,6 +57,7 @@ def test_training_names_every_contender_with_a_ratio(capsys, monkeypatch, preset
     row = r"^  (\S.*?) +[\d,]+ tokens/s  \([\d,]+ to [\d,]+\)  ratio ([\d.]+)"
     rows = re.findall(row, words, re.MULTILINE)
     assert names <= {name for name, _ in rows} and float(rows[-1][1]) == 1.0
+    assert ("against dense of the same active width: " in words) == (benchmark.DENSE in names)
 
 
 def test_decoding_names_every_contender(capsys, monkeypatch):
@@ -61,19 +70,55 @@ def test_decoding_names_every_contender(capsys, monkeypatch):
 
 
 def test_medians_and_ratios_are_those_of_the_times(capsys):
-    """Times by hand: medians 2 and 4 seconds for 100 tokens, so 50 and 25 a second, ratio 2."""
-    benchmark.report({"ours": [1.0, 2.0, 9.0], "theirs": [4.0, 4.0, 4.0]}, 100, "tokens/s")
+    """By hand: medians 2 and 4 seconds for 100 tokens, so 50 and 25 a second; ratio 2 in most turns."""
+    benchmark.report({"ours": [1.0, 4.0, 2.0], "theirs": [2.0, 8.0, 4.0]}, 100, "tokens/s")
     first, second = capsys.readouterr().out.splitlines()
     assert re.search(r"ours +50 tokens/s .* ratio 2.00", first)
     assert re.search(r"theirs +25 tokens/s .* ratio 1.00", second)
+    assert benchmark.ratio([1.0, 1.0, 10.0], [3.0, 2.0, 10.0]) == 2.0  # that of the medians would be 3
 
 
 def test_contenders_take_turns():
-    """Call by call, and the first three of each are not counted."""
+    """Everyone once a turn, after everyone else in some turn, and the first three turns are not counted."""
     calls = []
-    contenders = {name: lambda name=name: calls.append(name) for name in "ab"}
-    seconds = benchmark.take_turns(contenders, 2, machine())
-    assert calls == ["a", "b"] * 5 and [len(times) for times in seconds.values()] == [2, 2]
+    contenders = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = benchmark.take_turns(contenders, 17, machine())
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 17, "b": 17, "c": 17}
+    turns = [calls[first : first + 3] for first in range(0, 60, 3)]
+    assert len(calls) == 60 and all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+    assert {tuple(turn[:2]) for turn in turns} == set(itertools.permutations("abc", 2))
+
+
+@pytest.mark.slow
+def test_twins_train_in_a_process_of_their_own():
+    """It ends with the comparison."""
+    config = load_config("benchmark", [f"{key}={value}" for key, value in SMALL.items()])
+    with benchmark.twins_steps(config, machine()) as steps:
+        (child,) = multiprocessing.active_children()
+        assert list(steps) == ["Qwen3ForCausalLM (eager)", "Qwen3ForCausalLM (sdpa)"]
+        assert child.pid != os.getpid()
+        for step in steps.values():
+            step()
+    assert not multiprocessing.active_children()
+
+
+def test_a_training_step_of_any_contender_learns():
+    config = load_config("benchmark_moe", [f"{key}={value}" for key, value in (SMALL | EXPERTS).items()])
+    losses = []
+
+    def watched(loss):
+        return lambda *batch: losses.append(loss(*batch)) or losses[-1]
+
+    contenders = {
+        TinySeek(config.model): lambda model, ids, labels: model(ids, labels).loss_sum / labels.numel(),
+        benchmark.hugging_face_twin(config, "eager"): lambda model, ids, labels: model(ids, labels=ids).loss,
+    }
+    for model, loss in contenders.items():
+        losses.clear()
+        step = benchmark.training_step(model, config, machine(), watched(loss))
+        for _ in range(5):
+            step()
+        assert losses[-1] < losses[0]
 
 
 def test_the_twin_is_as_large_as_ours():
