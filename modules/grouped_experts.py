@@ -13,9 +13,9 @@ The backward pass is derived by hand, with dy the gradient of y at each row's to
     dx_n = sum of the K rows of dh U_e of token n
 
 Only the products go expert by expert; casting, copying rows and all that lies between two products is done
-for all rows at once, in the dtype of the products, as in a dense feed-forward. With 16 experts a call per
-expert cost more than it saved in the cache (docs/experiments.md, 26). The backward pass casts and copies a
-second time, so that neither copy waits in memory between the passes.
+for all rows at once, in the dtype of the products, as in a dense feed-forward. In bf16, with 16 experts,
+calls for every expert cost more than they saved in the cache (docs/experiments.md, 26). The backward pass
+casts and copies a second time, so that neither copy waits in memory between the passes.
 
 Rows are copied by `index_select` and added up by `embedding_bag` (a gather and a sum in one pass) and never
 by atomic additions: the same input gives the same bits. Sorting in place of dropping: MegaBlocks (Gale et

@@ -6,11 +6,11 @@
     python train/benchmark.py --set model.hidden_size=512 --set train.batch_size=4
     python train/benchmark.py --drafts out/mtp/TinySeek_Pre_final.pkl   plain against speculative decoding
 
-Machines are shared and noisy, so the contenders take turns, step by step, and medians and their ratios are
-what counts. Training: forward, backward and an AdamW step on random tokens, the twin in a process of its own.
-Decoding: greedy, 128 new tokens after a prompt of 16, one row. The twin is measured where `transformers` is
-installed. Drafts: how a trained model continues 200 places of its own held-out text, with and without its MTP
-head.
+Machines are shared and noisy, so the contenders take turns, step by step, and what counts are medians, of the
+speeds and of the ratios of each turn. Training: forward, backward and an AdamW step on random tokens, the
+twin in a process of its own. Decoding: greedy, 128 new tokens after a prompt of 16, one row. The twin is
+measured where `transformers` is installed. Drafts: how a trained model continues 200 places of its own
+held-out text, with and without its MTP head.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
@@ -18,10 +18,10 @@ import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().par
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import multiprocessing
 import os
 import random
+import signal
 import statistics
 import time
 
@@ -35,10 +35,10 @@ from inference.sampling import SamplingParams
 from inference.speculative import SpeculativeGenerator
 from load_data.packing import prepare_pretraining
 from model.tinyseek import TinySeek
-from train.machine import start_machine
+from train.machine import start_machine, start_process
 from utils.cost import cost_card
 from utils.device import peak_flops, set_threads, synchronize
-from utils.errors import Parser, run_main
+from utils.errors import Parser, UserError, run_main
 
 PROMPT, NEW_TOKENS = 16, 128
 DENSE = "TinySeek, dense, as wide"
@@ -69,7 +69,11 @@ def main():
 def twin_kind(model) -> str | None:
     """The Hugging Face architecture of the same shape; None without one, or without transformers."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if not importlib.util.find_spec("transformers") or model.attention_kind == "mla" or model.mtp != "none":
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return None
+    if model.attention_kind == "mla" or model.mtp != "none":
         return None
     if not model.n_routed_experts:
         return "Qwen3"
@@ -178,8 +182,9 @@ def our_steps(config, machine) -> dict:
 
 
 def serve_twins(connection, config, machine) -> None:
-    """In a process of the twins: a training step of the one whose name is received, until None is."""
-    set_threads()
+    """In a process of the twins: their names, then a training step of each whose name is received."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it too, and ends this one
+    start_process(machine.device, config.train.seed)
     steps = {}
     for attention in ("eager", "sdpa"):
         twin = hugging_face_twin(config, attention)
@@ -187,7 +192,8 @@ def serve_twins(connection, config, machine) -> None:
             twin, config, machine, lambda model, inputs, labels: model(input_ids=inputs, labels=inputs).loss
         )
     connection.send(list(steps))
-    for name in iter(connection.recv, None):
+    while True:
+        name = connection.recv()
         steps[name]()
         synchronize(machine.device)
         connection.send(name)
@@ -198,7 +204,8 @@ def twins_steps(config, machine):
     """Name -> training step of each twin, in a process that lives as long as this context.
 
     In a process of their own because memory is shared within one: ours keeps what it freed (utils/device.py),
-    which would speed up the twins by a tenth, and what they free would speed us up.
+    which would speed up the twins by a tenth, and what they free would speed us up. Each is measured as
+    whoever uses it alone would see it.
     """
     if twin_kind(config.model) is None:
         yield {}
@@ -209,13 +216,19 @@ def twins_steps(config, machine):
     process.start()
     there.close()  # so that `recv` fails, and does not wait, if the process ends
 
-    def step(name):
-        here.send(name)
-        here.recv()
+    def ask(name=None):
+        try:
+            if name:
+                here.send(name)
+            return here.recv()
+        except (EOFError, OSError) as error:
+            raise UserError("the process of the Hugging Face twins ended; it says why above") from error
 
-    yield {name: functools.partial(step, name) for name in here.recv()}
-    here.send(None)
-    process.join()
+    try:
+        yield {name: functools.partial(ask, name) for name in ask()}
+    finally:
+        process.terminate()
+        process.join()
 
 
 def compare_training(config, machine, steps: int) -> None:

@@ -27,7 +27,7 @@ import torch
 from config.load import load_config
 from model.adapters import attach
 from model.tinyseek import TinySeek
-from train.benchmark import take_turns
+from train.benchmark import ratio, take_turns
 from train.machine import start_machine
 from train.optim import build_optimizers
 from utils.errors import Parser, run_main
@@ -146,12 +146,12 @@ def table(found: dict[str, dict], seconds: dict[str, list[float]]) -> list[str]:
     lines, first = [heads], None
     for name, one in found.items():
         total, time = sum(one[part] for part in parts), statistics.median(seconds[name])
-        first = first or (total, time)
+        first = first or (total, seconds[name])
         lines.append(
             [name, f"{one['learned']:,}", f"{one['learned'] / one['numbers']:.1%}"]
             + [f"{one[part] / MB:.1f}" for part in parts]
-            + [f"{total / MB:.1f}", f"{total / first[0]:.2f}", f"{1000 * time:.0f}", f"{time / first[1]:.2f}"]
-            + [f"{one['checkpoint'] / MB:.2f}"]
+            + [f"{total / MB:.1f}", f"{total / first[0]:.2f}", f"{1000 * time:.0f}"]
+            + [f"{ratio(first[1], seconds[name]):.2f}", f"{one['checkpoint'] / MB:.2f}"]
         )
     lines.insert(1, ["---"] * len(heads))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -58,7 +58,7 @@ def check_length(config: RunConfig, prefix_length: int = 0) -> None:
         behind = f" behind a prefix of {prefix_length}" if prefix_length else ""
         raise UserError(
             f"data.sequence_length={length}{behind} is more than model.max_position_embeddings={places}: "
-            "lower it"
+            "lower it" + (", or prefix.length" if prefix_length else "")
         )
 
 

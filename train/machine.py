@@ -31,19 +31,24 @@ class Machine:
 
 
 def start_machine(config: RunConfig) -> Machine:
-    """Device, number format, threads, processes and seed, each said aloud with its reason."""
+    """Device, number format, threads, processes and seed, each said aloud with its reason; and memory."""
     for stream in (sys.stdout, sys.stderr):  # a Windows pipe speaks another encoding than UTF-8
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     device = pick_device(config.train.device)
     world = distributed.start(device.type)
     dtype, scaled, reason = pick_dtype(config.train.dtype, device)
-    threads = set_threads()
+    threads = start_process(device, config.train.seed)
     keep_freed_memory()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
-    seed_everything(config.train.seed)
     machine = Machine(device, dtype, scaled, world)
     plural = "es" if world.size > 1 else ""
     machine.say(f"device: {device}, {threads} threads, {world.size} process{plural}; {reason}")
     return machine
+
+
+def start_process(device: torch.device, seed: int) -> int:
+    """How any process of ours computes; returns the number of threads."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+    seed_everything(seed)
+    return set_threads()

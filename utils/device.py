@@ -116,19 +116,25 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-# --- threads --------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
-def keep_freed_memory() -> None:
-    """Freed memory stays with the process, where the C library is GNU's.
+def keep_freed_memory() -> bool:
+    """Freed memory stays with the process; False where the C library is not GNU's or does not do it.
 
     Otherwise large blocks go back to the system at once, which clears every page of them anew when the next
-    step takes them: 2 to 6 % of a training step on a CPU (docs/experiments.md, 26). The peak stays the same.
+    step takes them: 2 to 6 % of a training step on a CPU, with the same peak (docs/experiments.md, 26).
     """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of <malloc.h>
-    if platform.system() == "Linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(mmap_threshold, 2**30)
-        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
+    if platform.system() != "Linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
+        return False
+    set_option, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3  # names as in <malloc.h>
+    # Old versions refuse more than 32 MiB. Either option alone would make things worse than neither.
+    if not set_option(mmap_threshold, 2**30) and not set_option(mmap_threshold, 2**25):
+        return False
+    return bool(set_option(trim_threshold, 2**31 - 1))
+
+
+# --- threads --------------------------------------------------------------------------------------
 
 
 def set_threads() -> int:

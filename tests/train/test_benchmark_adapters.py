@@ -127,4 +127,4 @@ def test_ratios_and_medians_are_those_of_the_measurement():
     first, second = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
     assert first[3:] == ["4.0", "4.0", "8.0", "1.0", "3.0", "20.0", "1.00", "2000", "1.00", "4.00"]
     assert second[:3] == ["b", "5", "5.0%"]
-    assert second[3:] == ["4.0", "0.0", "0.0", "0.0", "1.0", "5.0", "0.25", "500", "0.25", "0.02"]
+    assert second[3:] == ["4.0", "0.0", "0.0", "0.0", "1.0", "5.0", "0.25", "500", "0.50", "0.02"]
