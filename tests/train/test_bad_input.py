@@ -276,6 +276,7 @@ def refuse(bases, monkeypatch, capsys):
         flags += [] if "--out" in arguments else ["--out", bases / "out"]
         flags += ["--overwrite"] if overwrite else []
         flags += ["--device", "cpu", "--set", "train.dtype=fp32", "--set", "data.sequence_length=48"]
+        flags += ["--set", "prefix.length=16"]
         flags += filter(None, arguments)
         if "--max-steps" not in arguments:
             flags += ["--max-steps", "2"]

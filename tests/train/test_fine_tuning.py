@@ -45,7 +45,8 @@ def quick(monkeypatch):
 
 
 SETTINGS = (
-    "data.sequence_length=48", "train.batch_size=4", "train.dtype=fp32", "data.val_fraction=0.2",
+    "data.sequence_length=48", "prefix.length=16", "train.batch_size=4", "train.dtype=fp32",
+    "data.val_fraction=0.2",
     "optim.optimizer=adamw", "optim.lr=0.01", "optim.warmup_steps=0", "train.log_every=1",
     "balance.statistics=exact",
 )  # fmt: skip
