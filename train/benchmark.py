@@ -204,7 +204,7 @@ def twins_steps(config, machine):
     """Name -> training step of each twin, in a process that lives as long as this context.
 
     In a process of their own because memory is shared within one: ours keeps what it freed (utils/device.py),
-    which would speed up the twins by a tenth, and what they free would speed us up. Each is measured as
+    which would speed up the twins by an eighth, and what they free would speed us up. Each is measured as
     whoever uses it alone would see it.
     """
     if twin_kind(config.model) is None:

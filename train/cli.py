@@ -38,9 +38,8 @@ def parse_command(
     parser = Parser(description)
     add = parser.add_argument
     words = ".txt, .jsonl, a folder of them, or the word python"
-    words = (
-        ".jsonl, a folder of them, or the word skills (skills:lists,naming; skills:all)" if bases else words
-    )
+    if bases:
+        words = ".jsonl, a folder of them, or the word skills (skills:lists,naming; skills:all)"
     where = ", then ".join(final_name(base) for base in bases)
     default = f" (default: {where} in --out, then in out/)" if bases else ""
     add("--config", metavar="NAME|FILE.json", help=f"preset ({', '.join(preset_names(stage))}) or JSON file")

@@ -41,7 +41,7 @@ def trained(dialogues):
 
 
 @pytest.fixture(scope="module")
-def test_items():
+def unseen():
     """Many test items of each skill."""
     return {name: scored_items(name, 400, 0) for name in SKILLS}
 
@@ -114,16 +114,16 @@ def test_an_unknown_skill_is_named(call):
         call()
 
 
-def test_items_are_distinct_and_as_many_as_asked(test_items):
-    for name, items in test_items.items():
+def test_items_are_distinct_and_as_many_as_asked(unseen):
+    for name, items in unseen.items():
         assert len({item.messages[-1]["content"] for item in items}) == len(items), name
         assert len(items) == 400 or name in ("identity", "docstrings")
         assert all(item.skill == name and [m["role"] for m in item.messages] == ["user"] for item in items)
         assert all(is_right(item, item.expected) for item in items)
         assert not any(is_right(item, wrong) for item in items for wrong in ("", "42 apples", "I am GPT."))
         assert [len(scored_items(name, count, 0)) for count in (0, 7)] == [0, 7]
-    assert len(test_items["identity"]) > 60
-    assert len({frozenset(sums_in(item.messages[0]["content"])) for item in test_items["arithmetic"]}) == 400
+    assert len(unseen["identity"]) > 60
+    assert len({frozenset(sums_in(item.messages[0]["content"])) for item in unseen["arithmetic"]}) == 400
     assert len(held_out_dialogues(("lists", "naming"), 30, 0)) == 60
 
 
@@ -167,14 +167,14 @@ def keys(name, pairs):
 
 
 @pytest.mark.parametrize("name", SKILLS)
-def test_sides_are_disjoint(name, dialogues, trained, test_items):
+def test_sides_are_disjoint(name, dialogues, trained, unseen):
     if name not in SFT_SKILLS:
         epoch = training_dialogues([name], 5000, 0)
         trained = [(d[n]["content"], d[n + 1]["content"]) for d in epoch for n in range(0, len(d), 2)]
     elif name == "lists":
         trained = [(q, a) for q, a in trained if a.startswith("['")]
         trained = [(q, a) for q, a in trained if "`" not in q and ">>>" not in q]
-    test = set(keys(name, pairs_of(test_items[name])))
+    test = set(keys(name, pairs_of(unseen[name])))
     held_out = [(d[0]["content"], d[1]["content"]) for d in held_out_dialogues([name], 400, 0)]
     val = set(keys(name, held_out))
     everything = {q for q, _ in trained}
@@ -219,8 +219,8 @@ def test_some_identity_questions_are_held_out_with_every_opening():
 # --- answers ----------------------------------------------------------------------------------------------
 
 
-def test_identity_names_tinyseek_in_the_language_of_the_question(test_items):
-    pairs = samples("identity", test_items)
+def test_identity_names_tinyseek_in_the_language_of_the_question(unseen):
+    pairs = samples("identity", unseen)
     assert len({question for question, _ in pairs}) > 1200
     for question, answer in pairs:
         assert "TinySeek" in answer and bool(CHINESE.search(question)) == bool(CHINESE.search(answer))
@@ -241,9 +241,9 @@ def test_identity_names_tinyseek_in_the_language_of_the_question(test_items):
 WORKING = re.compile(r"(- )?(\d+),(\d+)=(\d+) ([1-9](?:,[1-9])*)=(\d+): (-?\d+)")
 
 
-def test_arithmetic_is_right(test_items):
+def test_arithmetic_is_right(unseen):
     """The value, and every column of the working: units, then tens with what is carried or borrowed."""
-    pairs = samples("arithmetic", test_items)
+    pairs = samples("arithmetic", unseen)
     kinds = set()
     for question, answer in pairs:
         ((left, sign, right),) = (one.split() for one in sums_in(question))
@@ -282,9 +282,9 @@ def test_is_right_wants_the_whole_answer():
     assert not any(is_right(worked, answer) for answer in ("2,7=9 1=1: 18", "2,7=9 1=1:", "19: 1", "2,7=9"))
 
 
-def test_lists_are_those_of_the_sentence(test_items):
+def test_lists_are_those_of_the_sentence(unseen):
     """All words of the pools that stand in the sentence, in their order: the frames have none of them."""
-    pairs = samples("lists", test_items)
+    pairs = samples("lists", unseen)
     pools = {True: [], False: []}
     for language in (lists.ENGLISH, lists.CHINESE):
         for words, *sentences in language.values():
@@ -306,18 +306,18 @@ def test_lists_are_those_of_the_sentence(test_items):
     assert {len(ast.literal_eval(answer)) for _, answer in pairs} == {1, 2, 3, 4, 5}
 
 
-def test_expressions_are_what_python_says(test_items):
-    pairs = samples("expressions", test_items)
+def test_expressions_are_what_python_says(unseen):
+    pairs = samples("expressions", unseen)
     for question, answer in pairs:
         assert repr(eval(written(question))) == answer, question  # noqa: S307 - the generator's own
         assert not re.fullmatch(r"\d{1,2} [+-] \d{1,2}", written(question))  # that is arithmetic
 
 
-def test_docstrings_are_those_of_the_modules(test_items):
+def test_docstrings_are_those_of_the_modules(unseen):
     """The interpreter's own signatures and docstrings, where a module can be imported without a fuss."""
     modules = {"textwrap", "json", "string", "queue", "shlex", "calendar", "csv", "shutil", "copy"}
     seen = set()
-    for question, answer in samples("docstrings", test_items, 12_000):
+    for question, answer in samples("docstrings", unseen, 12_000):
         name = re.search("`(.*)`", question)[1]
         assert not any(part.startswith("_") for part in name.split("."))
         parts = name.split(".")
@@ -359,9 +359,9 @@ def test_what_is_private_long_or_reserved_is_no_entry():
         assert entry(document + "\n") is None
 
 
-def test_shopping_tables(test_items):
+def test_shopping_tables(unseen):
     numbers = "one|two|three|four|five|six|seven|eight|nine|ten"
-    for question, answer in samples("shopping", test_items):
+    for question, answer in samples("shopping", unseen):
         said = re.findall(rf"\b((?:{numbers}) \w+) of (\w+)", question)
         assert answer == "".join(f"|{good}|{amount}" for amount, good in said) + "|"
         assert all((amount.split()[0] == "one") != bool(re.search("s$", amount)) for amount, _ in said)
@@ -373,13 +373,13 @@ def snake(name):
     return name.lower() if name.isupper() else re.sub("[A-Z]", lambda m: "_" + m[0].lower(), name)
 
 
-def test_names_in_their_styles(test_items):
+def test_names_in_their_styles(unseen):
     shapes = {
         "snake_case": "[a-z]+(_[a-z]+)+", "kebab-case": "[a-z]+(-[a-z]+)+",
         "CONSTANT_CASE": "[A-Z]+(_[A-Z]+)+", "camelCase": "[a-z]+([A-Z][a-z]+)+",
     }  # fmt: skip
     met = set()
-    for question, answer in samples("naming", test_items):
+    for question, answer in samples("naming", unseen):
         name = re.search("`(.*)`", question)[1]
         style = next(style for style in shapes if question.rstrip(".?").endswith(style))
         assert re.fullmatch(shapes[style], answer) and name != answer and snake(name) == snake(answer)
