@@ -52,7 +52,7 @@ class ModelConfig:
     zero_init_residual: bool = False  # o_proj and down_proj start at zero: each block starts as the identity
     attn_implementation: str = option("auto", choices=("auto", "sdpa", "eager", "blocked"))
 
-    # mixture of experts (modules/moe.py); n_routed_experts = 0 is a dense model
+    # mixture of experts (modules/experts/moe.py); n_routed_experts = 0 is a dense model
     n_routed_experts: int = option(0, at_least=0)
     num_experts_per_tok: int = option(4, at_least=1)
     n_shared_experts: int = option(2, at_least=0)  # one MLP of that many times the width
@@ -66,7 +66,7 @@ class ModelConfig:
     router_jitter_noise: float = option(0.0, at_least=0, below=1)  # in training: router input times 1 +- this
     moe_implementation: str = option("auto", choices=("auto", "grouped", "loop"))
 
-    # multi-head latent attention (modules/mla.py) in place of grouped-query attention
+    # multi-head latent attention (modules/attention/latent.py) in place of grouped-query attention
     attention_kind: str = option("gqa", choices=("gqa", "mla"))
     q_lora_rank: int | None = option(None, at_least=1)  # None: queries are not compressed
     kv_lora_rank: int = option(64, at_least=1)  # what the cache holds of keys and values
@@ -227,7 +227,7 @@ class TrainConfig:
 
 @dataclass
 class BalanceConfig:
-    """How experts are kept equally busy, see modules/balance.py. Of no effect in a dense model."""
+    """How experts are kept equally busy, see modules/experts/balance.py. Of no effect in a dense model."""
 
     weight: float = option(0.0, at_least=0)  # of the balance loss; 0 switches it off
     form: str = option("switch", choices=("switch", "kl"))
@@ -240,7 +240,8 @@ class BalanceConfig:
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters, see modules/lora.py. Names as in `peft`'s `LoraConfig` where it has them."""
+    """Low-rank adapters, see modules/adapters/lora.py. Names as in `peft`'s `LoraConfig` where it has
+    them."""
 
     r: int = option(8, at_least=1)  # rank
     lora_alpha: float = option(16.0, above=0)  # what the adapter adds is multiplied by lora_alpha / r
@@ -260,8 +261,8 @@ class LoraConfig:
 
 @dataclass
 class MixLoraConfig:
-    """A mixture of LoRA experts over one frozen feed-forward, see modules/mixlora.py. Its adapters on
-    attention are described by the section `lora`."""
+    """A mixture of LoRA experts over one frozen feed-forward, see modules/adapters/mixlora.py. Its adapters
+    on attention are described by the section `lora`."""
 
     num_experts: int = option(8, at_least=2)  # of one alone the router has nothing to learn: that is LoRA
     num_experts_per_tok: int = option(2, at_least=1)
@@ -287,7 +288,8 @@ class MixLoraConfig:
 
 @dataclass
 class PrefixConfig:
-    """Learned keys and values, or learned embeddings, before and within the text (modules/prefix.py)."""
+    """Learned keys and values, or learned embeddings, before and within the text
+    (modules/adapters/prefix.py)."""
 
     kind: str = option("prefix", choices=("prefix", "prompt"))
     length: int = option(16, at_least=1)  # keys and values per layer; or embeddings after each role marker
@@ -295,7 +297,7 @@ class PrefixConfig:
 
 @dataclass
 class GateConfig:
-    """Which adapter answers, see modules/gate.py."""
+    """Which adapter answers, see modules/adapters/selector.py."""
 
     candidates: list[str] = option([])  # checkpoints; `base` is the base without an adapter
     width: int = option(64, at_least=0)  # hidden units; 0: a linear gate

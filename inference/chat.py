@@ -17,12 +17,12 @@ import contextlib
 import dataclasses
 
 import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
-from inference.conversation import Conversation
-from inference.gate import Gate
-from inference.generate import Generator
-from inference.load import Loaded, load_adapter, load_base
-from inference.sampling import SamplingParams
-from inference.speculative import SpeculativeGenerator
+from inference.generation.conversation import Conversation
+from inference.generation.selector import Gate
+from inference.generation.generator import Generator
+from inference.generation.load import Loaded, load_adapter, load_base
+from inference.generation.sampling import SamplingParams
+from inference.generation.speculative import SpeculativeGenerator
 from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, run_main
 

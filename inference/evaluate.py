@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
-from inference.conversation import prompt_within, room_for
-from inference.generate import Generator
-from inference.load import Loaded, load_adapter, load_base
-from inference.sampling import SamplingParams
-from load_data.chat_data import chosen_files, chosen_skills, split_dialogues
+from inference.generation.conversation import prompt_within, room_for
+from inference.generation.generator import Generator
+from inference.generation.load import Loaded, load_adapter, load_base
+from inference.generation.sampling import SamplingParams
+from load_data.chat.chat_data import chosen_files, chosen_skills, split_dialogues
 from load_data.skills import SFT_SKILLS, SKILLS, is_right, scored_items, skill_named
-from load_data.sources import VAL
+from load_data.corpora.sources import VAL
 from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, run_main
 

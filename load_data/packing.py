@@ -18,9 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from config.schema import RunConfig
-from load_data.sources import TRAIN, VAL, Sources
-from load_data.tokenizer import Tokenizer
-from load_data.train_tokenizer import train_tokenizer
+from load_data.corpora.sources import TRAIN, VAL, Sources
+from load_data.tokenization.tokenizer import Tokenizer
+from load_data.tokenization.train_tokenizer import train_tokenizer
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -17,10 +17,10 @@ import unicodedata
 
 from config.load import from_dict
 from config.schema import DataConfig, RunConfig
-from load_data.chat_data import Sample, prepare_chat
-from load_data.chat_loader import ChatLoader, DialogueRows
+from load_data.chat.chat_data import Sample, prepare_chat
+from load_data.chat.chat_loader import ChatLoader, DialogueRows
 from load_data.loader import IGNORED
-from load_data.tokenizer import BpeTokenizer, Tokenizer
+from load_data.tokenization.tokenizer import BpeTokenizer, Tokenizer
 from utils.checkpoint import final_name, load_checkpoint
 from utils.errors import Parser, UserError, run_main
 

@@ -1,8 +1,9 @@
 """Adapters: what a fine-tuning stage adds to a frozen base, by the short name of the stage.
 
-    Lora      low-rank changes of linear layers (modules/lora.py)
-    MixLora   a router over LoRA experts in each feed-forward, plain LoRA on attention (modules/mixlora.py)
-    Prefix    learned keys and values, or learned embeddings (modules/prefix.py)
+    Lora      low-rank changes of linear layers (modules/adapters/lora.py)
+    MixLora   a router over LoRA experts in each feed-forward, plain LoRA on attention
+    (modules/adapters/mixlora.py)
+    Prefix    learned keys and values, or learned embeddings (modules/adapters/prefix.py)
 
 An adapter's parameters have names that the base does not have, and the base keeps its own, so a checkpoint of
 an adapter is a few entries of the state dict, and a hash says which base they belong to.
@@ -13,9 +14,9 @@ from dataclasses import replace
 
 from config.schema import RunConfig
 from model.tinyseek import TinySeek
-from modules.lora import add_lora
-from modules.mixlora import add_mixlora
-from modules.prefix import add_prefix
+from modules.adapters.lora import add_lora
+from modules.adapters.mixlora import add_mixlora
+from modules.adapters.prefix import add_prefix
 from utils.checkpoint import load_weights
 
 ADAPTERS = ("Lora", "MixLora", "Prefix")

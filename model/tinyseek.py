@@ -22,18 +22,18 @@ import torch
 from torch import nn
 
 from config.schema import ModelConfig
-from modules.attention import GroupedQueryAttention
-from modules.attention_context import AttentionContext, build_context
-from modules.cache import KVCache, RollingKVCache
+from modules.attention.grouped_query import GroupedQueryAttention
+from modules.attention.context import AttentionContext, build_context
+from modules.attention.cache import KVCache, RollingKVCache
 from modules.cross_entropy import linear_cross_entropy, soft_cap
-from modules.latent_cache import LatentCache
-from modules.mla import LatentAttention
+from modules.attention.latent_cache import LatentCache
+from modules.attention.latent import LatentAttention
 from modules.mlp import SwiGLU
-from modules.moe import MoE
+from modules.experts.moe import MoE
 from modules.mtp import ParallelMTP, SequentialMTP, mtp_labels, next_ids
 from modules.norm import RMSNorm
 from modules.rope import RotaryEmbedding
-from modules.router import Routing
+from modules.experts.router import Routing
 
 
 @dataclass
@@ -144,7 +144,8 @@ class TinySeek(nn.Module):
     """The language model. Parameters are named as in Hugging Face's `...ForCausalLM`.
 
     Attributes:
-        prefix: learned keys and values before all text (modules/prefix.py), or None. Text has its places
+        prefix: learned keys and values before all text (modules/adapters/prefix.py), or None. Text has its
+        places
             after them: of `max_position_embeddings` places the prefix takes `prefix_length`.
     """
 

@@ -8,7 +8,7 @@ output head, from another hidden state:
 
 The parallel head must average over every possible token t+1, the sequential one is told which it was. In
 training both make the trunk plan ahead; at inference they draft tokens that the trunk then checks several at
-a time (inference/speculative.py), which makes decoding faster and changes none of its results.
+a time (inference/generation/speculative.py), which makes decoding faster and changes none of its results.
 
     hidden: (B, T, C), embeddings of the next tokens: (B, T, C)  ->  hidden for token t+2: (B, T, C)
 

@@ -21,7 +21,7 @@ import pytest
 from config.load import load_config
 from tests.inference.tools import write_checkpoint
 from tests.train.tools import ROOT, environment
-from train.cli import parse_command
+from train.engine.command import parse_command
 
 README = ROOT / "README.md"
 NEEDS_GPU = ("gpu_", "--device cuda", "nccl")
@@ -101,7 +101,7 @@ def test_the_reader_of_blocks_can_fail():
     assert script_of(shlex.split("python -m pip install x")) is None and script_of(["make"]) is None
     assert recipes("a: b\n\t$(BIN)/python x.py --y\n\techo\nb:\n\tcc") == {"a": ["python x.py --y"]}
     assert stage_of(["python", "train/sft_train.py"]) == "sft_train"
-    assert stage_of(["python", "train/ablate.py"]) is None
+    assert stage_of(["python", "train/lab/ablate.py"]) is None
 
 
 def test_there_are_commands():
@@ -186,9 +186,9 @@ def run(home, monkeypatch, capfd):
     """Runs a command from the repository root, and returns what it said."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr("train.cli.ROOT", home)  # where stages write and look for a base
-    monkeypatch.setattr("load_data.chat_data.VAL_PER_SKILL", 3)
-    monkeypatch.setattr("train.fine_tuning.SCORED", 2)
+    monkeypatch.setattr("train.engine.command.ROOT", home)  # where stages write and look for a base
+    monkeypatch.setattr("load_data.chat.chat_data.VAL_PER_SKILL", 3)
+    monkeypatch.setattr("train.engine.fine_tuning.SCORED", 2)
 
     def call(words):
         if words[0] == "torchrun":

@@ -1,1 +1,1 @@
-"""One script per stage, and the one training engine that they share (`engine.py`)."""
+"""One script per stage, and the one training engine that they share (`engine/`)."""

@@ -16,20 +16,20 @@ import utils  # noqa: F401  first: it says how threads wait, before PyTorch load
 import torch
 import torch.nn.functional as F
 
-from inference.gate import BASE, candidate_records, open_candidates
-from inference.load import Loaded, load_full
-from load_data.chat_data import prepare_chat
-from load_data.chat_loader import ChatLoader
+from inference.generation.selector import BASE, candidate_records, open_candidates
+from inference.generation.load import Loaded, load_full
+from load_data.chat.chat_data import prepare_chat
+from load_data.chat.chat_loader import ChatLoader
 from load_data.loader import IGNORED
 from model.adapters import ADAPTERS
-from model.gated import GatedModel
-from modules.gate import choices
-from train.cli import parse_command
-from train.engine import Trainer
-from train.fine_tuning import check_same_model
-from train.gate_data import ROWS, answer_losses, gate_samples, question_ids, turns_of
-from train.machine import start_machine
-from train.stage import Stage
+from model.selecting import GatedModel
+from modules.adapters.selector import choices
+from train.engine.command import parse_command
+from train.engine.trainer import Trainer
+from train.engine.fine_tuning import check_same_model
+from train.engine.selector_data import ROWS, answer_losses, gate_samples, question_ids, turns_of
+from train.engine.machine import start_machine
+from train.engine.stage import Stage
 from utils.checkpoint import final_name, load_checkpoint
 from utils.distributed import finish
 from utils.errors import UserError, run_main

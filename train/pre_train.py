@@ -6,25 +6,25 @@
 
 What makes this stage: its data are windows of one long row of tokens; its loss is cross-entropy at every
 token (and what keeps experts balanced, and a second head's where there is one:
-train/language_model_loss.py); all parameters are trainable; it saves the last weights.
+train/engine/language_model_loss.py); all parameters are trainable; it saves the last weights.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
 import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
-from inference.generate import Generator
-from inference.sampling import SamplingParams
+from inference.generation.generator import Generator
+from inference.generation.sampling import SamplingParams
 from load_data.loader import TokenLoader
 from load_data.packing import prepare_pretraining
-from load_data.tokenizer import Tokenizer
+from load_data.tokenization.tokenizer import Tokenizer
 from model.tinyseek import TinySeek
-from modules.balance import max_vio
-from train.cli import parse_command
-from train.engine import Trainer
-from train.evaluation import LanguageModelEvaluation
-from train.language_model_loss import LanguageModelLoss
-from train.machine import start_machine
-from train.stage import Stage
+from modules.experts.balance import max_vio
+from train.engine.command import parse_command
+from train.engine.trainer import Trainer
+from train.engine.evaluation import LanguageModelEvaluation
+from train.engine.language_model_loss import LanguageModelLoss
+from train.engine.machine import start_machine
+from train.engine.stage import Stage
 from utils.checkpoint import load_weights
 from utils.cost import cost_card
 from utils.distributed import finish, rank_zero_first

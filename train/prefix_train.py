@@ -12,11 +12,11 @@ User, Assistant), while the base stays as it is, bit by bit; it saves these alon
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
 import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
-from load_data.chat_data import prepare_chat
+from load_data.chat.chat_data import prepare_chat
 from model.adapters import attach, soft_tokens
-from train.cli import parse_command
-from train.fine_tuning import check_length, dialogue_stage, open_base, train_and_score
-from train.machine import start_machine
+from train.engine.command import parse_command
+from train.engine.fine_tuning import check_length, dialogue_stage, open_base, train_and_score
+from train.engine.machine import start_machine
 from utils.checkpoint import final_name
 from utils.distributed import finish
 from utils.errors import run_main

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from load_data.records import message
+from load_data.chat.records import message
 from load_data.skills import arithmetic, docstrings, expressions, identity, lists, naming, shopping
 from load_data.skills.common import TEST, TRAIN, VAL, Sample, Skill
 from utils.errors import UserError

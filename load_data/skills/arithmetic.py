@@ -16,7 +16,7 @@ made of, and how the columns are put together is what is asked of an unseen one.
 import random
 
 from load_data.skills.common import Sample, Skill, by_side
-from load_data.worked_examples import infix, literal
+from load_data.corpora.worked_examples import infix, literal
 
 # Of the numbers. There are few sums of one digit: drawn much more often, they are remembered, not worked out.
 ONE_DIGIT = 0.3

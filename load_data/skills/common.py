@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from load_data.reserved import is_reserved, unit_hash
+from load_data.corpora.reserved import is_reserved, unit_hash
 
 TRAIN, VAL, TEST = SIDES = ("train", "val", "test")
 # Sums of two small numbers, overlapping ones too, in any spacing; a longer number, a decimal or a name at

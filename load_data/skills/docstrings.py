@@ -12,8 +12,8 @@ import re
 from functools import cache
 
 from config.schema import DataConfig
-from load_data.python_corpus import docstring_documents, read_python_corpus
-from load_data.reserved import is_reserved
+from load_data.corpora.python_corpus import docstring_documents, read_python_corpus
+from load_data.corpora.reserved import is_reserved
 from load_data.skills.common import SIDES, SMALL_SUM, TRAIN, Sample, Skill, held_out_side, is_exact
 
 MOST_WORDS = 20  # of a sentence

@@ -1,6 +1,7 @@
 """Small Python expressions and their values: ``What is `len('apple')`?`` -> `5`.
 
-The expressions of `load_data/worked_examples.py`, with their own reserved items, less the sums of two small
+The expressions of `load_data/corpora/worked_examples.py`, with their own reserved items, less the sums of
+two small
 numbers, which are `arithmetic`. The value comes from the expression's tree; nothing is evaluated from text.
 """
 
@@ -8,7 +9,7 @@ import random
 import re
 
 from load_data.skills.common import Sample, Skill, by_side, is_exact
-from load_data.worked_examples import KINDS, small_sum
+from load_data.corpora.worked_examples import KINDS, small_sum
 
 FORMS = (">>> {}", "{}", "What is `{}`?", "Evaluate `{}`.", "What does `{}` give?", "`{}` 的值？")
 ARITHMETIC = re.compile(r"\d{1,2} [+-] \d{1,2}")

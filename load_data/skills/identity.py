@@ -8,7 +8,7 @@ met. An answer is right if it names TinySeek and is in the question's language; 
 import random
 import re
 
-from load_data.reserved import is_reserved
+from load_data.corpora.reserved import is_reserved
 from load_data.skills.common import Sample, Skill, by_side
 
 NAME = "TinySeek"

@@ -4,9 +4,9 @@ import torch
 
 from config.load import to_dict
 from config.schema import RunConfig
-from inference.load import load_model
+from inference.generation.load import load_model
 from model.adapters import attach
-from modules.gate import SampleGate
+from modules.adapters.selector import SampleGate
 from tests.inference.tools import byte_tokenizer, run_config, tiny_model, write_checkpoint
 from utils.checkpoint import load_checkpoint, save_checkpoint, weights_digest
 

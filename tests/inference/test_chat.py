@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from inference import chat
-from inference.generate import Generator
-from inference.load import load_adapter, load_full
-from inference.sampling import SamplingParams
-from load_data.chat_template import ChatTemplate
+from inference.generation.generator import Generator
+from inference.generation.load import load_adapter, load_full
+from inference.generation.sampling import SamplingParams
+from load_data.chat.chat_template import ChatTemplate
 from tests.inference.adapters import ADAPTED, MOE, write_adapter, write_base, write_gate
 from tests.inference.tools import byte_tokenizer, tiny_model, write_checkpoint
 from utils.errors import run_main

@@ -5,9 +5,9 @@ import sys
 import pytest
 
 from inference import evaluate
-from inference.generate import Generator
+from inference.generation.generator import Generator
 from inference.evaluate import BATCH, Score, report, score_dialogues, score_skills, table_items
-from load_data.chat_template import ChatTemplate
+from load_data.chat.chat_template import ChatTemplate
 from load_data.skills import scored_items
 from tests.inference.adapters import write_adapter
 from tests.inference.tools import byte_tokenizer, write_checkpoint
@@ -225,7 +225,7 @@ def test_the_command_scores_held_out_dialogues_of_a_file(monkeypatch, capsys, mo
 def test_the_command_scores_an_adapter(monkeypatch, capsys, model, tmp_path):
     """Its base is found, its template used, and held out is what its own training held out: half of the
     dialogues here, of the first 100."""
-    from load_data.reserved import unit_hash
+    from load_data.corpora.reserved import unit_hash
 
     settings = {"val_fraction": 0.5, "template": "chatml", "limit": 100}
     adapter = write_adapter(tmp_path / "a.pkl", model, "prompt", data=settings)

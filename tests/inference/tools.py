@@ -2,7 +2,7 @@
 
 from config.load import to_dict
 from config.schema import RunConfig
-from load_data.tokenizer import BpeTokenizer
+from load_data.tokenization.tokenizer import BpeTokenizer
 from model.tinyseek import TinySeek
 from tests.modules.tools import shake, small_config
 from utils.checkpoint import save_checkpoint

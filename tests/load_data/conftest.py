@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from config.schema import RunConfig, TokenizerConfig
-from load_data.train_tokenizer import learn_merges
+from load_data.tokenization.train_tokenizer import learn_merges
 
 
 @pytest.fixture(scope="session")

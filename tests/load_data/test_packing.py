@@ -6,13 +6,14 @@ import time
 import numpy as np
 import pytest
 
-from load_data import documents as documents_module
-from load_data import packing, sources
+from load_data import packing
+from load_data.corpora import documents as documents_module
+from load_data.corpora import sources
 from load_data.packing import TokenWriter, prepare_pretraining
-from load_data.python_corpus import PythonCorpus, SourceFile
-from load_data.sources import TRAIN, VAL, Sources
-from load_data.tokenizer import UNKNOWN, CharTokenizer
-from load_data.train_tokenizer import train_tokenizer
+from load_data.corpora.python_corpus import PythonCorpus, SourceFile
+from load_data.corpora.sources import TRAIN, VAL, Sources
+from load_data.tokenization.tokenizer import UNKNOWN, CharTokenizer
+from load_data.tokenization.train_tokenizer import train_tokenizer
 from utils.errors import UserError
 
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from load_data import show
-from load_data.records import message
-from load_data.reserved import unit_hash
+from load_data.chat.records import message
+from load_data.corpora.reserved import unit_hash
 from tests.inference.tools import write_checkpoint
 from utils.errors import run_main
 

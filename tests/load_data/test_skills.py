@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from load_data.reserved import is_reserved
+from load_data.corpora.reserved import is_reserved
 from load_data.skills import (
     SFT_SKILLS,
     SKILLS,

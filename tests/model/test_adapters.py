@@ -6,12 +6,12 @@ import copy
 import pytest
 import torch
 
-from inference.fast_decoder import supports
+from inference.fast.decoder import supports
 from model.adapters import ADAPTERS, adapted, attach, soft_tokens, twin
-from model.gated import GatedModel
+from model.selecting import GatedModel
 from model.tinyseek import TinySeek
-from modules.adapted_layer import fold
-from modules.prefix import PrefixEncoder
+from modules.adapters.adapted_layer import fold
+from modules.adapters.prefix import PrefixEncoder
 from tests.inference.adapters import ADAPTED, MOE, run_settings, shake_added
 from tests.modules.tools import shake, small_config
 from utils.checkpoint import weights_digest

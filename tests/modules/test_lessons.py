@@ -16,8 +16,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted(path for path in (ROOT / "modules").glob("*.py") if path.name != "__init__.py")
-NAMES = [path.stem for path in FILES]
+FILES = sorted(path for path in (ROOT / "modules").rglob("*.py") if path.name != "__init__.py")
+NAMES = [".".join(path.relative_to(ROOT / "modules").with_suffix("").parts) for path in FILES]
 
 
 def definitions(tree):

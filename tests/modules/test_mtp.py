@@ -13,7 +13,7 @@ from transformers.modeling_layers import MtpModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MLP, DeepseekV3RMSNorm
 
 from model.tinyseek import TinySeek
-from modules.attention_context import build_context
+from modules.attention.context import build_context
 from modules.mtp import ParallelMTP, SequentialMTP, mtp_labels, next_ids
 from tests.modules.tools import shake, small_config
 

@@ -9,7 +9,7 @@ import importlib
 import sys
 
 import utils  # noqa: F401  first
-from train import machine
+from train.engine import machine
 from utils import distributed
 
 

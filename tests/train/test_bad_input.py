@@ -14,7 +14,7 @@ import torch
 from tests.inference.tools import run_config, tiny_model, write_checkpoint
 from tests.train.tools import PRE_TRAIN, run
 from train import gate_train, lora_train, mixlora_train, pre_train, prefix_train, sft_train
-from train.cli import parse_command
+from train.engine.command import parse_command
 from utils.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from utils.errors import run_main
 
@@ -268,7 +268,7 @@ def refuse(bases, monkeypatch, capsys):
     """Calls main of a stage with the arguments of a case, over a finished run of that stage; returns its one
     line of error."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr("train.cli.ROOT", bases / "empty")
+    monkeypatch.setattr("train.engine.command.ROOT", bases / "empty")
 
     def call(stage, *arguments, overwrite=True):
         flags = [] if "--data" in arguments else ["--data", bases / "dialogues.jsonl"]
@@ -376,7 +376,7 @@ def test_bases_that_do_not_fit(refuse, bases, tmp_path):
 @pytest.mark.parametrize("stage", ADAPTERS, ids=[SHORTS[stage] for stage in ADAPTERS])
 def test_the_base_that_is_taken_where_none_is_named(stage, tmp_path, monkeypatch):
     """The fine-tuned model before the pre-trained one, and that in --out before that in out/."""
-    monkeypatch.setattr("train.cli.ROOT", tmp_path)
+    monkeypatch.setattr("train.engine.command.ROOT", tmp_path)
     made = [
         tmp_path / folder / f"TinySeek_{short}_final.pkl"
         for folder in ("out", "new")

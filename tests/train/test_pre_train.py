@@ -9,7 +9,7 @@ import pytest
 from tests.train.test_bad_input import QUICK, TEXT, call_main
 from tests.train.tools import make_trainer, next_token_loss, random_tokens, small_config
 from load_data.loader import TokenLoader
-from train.engine import Trainer
+from train.engine.trainer import Trainer
 from utils.checkpoint import find_checkpoints, load_checkpoint
 from utils.log import read_log
 
@@ -92,8 +92,8 @@ def test_the_budget_to_the_tenth_of_a_second(tmp_path, monkeypatch, stop_at):
     """Steps and evaluations, the last one included, take five seconds; stopped and resumed in between as
     well. The hour between is not counted."""
     clock = Clock()
-    monkeypatch.setattr("train.engine.plot_curves", lambda log, png: None)
-    monkeypatch.setattr("train.engine.time", clock)
+    monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
+    monkeypatch.setattr("train.engine.trainer.time", clock)
     settings = [
         "train.eval_every=10",
         "train.eval_batches=2",
@@ -192,7 +192,7 @@ def test_what_next_is_said_on_the_last_line(pre_train, capsys):
 @pytest.mark.parametrize("tokens", [9, 20])
 def test_the_shortest_texts_that_can_be_trained_on(tmp_path, monkeypatch, tokens):
     """One window and a half: several epochs within one step."""
-    monkeypatch.setattr("train.engine.plot_curves", lambda log, png: None)
+    monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
     trainer = make_trainer(tmp_path, small_config(), loader=TokenLoader(random_tokens(tokens), 8, 4))
     trainer.run()
     assert trainer.step == 6 and trainer.stage.loader.epoch > 2

@@ -24,9 +24,9 @@ VOCABULARY = 100  # of presets whose tokenizer decides it, and who have one of c
     "name", [pytest.param(name, marks=pytest.mark.slow if "gpu" in name else ()) for name in preset_names()]
 )
 def test_a_preset_is_built_and_stepped(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.engine.plot_curves", lambda log, png: None)
-    monkeypatch.setattr("train.engine.Trainer.save", lambda self: None)  # hundreds of megabytes
-    monkeypatch.setattr("train.engine.Trainer.save_final", lambda self: None)
+    monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
+    monkeypatch.setattr("train.engine.trainer.Trainer.save", lambda self: None)  # hundreds of megabytes
+    monkeypatch.setattr("train.engine.trainer.Trainer.save_final", lambda self: None)
     shrink = [
         "batch_size=1",
         "accumulation_steps=1",
@@ -72,9 +72,9 @@ def base(tmp_path_factory):
 def fine_tune(monkeypatch, stage, name, base, out, *settings):
     """`python train/<stage>.py --config NAME` with two steps; returns what it saved and its settings."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr("train.engine.plot_curves", lambda log, png: None)
-    monkeypatch.setattr("train.fine_tuning.SCORED", 1)
-    monkeypatch.setattr("load_data.chat_data.VAL_PER_SKILL", 4)
+    monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
+    monkeypatch.setattr("train.engine.fine_tuning.SCORED", 1)
+    monkeypatch.setattr("load_data.chat.chat_data.VAL_PER_SKILL", 4)
     small = ["data.skill_samples=40", "train.batch_size=1", "train.dtype=fp32", *settings]
     flags = ["--config", name, "--init", base, "--out", out, "--device", "cpu", "--max-steps", "2"]
     flags += [part for setting in small for part in ("--set", setting)]

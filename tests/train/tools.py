@@ -13,11 +13,11 @@ import torch.nn.functional as F
 
 from config.load import load_config
 from load_data.loader import TokenLoader
-from load_data.tokenizer import CharTokenizer
+from load_data.tokenization.tokenizer import CharTokenizer
 from model.tinyseek import TinySeek
-from train.engine import Trainer
-from train.machine import Machine
-from train.stage import Stage
+from train.engine.trainer import Trainer
+from train.engine.machine import Machine
+from train.engine.stage import Stage
 from utils.distributed import World
 
 ROOT = Path(__file__).resolve().parents[2]

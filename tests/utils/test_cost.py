@@ -9,7 +9,7 @@ from transformers.modeling_layers import MtpLayer
 from config.schema import ModelConfig, OptimConfig, validate_section
 from model.tinyseek import TinySeek
 from modules.mtp import ParallelMTP
-from train.optim import build_optimizers
+from train.engine.optimizers import build_optimizers
 from utils.cost import activation_numbers, cost_card
 
 

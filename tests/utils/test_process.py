@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from config.schema import RunConfig
-from train import machine as train_machine
+from train.engine import machine as train_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS = """

@@ -1,0 +1,1 @@
+"""The fast decoding path on CPUs."""

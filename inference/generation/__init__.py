@@ -1,0 +1,1 @@
+"""Generation: load a model, sample from it, hold a conversation."""

@@ -1,0 +1,41 @@
+"""From token ids to text that can be shown at once: whole characters only, and nothing of a stop string."""
+
+from load_data.tokenization.tokenizer import Tokenizer
+
+
+class TextStream:
+    """`push(token)` gives the text that is safe to show; `stopped` tells that a stop string was met.
+
+    A text that may yet turn out to be the beginning of a stop string waits until that is decided.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+        self.tokenizer, self.decoder = tokenizer, tokenizer.stream_decoder()
+        self.stop = tuple(filter(None, stop))
+        self.waiting, self.stopped = "", False
+
+    def push(self, token: int) -> str:
+        """The text that `token` makes safe to show, often some characters, sometimes none."""
+        if self.stopped or token >= self.tokenizer.vocab_size:
+            return ""  # a model may have more ids than its tokenizer
+        self.waiting += self.decoder.push(token)
+        places = [(self.waiting.find(stop), len(stop)) for stop in self.stop]
+        found = [(place + length, place) for place, length in places if place >= 0]
+        if found:  # the one that is complete first
+            text, self.waiting, self.stopped = self.waiting[: min(found)[1]], "", True
+            return text
+        keep = max((overlap(self.waiting, stop) for stop in self.stop), default=0)
+        cut = len(self.waiting) - keep
+        text, self.waiting = self.waiting[:cut], self.waiting[cut:]
+        return text
+
+    def finish(self) -> str:
+        """What was still waiting when the tokens ended."""
+        text = "" if self.stopped else self.waiting + self.decoder.finish()
+        self.waiting = ""
+        return text
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with (less than all of `stop`)."""
+    return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))

@@ -1,0 +1,1 @@
+"""Chat: dialogues to rows of tokens."""

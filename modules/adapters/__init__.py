@@ -1,0 +1,1 @@
+"""Adapters: trainable parts added to a frozen model."""

@@ -1,0 +1,104 @@
+"""Several adapters on one base: who is used, for all or row by row of one batch.
+
+    rows     0  1  2  3         one name after the other: the rows that use it, through the layer together
+    names    b  -  c  b   ->    b: rows 0 and 3    the base alone: row 1    c: row 2   ->   rows 0 1 2 3
+
+    x: (B, T, C), or (N, C) with the N = B*T tokens of all rows one after the other
+
+The base is stored once, and adapters are small: one server can answer everybody with an adapter of their own,
+in one batch. All adapted layers of a model hold the same `AdapterSwitch`, so that one word to it changes them
+all, and no forward on the way down needs another argument. A row's result is what it would be alone.
+
+Serving many adapters at once, with kernels in place of the loop over names: S-LoRA, arXiv 2311.03285. In peft
+the same is called `adapter_names`.
+"""
+
+import torch
+
+from config.schema import LoraConfig
+from utils.errors import UserError
+
+
+class AdapterSwitch:
+    """What the adapted layers of one model share: the settings of all adapters, and who is to be used.
+
+    A plain object, not a module: `copy.deepcopy(model)` gives the copy one of its own, shared by its layers.
+    """
+
+    def __init__(self):
+        self.configs: dict[str, LoraConfig] = {}
+        self.choice: str | list[str | None] | None = None
+        self.merged: str | None = None
+
+    def use(self, choice: str | list[str | None] | None) -> None:
+        """None for the base alone, an adapter's name, or a list with one of them for each row of the batch.
+
+        Raises `UserError` for a name that is not there, an empty list, or while an adapter is merged.
+        """
+        if self.merged is not None:
+            raise UserError(f"adapter {self.merged!r} is merged into the weights: unmerge it to use another")
+        if choice == []:
+            raise UserError("no adapter for any row: give one name, or one per row of the batch")
+        for name in choice if isinstance(choice, list) else [choice]:
+            self.check_known(name)
+        self.choice = list(choice) if isinstance(choice, list) else choice
+
+    def check_known(self, name: str | None) -> None:
+        """Raises `UserError` unless it is None or the name of an adapter."""
+        if name is not None and name not in self.configs:
+            raise UserError(f"no adapter {name!r} in this model; it has {', '.join(self.configs) or 'none'}")
+
+    def by_rows(self, run, x, *others):
+        """`run(name, x, *others)` for the adapter in use; name is None for the base alone.
+
+        With one adapter per row it runs once per adapter, on its rows. x and others (B, .., ..) have one row
+        per name, or are flattened tokens (N, ..) with N = B*T, row after row: token n is of row n // (N / B).
+        Raises `UserError` if the batch does not fit the names.
+        """
+        if self.merged is not None or not isinstance(self.choice, list):
+            return run(None if self.merged is not None else self.choice, x, *others)
+        B = len(self.choice)
+        if len(x) % B or (x.dim() > 2 and len(x) != B):
+            raise UserError(f"{B} adapters for a batch of {len(x)}: name one for each of its rows")
+        if len(set(self.choice)) == 1:
+            return run(self.choice[0], x, *others)
+        parts, order = [], []
+        for name in dict.fromkeys(self.choice):
+            rows = [row for row in range(B) if self.choice[row] == name]
+            part = run(name, *(t.unflatten(0, (B, -1))[rows].flatten(0, 1) for t in (x, *others)))
+            parts.append(part.unflatten(0, (len(rows), -1)))
+            order += rows
+        back = torch.tensor(order).argsort().to(x.device)
+        return torch.cat(parts).index_select(0, back).flatten(0, 1)
+
+
+@torch.no_grad()
+def lesson():
+    """Three adapters in one batch: the same as each row alone, and what that costs."""
+    import time
+
+    from modules.adapters.lora import add_lora
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(512, 512))
+    x, rows = torch.randn(8, 64, 512), ["b", None, "c", "b", "a", "a", None, "c"]
+    for name, rank in (("a", 4), ("b", 8), ("c", 16)):
+        add_lora(model, LoraConfig(r=rank, target_modules=["0"]), name)
+        model[0].lora_B[name].normal_()
+    switch, times, gaps = model[0].switch, {}, []
+    for title, choice in (("the base", None), ("one adapter", "b"), ("three and the base", rows)):
+        switch.use(choice)
+        for _ in range(20):
+            start = time.perf_counter()
+            together = model(x)
+            times[title] = min(times.get(title, 1e9), 1000 * (time.perf_counter() - start))
+    for row, name in enumerate(rows):
+        switch.use(name)
+        gaps.append(((model(x[row : row + 1]) - together[row]).norm() / together[row].norm()).item())
+    print("a batch of 8 rows with adapters", *[name or "-" for name in rows])
+    print(f"each row alone gives the same: differences of at most {max(gaps):.0e} of its size")
+    print("  ", "   ".join(f"{title} {ms:.2f} ms" for title, ms in times.items()))
+
+
+if __name__ == "__main__":
+    lesson()

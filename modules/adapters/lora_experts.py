@@ -1,0 +1,91 @@
+"""LoRA for stacked experts: every routed expert of a mixture gets low-rank factors of its own.
+
+    W'_e = W_e + s B_e A_e        for e = 1..E, once for gate and up together, once for down
+
+    gate_up_proj W: (E, 2F, C)   A: (E, R, C)   B: (E, 2F, R)
+    down_proj    W: (E, C, F)    A: (E, R, F)   B: (E, C, R)      tokens (N, C) -> (N, C)
+
+A linear layer adds B (A x) to its output and never builds B A. Experts meet their tokens in one fast pass
+(modules/experts/grouped.py) that takes matrices, so here the matrices are built, all E in one batched
+product, and both paths through the experts work unchanged. To build them costs R multiplications per weight,
+each token of an expert one per weight: little, as long as an expert sees many more than R tokens. DoRA comes
+for free, as W'_e is there in full; dropout of the adapter's input does not, since it has no input of its own.
+
+Numbers: E times the factors of one expert. An expert of F channels is narrow, so that a rank of F is already
+everything: small ranks make sense here.
+
+LoRA: Hu et al., arXiv 2106.09685. The same sum as with peft's `target_parameters`, whose factors lie flat:
+(E*R, in) and (out, R*E).
+Trap: in bf16 the sum W + s B A is rounded, unlike the two separate products of a linear layer: where it is
+below 1/256 of a weight, a change comes through only in part. Its gradient comes through whole.
+"""
+
+import time
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from modules.adapters.adapted_layer import Adapted
+from modules.experts.moe import Experts
+
+
+class LoraExperts(Adapted, Experts):
+    """`Experts` with adapters. Parameters: `lora_A.gate_up_proj.<adapter>` and so on."""
+
+    MATRICES = ("gate_up_proj", "down_proj")
+    PLAIN = Experts
+
+    @classmethod
+    def empty_store(cls) -> nn.ModuleDict:
+        """Where the factors of one kind go."""
+        return nn.ModuleDict({matrix: nn.ParameterDict() for matrix in cls.MATRICES})
+
+    def stores(self, matrix: str):
+        """A, B and m of one matrix, each a dictionary by adapter."""
+        return self.lora_A[matrix], self.lora_B[matrix], self.lora_magnitude_vector[matrix]
+
+    def forward(self, x, indices, weights):
+        """x (N, C), indices and weights (N, K) -> (N, C), under the adapter that each token's row uses."""
+        return self.switch.by_rows(self.run, x, indices, weights)
+
+    def run(self, name, x, indices, weights):
+        """All of x under one adapter (None, or one that is not here: the base). Shapes as in `forward`."""
+        if name not in self.lora_A["down_proj"]:
+            return super().forward(x, indices, weights)
+        # The plain forward, on other matrices: it reads nothing else of the layer.
+        matrices = {m: self.effective(m, name).to(getattr(self, m).dtype) for m in self.MATRICES}
+        stand_in = SimpleNamespace(implementation=self.implementation, **matrices)
+        return Experts.forward(stand_in, x, indices, weights)
+
+
+def lesson():
+    """What experts' adapters cost: numbers to learn, and time to build the matrices next to using them."""
+    from config.schema import LoraConfig, ModelConfig
+    from modules.adapters.lora import add_lora
+    from modules.experts.moe import MoE
+
+    torch.manual_seed(0)
+    moe = MoE(ModelConfig(hidden_size=128, n_routed_experts=16, moe_intermediate_size=64))
+    for parameter in moe.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    full = sum(p.numel() for p in moe.experts.parameters())
+    print(f"LoRA on 16 experts of 128 -> 64 -> 128, {full:,} weights")
+    for rank in (1, 4, 16):
+        names = add_lora(moe, LoraConfig(r=rank, target_modules=["experts"]), f"rank {rank}")
+        learned = sum(p.numel() for name, p in moe.named_parameters() if name in names)
+        print(f"  rank {rank:2d}: {learned:7,} numbers, {learned / full:4.0%} of the weights")
+    x, times = torch.randn(8, 256, 128), {}
+    for name in (None, "rank 1", "rank 4", "rank 16"):
+        moe.experts.switch.use(name)
+        for _ in range(4):
+            start = time.perf_counter()
+            y, _ = moe(x)
+            y.sum().backward()
+            times[name] = min(times.get(name, 1e9), 1000 * (time.perf_counter() - start))
+        print(f"  2048 tokens forth and back, {name or 'no adapter':10s} {times[name]:6.1f} ms")
+    print("an expert's factors learn from its own tokens only; the router and the base stay as they are")
+
+
+if __name__ == "__main__":
+    lesson()

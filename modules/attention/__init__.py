@@ -1,0 +1,1 @@
+"""Attention: every kind, the masks they share, and their caches."""

@@ -1,0 +1,313 @@
+"""The fast path against the plain one: logits and cache after every token, or after a few at once."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from inference.fast.decoder import FastDecoder, supports
+from inference.generation.generator import Generator
+from inference.generation.sampling import SamplingParams
+from model.tinyseek import TinySeek
+from tests.modules.tools import shake, small_config
+
+MOE = {"n_routed_experts": 6, "num_experts_per_tok": 3, "n_shared_experts": 2, "moe_intermediate_size": 20}
+EXPERTS = {
+    "experts": MOE,
+    "softmax, no shared expert": MOE | {"scoring_func": "softmax", "n_shared_experts": 0},
+    "weights not normalised": MOE | {"norm_topk_prob": False, "routed_scaling_factor": 2.5},
+    "softmax, not normalised, one chosen": MOE
+    | {"scoring_func": "softmax", "norm_topk_prob": False, "num_experts_per_tok": 1},
+    "scaled, first layer dense": MOE | {"routed_scaling_factor": 2.5, "first_k_dense_replace": 1},
+    "all chosen, large eps": MOE | {"num_experts_per_tok": 6, "rms_norm_eps": 0.3},
+    "one expert": MOE | {"n_routed_experts": 1, "num_experts_per_tok": 1, "norm_topk_prob": False},
+}
+HEADS = {
+    "parallel": {"mtp": "parallel"},
+    "sequential": {"mtp": "sequential", "tie_word_embeddings": False},
+    "sequential, experts": MOE | {"mtp": "sequential", "rms_norm_eps": 0.3},
+    "sequential, experts in the head only": MOE | {"mtp": "sequential", "first_k_dense_replace": 2},
+}
+SHAPES = {
+    "GQA": {},
+    "MHA": {"num_key_value_heads": 4},
+    "MQA": {"num_key_value_heads": 1},
+    "one head, one layer": {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1},
+    "no QK-norm": {"qk_norm": False},
+    "large eps": {"rms_norm_eps": 0.3},
+    "interleaved": {"rope_interleaved": True, "num_key_value_heads": 4},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    "untied": {"tie_word_embeddings": False},
+}
+UNSUPPORTED = {
+    "bias": {"attention_bias": True},
+    "window": {"sliding_window": 4},
+    "soft cap": {"final_logit_softcapping": 3.0},
+    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}},
+    "groups of experts": MOE | {"n_group": 3, "topk_group": 2},
+    "MLA": {"attention_kind": "mla"},
+}
+TOLERANCE = {  # of logits whose standard deviation is 1 to 3
+    torch.float64: 1e-12,
+    torch.float32: 1e-4,
+    torch.bfloat16: 0.25,
+}
+
+
+def build(dtype, seed=1, **changes):
+    """Random weights, gains and, where there are experts, biases of their choice."""
+    model = shake(TinySeek(small_config(**changes)), seed)
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):
+            buffer.normal_(0, 0.2, generator=torch.Generator().manual_seed(seed))
+    return model.to(dtype).eval()
+
+
+def some_tokens(number, seed=2):
+    return torch.randint(0, 61, (number,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def wide(dtype):
+    """What the fast path computes in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def close(ours, expected, dtype):
+    torch.testing.assert_close(ours, expected.to(ours.dtype), atol=TOLERANCE[dtype], rtol=0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "name, dtype",
+    [(name, dtype) for name in SHAPES for dtype in TOLERANCE]
+    + [(name, dtype) for name in [*EXPERTS, *HEADS] for dtype in (torch.float64, torch.float32)],
+)
+def test_same_logits_and_same_cache(name, dtype):
+    """In bf16 a near tie between experts is decided by rounding: see the test after this one."""
+    model = build(dtype, **(SHAPES | EXPERTS | HEADS)[name])
+    assert supports(model)
+    fast = FastDecoder(model)
+    caches = [model.make_cache(1, 40) for _ in range(2)]
+    tokens = some_tokens(40)
+    for cache in caches:
+        model(torch.tensor([tokens[:3]]), cache=cache)
+    for token in tokens[3:]:
+        expected = model(torch.tensor([[token]]), cache=caches[0]).logits[:, 0]
+        logits = fast.step(token, caches[1])
+        assert logits.shape == expected.shape and logits.dtype == wide(dtype)
+        close(logits, expected, dtype)
+    assert caches[1].lengths == caches[0].lengths == [40]
+    close(caches[1].store, caches[0].store, dtype)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", EXPERTS)
+def test_bf16_with_experts_is_nearer_to_the_exact_answer_than_the_plain_path(name):
+    """Exact: the same weights, which bf16 holds, computed in fp64 throughout."""
+    model = build(torch.bfloat16, **EXPERTS[name])
+    exact = copy.deepcopy(model).double()
+    fast, errors = FastDecoder(model), {"fast": [], "plain": []}
+    caches = [model.make_cache(1, 40), model.make_cache(1, 40), exact.make_cache(1, 40)]
+    for token in some_tokens(40):
+        ids = torch.tensor([[token]])
+        expected = exact(ids, cache=caches[2]).logits[:, 0]
+        errors["fast"].append((fast.step(token, caches[0]) - expected).abs().mean().item())
+        errors["plain"].append((model(ids, cache=caches[1]).logits[:, 0] - expected).abs().mean().item())
+    medians = {path: sorted(values)[20] for path, values in errors.items()}
+    assert medians["fast"] < 0.7 * medians["plain"] and medians["fast"] < 0.03
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["GQA", "no QK-norm", "interleaved", *EXPERTS])
+def test_a_few_tokens_at_once(name, dtype):
+    """Logits, hidden states and cache as from the plain path over the whole text, for pieces of 1 to 5 tokens
+    with and without a past; and after a piece was forgotten."""
+    model = build(dtype, **(SHAPES | EXPERTS)[name])
+    fast, tokens = FastDecoder(model), some_tokens(30)
+    for first in (5, 1, 2, 3, 4):
+        cache, expected_cache = model.make_cache(1, 30), model.make_cache(1, 30)
+        whole = model(torch.tensor([tokens]), cache=expected_cache)
+        start, size, kept = 0, first, []
+        while start < len(tokens):
+            fast.verify([60] * min(2, 30 - start), cache)  # drafts that are rejected
+            cache.crop([start])
+            piece = tokens[start : start + size]
+            logits, hidden = fast.verify(piece, cache)
+            kept.append((logits, hidden))
+            start, size = start + len(piece), size % 5 + 1
+        assert cache.lengths == [30]
+        close(torch.cat([logits for logits, _ in kept]), whole.logits[0], dtype)
+        close(torch.cat([hidden for _, hidden in kept]), whole.hidden[0], dtype)
+        close(cache.store, expected_cache.store, dtype)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", HEADS)
+def test_drafts(name, dtype):
+    """The MTP head over pieces of the trunk's hidden states, then over its own, twice, to be forgotten."""
+    model = build(dtype, **HEADS[name])
+    fast, tokens = FastDecoder(model), some_tokens(21)
+    hidden, start = model(torch.tensor([tokens])).hidden, 0  # (1, T, C)
+    cache, expected_cache = model.make_draft_cache(1, 30), model.make_draft_cache(1, 30)
+    for size in (3, 1, 2, 5, 4, 1, 4):
+        ours = hidden[0, start : start + size]
+        theirs, following = ours[None], tokens[start + 1 : start + size + 1]
+        start += size
+        for _ in range(3):
+            expected, theirs = model.draft(theirs, torch.tensor([following]), expected_cache)
+            theirs = theirs[:, -1:]
+            logits, ours = fast.draft(ours, following, cache)
+            assert logits.shape == (1, 61) and ours.shape == (1, 24)
+            close(logits, expected[:, -1], dtype)
+            close(ours, theirs[0], dtype)
+            following = logits.argmax(dim=-1).tolist()
+        if cache is not None:
+            assert cache.lengths == expected_cache.lengths == [start + 2]
+            close(cache.store[..., : start + 2, :], expected_cache.store[..., : start + 2, :], dtype)
+            cache.crop([start]), expected_cache.crop([start])
+    assert start == 20
+
+
+@torch.inference_mode()
+def test_what_is_handed_out_stays():
+    """Later calls of the same size do not overwrite earlier answers."""
+    model = build(torch.float64, **HEADS["sequential, experts"])
+    fast, cache, draft_cache = FastDecoder(model), model.make_cache(1, 20), model.make_draft_cache(1, 20)
+    first = [fast.step(3, cache), *fast.verify([5, 6], cache)]
+    first += fast.draft(first[2], [6, 7], draft_cache)
+    before = [one.clone() for one in first]
+    fast.step(9, cache), fast.verify([8, 2], cache), fast.draft(first[2], [1, 4], draft_cache)
+    assert all(torch.equal(*pair) for pair in zip(first, before, strict=True))
+
+
+@torch.no_grad()
+def test_the_copy_does_not_follow_later_training():
+    """All weights and biases change in place; the plain path of an unchanged copy says what must come out."""
+    model = build(torch.float32, **HEADS["sequential, experts"])
+    fast, before = FastDecoder(model), copy.deepcopy(model)
+    for weight in model.state_dict().values():
+        weight.add_(0.5)
+    expected = before(torch.tensor([[7, 8]]))
+    logits, hidden = fast.verify([7, 8], model.make_cache(1, 4))
+    close(logits, expected.logits[0], torch.float32)
+    drafted, _ = fast.draft(hidden, [8, 9], model.make_draft_cache(1, 4))
+    close(drafted, before.draft(expected.hidden, torch.tensor([[8, 9]]))[0][:, -1], torch.float32)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", [*EXPERTS, *HEADS])
+def test_greedy_text_is_that_of_the_plain_path(name):
+    model = build(torch.float64, **(EXPERTS | HEADS)[name])
+    params = SamplingParams(temperature=0, max_new_tokens=40)
+    for prompt in ([5], [9, 30, 2, 2]):
+        texts = [Generator(model, fast=fast).generate([prompt], params) for fast in (True, False)]
+        assert texts[0] == texts[1] and len(texts[0][0]) == 40
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_choice_of_experts_is_made_in_fp32(dtype):
+    """Two tokens that bf16 cannot tell apart take different experts, as in the router itself."""
+    model = build(dtype, **MOE | {"num_experts_per_tok": 1, "norm_topk_prob": False})
+    layer = model.model.layers[0]
+    layer.mlp.gate.e_score_correction_bias.zero_()
+    layer.post_attention_layernorm.weight.fill_(1)
+    weight = layer.mlp.gate.weight
+    weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).mul(0.02))
+    weight[3:5], weight[3, 0], weight[4, 1] = 2**-4, 2**-3, 2**-3
+    router = FastDecoder(model).layers[0].mlp
+    normed = torch.ones(2, 24)
+    normed[0, 0] = normed[1, 1] = 1 + 2**-12  # in bf16 both rows are ones
+    ours = {token: expert for token, expert, _ in router.route(normed / 24**0.5)}
+    assert ours == {0: 3, 1: 4}
+    assert layer.mlp.gate(normed).indices[:, 0].tolist() == [3, 4]
+
+
+@torch.inference_mode()
+def test_paths_may_take_turns_and_go_back():
+    """Plain, fast, crop (rejected drafts), fast, plain: the cache belongs to both."""
+    model = build(torch.float64)
+    fast, cache = FastDecoder(model), model.make_cache(1, 20)
+    model(torch.tensor([[5, 6, 7]]), cache=cache)
+    for token in (1, 2, 3, 4):
+        fast.step(token, cache)
+    cache.crop([5])
+    fast.step(9, cache)
+    ours = model(torch.tensor([[10, 11]]), cache=cache).logits[0, -1]
+    whole = model(torch.tensor([[5, 6, 7, 1, 2, 9, 10, 11]])).logits[0, -1]
+    torch.testing.assert_close(ours, whole, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_it_does_not_know_takes_the_plain_path(name):
+    model = build(torch.float64, **UNSUPPORTED[name])
+    assert not supports(model) and Generator(model).fast_decoder() is None
+    assert Generator(build(torch.float64)).fast_decoder() is not None
+    assert Generator(build(torch.float64), fast=False).fast_decoder() is None
+
+
+def test_another_part_in_the_model_takes_the_plain_path():
+    """An adapter, a subclass, a parametrisation: any weight or type that is not known."""
+
+    class Adapted(nn.Linear):
+        def __init__(self, linear):
+            super().__init__(linear.in_features, linear.out_features, bias=False)
+            self.weight, self.lora_A = linear.weight, nn.Parameter(torch.zeros(2, linear.in_features))
+
+    class Other(TinySeek):
+        pass
+
+    adapted = build(torch.float64)
+    adapted.model.layers[1].self_attn.q_proj = Adapted(adapted.model.layers[1].self_attn.q_proj)
+    assert not supports(adapted)
+    hidden = build(torch.float64)  # a changed part with the same weights: an nn.Linear that does more
+    hidden.model.layers[0].mlp.down_proj.__class__ = type("Scaled", (nn.Linear,), {})
+    assert not supports(hidden)
+    assert not supports(Other(small_config()))
+    parametrised = build(torch.float64)
+    nn.utils.parametrizations.weight_norm(parametrised.model.layers[0].mlp.up_proj)
+    assert not supports(parametrised)
+
+
+def test_the_end_of_cache_and_context_is_an_error():
+    model = build(torch.float64)
+    fast = FastDecoder(model)
+    for capacity, longest in ((4, 4), (100, 64)):
+        cache = model.make_cache(1, capacity)
+        for _ in range(longest):
+            fast.step(1, cache)
+        with pytest.raises(ValueError, match=f"no place for token {longest}"):
+            fast.step(1, cache)
+        cache.crop([longest - 2])
+        with pytest.raises(ValueError, match=f"no place for token {longest}"):
+            fast.verify([1, 2, 3], cache)
+        assert cache.lengths == [longest - 2]
+        fast.verify([1, 2], cache)
+        assert cache.lengths == [longest]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("experts", [0, 16])
+def test_it_is_faster(experts, dtype):
+    """Medians of five turns at the shape of the benchmark; 2.5 to 4 is usual, 1.5 leaves room for noise."""
+    import statistics
+    import time
+
+    config = small_config(
+        vocab_size=6400, hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=32, intermediate_size=768, max_position_embeddings=256, n_routed_experts=experts,
+        n_shared_experts=0, moe_intermediate_size=192,
+    )  # fmt: skip
+    model = TinySeek(config).to(dtype)
+    seconds = {True: [], False: []}
+    generators = {fast: Generator(model, fast=fast) for fast in seconds}
+    for _ in range(6):
+        for fast, generator in generators.items():
+            start = time.perf_counter()
+            generator.generate([[5]], SamplingParams(temperature=0, max_new_tokens=100))
+            seconds[fast].append(time.perf_counter() - start)
+    assert statistics.median(seconds[False][1:]) > 1.5 * statistics.median(seconds[True][1:])

@@ -1,0 +1,209 @@
+"""Tokenizers against raw UTF-8 bytes and against a slow and obvious BPE."""
+
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import regex
+
+from config.schema import TokenizerConfig
+from load_data.tokenization.tokenizer import (
+    SPECIAL_TOKENS,
+    UNKNOWN,
+    BpeTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    byte_characters,
+)
+from load_data.tokenization.train_tokenizer import learn_characters, learn_merges
+from utils.errors import UserError
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "\n\n\t  \r\n \x0b\x0c",
+    "".join(map(chr, range(256))),
+    "\0\x1b[0m\x7f",
+    "你好，世界。User：你是谁？\nAssistant：我是一个模型。",
+    "emoji 🙂👩‍👩‍👧 e\u0301 \u200f\u2028\ufeff\U0010ffff",
+    "½ ² ٣ 一二三 1234567890 3.14 0x1F",
+    "def f(x):\n    if x:\n        return x\n\n\nclass A:\n\tpass\n",
+    "-" * 500 + " " * 500 + "\n" * 500,
+    " ".join(SPECIAL_TOKENS) + "".join(SPECIAL_TOKENS),
+]
+
+
+def random_texts(count):
+    """Texts of random characters from all over Unicode."""
+    rng = random.Random(0)
+    alphabet = [chr(code) for code in range(0x3000) if not 0xD800 <= code < 0xE000] + list("ab 01\n\t") * 500
+    return ["".join(rng.choices(alphabet, k=rng.randrange(60))) for _ in range(count)]
+
+
+def slow_bpe(tokenizer, text):
+    """Ids by the definition: in each piece, apply the earliest learned merge that fits, until none does."""
+    names = byte_characters()
+    rank = {pair: number for number, pair in enumerate(tokenizer.merges)}
+    id_of = {part: one for one, part in enumerate(tokenizer.id_to_bytes)}
+    ids = []
+    for piece in regex.findall(tokenizer.pattern, text):
+        parts = [names[byte] for byte in piece.encode("utf-8")]
+        while pairs := [pair for pair in pairwise(parts) if pair in rank]:
+            best = min(pairs, key=rank.get)
+            at = list(pairwise(parts)).index(best)
+            parts[at : at + 2] = ["".join(best)]
+        ids += [id_of[bytes(names.index(letter) for letter in part)] for part in parts]
+    return ids
+
+
+def test_bpe_gives_back_every_text_and_counts_its_bytes(bpe):
+    for text in ODD_TEXTS + random_texts(300):
+        ids = bpe.encode(text)
+        assert bpe.decode(ids) == text
+        assert bpe.token_bytes[ids].sum() == len(text.encode("utf-8"))
+        assert b"".join(bpe.id_to_bytes[one] for one in ids) == text.encode("utf-8")
+
+
+def test_bpe_equals_the_slow_definition(bpe, source_text):
+    for text in [*ODD_TEXTS, source_text[:3000]]:
+        assert bpe.encode(text) == slow_bpe(bpe, text)
+
+
+def test_batch_equals_one_by_one(bpe):
+    assert bpe.encode_batch(ODD_TEXTS) == [bpe.encode(text) for text in ODD_TEXTS]
+    assert bpe.encode_batch([]) == []
+
+
+def test_each_digit_is_one_token():
+    """Also where training saw long numbers again and again."""
+    bpe = learn_merges(TokenizerConfig(vocab_size=600), ["x = 2024 + 12\n  99 * 345 " * 100])
+    digits = {str(digit): bpe.encode(str(digit)) for digit in range(10)}
+    assert all(len(ids) == 1 for ids in digits.values())
+    for text in ("2024", "12 + 7 == 19", "x1y22", "(345)", "\n  99"):
+        ids = bpe.encode(text)
+        for letter in filter(str.isdigit, text):
+            ids.remove(digits[letter][0])
+        assert not any(character.isdigit() for character in bpe.decode(ids))
+
+
+def test_break_and_indentation_are_one_token(bpe):
+    assert len(bpe.encode("\n        ")) == 1
+    assert bpe.decode([bpe.encode("if x:\n        y")[-2]]) == ":\n        "
+
+
+def test_special_tokens_take_the_first_ids(bpe):
+    expected = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "User：", "Assistant：", "System：", "<|pad|>"]
+    assert list(bpe.special_ids) == expected
+    assert list(bpe.special_ids.values()) == list(range(7))
+    assert (bpe.eos_id, bpe.pad_id) == (0, 6)
+    assert bpe.token_bytes[:7].tolist() == [0] * 7 and bpe.token_bytes[7:].min() == 1
+    char = CharTokenizer("ab")
+    assert char.special_ids == {**bpe.special_ids, UNKNOWN: 7}
+
+
+def test_no_text_makes_a_special_id():
+    """Not even where training saw the markers a thousand times."""
+    markers = "".join(SPECIAL_TOKENS)
+    for learn in (learn_merges, learn_characters):
+        tokenizer = learn(TokenizerConfig(vocab_size=400), [markers * 1000])
+        specials = set(tokenizer.special_ids.values())
+        for text in [markers, *SPECIAL_TOKENS, f"hi<|im_end|>\nUser：{markers}"]:
+            assert not specials & set(tokenizer.encode(text)) - {tokenizer.special_ids.get(UNKNOWN)}
+        assert tokenizer.decode(tokenizer.encode(markers)) == markers
+
+
+def test_special_tokens_are_left_out_or_spelled_out(bpe):
+    ids = [bpe.special_ids["User："], *bpe.encode("hi"), bpe.special_ids["<|im_end|>"]]
+    assert bpe.decode(ids) == "hi"
+    assert bpe.decode(ids, skip_special=False) == "User：hi<|im_end|>"
+
+
+def test_decode_takes_arrays(bpe):
+    assert bpe.decode(np.array(bpe.encode("hello"), dtype=np.uint16)) == "hello"
+
+
+def test_half_a_surrogate_pair_is_read_as_the_replacement_character(bpe):
+    assert bpe.decode(bpe.encode("a\ud800b")) == "a\ufffdb"
+
+
+def test_stream_gives_whole_characters_only(bpe):
+    for text in ODD_TEXTS + random_texts(100):
+        stream = bpe.stream_decoder()
+        parts = [stream.push(one) for one in bpe.encode(text)]
+        assert "".join(parts) + stream.finish() == text
+        assert "\ufffd" not in "".join(parts)
+    stream = bpe.stream_decoder()
+    first, *rest = bpe.encode("世")
+    assert rest and stream.push(first) == "" and stream.push(bpe.eos_id) == ""
+    assert stream.finish() == "\ufffd"
+
+
+def test_stream_equals_decode_for_any_ids(bpe):
+    rng = random.Random(1)
+    for _ in range(200):
+        ids = [rng.randrange(bpe.vocab_size) for _ in range(20)]
+        stream = bpe.stream_decoder()
+        assert "".join(map(stream.push, ids)) + stream.finish() == bpe.decode(ids)
+
+
+def test_char_gives_one_id_per_character():
+    tokenizer = CharTokenizer("\n aé你")
+    assert tokenizer.vocab_size == 8 + 5
+    assert tokenizer.encode("你 a\n") == [12, 9, 10, 8]
+    assert tokenizer.decode([12, 9, 10, 8]) == "你 a\n"
+    assert tokenizer.encode("ab") == [10, tokenizer.special_ids[UNKNOWN]]
+    assert tokenizer.token_bytes[8:].tolist() == [1, 1, 1, 2, 3]
+
+
+def test_json_keeps_everything(bpe, source_text):
+    for tokenizer in (bpe, CharTokenizer("\0\n aé你🙂")):
+        copy = Tokenizer.from_json(tokenizer.to_json())
+        assert copy.kind == tokenizer.kind and copy.digest == tokenizer.digest
+        assert copy.special_ids == tokenizer.special_ids and copy.id_to_bytes == tokenizer.id_to_bytes
+        assert copy.encode(source_text) == tokenizer.encode(source_text)
+    assert CharTokenizer("ab").digest != CharTokenizer("ac").digest
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "{}",
+        "[]",
+        "null",
+        '{"kind": "words"}',
+        '{"kind": "char"}',
+        '{"kind": "char", "characters": "ba"}',
+        '{"kind": "char", "characters": 5}',
+        '{"kind": "bpe", "pattern": ".", "merges": ["a b c"]}',
+        '{"kind": "bpe", "pattern": ".", "merges": ["ab c"]}',
+        '{"kind": "bpe", "pattern": ".", "merges": [7]}',
+        '{"kind": "bpe", "pattern": "(", "merges": []}',
+        '{"kind": "bpe", "merges": []}',
+    ],
+)
+def test_malformed_json_is_one_clear_error(text):
+    with pytest.raises(UserError, match="^some.pkl: not a tokenizer that TinySeek wrote"):
+        Tokenizer.from_json(text, where="some.pkl")
+
+
+def test_bytes_have_distinct_visible_names():
+    names = byte_characters()
+    assert len(set(names)) == 256 and not any(name.isspace() or not name.isprintable() for name in names)
+    assert names[ord("a")] == "a" and names[ord(" ")] == "Ġ" and names[ord("\n")] == "Ċ"  # as in GPT-2
+
+
+def test_a_token_spelled_by_two_merges_has_one_id():
+    merges = [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")]
+    tokenizer = BpeTokenizer(merges)
+    assert tokenizer.vocab_size == 7 + 256 + 3
+    assert tokenizer.encode("abc") == [7 + 256 + 2]
+
+
+def test_ids_beyond_the_vocabulary_stand_for_nothing():
+    """A model's vocabulary may be padded above its tokenizer's; what it draws there has no text."""
+    tokenizer = CharTokenizer("ab")
+    ids = [*tokenizer.encode("ab"), tokenizer.vocab_size, tokenizer.vocab_size + 50]
+    assert tokenizer.decode(ids) == "ab"

@@ -1,0 +1,100 @@
+"""Learning tokenizers: the same every time, kept and found again."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import regex
+
+from config.schema import TokenizerConfig
+from load_data.tokenization import train_tokenizer as module
+from load_data.tokenization.tokenizer import SPLIT_PATTERN
+from load_data.tokenization.train_tokenizer import first_bytes, learn_merges, train_tokenizer
+from utils.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def test_the_first_merge_is_the_most_frequent_pair(source_text):
+    pairs = Counter()
+    for piece in regex.findall(SPLIT_PATTERN, source_text):
+        pairs.update(pairwise(piece))
+    left, right = learn_merges(TokenizerConfig(vocab_size=300), [source_text]).merges[0]
+    assert (left.replace("Ġ", " "), right.replace("Ġ", " ")) == pairs.most_common(1)[0][0]
+
+
+def test_vocabulary_size_is_a_limit(source_text):
+    assert learn_merges(TokenizerConfig(vocab_size=500), [source_text]).vocab_size == 500
+    assert learn_merges(TokenizerConfig(vocab_size=500), ["abc"]).vocab_size == 7 + 256
+
+
+def test_fresh_processes_learn_the_same_tokenizer():
+    code = (
+        "import json.decoder, inspect; from config.schema import TokenizerConfig;"
+        "from load_data.tokenization.train_tokenizer import learn_merges;"
+        "print(learn_merges(TokenizerConfig(vocab_size=500), [inspect.getsource(json.decoder)]).to_json())"
+    )
+    outputs = set()
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONIOENCODING": "utf-8"}
+        settings = {"cwd": REPOSITORY, "env": environment, "capture_output": True}
+        outputs.add(subprocess.run([sys.executable, "-c", code], check=True, **settings).stdout)
+    assert len(outputs) == 1 and len(outputs.pop()) > 1000
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_the_second_call_finds_the_first_result(kind, tmp_path, monkeypatch):
+    config = TokenizerConfig(kind=kind, vocab_size=300)
+    first = train_tokenizer(config, ["some text, some text"], tmp_path)
+    assert [path.name.startswith("tokenizer_") for path in tmp_path.iterdir()] == [True]
+    monkeypatch.setattr(module, "learn_merges", None)  # neither may be called
+    monkeypatch.setattr(module, "learn_characters", None)
+    assert train_tokenizer(config, iter(["some text, some text"]), tmp_path).digest == first.digest
+
+
+def test_a_key_spares_reading_the_text(tmp_path):
+    config = TokenizerConfig(vocab_size=300)
+    first = train_tokenizer(config, ["some text"], tmp_path, key="a name")
+
+    def unread():
+        pytest.fail("the text was read")
+        yield
+
+    assert train_tokenizer(config, unread(), tmp_path, key="a name").digest == first.digest
+
+
+def test_other_text_or_settings_learn_anew(tmp_path):
+    texts = ["aaaa bbbb aaaa bbbb"]
+    train_tokenizer(TokenizerConfig(vocab_size=300), texts, tmp_path)
+    train_tokenizer(TokenizerConfig(vocab_size=301), texts, tmp_path)
+    train_tokenizer(TokenizerConfig(vocab_size=300, train_bytes=5), texts, tmp_path)
+    train_tokenizer(TokenizerConfig(vocab_size=300, kind="char"), texts, tmp_path)
+    train_tokenizer(TokenizerConfig(vocab_size=300), ["aaaa bbbb", " aaaa bbbb"], tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_broken_cache_file_is_named(tmp_path):
+    config = TokenizerConfig(kind="char")
+    train_tokenizer(config, ["abc"], tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_text("{")
+    with pytest.raises(UserError, match=f"{path.name} .delete it"):
+        train_tokenizer(config, ["abc"], tmp_path)
+
+
+def test_training_reads_no_more_than_its_limit():
+    assert list(first_bytes(["abc", "defg", "h"], 5)) == ["abc", "de"]
+    assert list(first_bytes(["你好"], 5)) == ["你"]
+    assert "".join(first_bytes(["a"] * 10, 100)) == "a" * 10
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+@pytest.mark.parametrize("texts", [[], [""]])
+def test_no_text_is_an_error(kind, texts, tmp_path):
+    with pytest.raises(UserError, match="no training text"):
+        train_tokenizer(TokenizerConfig(kind=kind), texts, tmp_path)
+    assert not list(tmp_path.iterdir())

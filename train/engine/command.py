@@ -1,0 +1,151 @@
+"""The command line that all stages share: flags in, one checked `Command` out.
+
+Everything is decided and checked here, before any work: the configuration, where the run writes, and whether
+it may.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from config.load import default_preset, load_config, preset_names
+from config.schema import RunConfig
+from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint
+from utils.errors import Parser, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Command:
+    """What one call asks for."""
+
+    config: RunConfig
+    out: Path
+    init: dict | None  # the checkpoint to start from, loaded
+    init_path: Path | None
+    resume: bool
+    overwrite: bool
+
+
+def parse_command(
+    stage: str, short: str, description: str, argv=None, bases: tuple[str, ...] = ()
+) -> Command:
+    """Read the flags of stage `stage` (checkpoints named `short`). Raises `UserError`; writes nothing.
+
+    A stage that needs a trained model says in `bases` which stages' results it starts from without `--init`,
+    the best one first.
+    """
+    parser = Parser(description)
+    add = parser.add_argument
+    words = ".txt, .jsonl, a folder of them, or the word python"
+    if bases:
+        words = ".jsonl, a folder of them, or the word skills (skills:lists,naming; skills:all)"
+    where = ", then ".join(final_name(base) for base in bases)
+    default = f" (default: {where} in --out, then in out/)" if bases else ""
+    add("--config", metavar="NAME|FILE.json", help=f"preset ({', '.join(preset_names(stage))}) or JSON file")
+    add("--data", nargs="+", metavar="PATH", help=words)
+    add("--init", metavar="CHECKPOINT", help="start from these weights, model and tokenizer" + default)
+    add("--out", metavar="DIR", help="where to write (default: out/, or out/<preset>/ for other presets)")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in --out; starts if there is none",
+    )
+    add("--overwrite", action="store_true", help="start anew although --out holds a run of this stage")
+    add("--max-steps", type=int, metavar="N", help="end after N steps (replaces the preset's bounds)")
+    add("--max-seconds", type=float, metavar="S", help="end after S seconds, evaluations included (the same)")
+    add("--limit", type=int, metavar="N", help="use at most N documents")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"))
+    add("--seed", type=int, metavar="N")
+    add("--set", action="append", default=[], metavar="section.key=value", dest="settings",
+        help="any setting of config/schema.py, for example train.batch_size=4; may be repeated")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite exclude each other: go on, or start anew?")
+
+    preset = default_preset(stage)
+    named = Path(args.config).stem if args.config else preset
+    out = Path(args.out) if args.out else ROOT / "out" / (named if named != preset else "")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    init_path = Path(args.init) if args.init else None
+    if bases and init_path is None:
+        init_path = default_base(stage, bases, out)
+    init = load_checkpoint(init_path) if init_path else None
+    inherited = inherited_sections(init, str(init_path)) if init else {}
+    config = load_config(args.config, args.settings, inherited, flag_settings(args), stage)
+    if not args.overwrite:
+        refuse_to_overwrite(out, stage, short, args.resume)
+    return Command(config, out, init, init_path, args.resume, args.overwrite)
+
+
+def default_base(stage: str, bases: tuple, out: Path) -> Path:
+    """The result of the first of the stages `bases` that is in `out` or else in the default folder."""
+    for folder in dict.fromkeys((out, ROOT / "out")):
+        for base in bases:
+            if (folder / final_name(base)).is_file():
+                return folder / final_name(base)
+    raise UserError(
+        f"{stage} starts from a trained model, and there is no {final_name(bases[-1])} in {out}: train one "
+        "with python train/pre_train.py, or name one with --init CHECKPOINT"
+    )
+
+
+def inherited_sections(init: dict, path: str) -> dict:
+    """The settings that a checkpoint decides: its model and its tokenizer; of one that was trained on
+    dialogues the template too, as it reads no other."""
+    if init.get("base"):
+        raise UserError(
+            f"--init {path} holds an adapter, not a whole model: name its base ({init['base'].get('path')})"
+        )
+    missing = [key for key, kind in (("config", dict), ("weights", dict), ("tokenizer", str))
+               if not isinstance(init.get(key), kind)]  # fmt: skip
+    sections = {} if missing else {name: init["config"].get(name) for name in ("model", "tokenizer")}
+    missing += [f"config.{name}" for name, values in sections.items() if not isinstance(values, dict)]
+    if missing:
+        raise UserError(
+            f"--init {path}: a checkpoint without {', '.join(missing)}; name one of a training run"
+        )
+    if init.get("short") != "Pre" and "template" in init["config"].get("data", {}):
+        sections["data"] = {"template": init["config"]["data"]["template"]}
+    return sections
+
+
+def flag_settings(args) -> dict:
+    """The flags that are settings, as nested sections. A bound given here replaces both of the preset's."""
+    train, data = {}, {}
+    if args.max_steps is not None or args.max_seconds is not None:
+        train["max_steps"], train["max_seconds"] = args.max_steps, args.max_seconds
+    if args.device is not None:
+        train["device"] = args.device
+    if args.seed is not None:
+        train["seed"] = args.seed
+    if args.data is not None:
+        data["paths"] = args.data
+    if args.limit is not None:
+        data["limit"] = args.limit
+    return {"train": train, "data": data}
+
+
+def refuse_to_overwrite(out: Path, stage: str, short: str, resume: bool) -> None:
+    """Stop if `out` holds a run of this stage that would be lost."""
+    final, on_the_way = out / final_name(short), latest_checkpoint(out, short)
+    if resume:
+        if final.exists() and not on_the_way:
+            raise UserError(
+                f"{final} is there, but no checkpoint to resume from: start from its weights with --init "
+                f"{final} --out DIR, or anew with --overwrite"
+            )
+        return
+    if final.exists():
+        flag = {"Pre": "", "SFT": "", "Gate": f" --gate {final}"}.get(short, f" --adapter {final}")
+        raise UserError(
+            f"{final} is a finished run of {stage}: talk to it with `python inference/chat.py{flag}`, give "
+            "it more steps with --resume --max-steps N, start anew with --overwrite, or write elsewhere with "
+            "--out DIR"
+        )
+    if on_the_way:
+        raise UserError(
+            f"{on_the_way} is an unfinished run of {stage}: go on with --resume, start anew with "
+            "--overwrite, or write elsewhere with --out DIR"
+        )

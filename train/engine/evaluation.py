@@ -1,0 +1,103 @@
+"""How well a language model predicts held-out text.
+
+    val_loss  nats per token            val_ppl   exp(val_loss): among how many tokens it hesitates
+    val_conf  mean probability of the right next token
+    val_bpb   bits per byte = nats / ln 2 / bytes: does not depend on the tokenizer, so models can be compared
+
+With experts:
+
+    val_max_vio  (max - mean) / mean of the experts' loads, in the worst layer, over all tokens measured
+    val_dead     experts, of all layers together, that none of these tokens chose
+
+In pre-training the windows do not overlap and cover every token once; the first token of a window is
+predicted without what came before. In chat stages only answers are predicted, each with all of its dialogue.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+
+from load_data.loader import IGNORED, eval_windows
+from load_data.tokenization.token_kinds import token_kinds
+from load_data.tokenization.tokenizer import Tokenizer
+from modules.experts.balance import max_vio
+from utils.distributed import sum_scalars
+
+
+class Evaluation:
+    """`evaluation(model, max_batches)` -> the numbers above; None measures all that is held out.
+
+    Afterwards `loads` (layers, kinds, E) holds how many tokens of each kind went to each expert, by the names
+    in `kinds`; None without experts.
+
+    Args:
+        held_out: max_batches -> the batches of this process, at most so many of them.
+        rows: how many rows of `batch_size` there are in all.
+        tokenizer: tells how many bytes each id stands for.
+        machine: device and processes; each process measures its share.
+    """
+
+    def __init__(self, held_out: Callable, rows: int, batch_size: int, tokenizer: Tokenizer, machine):
+        self.held_out, self.machine = held_out, machine
+        self.batches = -(-rows // (batch_size * machine.world.size))  # of each process, rounded up
+        self.token_bytes = torch.from_numpy(tokenizer.token_bytes.astype(np.int64))
+        self.kinds, kind_of = token_kinds(tokenizer)
+        other = self.kinds.index("other")  # of learned embeddings, whose ids are beyond the vocabulary
+        self.kind_of, self.loads = torch.from_numpy(np.append(kind_of, other)).long(), None
+
+    def __call__(self, model, max_batches: int | None) -> dict[str, float]:
+        """Sums over this process's batches, then over all processes."""
+        nats = sure = count = size = 0.0
+        self.loads = None
+        for batch in self.held_out(max_batches):
+            labels = batch["labels"]
+            there = {key: value.to(self.machine.device) for key, value in batch.items()}
+            output = model(there.pop("input_ids"), **there)
+            nll = output.nll.cpu().double()
+            if output.routings:
+                self.count(output.routings, batch["input_ids"], batch.get("padding_mask", labels != IGNORED))
+            nats += nll.sum().item()
+            sure += (-nll).exp().sum().item()
+            count += len(nll)
+            size += self.token_bytes[labels[labels >= 0]].sum().item()
+        nats, sure, count, size = sum_scalars([nats, sure, count, size])
+        loss = nats / max(count, 1.0)
+        values = {
+            "val_loss": loss,
+            "val_ppl": math.exp(min(loss, 700.0)),
+            "val_conf": sure / max(count, 1.0),
+            "val_bpb": nats / math.log(2) / max(size, 1.0),
+        }
+        if self.loads is not None:
+            self.loads = torch.tensor(sum_scalars(self.loads.flatten().tolist())).view(self.loads.shape)
+            layers = self.loads.sum(dim=1)  # (layers, E)
+            values["val_max_vio"] = max(max_vio(layer) for layer in layers)
+            values["val_dead"] = int((layers == 0).sum())
+        return values
+
+    def count(self, routings, ids, real) -> None:
+        """Add a batch to `loads`. ids (B, T); real (B, T): columns that are no padding."""
+        kinds = self.kind_of[ids[real].clamp(max=len(self.kind_of) - 1)]  # (N,)
+        counts = []
+        for routing in routings:
+            E, K = routing.logits.shape[-1], routing.indices.shape[-1]
+            chosen = routing.indices.cpu().view(*ids.shape, K)[real]  # (N, K)
+            places = kinds[:, None] * E + chosen
+            counts.append(torch.bincount(places.flatten(), minlength=len(self.kinds) * E).view(-1, E))
+        batch = torch.stack(counts).double()  # (layers, kinds, E)
+        self.loads = batch if self.loads is None else self.loads + batch
+
+
+class LanguageModelEvaluation(Evaluation):
+    """`Evaluation` on a row of held-out ids, `tokens` (N,), in windows of `sequence_length`."""
+
+    def __init__(
+        self, tokens: np.ndarray, tokenizer: Tokenizer, sequence_length: int, batch_size: int, machine
+    ):
+        rank, size = machine.world.rank, machine.world.size
+        windows = partial(eval_windows, tokens, sequence_length, batch_size, rank=rank, world_size=size)
+        rows = -(-(len(tokens) - 1) // sequence_length)  # rounded up
+        super().__init__(lambda bound: windows(max_batches=bound), rows, batch_size, tokenizer, machine)

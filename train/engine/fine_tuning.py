@@ -1,0 +1,139 @@
+"""What the fine-tuning stages share: the model they start from, their dialogues, and the scores."""
+
+from dataclasses import asdict, dataclass
+
+from config.load import from_dict
+from config.schema import ModelConfig, RunConfig
+from inference.evaluate import score_dialogues, score_skills
+from inference.generation.generator import Generator
+from load_data.chat.chat_data import SKILL_WORD, ChatData, chosen_skills
+from load_data.chat.chat_loader import ChatLoader, count_eval_rows, eval_chat_batches
+from load_data.skills import SFT_SKILLS
+from load_data.tokenization.tokenizer import Tokenizer
+from model.tinyseek import TinySeek
+from train.engine.command import Command
+from train.engine.trainer import Trainer
+from train.engine.evaluation import Evaluation
+from train.engine.language_model_loss import LanguageModelLoss
+from train.engine.machine import Machine
+from train.engine.stage import Stage
+from utils.checkpoint import load_weights, weights_digest
+from utils.errors import UserError
+
+SCORED = 100  # items of each skill, before and after
+SCORED_DIALOGUES = 200  # of held-out dialogues, likewise
+
+
+@dataclass
+class Base:
+    """The model that a stage starts from."""
+
+    model: TinySeek
+    tokenizer: Tokenizer
+    record: dict  # digest and path: with them an adapter's checkpoint names its base
+
+
+def open_base(command: Command, machine: Machine, adapted: bool = False) -> Base:
+    """The model and the tokenizer of `--init`; the model's settings are in the configuration already. If it
+    is to be `adapted`, they must be those that it was trained with: an adapter's file does not hold them."""
+    init, path = command.init, command.init_path
+    command.init = None  # not to be held in memory beside the model
+    tokenizer = Tokenizer.from_json(init["tokenizer"], str(path))
+    config = command.config.model
+    config.vocab_size = config.vocab_size or tokenizer.vocab_size
+    if adapted:
+        check_same_model(config, from_dict(init["config"], str(path)).model)
+    check_length(command.config)
+    model = TinySeek(config)
+    load_weights(model, init["weights"], f"--init {path}")
+    record = {"digest": weights_digest(init["weights"]), "path": str(path)}
+    machine.say(f"base: {path} ({init.get('stage')}, weights {record['digest']})")
+    return Base(model, tokenizer, record)
+
+
+def check_length(config: RunConfig, prefix_length: int = 0) -> None:
+    """Raise `UserError` if rows, after a learned prefix, need more places than the model has."""
+    length, places = config.data.sequence_length, config.model.max_position_embeddings
+    if length + prefix_length > places:
+        behind = f" behind a prefix of {prefix_length}" if prefix_length else ""
+        raise UserError(
+            f"data.sequence_length={length}{behind} is more than model.max_position_embeddings={places}: "
+            "lower it" + (", or prefix.length" if prefix_length else "")
+        )
+
+
+def check_same_model(config: ModelConfig, trained: ModelConfig) -> None:
+    """Raise `UserError` for a setting that changes what the base computes."""
+    free = {"vocab_size", "dropout", "attention_dropout", "router_jitter_noise", "attn_implementation"}
+    free |= {"moe_implementation"}
+    for name, value in asdict(config).items():
+        if name not in free and value != getattr(trained, name):
+            raise UserError(
+                f"model.{name}={value} is not what the base was trained with ({getattr(trained, name)}), and "
+                "an adapter belongs to its base as it is: leave it out, or change it with train/sft_train.py"
+            )
+
+
+def dialogue_batches(data: ChatData, config, machine: Machine) -> tuple[ChatLoader, Evaluation]:
+    """Training batches, and the evaluation on held-out dialogues."""
+    machine.say("\n".join(data.summary))
+    train, length, world = config.train, config.data.sequence_length, machine.world
+    rows = {"packing": config.data.packing, "pad_id": data.tokenizer.pad_id}
+    steps = (train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed)
+    loader = ChatLoader(data.train, length, *steps, **rows)
+
+    def held_out(max_batches):
+        return eval_chat_batches(
+            data.val, length, train.batch_size, max_batches, world.rank, world.size, **rows
+        )
+
+    count = count_eval_rows(data.val, length, config.data.packing)
+    return loader, Evaluation(held_out, count, train.batch_size, data.tokenizer, machine)
+
+
+def dialogue_stage(
+    name: str, short: str, base: Base, data: ChatData, config, machine: Machine, own: frozenset | None = None
+) -> Stage:
+    """What the stages on dialogues have in common: packed rows, a language model's loss on the answers, and
+    the result that is surest of held-out answers. `own`: the adapter's weights, which alone learn and are
+    saved; None where all do and are."""
+    loader, evaluation = dialogue_batches(data, config, machine)
+    adapter = {} if own is None else {"trains": own.__contains__, "own": own, "base": base.record}
+    return Stage(
+        name=name, short=short, model=base.model, loader=loader,
+        loss=LanguageModelLoss(base.model, config, machine), evaluate=evaluation,
+        tokenizer=base.tokenizer, data_digest=data.digest, keep_best="val_conf", **adapter,
+    )  # fmt: skip
+
+
+def train_and_score(stage: Stage, data: ChatData, command: Command, machine: Machine) -> None:
+    """Train, and score greedy answers to questions that no training has seen, before and after."""
+    before = scores(stage.model.to(machine.device), data, command, machine)
+    Trainer(stage, command.config, machine, command.out, command.resume).run()
+    after = scores(stage.model, data, command, machine)
+    if not machine.world.is_first:
+        return
+    width = max(map(len, after))
+    lines = [f"  {name:{width}} {before[name]:6.1f} -> {after[name]:5.1f}" for name in after]
+    machine.say("\n".join(["right answers to unseen questions, in percent, before -> after", *lines]))
+    text = "".join(f"{name}  before={before[name]:.2f}  after={after[name]:.2f}\n" for name in after)
+    (command.out / stage.name / "scores.txt").write_text(text, encoding="utf-8")
+
+
+def scores(model: TinySeek, data: ChatData, command: Command, machine: Machine) -> dict[str, float]:
+    """Percent of right answers: by skill, those of `sft_train` and those learned here; and on held-out
+    dialogues of files (`exact`; `items` where answers are tables; these are the dialogues that chose the best
+    weights, so trust a new file more). Only the first process looks."""
+    if not machine.world.is_first:
+        return {}
+    generator, found = Generator(model, data.tokenizer.eos_id), {}
+    skills = chosen_skills(command.config.data.paths)
+    if skills:
+        names = dict.fromkeys((*SFT_SKILLS, *skills))
+        found = score_skills(generator, data.template, names, SCORED)
+    if any(not path.startswith(SKILL_WORD) for path in command.config.data.paths):
+        some = data.val_dialogues[-SCORED_DIALOGUES:]  # those of files come after those of skills
+        tables = all(message["content"].startswith("|") for messages in some for message in messages[-1:])
+        for kind in ("exact", "items") if tables else ("exact",):
+            found[kind] = score_dialogues(generator, data.template, some, kind)
+    return {name: score.percent for name, score in found.items()}

@@ -1,0 +1,387 @@
+"""Which part of the model earns its keep? Against a base, one factor at a time is changed and trained.
+
+    python train/lab/ablate.py                                       the grid that the README quotes
+    python train/lab/ablate.py --cells dense mla --seeds 0 1 --max-steps 200
+    python train/lab/ablate.py --config gpu_small --out out/grid --minutes 600 --set train.compile=true
+
+Every cell (`cells_of` lists them) changes one thing and keeps the feed-forward width that a token uses. Every
+run is a `train/pre_train.py` of its own in OUT/<cell>/seed<N>. Seeds are the outer loop, so a grid cut short
+still compares all cells, and a busy hour of the machine hits all of them. Ctrl-C saves the run at hand; the
+same command goes on, and trains nothing twice. OUT (default out/ablate) gets table.md, results.json,
+loss.png and bpb.png, anew after each seed.
+
+What is equal. All runs take the same number of steps, so the same tokens under the same schedule: the table
+compares loss at equal tokens. A cell may pay for its loss with time or with FLOPs, so the table has both
+beside it, and loss.png draws the curves over tokens, training FLOPs and seconds (median milliseconds of a
+step times steps, without evaluations; machines are noisy). These curves are for reading off roughly: the
+learning rate of a run comes down at its own end, so where one cell is ahead at equal seconds, a run of that
+length could do better still. `--minutes` bounds the grid: its share per run goes along as --max-seconds,
+which is a guard and not the design. A run that it ends early had fewer tokens and an earlier decay; the table
+marks it with a star.
+"""
+
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
+
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
+import torch
+
+from config.load import DEFAULT_PRESET, from_dict, load_config, to_dict
+from config.schema import ModelConfig, RunConfig
+from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint, prune_checkpoints
+from utils.cost import cost_card
+from utils.errors import Parser, UserError, run_main
+from utils.log import read_log
+from train.lab.plot_ablation import plot_losses, plot_results
+
+ROOT = Path(__file__).resolve().parents[2]
+PRE_TRAIN = ROOT / "train" / "pre_train.py"
+STAGE, SHORT = "pre_train", "Pre"
+STEPS = 180  # of each run: 30 runs of less than a minute on two cores
+EVALUATIONS = 6  # on the way, on a part of the held-out data
+START_SECONDS = 15  # of a run, before its first step and after its last evaluation
+LOSS_WEIGHT, BIAS_RATE = 0.01, 0.001  # of a balance that the base does not have (2101.03961, 2408.15664)
+
+
+def cells_of(base: RunConfig) -> dict[str, tuple[str, dict]]:
+    """Every cell but the base: name -> what changes in words, and the settings that change.
+
+    Experts in half the number and twice the width, K of them per token halved too, leave K * F as it is. So
+    do shared experts that become routed ones, always chosen before and now up for choice: E + S of which
+    K + S.
+    """
+    model, balance = base.model, base.balance
+    experts, chosen, shared = model.n_routed_experts, model.num_experts_per_tok, model.n_shared_experts
+    width = model.moe_intermediate_size
+    others = {
+        "mtp_parallel": ("second head for the token after the next", {"model.mtp": "parallel"}),
+        "mtp_sequential": ("second block for the token after the next", {"model.mtp": "sequential"}),
+        "mla": ("latent attention", {"model.attention_kind": "mla"}),
+        "mha": ("a key/value head for each query head",
+                {"model.num_key_value_heads": model.num_attention_heads}),
+    }  # fmt: skip
+    if not experts:
+        return others
+    return {
+        "dense": ("one feed-forward, no experts",
+                  {"model.n_routed_experts": 0, "model.intermediate_size": (chosen + shared) * width}),
+        "coarse": ("half as many experts, twice as wide",
+                   {"model.n_routed_experts": experts // 2, "model.num_experts_per_tok": chosen // 2,
+                    "model.n_shared_experts": shared // 2, "model.moe_intermediate_size": 2 * width}),
+        "no_shared": ("the shared experts become routed ones",
+                      {"model.n_routed_experts": experts + shared, "model.n_shared_experts": 0,
+                       "model.num_experts_per_tok": chosen + shared}),
+        "no_balance": ("nothing balances the experts", {"balance.weight": 0.0, "balance.bias_rate": 0.0}),
+        "bias_only": ("balanced by the bias alone",
+                      {"balance.weight": 0.0, "balance.bias_rate": balance.bias_rate or BIAS_RATE}),
+        "loss_only": ("balanced by the global loss alone",
+                      {"balance.weight": balance.weight or LOSS_WEIGHT, "balance.scope": "global",
+                       "balance.bias_rate": 0.0}),
+        **others,
+    }  # fmt: skip
+
+
+@dataclass
+class Cell:
+    """One row of the table: what it is called, what it changes, and the configuration it gives."""
+
+    name: str
+    words: str
+    settings: list[str]  # as after --set
+    config: RunConfig
+
+
+def main():
+    """Plan, train what is missing, report after each seed."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--config", default=DEFAULT_PRESET, metavar="NAME|FILE.json", help="the base (default: %(default)s)")
+    add("--cells", nargs="+", metavar="CELL", help="default: all that fit the base, which is always one")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    add("--max-steps", type=int, default=STEPS, metavar="N", help="of each run (default: %(default)s)")
+    add("--minutes", type=float, default=90, metavar="M", help="at most, for all runs (default: %(default)s)")
+    add("--out", default=str(ROOT / "out" / "ablate"), metavar="DIR", help="default: out/ablate")
+    add("--set", action="append", default=[], metavar="section.key=value", dest="settings",
+        help="a setting of the base, and so of all cells; may be repeated")  # fmt: skip
+    args = parser.parse_args()
+    if args.minutes <= 0 or args.max_steps < 1 or min(args.seeds) < 0:
+        raise UserError("--minutes and --max-steps must be above 0, and --seeds not below 0")
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    # evaluations on the way, the last of them close to the end: the final one reads other data, namely all
+    common = [f"train.eval_every={max(1, (args.max_steps - 1) // EVALUATIONS)}"]
+    common += [f"train.log_every={1 + args.max_steps // 40}", *args.settings]
+    cells, left_out = plan(args.config, common, args.max_steps, args.cells)
+    seeds = list(dict.fromkeys(args.seeds))
+    runs = [(seed, cell) for seed in seeds for cell in cells]
+    missing = [run for run in runs if not is_finished(out, *run)]
+    seconds = max(1.0, args.minutes * 60 / len(runs) - START_SECONDS)
+    for line in left_out:
+        print(f"left out: {line}")
+    print(f"{len(cells)} cells x {len(seeds)} seeds = {len(runs)} runs of {args.max_steps} steps, "
+          f"{len(missing)} to do, each in at most {seconds:.0f} seconds; into {out}")  # fmt: skip
+
+    call = shlex.join(["python", "train/lab/ablate.py", *sys.argv[1:]])
+    clock = time.monotonic()
+    for number, (seed, cell) in enumerate(missing, start=1):
+        folder, where = run_folder(out, seed, cell), f"[{number}/{len(missing)}] {cell.name}, seed {seed}"
+        print(f"{where} ...", flush=True)
+        command = [sys.executable, PRE_TRAIN, "--config", args.config, "--seed", seed, "--out", folder,
+                   "--resume", "--max-steps", args.max_steps, "--max-seconds", f"{seconds:.6g}"]  # fmt: skip
+        command += [part for text in common + cell.settings for part in ("--set", text)]
+        train_run(list(map(str, command)), folder / "output.txt", where)
+        prune_checkpoints(folder, SHORT, keep=0)  # the final one stays; together they would be gigabytes
+        bpb = read_run(out, seed, cell)["val_bpb"]
+        left = (time.monotonic() - clock) / number * (len(missing) - number) / 60
+        print(f"{where}: val_bpb {bpb:.4f}; about {left:.0f} minutes left", flush=True)
+        if number < len(missing) and missing[number][0] != seed:  # all cells have this seed now
+            report(out, cells, seeds[: seeds.index(seed) + 1], call)
+    report(out, cells, seeds, call)
+    print((out / "table.md").read_text(encoding="utf-8"))
+    print(f"saved {out / 'table.md'}, results.json, loss.png and bpb.png beside it")
+
+
+# --------------------------------------------------------------------------------------------------- the plan
+
+
+def plan(name: str, common: list[str], max_steps: int, wanted=None) -> tuple[list[Cell], list[str]]:
+    """The base and the cells to train, and a line for each that is left out. Everything is checked here."""
+    flags = {"train": {"max_steps": max_steps, "max_seconds": None}}
+    base = load_config(name, common, flags=flags)
+    known = cells_of(base)
+    if unknown := [cell for cell in wanted or () if cell not in ("base", *known)]:
+        raise UserError(f"--cells {unknown[0]}: no such cell of {name}; it has base, {', '.join(known)}")
+    cells, left_out = [Cell("base", f"the base, {name}", [], base)], []
+    for cell in known if wanted is None else dict.fromkeys(wanted):
+        if cell == "base":
+            continue
+        words, changes = known[cell]
+        settings = [f"{key}={value}" for key, value in changes.items()]
+        config = load_config(name, common + settings, flags=flags)
+        if used_widths(config.model) != used_widths(base.model):
+            raise UserError(
+                f"cell {cell} changes the feed-forward widths that a token uses from "
+                f"{used_widths(base.model)} to {used_widths(config.model)}: choose others with --cells, or "
+                "give the base even numbers of experts and the same width in every layer"
+            )
+        if same := [other.name for other in cells if other.config == config]:
+            left_out.append(f"{cell} ({words}): that is {same[0]}")
+        else:
+            cells.append(Cell(cell, words, settings, config))
+    return cells, left_out
+
+
+def used_widths(model: ModelConfig) -> list[int]:
+    """Of each layer the feed-forward width that one token uses, over all its experts."""
+    width = (model.num_experts_per_tok + model.n_shared_experts) * model.moe_intermediate_size
+    layers = range(model.num_hidden_layers)
+    return [width if model.is_moe_layer(layer) else model.intermediate_size for layer in layers]
+
+
+# ------------------------------------------------------------------------------------------------------- runs
+
+
+def run_folder(out: Path, seed: int, cell: Cell) -> Path:
+    """Where a run writes."""
+    return out / cell.name / f"seed{seed}"
+
+
+def is_finished(out: Path, seed: int, cell: Cell) -> bool:
+    """Whether the run is over. Raises `UserError` if its folder holds one with other settings."""
+    folder = run_folder(out, seed, cell)
+    final = folder / final_name(SHORT)
+    path = final if final.exists() else latest_checkpoint(folder, SHORT)
+    if path:
+        check_settings(load_checkpoint(path)["config"], folder, seed, cell)
+    return final.exists()
+
+
+def check_settings(saved: dict, folder: Path, seed: int, cell: Cell) -> None:
+    """A run of this grid has this grid's settings, number of steps included; where it reads and how often it
+    reports may differ."""
+    free = {"max_seconds", "log_every", "eval_every", "eval_batches", "save_every", "device", "paths"}
+    wanted = to_dict(cell.config)
+    wanted["train"]["seed"] = seed
+    wanted["model"]["vocab_size"] = wanted["model"]["vocab_size"] or saved["model"]["vocab_size"]
+    for section, values in wanted.items():
+        for key, value in values.items():
+            was = saved.get(section, {}).get(key)
+            if was != value and key not in free | {"cache_dir"}:
+                raise UserError(
+                    f"{folder} holds a run with {section}.{key}={was}, this grid says {value}: write to "
+                    "another --out, or delete that folder"
+                )
+
+
+def train_run(command: list[str], output: Path, where: str) -> None:
+    """Run `command` to its end, its words in the file `output`. Raises `UserError` with its error line.
+
+    Ctrl-C and SIGTERM are passed on, and waited for: the run saves a checkpoint.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        with open(output, "wb") as file:
+            child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            try:
+                code = child.wait()
+            except BaseException:
+                if os.name != "nt":  # there, Ctrl-C has reached it, and SIGTERM would not let it save
+                    child.send_signal(signal.SIGTERM)
+                print(f"{where}: stopping; the same command goes on from here", flush=True)
+                child.wait()
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code:
+        lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        raise UserError(f"{where}: {errors[-1] if errors else f'ended with code {code}, see {output}'}")
+
+
+def read_run(out: Path, seed: int, cell: Cell) -> dict:
+    """The raw numbers of a finished run; `curve` holds (tokens, val_loss) of each evaluation on the way."""
+    folder = run_folder(out, seed, cell)
+    final = load_checkpoint(folder / final_name(SHORT))
+    check_settings(final["config"], folder, seed, cell)
+    rows = read_log(folder / STAGE / "log.txt")
+    milliseconds = median(row["step_ms"] for row in rows if "step_ms" in row)
+    logged = [row["max_vio"] for row in rows if "max_vio" in row]
+    evaluation = final["evaluation"]
+    return {
+        "seed": seed,
+        "steps": final["step"],
+        "tokens": final["tokens"],
+        "cut": final["step"] < cell.config.train.max_steps,
+        **evaluation,
+        "max_vio": evaluation.get("val_max_vio", logged[-1] if logged else None),
+        "step_ms": milliseconds,
+        "seconds": milliseconds / 1e3 * final["step"],
+        "tok_s": final["tokens"] / final["step"] / (milliseconds / 1e3),
+        "vocab_size": final["config"]["model"]["vocab_size"],
+        "data_digest": final["data_digest"],
+        "curve": [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row][:-1],
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- report
+
+
+def report(out: Path, cells: list[Cell], seeds: list[int], command: str) -> None:
+    """Write results.json, table.md and both pictures from the finished runs of `cells` and `seeds`."""
+    results = {}
+    for cell in cells:
+        runs = [read_run(out, seed, cell) for seed in seeds]
+        results[cell.name] = {"words": cell.words, "settings": cell.settings, **cost_of(cell, runs[0])}
+        results[cell.name]["runs"] = runs
+    if len({run["data_digest"] for result in results.values() for run in result["runs"]}) > 1:
+        raise UserError(f"{out} holds runs on different data, which cannot be compared: use another --out")
+    where = f"{os.cpu_count()} CPU cores"
+    if torch.cuda.is_available():
+        where += f", {torch.cuda.get_device_name()}"
+    about = {"command": command, "machine": f"{where}, PyTorch {torch.__version__}", "seeds": seeds,
+             "base": to_dict(cells[0].config), "cells": results}  # fmt: skip
+    (out / "results.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    (out / "table.md").write_text(table(about), encoding="utf-8")
+    plot_losses(results, out / "loss.png")
+    plot_results(results, out / "bpb.png")
+
+
+def cost_of(cell: Cell, run: dict) -> dict:
+    """What the model of a cell costs, from its settings alone."""
+    config = from_dict(to_dict(cell.config), cell.name)
+    config.model.vocab_size = run["vocab_size"]
+    length = config.data.sequence_length
+    card = cost_card(config.model, config.train.batch_size * length, length, config.optim.optimizer)
+    return {
+        "parameters": card.parameters,
+        "active_parameters": card.active_parameters,
+        "train_flops_per_token": card.train_flops(),
+        "cache_bytes_per_token": card.kv_cache_bytes(),
+    }
+
+
+def against(base: list[float], values: list[float]) -> str:
+    """The difference of two medians, and whether it is more than noise (the rule is in the table's foot)."""
+    difference = median(values) - median(base)
+    if min(len(base), len(values)) < 2:
+        return f"{difference:+.4f} (one seed)"
+    overlap = min(values) <= max(base) and min(base) <= max(values)
+    if overlap or abs(difference) <= max(base) - min(base):
+        return f"{difference:+.4f} indistinguishable"
+    return f"{difference:+.4f}"
+
+
+def table(about: dict) -> str:
+    """The results as Markdown: a row for each cell, then what the columns mean."""
+    results = about["cells"]
+    base = [run["val_bpb"] for run in results["base"]["runs"]]
+    head = ["cell", "what changes", "parameters", "active", "MFLOP per token", "val_bpb", "min to max",
+            "against base", "tokens/s", "seconds", "max_vio", "cache bytes per token"]  # fmt: skip
+    rows = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
+    for name, result in results.items():
+        runs = result["runs"]
+        column = {key: [run[key] for run in runs] for key in ("val_bpb", "tok_s", "seconds", "max_vio")}
+        bpb = column["val_bpb"]
+        loads = [value for value in column["max_vio"] if value is not None]
+        rows.append([
+            name + ("*" if any(run["cut"] for run in runs) else ""),
+            result["words"],
+            f"{result['parameters']:,}",
+            f"{result['active_parameters']:,}",
+            f"{result['train_flops_per_token'] / 1e6:.2f}",
+            f"{median(bpb):.4f}",
+            f"{min(bpb):.4f} to {max(bpb):.4f}",
+            "" if name == "base" else against(base, bpb),
+            f"{median(column['tok_s']):,.0f}",
+            f"{median(column['seconds']):.1f}",
+            f"{median(loads):.2f}" if loads else "-",
+            f"{result['cache_bytes_per_token']:,}",
+        ])  # fmt: skip
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n\n" + foot(about) + "\n"
+
+
+def foot(about: dict) -> str:
+    """What a reader of the table has to know."""
+    results, steps, count = about["cells"], about["base"]["train"]["max_steps"], len(about["seeds"])
+    tokens = max(run["tokens"] for run in results["base"]["runs"])
+    lines = [
+        f"`{about['command']}`: {steps} steps ({tokens:,} tokens) in every run; seeds "
+        f"{', '.join(map(str, about['seeds']))}; {about['machine']}.",
+        "val_bpb is bits per byte on all held-out data after the last step: the median over seeds, and their "
+        "range. MFLOP per token is a training step; seconds are the median step times the steps, without "
+        "evaluations; max_vio is (max - mean) / mean of the experts' load in the worst layer; the cache is "
+        "in bf16.",
+        "Rule: a difference of medians is *indistinguishable* when the ranges over seeds overlap, or when it "
+        "is not larger than the range of the base.",
+    ]
+    if count >= 2:
+        chance = 2 / math.comb(2 * count, count)
+        lines[-1] += (
+            f" With {count} seeds each, the ranges of two equal cells miss each other with a probability of "
+            f"2 / {math.comb(2 * count, count)} = {chance:.1%}: among many cells, one such difference proves "
+            "little."
+        )
+    if any(run["cut"] for result in results.values() for run in result["runs"]):
+        lines.append(
+            "\\* ended by --minutes before its last step: fewer tokens and an earlier decay, not comparable."
+        )
+    others = [(name, cell) for name, cell in results.items() if name != "base"]
+    changes = [f"- {name}: `{' '.join(cell['settings'])}`" for name, cell in others]
+    return "\n\n".join([*lines, "\n".join(changes)])
+
+
+if __name__ == "__main__":
+    run_main(main)

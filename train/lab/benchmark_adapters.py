@@ -1,0 +1,165 @@
+"""What does training an adapter save against training the whole model, in memory and in time?
+
+    python train/lab/benchmark_adapters.py                                        the default model
+    python train/lab/benchmark_adapters.py --config gpu_small --steps 5 --set train.batch_size=1
+    python train/lab/benchmark_adapters.py --config dense --set lora.r=64
+
+One step is forward, backward, clipping and AdamW, on random tokens and random weights; the contenders take
+turns, step by step. Bytes are those of the tensors that are there:
+
+    weights, gradients, optimizer     AdamW holds two numbers for each one that learns
+    fixed           what the forward pass keeps for the backward pass, whatever the batch: weights in bf16,
+                    experts with their LoRA added, the gradient of the output head (modules/cross_entropy.py)
+    activations     what it keeps besides: they grow with the rows of the batch
+
+An adapter needs few gradients and states, but gradients pass through all layers down to its first one, so
+activations stay. Their sum is more than is ever in use at once: gradients come while activations go.
+"""
+
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
+
+import statistics
+from dataclasses import replace
+
+import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
+import torch
+
+from config.load import load_config
+from model.adapters import attach
+from model.tinyseek import TinySeek
+from train.lab.benchmark import ratio, take_turns
+from train.engine.machine import start_machine
+from train.engine.optimizers import build_optimizers
+from utils.errors import Parser, run_main
+
+MB = 1e6
+
+
+def main():
+    """One table."""
+    parser = Parser(__doc__)
+    parser.add_argument("--config", default="laptop", metavar="NAME|FILE.json")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", dest="settings")
+    parser.add_argument("--steps", type=int, default=10, help="measured turns of each contender (default 10)")
+    args = parser.parse_args()
+    config = load_config(args.config, args.settings)
+    shape, data = config.model, config.data
+    shape.vocab_size = shape.vocab_size or config.tokenizer.vocab_size
+    shape.zero_init_residual = False  # a finished model has no zeros
+    machine = start_machine(config)
+    rows, length = config.train.batch_size, data.sequence_length
+    batch = torch.randint(shape.vocab_size, (rows, length + 1), device=machine.device)
+    print(f"training, {rows} x {length} tokens, {machine.dtype}; megabytes of 10^6 bytes")
+    contenders = {name: Contender(config, *change, batch, machine) for name, change in kinds(config).items()}
+    seconds = take_turns({name: one.step for name, one in contenders.items()}, max(1, args.steps), machine)
+    for line in table({name: one.measure() for name, one in contenders.items()}, seconds):
+        print(line)
+
+
+def kinds(config) -> dict[str, tuple]:
+    """Name -> adapter (None: the whole model learns) and what its LoRA targets."""
+    default = config.lora.target_modules
+    found = {"full": (None, default), "LoRA, attention": ("Lora", ["attention"])}
+    found[f"LoRA, {'+'.join(default)}"] = ("Lora", default)
+    if config.model.n_routed_experts and "experts" not in default:
+        found["LoRA, experts too"] = ("Lora", [*default, "experts"])
+    if not config.model.n_routed_experts or config.model.n_shared_experts:
+        found["MixLoRA"] = ("MixLora", default)
+    latent_or_local = config.model.attention_kind == "mla" or config.model.sliding_window is not None
+    if config.prefix.kind == "prompt" or not latent_or_local:
+        found["prefix"] = ("Prefix", default)
+    return found
+
+
+class Contender:
+    """A model, what of it learns, and its optimizer."""
+
+    def __init__(self, config, kind, targets, batch, machine):
+        self.machine, self.clip = machine, config.optim.grad_clip or float("inf")
+        self.inputs, self.labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        self.model, self.own = TinySeek(config.model).to(machine.device).train(), None
+        if kind:
+            lora = replace(config.lora, target_modules=targets)
+            self.own = attach(self.model, kind, replace(config, lora=lora))
+        self.learns = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.optimizers = build_optimizers(self.model, replace(config.optim, optimizer="adamw"))
+
+    def loss(self, inputs, labels):
+        """(B, T) each -> (), mean over tokens."""
+        with self.machine.autocast():
+            return self.model(inputs, labels).loss_sum / labels.numel()
+
+    def step(self, keep: bool = False) -> None:
+        """One optimizer step; `keep` the gradients."""
+        self.loss(self.inputs, self.labels).backward()
+        torch.nn.utils.clip_grad_norm_(self.learns, self.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            if not keep:
+                optimizer.zero_grad(set_to_none=True)
+
+    def measure(self) -> dict[str, int]:
+        """Bytes, and how many numbers learn, of how many."""
+        weights = list(self.model.parameters())
+        fixed, activations = self.saved()
+        self.step(keep=True)
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        saved = [w for name, w in self.model.state_dict().items() if self.own is None or name in self.own]
+        found = {
+            "numbers": sum(weight.numel() for weight in weights),
+            "learned": sum(weight.numel() for weight in self.learns),
+            "weights": size(weights),
+            "gradients": size([weight.grad for weight in weights if weight.grad is not None]),
+            "optimizer": size([part for state in states for part in state.values()]),
+            "fixed": fixed, "activations": activations, "checkpoint": size(saved),
+        }  # fmt: skip
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return found
+
+    def saved(self) -> tuple[int, int]:
+        """Bytes that a forward pass keeps for the backward pass beside the parameters: those that would be
+        the same with one row more, and the others. A storage counts once, however many tensors look at it."""
+        known = {weight.untyped_storage().data_ptr() for weight in self.model.parameters()}
+
+        def kept(*batch) -> list:
+            tensors = []  # held, lest an address be used again
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
+                self.loss(*batch)
+            return [t for t in tensors if t.untyped_storage().data_ptr() not in known]
+
+        now = kept(self.inputs, self.labels)
+        more = kept(*(torch.cat([ids, ids[:1]]) for ids in (self.inputs, self.labels)))
+        fixed = size([t for t, other in zip(now, more, strict=True) if t.shape == other.shape])
+        return fixed, size(now) - fixed
+
+
+def size(tensors) -> int:
+    """Bytes of all their storages, each once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def table(found: dict[str, dict], seconds: dict[str, list[float]]) -> list[str]:
+    """Lines of a table in Markdown. Ratios are to the first contender."""
+    parts = ("weights", "gradients", "optimizer", "fixed", "activations")
+    heads = ["what learns", "numbers", "share", *parts, "sum", "ratio", "ms/step", "ratio", "checkpoint"]
+    lines, first = [heads], None
+    for name, one in found.items():
+        total, time = sum(one[part] for part in parts), statistics.median(seconds[name])
+        first = first or (total, seconds[name])
+        lines.append(
+            [name, f"{one['learned']:,}", f"{one['learned'] / one['numbers']:.1%}"]
+            + [f"{one[part] / MB:.1f}" for part in parts]
+            + [f"{total / MB:.1f}", f"{total / first[0]:.2f}", f"{1000 * time:.0f}"]
+            + [f"{ratio(first[1], seconds[name]):.2f}", f"{one['checkpoint'] / MB:.2f}"]
+        )
+    lines.insert(1, ["---"] * len(heads))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "| " + " | ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+
+
+if __name__ == "__main__":
+    run_main(main)

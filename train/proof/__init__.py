@@ -1,0 +1,1 @@
+"""The proof of training: gradients before the run, weights after it."""

@@ -1,0 +1,135 @@
+"""Proof that training trained: after the last step every weight is compared with what it was.
+
+Gradients before the first step (`train/proof/gradient_check.py`) promise movement. Whether it came depends
+on the optimizer too: does it hold the parameter, is its learning rate above zero, is the step larger than the
+rounding of the weights?
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+
+from utils.errors import UserError
+from train.proof.model_check import balances, describe
+
+UNREACHED = "no gradient reached it, so that weight decay alone acted on it"
+
+
+class WeightWitness:
+    """Remembers the weights at the start, and proves at the end that exactly the trainable ones have moved.
+
+    Weight decay shrinks a weight even if no gradient ever reaches it. So the witness keeps, for each
+    parameter, the product of (1 - lr * weight_decay) over the steps. Decay alone leads from the first value w
+    to s * w for some s between that product and 1, and a weight has learned if it is anywhere else.
+    (Decoupled decay, as in AdamW and Muon.) The first values are kept on the CPU, of frozen tensors and of
+    buffers only a fingerprint.
+
+    Args:
+        model: the model that is trained.
+        may_move: which buffers may change, by name; by default the biases of trainable routers.
+    """
+
+    def __init__(self, model: torch.nn.Module, may_move: Callable[[str], bool] | None = None):
+        self.model = model
+        self.start = {}
+        self.fingerprints = {}
+        may_move = may_move or (lambda name: balances(model, name))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.start[name] = parameter.detach().to("cpu", copy=True)
+            else:
+                self.fingerprints[name] = fingerprint(parameter)
+        self.buffers = {name: fingerprint(b) for name, b in model.named_buffers() if not may_move(name)}
+        self.decay = {}  # by id of the parameter: the product of (1 - lr * weight_decay)
+        self.steps = {}  # by id of the parameter: optimizer steps with a learning rate above zero
+        self.states = {}  # by id of the parameter: what its optimizer remembers of past gradients
+
+    def note_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Call once per optimizer step, while the groups still hold the learning rates of that step."""
+        for group in optimizer.param_groups:
+            factor = 1 - group["lr"] * group.get("weight_decay", 0)
+            for parameter in group["params"]:
+                key = id(parameter)
+                self.decay[key] = self.decay.get(key, 1.0) * factor
+                self.steps[key] = self.steps.get(key, 0) + (group["lr"] > 0)
+                self.states[key] = optimizer.state.get(parameter, {})
+
+    def prove_moved(self, may_be_unreached: Callable[[str], bool] = lambda name: False) -> str:
+        """One line about how far the weights moved. Raises `UserError` naming those that did not behave."""
+        if not self.steps:
+            return "weights not compared: no step was taken"
+        parameters = dict(self.model.named_parameters())
+        if new := parameters.keys() ^ (self.start.keys() | self.fingerprints.keys()):
+            raise UserError(f"added or taken away during training: {', '.join(sorted(new)[:3])}")
+        self.prove_unchanged(parameters)
+        relative, stuck = {}, {}
+        for name, start in self.start.items():
+            now = parameters[name].detach().to("cpu", torch.float64)
+            if not torch.isfinite(now).all():
+                raise UserError(
+                    f"training made it infinite or NaN: {describe(self.model, [name])}; lower the lr"
+                )
+            if self.learned(start, now, id(parameters[name])):
+                first = start.double()
+                relative[name] = ((now - first).norm() / first.norm().clamp_min(1e-12)).item()
+            elif not may_be_unreached(name):
+                stuck.setdefault(self.why(parameters[name]), []).append(name)
+        zeros = {name for name, start in self.start.items() if not start.any()}
+        if max(self.steps.values()) == 1 and zeros and zeros <= relative.keys():
+            stuck.pop(UNREACHED, None)  # what lies before zeros, as LoRA's A, waits for the second step
+        if stuck:
+            words = [f"{describe(self.model, names)}: {why}" for why, names in stuck.items()]
+            raise UserError(f"trainable, yet not moved by training: {'; '.join(words)}")
+        ratios = [ratio for name, ratio in relative.items() if self.start[name].any()] or [0.0]
+        return (
+            f"weights proven: {len(relative)} trainable tensors moved ({min(ratios):.2g} to {max(ratios):.2g}"
+            f" of their size), {len(self.start) - len(relative)} had no gradient, as may be, "
+            f"{len(self.fingerprints)} frozen ones are unchanged"
+        )
+
+    def prove_unchanged(self, parameters: dict[str, torch.Tensor]) -> None:
+        """What is frozen, and buffers that nothing may move, are as they were, bit by bit."""
+        changed = [name for name, before in self.fingerprints.items()
+                   if fingerprint(parameters[name]) != before]  # fmt: skip
+        if changed:
+            raise UserError(f"frozen, yet changed by training: {describe(self.model, changed)}")
+        buffers = dict(self.model.named_buffers())
+        changed = [name for name, before in self.buffers.items()
+                   if name not in buffers or fingerprint(buffers[name]) != before]  # fmt: skip
+        if changed:
+            raise UserError(
+                f"a buffer that nothing trains, yet changed by training: {describe(self.model, changed)}; "
+                "was the bias of a frozen router balanced?"
+            )
+
+    def learned(self, start: torch.Tensor, now: torch.Tensor, key: int) -> bool:
+        """Whether it is anywhere that decay alone would not have led to."""
+        first, decay = start.double(), self.decay.get(key, 1.0)
+        if ((now - first) * now > 0).any():  # decay never makes a number larger, nor of the other sign
+            return True
+        shrunk = ((now * first).sum() / (first * first).sum().clamp_min(1e-30)).clamp(decay, 1.0)
+        # each decay step rounds once; without decay nothing rounds, and any change counts
+        rounding = 0 if decay == 1.0 else torch.finfo(start.dtype).eps * self.steps[key] * first.norm()
+        return bool((now - shrunk * first).norm() > rounding)
+
+    def why(self, parameter: torch.Tensor) -> str:
+        """The likely cause why a parameter did not move."""
+        key = id(parameter)
+        if key not in self.steps:
+            return "not in the optimizer"
+        if not self.steps[key]:
+            return "the learning rate was 0 in every step"
+        moments = [part for what, part in self.states[key].items() if what != "step"]
+        if any(torch.is_tensor(part) and part.any() for part in moments):
+            return (
+                f"its gradients came, but each step was rounded away in {parameter.dtype}: keep the weights "
+                "that learn in fp32, or raise the lr"
+            )
+        return UNREACHED
+
+
+def fingerprint(tensor: torch.Tensor) -> str:
+    """A hash of the bits of `tensor`."""
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(data.numpy()).hexdigest()
