@@ -296,7 +296,7 @@ class PrefixConfig:
 
 
 @dataclass
-class GateConfig:
+class SelectorConfig:
     """Which adapter answers, see modules/adapters/selector.py."""
 
     candidates: list[str] = option([])  # checkpoints; `base` is the base without an adapter
@@ -316,7 +316,7 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     mixlora: MixLoraConfig = field(default_factory=MixLoraConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
-    gate: GateConfig = field(default_factory=GateConfig)
+    gate: SelectorConfig = field(default_factory=SelectorConfig)
 
     def validate(self) -> "RunConfig":
         """Check every field of every section; returns itself. Raises `UserError` on the first violation."""

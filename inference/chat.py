@@ -18,7 +18,7 @@ import dataclasses
 
 import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
 from inference.generation.conversation import Conversation
-from inference.generation.selector import Gate
+from inference.generation.selector import LoadedSelector
 from inference.generation.generator import Generator
 from inference.generation.load import Loaded, load_adapter, load_base
 from inference.generation.sampling import SamplingParams
@@ -104,7 +104,7 @@ def open_models(args, device):
     does = "answers" if base.answers else "is pre-trained: it continues the text that it is given"
     tell(f"{base.path} ({trained(base)}, {device}) {does}")
     if args.gate:
-        gate = Gate(args.gate, base)
+        gate = LoadedSelector(args.gate, base)
 
         def choose(messages):
             number = gate.choose(messages)

@@ -1,13 +1,13 @@
-"""A frozen base that reads, and a gate on top that chooses who answers (modules/adapters/selector.py)."""
+"""A frozen base that reads, and a selector on top that chooses who answers (modules/adapters/selector.py)."""
 
 import torch
 from torch import nn
 
 from model.tinyseek import TinySeek
-from modules.adapters.selector import SampleGate
+from modules.adapters.selector import Selector
 
 
-class GatedModel(nn.Module):
+class SelectingModel(nn.Module):
     """`forward(input_ids, ..)`: (B, T) -> logits (B, T, A) of the candidates at every token.
 
     The base is frozen and reads without gradient; what matters are the logits where a question ends.
@@ -16,7 +16,7 @@ class GatedModel(nn.Module):
     def __init__(self, base: TinySeek, candidates: int, width: int):
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.gate = SampleGate(base.config.hidden_size, candidates, width)
+        self.selector = Selector(base.config.hidden_size, candidates, width)
 
     def train(self, mode: bool = True):
         """The base always reads as it will in use, without dropout."""
@@ -28,4 +28,4 @@ class GatedModel(nn.Module):
         """As in `TinySeek.forward`."""
         with torch.no_grad():
             hidden = self.base.model(input_ids, position_ids, document_ids, padding_mask).hidden  # (B, T, C)
-        return self.gate(hidden)
+        return self.selector(hidden)

@@ -22,12 +22,12 @@ from load_data.chat.chat_data import prepare_chat
 from load_data.chat.chat_loader import ChatLoader
 from load_data.loader import IGNORED
 from model.adapters import ADAPTERS
-from model.selecting import GatedModel
+from model.selecting import SelectingModel
 from modules.adapters.selector import choices
 from train.engine.command import parse_command
 from train.engine.trainer import Trainer
 from train.engine.fine_tuning import check_same_model
-from train.engine.selector_data import ROWS, answer_losses, gate_samples, question_ids, turns_of
+from train.engine.selector_data import ROWS, answer_losses, selector_samples, question_ids, turns_of
 from train.engine.machine import start_machine
 from train.engine.stage import Stage
 from utils.checkpoint import final_name, load_checkpoint
@@ -54,10 +54,10 @@ def main():
     data = prepare_chat(config, base.tokenizer)
     sides = [turns_of(side, base, length) for side in (data.train_dialogues, data.val_dialogues)]
     tables = [answer_losses(candidates, turns, machine) for turns in sides]  # (turns, A) each
-    samples = [gate_samples(base, turns, table) for turns, table in zip(sides, tables, strict=True)]
+    samples = [selector_samples(base, turns, table) for turns, table in zip(sides, tables, strict=True)]
 
-    model = GatedModel(base.model, len(candidates), config.gate.width)
-    own = frozenset(name for name in model.state_dict() if name.startswith("gate."))
+    model = SelectingModel(base.model, len(candidates), config.gate.width)
+    own = frozenset(name for name in model.state_dict() if name.startswith("selector."))
     loader = ChatLoader(
         samples[0], length, train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed,
         packing=config.data.packing, pad_id=base.tokenizer.pad_id,
@@ -66,8 +66,8 @@ def main():
     records = candidate_records(candidates, base)
     digest = "+".join([data.digest, *(one["digest"] for one in records)])  # candidates decide the labels
     stage = Stage(
-        name=STAGE, short=SHORT, model=model, loader=loader, loss=gate_loss,
-        evaluate=GateEvaluation([question_ids(base, turn) for turn in sides[1]], tables[1], machine),
+        name=STAGE, short=SHORT, model=model, loader=loader, loss=selector_loss,
+        evaluate=SelectorEvaluation([question_ids(base, turn) for turn in sides[1]], tables[1], machine),
         tokenizer=base.tokenizer, data_digest=digest, trains=own.__contains__, own=own, keep_best="val_acc",
         base=record | {"candidates": records},
     )  # fmt: skip
@@ -94,7 +94,7 @@ def adapters_beside(base: Loaded, out: pathlib.Path) -> list[str]:
     return [BASE, *found]
 
 
-def gate_loss(model, batch: dict, step_tokens: float):
+def selector_loss(model, batch: dict, step_tokens: float):
     """Cross-entropy at the last token of each question; its label is the number of the best candidate."""
     about = {key: batch[key] for key in ("position_ids", "document_ids", "padding_mask")}
     place = batch["labels"] != IGNORED
@@ -103,7 +103,7 @@ def gate_loss(model, batch: dict, step_tokens: float):
     return {"ce": F.cross_entropy(logits, best, reduction="sum") / step_tokens}, {"acc": right / step_tokens}
 
 
-class GateEvaluation:
+class SelectorEvaluation:
     """`evaluation(model, max_batches)`: on held-out questions, how often the gate is right and what it loses.
 
     questions: ids of each; table (N, A): what each candidate loses on its answer.
@@ -133,14 +133,14 @@ class GateEvaluation:
         return {"val_loss": loss, "val_acc": found["accuracy"], "val_regret": found["regret"]}
 
 
-def report(evaluation: GateEvaluation, model, names: list[str], machine) -> None:
+def report(evaluation: SelectorEvaluation, model, names: list[str], machine) -> None:
     """Nats per answer token: each candidate alone, the gate, and always choosing right."""
     model.eval()
     with torch.no_grad(), machine.autocast():
         evaluation(model, None)
     found = evaluation.found
     rows = [*zip(names, found["alone"], strict=True)]
-    rows += [("the gate", found["gate"]), ("always right", found["best"])]
+    rows += [("the gate", found["selector"]), ("always right", found["best"])]
     machine.say("nats per token of held-out answers:")
     for name, loss in rows:
         machine.say(f"  {loss:.4f}  {name}")

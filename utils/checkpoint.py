@@ -21,7 +21,7 @@ import torch
 
 from utils.errors import UserError
 
-FORMAT_VERSION = 1  # raise it when old files can no longer be read as they are
+FORMAT_VERSION = 2  # raise it with every change of format, and teach `upgrade` to read the older one
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -163,11 +163,23 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise UserError(f"{path}: {why_unreadable(error)}") from None
     if not isinstance(data, dict) or "format_version" not in data:
         raise UserError(f"{path}: not a TinySeek checkpoint (it has no format_version)")
-    if data["format_version"] != FORMAT_VERSION:
+    if data["format_version"] not in (1, FORMAT_VERSION):
         raise UserError(
-            f"{path}: written in format {data['format_version']!r}, and this TinySeek reads format "
+            f"{path}: written in format {data['format_version']!r}, and this TinySeek reads formats 1 to "
             f"{FORMAT_VERSION}; use the version that wrote it"
         )
+    return upgrade(data)
+
+
+def upgrade(data: dict) -> dict:
+    """Return a checkpoint of an older format in today's.
+
+    1 -> 2: the weights of gate_train's selector were named `gate.*`, and are named `selector.*`.
+    """
+    if data["format_version"] == 1 and data.get("short") == "Gate":
+        for holder in (data, data.get("training", {}).get("best") or {}):
+            old = holder.get("weights", {})
+            holder["weights"] = {name.replace("gate.", "selector.", 1): part for name, part in old.items()}
     return data
 
 

@@ -7,7 +7,7 @@ import torch
 
 from inference.generation.conversation import Message, prompt_within
 from inference.generation.load import Loaded, check_base, find_file, load_adapter, load_full, open_as
-from model.selecting import GatedModel
+from model.selecting import SelectingModel
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.errors import UserError
 
@@ -44,7 +44,7 @@ def candidate_records(models: list[Loaded], base: Loaded) -> list[dict]:
     return records
 
 
-class Gate:
+class LoadedSelector:
     """A trained gate: `choose(messages)` gives the number of the model that answers.
 
     Args:
@@ -69,10 +69,10 @@ class Gate:
                 )
         self.base, self.models = base, [replace(model, answers=True) for model in models]
         self.names = [record["path"] for record in records]
-        self.gated = GatedModel(base.model, len(records), checkpoint["config"]["gate"]["width"])
-        own = {name for name in self.gated.state_dict() if name.startswith("gate.")}
-        load_weights(self.gated, checkpoint["weights"], str(path), own)
-        self.gated.to(base.device).eval()
+        self.selecting = SelectingModel(base.model, len(records), checkpoint["config"]["gate"]["width"])
+        own = {name for name in self.selecting.state_dict() if name.startswith("selector.")}
+        load_weights(self.selecting, checkpoint["weights"], str(path), own)
+        self.selecting.to(base.device).eval()
 
     @staticmethod
     def find(record: dict, path: str | Path) -> str:
@@ -88,4 +88,4 @@ class Gate:
         """The candidate for the last message, which alone is read."""
         room = self.base.model.config.max_position_embeddings
         ids = prompt_within(self.base.template, messages[-1:], room)
-        return int(self.gated(torch.tensor([ids], device=self.base.device))[0, -1].argmax())
+        return int(self.selecting(torch.tensor([ids], device=self.base.device))[0, -1].argmax())

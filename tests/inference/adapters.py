@@ -6,7 +6,7 @@ from config.load import to_dict
 from config.schema import RunConfig
 from inference.generation.load import load_model
 from model.adapters import attach
-from modules.adapters.selector import SampleGate
+from modules.adapters.selector import Selector
 from tests.inference.tools import byte_tokenizer, run_config, tiny_model, write_checkpoint
 from utils.checkpoint import load_checkpoint, save_checkpoint, weights_digest
 
@@ -71,7 +71,7 @@ def write_gate(path, base, candidates, seed=1, favours=None, width=4):
     saved = load_checkpoint(base)
     config = run_settings(load_model(base)[0].config, {"gate": {"width": width}})
     torch.manual_seed(seed)
-    gate = SampleGate(config.model.hidden_size, len(candidates), width)
+    gate = Selector(config.model.hidden_size, len(candidates), width)
     with torch.no_grad():
         for parameter in gate.parameters():
             parameter += 0.5 * torch.randn(parameter.shape)
@@ -83,7 +83,7 @@ def write_gate(path, base, candidates, seed=1, favours=None, width=4):
     records = [{"path": str(one), "digest": d} for one, d in zip(candidates, digests, strict=True)]
     save_checkpoint(path, {
         "stage": "gate_train", "short": "Gate", "config": to_dict(config), "step": 7, "tokens": 99,
-        "weights": {f"gate.{name}": tensor for name, tensor in gate.state_dict().items()},
+        "weights": {f"selector.{name}": tensor for name, tensor in gate.state_dict().items()},
         "tokenizer": byte_tokenizer().to_json(),
         "base": {"digest": weights_digest(saved["weights"]), "path": str(base), "candidates": records},
     })  # fmt: skip

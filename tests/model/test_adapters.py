@@ -8,7 +8,7 @@ import torch
 
 from inference.fast.decoder import supports
 from model.adapters import ADAPTERS, adapted, attach, soft_tokens, twin
-from model.selecting import GatedModel
+from model.selecting import SelectingModel
 from model.tinyseek import TinySeek
 from modules.adapters.adapted_layer import fold
 from modules.adapters.prefix import PrefixEncoder
@@ -169,7 +169,7 @@ def test_only_a_prompt_has_soft_tokens():
 def test_the_base_of_a_gate_reads_without_dropout_while_the_gate_learns():
     """As it will in use: with other hidden states at each reading the gate would learn from noise."""
     base = shake(TinySeek(small_config(dropout=0.5)))
-    gated = GatedModel(base, candidates=3, width=4).train()
+    gated = SelectingModel(base, candidates=3, width=4).train()
     ids = torch.arange(10)[None]
-    assert gated.training and gated.gate.training and torch.equal(gated(ids), gated(ids))
+    assert gated.training and gated.selector.training and torch.equal(gated(ids), gated(ids))
     assert not torch.equal(base.train()(ids).logits, base(ids).logits)  # it has dropout to leave out

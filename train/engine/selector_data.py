@@ -42,7 +42,7 @@ def question_ids(base: Loaded, turn: list[Message]) -> list[int]:
     return base.template.prompt(turn[-2:-1])
 
 
-def gate_samples(base: Loaded, turns: list[list[Message]], table: torch.Tensor) -> list[Sample]:
+def selector_samples(base: Loaded, turns: list[list[Message]], table: torch.Tensor) -> list[Sample]:
     """Questions whose label is the best candidate's number, in the place where the next token would be."""
     samples = []
     for turn, best in zip(turns, table.argmin(dim=1).tolist(), strict=True):

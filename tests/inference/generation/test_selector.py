@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from inference.generation.selector import BASE, Gate, candidate_records, open_candidates
+from inference.generation.selector import BASE, LoadedSelector, candidate_records, open_candidates
 from inference.generation.load import load_adapter, load_full
 from load_data.tokenization.tokenizer import BpeTokenizer
 from tests.inference.adapters import MOE, write_adapter, write_base, write_gate
@@ -40,17 +40,17 @@ def test_the_choice_is_made_from_the_last_token_of_the_last_question(folder, wid
     base = load_full(folder / "base.pkl")
     files = ["base", folder / "lora.pkl", folder / "prefix.pkl"]
     path = write_gate(folder / f"gate{width}.pkl", folder / "base.pkl", files, seed=3, width=width)
-    gate, weights = Gate(path, base), load_checkpoint(path)["weights"]
+    gate, weights = LoadedSelector(path, base), load_checkpoint(path)["weights"]
     assert gate.names == [str(file) for file in files]
     chosen = []
     for text in QUESTIONS:
         ids = torch.tensor([base.template.prompt(asked(text))])
         h = base.model(ids).hidden[0, -1]
-        h = h / (h.square().mean() + 1e-6).sqrt() * weights["gate.norm.weight"]
+        h = h / (h.square().mean() + 1e-6).sqrt() * weights["selector.norm.weight"]
         if width:
-            h = weights["gate.up_proj.weight"] @ h + weights["gate.up_proj.bias"]
+            h = weights["selector.up_proj.weight"] @ h + weights["selector.up_proj.bias"]
             h = h * torch.sigmoid(h)
-        logits = weights["gate.out_proj.weight"] @ h + weights["gate.out_proj.bias"]
+        logits = weights["selector.out_proj.weight"] @ h + weights["selector.out_proj.bias"]
         chosen.append(int(logits.argmax()))
         assert gate.choose(asked(text)) == chosen[-1]
         before = [{"role": "system", "content": "s"}, *asked("x"), {"role": "assistant", "content": "y"}]
@@ -62,9 +62,10 @@ def test_the_choice_is_made_from_the_last_token_of_the_last_question(folder, wid
 def test_a_question_longer_than_the_context_keeps_its_markers(folder):
     """As in a conversation: the gate reads its end between the markers."""
     base = load_full(folder / "base.pkl")
-    gate = Gate(write_gate(folder / "g.pkl", folder / "base.pkl", ["base", folder / "lora.pkl"]), base)
+    path = write_gate(folder / "g.pkl", folder / "base.pkl", ["base", folder / "lora.pkl"])
+    gate = LoadedSelector(path, base)
     read = []
-    gate.gated.base.model.register_forward_pre_hook(lambda module, args: read.append(args[0][0].tolist()))
+    gate.selecting.base.model.register_forward_pre_hook(lambda module, args: read.append(args[0][0].tolist()))
     gate.choose(asked("0123456789" * 9))
     before, after = (
         base.template.before["user"],
@@ -77,7 +78,8 @@ def test_a_question_longer_than_the_context_keeps_its_markers(folder):
 def test_packed_questions_are_questions_alone(folder):
     """As training reads them: several in one row, then padding; and the base gets no gradient."""
     base = load_full(folder / "base.pkl")
-    gated = Gate(write_gate(folder / "p.pkl", folder / "base.pkl", ["base", folder / "lora.pkl"]), base).gated
+    path = write_gate(folder / "p.pkl", folder / "base.pkl", ["base", folder / "lora.pkl"])
+    gated = LoadedSelector(path, base).selecting
     first, second = ([TOKENIZER.encode(text)] for text in ("hello", "what?"))
     row = torch.tensor([first[0] + second[0] + [6] * 3])
     documents = torch.tensor([[0] * 5 + [1] * 5 + [2] * 3])
@@ -88,14 +90,14 @@ def test_packed_questions_are_questions_alone(folder):
     torch.testing.assert_close(logits[:, :10], alone, rtol=1e-4, atol=1e-5)
     logits[0, 4].sum().backward()
     assert all(parameter.grad is None for parameter in base.model.parameters())
-    assert all(parameter.grad is not None for parameter in gated.gate.parameters())
+    assert all(parameter.grad is not None for parameter in gated.selector.parameters())
 
 
 def test_candidates_may_be_whole_models(folder):
     """Of another shape and stage; each answers as itself, a pre-trained one too."""
     base = load_full(folder / "base.pkl")
     files = [folder / name for name in ("whole.pkl", "experts.pkl", "lora.pkl")]
-    gate = Gate(write_gate(folder / "w.pkl", folder / "base.pkl", files, seed=2), base)
+    gate = LoadedSelector(write_gate(folder / "w.pkl", folder / "base.pkl", files, seed=2), base)
     ids = torch.tensor([TOKENIZER.encode("hello")])
     expected = [load_full(files[0]), load_full(files[1]), load_adapter(files[2], base)]
     for model, one in zip(gate.models, expected, strict=True):
@@ -123,12 +125,12 @@ def test_candidates_are_found_where_they_were_or_beside_the_gate(folder, tmp_pat
     files = ["base", old / "lora.pkl", old / "whole.pkl"]
     write_gate(old / "gate.pkl", old / "base.pkl", files)
     shutil.move(old, new)
-    gate = Gate(new / "gate.pkl", load_full(new / "base.pkl"))
+    gate = LoadedSelector(new / "gate.pkl", load_full(new / "base.pkl"))
     assert [model.path for model in gate.models] == [new / "base.pkl", new / "lora.pkl", new / "whole.pkl"]
     assert gate.names[1] == str(old / "lora.pkl")
     (new / "lora.pkl").unlink()
     with pytest.raises(UserError, match=r"gate.pkl: its candidate .*lora.pkl is not there; put it beside"):
-        Gate(new / "gate.pkl", load_full(new / "base.pkl"))
+        LoadedSelector(new / "gate.pkl", load_full(new / "base.pkl"))
 
 
 @pytest.mark.parametrize("name", ["lora.pkl", "whole.pkl"])
@@ -137,7 +139,7 @@ def test_a_candidate_that_was_trained_anew_is_refused(folder, tmp_path, name):
     shutil.copy(folder / name, place)
     gate = write_gate(tmp_path / "gate.pkl", folder / "base.pkl", ["base", place])
     base = load_full(folder / "base.pkl")
-    assert len(Gate(gate, base).models) == 2
+    assert len(LoadedSelector(gate, base).models) == 2
     if name == "lora.pkl":
         write_adapter(place, folder / "base.pkl", seed=99)
     else:
@@ -145,7 +147,7 @@ def test_a_candidate_that_was_trained_anew_is_refused(folder, tmp_path, name):
     with pytest.raises(
         UserError, match=f"was trained to choose .*{name} as it was before.*train the gate anew"
     ):
-        Gate(gate, base)
+        LoadedSelector(gate, base)
 
 
 def test_what_cannot_be_chosen_is_refused(folder, tmp_path):
@@ -163,11 +165,11 @@ def test_what_cannot_be_chosen_is_refused(folder, tmp_path):
     with pytest.raises(
         UserError, match="gate.pkl was trained on other weights .* than those of .*experts.pkl"
     ):
-        Gate(gate, load_full(folder / "experts.pkl"))
+        LoadedSelector(gate, load_full(folder / "experts.pkl"))
     with pytest.raises(UserError, match="lora.pkl: an adapter of lora_train, not a gate; use --adapter"):
-        Gate(folder / "lora.pkl", base)
+        LoadedSelector(folder / "lora.pkl", base)
     with pytest.raises(UserError, match="base.pkl: a full model of sft, not a gate; use --checkpoint"):
-        Gate(folder / "base.pkl", base)
+        LoadedSelector(folder / "base.pkl", base)
     gate.write_bytes(gate.read_bytes()[:-50])
     with pytest.raises(UserError, match="cut short"):
-        Gate(gate, base)
+        LoadedSelector(gate, base)

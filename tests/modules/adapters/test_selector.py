@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from modules.adapters.selector import SampleGate, choices
+from modules.adapters.selector import Selector, choices
 from tests.modules.tools import shake
 
 
 @pytest.mark.parametrize("width, shape", [(0, (5,)), (3, (1, 1, 5)), (7, (2, 3, 5)), (1, (4, 5))])
 def test_the_gate_is_the_formula(width, shape):
     """W2 silu(W1 norm(h) + b1) + b2, one number after the other."""
-    gate = shake(SampleGate(5, 3, width), 2, scale=0.7).double()
+    gate = shake(Selector(5, 3, width), 2, scale=0.7).double()
     h = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     got = gate(h)
     assert got.shape == (*shape[:-1], 3)
@@ -42,7 +42,7 @@ def test_choices_are_counted_one_by_one(N, A):
         alone = [total + loss for total, loss in zip(alone, row, strict=True)]
     found = choices(losses, logits)
     assert found["accuracy"] == pytest.approx(right / N)
-    assert found["gate"] == pytest.approx(sum(got) / N) and found["best"] == pytest.approx(sum(best) / N)
+    assert found["selector"] == pytest.approx(sum(got) / N) and found["best"] == pytest.approx(sum(best) / N)
     assert found["regret"] == pytest.approx((sum(got) - sum(best)) / N, abs=1e-6)
     assert found["alone"] == pytest.approx([total / N for total in alone])
 
@@ -51,7 +51,7 @@ def test_extremes_of_choosing():
     """Always right: no regret. Always wrong: all of it. A tie is right whoever is chosen."""
     losses = torch.tensor([[1.0, 3.0], [4.0, 2.0]])
     assert choices(losses, -losses) == {
-        "accuracy": 1.0, "regret": 0.0, "gate": 1.5, "best": 1.5, "alone": [2.5, 2.5]
+        "accuracy": 1.0, "regret": 0.0, "selector": 1.5, "best": 1.5, "alone": [2.5, 2.5]
     }  # fmt: skip
     assert choices(losses, losses)["regret"] == 2.0 and choices(losses, losses)["accuracy"] == 0.0
     assert choices(torch.ones(3, 2), torch.randn(3, 2))["accuracy"] == 1.0

@@ -259,7 +259,7 @@ def test_a_gate_over_adapters(dialogues, tmp_path, monkeypatch, capsys):
     call(monkeypatch, gate_train, arguments(tmp_path, dialogues, base))
     said = capsys.readouterr().out
     saved = load_checkpoint(tmp_path / "TinySeek_Gate_final.pkl")
-    assert set(saved["weights"]) and all(name.startswith("gate.") for name in saved["weights"])
+    assert set(saved["weights"]) and all(name.startswith("selector.") for name in saved["weights"])
     names = [one["path"] for one in saved["base"]["candidates"]]
     assert names[0] == "base" and len(names) == 3 and all(name in said for name in names)
     assert "the gate is right on" in said

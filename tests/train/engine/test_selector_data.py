@@ -12,7 +12,7 @@ from load_data.loader import IGNORED
 from tests.inference.adapters import MOE, write_adapter, write_base
 from tests.inference.tools import byte_tokenizer
 from tests.train.tools import machine
-from train.engine.selector_data import answer_losses, gate_samples, labelled, question_ids, turns_of
+from train.engine.selector_data import answer_losses, selector_samples, labelled, question_ids, turns_of
 from utils.errors import UserError
 
 TOKENIZER = byte_tokenizer()
@@ -125,7 +125,7 @@ def test_a_sample_is_the_question_alone_and_the_best_candidate(candidates):
     base = candidates[0]
     table = torch.tensor([[2.0, 1.0, 3.0], [1.0, 1.0, 2.0], [3.0, 2.0, 1.0]])
     turns = [TURNS[0], TURNS[2], TURNS[5]]
-    samples = gate_samples(base, turns, table)
+    samples = selector_samples(base, turns, table)
     named = [TOKENIZER.decode(question_ids(base, turn), skip_special=False) for turn in turns]
     assert named == [f"User：{text}\nAssistant：" for text in ("a", "again", "z")]
     for sample, turn, best in zip(samples, turns, (1, 0, 2), strict=True):  # of equals the first
