@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from config.schema import ModelConfig
+from config.model import ModelConfig
 from modules.attention.grouped_query import GroupedQueryAttention
 from modules.attention.context import AttentionContext, build_context
 from modules.attention.cache import KVCache, RollingKVCache

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config.schema import ModelConfig
+from config.model import ModelConfig
 from modules.norm import RMSNorm
 
 

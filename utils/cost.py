@@ -14,7 +14,7 @@ of the model without it.
 
 from dataclasses import dataclass
 
-from config.schema import ModelConfig
+from config.model import ModelConfig
 from utils.parameter_groups import Group, head_widths, parameter_groups
 
 FP32, BF16 = 4, 2  # bytes per number

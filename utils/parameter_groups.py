@@ -6,7 +6,7 @@ parameter: it is moved by counting, not by a gradient.
 
 from dataclasses import dataclass, fields
 
-from config.schema import ModelConfig
+from config.model import ModelConfig
 
 
 @dataclass

@@ -22,7 +22,7 @@ import math
 import torch
 from torch import nn
 
-from config.schema import LoraConfig
+from config.adapters import LoraConfig
 from modules.adapters.adapter_switch import AdapterSwitch
 from modules.adapters.dora import dora_factor, row_norms
 from utils.errors import UserError

@@ -15,7 +15,7 @@ the same is called `adapter_names`.
 
 import torch
 
-from config.schema import LoraConfig
+from config.adapters import LoraConfig
 from utils.errors import UserError
 
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config.schema import LoraConfig
+from config.adapters import LoraConfig
 from modules.adapters.adapted_layer import Adapted, adapted_layers, effective_weight, scaling
 from modules.adapters.adapter_switch import AdapterSwitch
 from modules.adapters.dora import dora_change, dora_factor

@@ -61,7 +61,8 @@ class LoraExperts(Adapted, Experts):
 
 def lesson():
     """What experts' adapters cost: numbers to learn, and time to build the matrices next to using them."""
-    from config.schema import LoraConfig, ModelConfig
+    from config.adapters import LoraConfig
+    from config.model import ModelConfig
     from modules.adapters.lora import add_lora
     from modules.experts.moe import MoE
 

@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config.schema import MixLoraConfig, ModelConfig
+from config.adapters import MixLoraConfig
+from config.model import ModelConfig
 from modules.mlp import SwiGLU
 from modules.experts.moe import MoE
 from modules.experts.router import Routing, TopkRouter

@@ -28,7 +28,7 @@ import math
 import torch
 from torch import nn
 
-from config.schema import ModelConfig
+from config.model import ModelConfig
 from modules.attention.grouped_query import attend, eager_attention
 from modules.attention.context import AttentionContext
 from modules.attention.latent_cache import LatentCache

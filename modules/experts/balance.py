@@ -85,7 +85,7 @@ def max_vio(counts) -> float:
 
 def lesson():
     """A mixture of 8 small linear experts learns a task: the loads on the way, with and without a balance."""
-    from config.schema import ModelConfig
+    from config.model import ModelConfig
     from modules.experts.router import TopkRouter
 
     E, K, C, N = 8, 2, 8, 64

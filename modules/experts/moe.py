@@ -86,7 +86,7 @@ class MoE(nn.Module):
 
 def lesson():
     """What is stored against what is used, that both paths agree, and how busy experts are at the start."""
-    from config.schema import ModelConfig
+    from config.model import ModelConfig
 
     torch.manual_seed(0)
     config = ModelConfig(hidden_size=64, n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=32)

@@ -94,7 +94,7 @@ def keep_best_groups(choice, groups: int, kept: int):
 
 def lesson():
     """One token's scores, who is chosen, what the weights are, and what the bias and the groups change."""
-    from config.schema import ModelConfig
+    from config.model import ModelConfig
 
     generator = torch.Generator().manual_seed(5)
     weight, x = torch.randn(6, 16, generator=generator) * 0.3, torch.randn(1, 16, generator=generator)

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from config.load import DEFAULT_PRESET, from_dict, load_config, preset_names, to_dict
-from config.schema import ModelConfig, RunConfig, validate_section
+from config.checks import validate_section
+from config.model import ModelConfig
+from config.schema import RunConfig
 from utils.errors import UserError, run_main
 
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from config.schema import ModelConfig
+from config.model import ModelConfig
 from modules.rope import RotaryEmbedding
 from modules.rope_scaling import read_scaling, rope_frequencies, yarn_range
 from tests.modules.tools import small_config

@@ -5,7 +5,8 @@ import math
 
 import torch
 
-from config.schema import ModelConfig, validate_section
+from config.checks import validate_section
+from config.model import ModelConfig
 
 
 def small_config(**changes) -> ModelConfig:

@@ -6,7 +6,9 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import MtpLayer
 
-from config.schema import ModelConfig, OptimConfig, validate_section
+from config.checks import validate_section
+from config.model import ModelConfig
+from config.schema import OptimConfig
 from model.tinyseek import TinySeek
 from modules.mtp import ParallelMTP
 from train.engine.optimizers import build_optimizers

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 
 from config.load import from_dict
-from config.schema import ModelConfig, RunConfig
+from config.model import ModelConfig
+from config.schema import RunConfig
 from inference.evaluate import score_dialogues, score_skills
 from inference.generation.generator import Generator
 from load_data.chat.chat_data import SKILL_WORD, ChatData, chosen_skills

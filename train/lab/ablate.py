@@ -37,7 +37,8 @@ import utils  # noqa: F401  first: it says how threads wait, before PyTorch load
 import torch
 
 from config.load import DEFAULT_PRESET, from_dict, load_config, to_dict
-from config.schema import ModelConfig, RunConfig
+from config.model import ModelConfig
+from config.schema import RunConfig
 from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint, prune_checkpoints
 from utils.cost import cost_card
 from utils.errors import Parser, UserError, run_main

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 
-from config.schema import LoraConfig
+from config.adapters import LoraConfig
 from inference.fast.decoder import FastDecoder, supports
 from modules.adapters.adapted_layer import fold, merge, switch_of, unmerge
 from modules.adapters.lora import add_lora, freeze_all_but

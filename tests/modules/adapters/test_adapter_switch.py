@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from config.schema import LoraConfig
+from config.adapters import LoraConfig
 from modules.adapters.adapted_layer import switch_of
 from modules.adapters.adapter_switch import AdapterSwitch
 from modules.adapters.lora import add_lora

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from config.schema import LoraConfig
+from config.adapters import LoraConfig
 from model.tinyseek import TinySeek
 from modules.adapters.adapted_layer import fold, merge, switch_of
 from modules.adapters.lora import LoraLinear, add_lora, freeze_all_but

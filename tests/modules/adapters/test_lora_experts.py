@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from config.schema import LoraConfig
+from config.adapters import LoraConfig
 from modules.adapters.lora import add_lora, freeze_all_but
 from modules.experts.moe import Experts
 from tests.modules.adapters.test_lora import KINDS, settings_of, shake_adapters

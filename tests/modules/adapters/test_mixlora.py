@@ -10,7 +10,8 @@ from torch import nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from config.schema import BalanceConfig, MixLoraConfig
+from config.adapters import MixLoraConfig
+from config.schema import BalanceConfig
 from inference.fast.decoder import supports
 from model.tinyseek import TinySeek
 from train.engine.load_balancer import LoadBalancer

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
-from config.schema import PrefixConfig
+from config.adapters import PrefixConfig
 from inference.fast.decoder import supports
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config.schema import PrefixConfig, TokenizerConfig
+from config.adapters import PrefixConfig
+from config.schema import TokenizerConfig
 from load_data.chat.chat_data import encode
 from load_data.chat.chat_loader import count_eval_rows, eval_chat_batches
 from load_data.chat.chat_template import ChatTemplate

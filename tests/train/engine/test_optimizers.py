@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from config.schema import LoraConfig, OptimConfig, RunConfig
+from config.adapters import LoraConfig
+from config.schema import OptimConfig, RunConfig
 from model.adapters import attach
 from model.tinyseek import TinySeek
 from modules.muon import Muon

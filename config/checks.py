@@ -1,0 +1,59 @@
+"""Limits of config fields, and the checks that enforce them.
+
+A field declares its limits in its metadata (`at_least`, `above`, `at_most`, `below`, `choices`). A section
+may also define `check()` for relations between its fields. A violation raises a `UserError` that names the
+field, the value and the rule.
+"""
+
+import math
+import types
+import typing
+from dataclasses import field, fields
+
+from utils.errors import UserError
+
+
+def option(default, **limits):
+    """A dataclass field with limits: `at_least`, `above`, `at_most`, `below` (numbers) or `choices`."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=limits)
+    return field(default=default, metadata=limits)
+
+
+def validate_section(name: str, section) -> None:
+    """Types, single-field limits, then the section's own `check()`."""
+    hints = typing.get_type_hints(type(section))
+    for item in fields(section):
+        value = getattr(section, item.name)
+        setattr(section, item.name, checked(f"{name}.{item.name}", value, hints[item.name], item.metadata))
+    if hasattr(section, "check"):
+        section.check()
+
+
+def checked(key: str, value, hint, limits) -> object:
+    """`value` if it has the type and keeps to the limits (an int is taken where a float is meant)."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    kinds = tuple(typing.get_origin(kind) or kind for kind in allowed if kind is not type(None))
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        names = " or ".join(kind.__name__ for kind in kinds) + (" or null" if type(None) in allowed else "")
+        raise UserError(f"{key} must be {names}, not {value!r} ({type(value).__name__})")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={value} must be a finite number")
+    if list in kinds and not all(isinstance(part, str) for part in value):
+        raise UserError(f"{key} must be a list of strings, not {value!r}")
+    rules = {
+        "at_least": lambda bound: value >= bound,
+        "above": lambda bound: value > bound,
+        "at_most": lambda bound: value <= bound,
+        "below": lambda bound: value < bound,
+        "choices": lambda bound: value in bound,
+    }
+    for rule, bound in limits.items():
+        if not rules[rule](bound):
+            words = f"one of {', '.join(bound)}" if rule == "choices" else f"{rule.replace('_', ' ')} {bound}"
+            raise UserError(f"{key}={value!r} must be {words}")
+    return value
