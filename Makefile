@@ -9,8 +9,14 @@ endif
 
 .PHONY: train chat plot test quick lint clean
 
-train: $(VENV)/core.done      ## train a language model on your Python's standard library
-	$(BIN)/python train/pre_train.py
+# A second `make train` says what to do next; pre_train.py itself would refuse, with an exit code that make reports.
+ifneq ($(and $(wildcard out/TinySeek_Pre*.pkl),$(if $(ARGS),,none)),)
+train:                        ## train a language model on your Python's standard library
+	@echo "out/ holds a model already: make chat, or make train ARGS=--resume (or ARGS=--overwrite)"
+else
+train: $(VENV)/core.done
+	$(BIN)/python train/pre_train.py $(ARGS)
+endif
 
 chat: $(VENV)/core.done       ## talk to the most advanced model in out/
 	$(BIN)/python inference/chat.py

@@ -60,8 +60,3 @@ def test_a_run_keeps_its_memory(monkeypatch):
     monkeypatch.setattr(train_machine, "set_threads", lambda: calls.append("threads"))
     train_machine.start_machine(RunConfig())
     assert sorted(calls) == ["kept", "threads"]
-
-
-def test_threads_wait_asleep_unless_told_otherwise():
-    script = "import utils, os; print(os.environ['OMP_WAIT_POLICY'])"
-    assert run(script) == ["passive"] and run(script, OMP_WAIT_POLICY="active") == ["active"]
