@@ -1,4 +1,4 @@
-"""The choice follows the measured time, what the user set stays, and measuring leaves the process as it was."""
+"""The choice follows the measured time, a user's own choice stays, and measuring leaves no trace."""
 
 import os
 import subprocess
