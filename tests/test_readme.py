@@ -1,4 +1,4 @@
-"""The commands of README.md work: each is run with a small end, and those that need a GPU are parsed.
+"""The commands of README.md and docs/ work: each is run with a small end; those that need a GPU are parsed.
 
 Every fenced block marked `bash` is read, and a `make` target stands for the commands of its recipe. They are
 run in the order in which they stand, on a tiny model, with two steps and little data: what one leaves is what
@@ -23,7 +23,7 @@ from tests.inference.tools import write_checkpoint
 from tests.train.tools import ROOT, environment
 from train.engine.command import parse_command
 
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("fine_tuning", "usage", "results"))]
 NEEDS_GPU = ("gpu_", "--device cuda", "nccl")
 STAGES = {
     "pre_train": ("Pre", ()), "sft_train": ("SFT", ("Pre",)), "lora_train": ("Lora", ("SFT", "Pre")),
@@ -70,12 +70,12 @@ def recipes(makefile: str) -> dict[str, list[str]]:
         if match := re.match(r"([\w-]+):", line):
             target = match[1]
         elif line.startswith("\t") and target and "$(BIN)/python" in line:
-            found.setdefault(target, []).append(line.strip().replace("$(BIN)/", ""))
+            found.setdefault(target, []).append(line.strip().replace("$(BIN)/", "").replace(" $(ARGS)", ""))
     return found
 
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-COMMANDS = commands(README.read_text(encoding="utf-8")) if README.exists() else []
+COMMANDS = list(dict.fromkeys(one for page in PAGES for one in commands(page.read_text(encoding="utf-8"))))
 SPELLED = [one for command in COMMANDS
            for one in (recipes(MAKEFILE).get(command.removeprefix("make "), [command]))]  # fmt: skip
 OURS = [command for command in dict.fromkeys(SPELLED) if script_of(shlex.split(command))]
@@ -109,23 +109,35 @@ def test_there_are_commands():
     assert any("chat.py" in command for command in OURS) and any("make" in command for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, *(f"make {target}" for target in recipes(MAKEFILE))])
-def test_what_a_command_names_exists(command):
+def test_what_the_commands_name_exists():
     """Scripts, modules, requirement files, presets, make targets and the scripts of their recipes."""
-    words = shlex.split(command)
-    if script := script_of(words):
-        assert (ROOT / script).is_file(), f"README.md: `{command}`: there is no {script}"
-    for flag, value in zip(words, words[1:]):
-        if flag == "-r":
-            assert (ROOT / value).is_file(), f"README.md: `{command}`: there is no {value}"
-        if flag == "--config" and not value.endswith(".json"):
-            load_config(value, stage=stage_of(words) or "pre_train")
-    if words[0] == "make":
-        targets = re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE)
-        assert set(words[1:]) <= set(targets), f"README.md: `{command}`: no such target"
-        for line in recipes(MAKEFILE).get(words[1], []):
-            script = script_of(shlex.split(line))
-            assert script is None or (ROOT / script).is_file(), f"Makefile: `{line}`: there is no {script}"
+    targets = re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE)
+    for command in [*COMMANDS, *(f"make {target}" for target in recipes(MAKEFILE))]:
+        words = shlex.split(command)
+        if script := script_of(words):
+            assert (ROOT / script).is_file(), f"`{command}`: there is no {script}"
+        for flag, value in zip(words, words[1:]):
+            if flag == "-r":
+                assert (ROOT / value).is_file(), f"`{command}`: there is no {value}"
+            if flag == "--config" and not value.endswith(".json"):
+                load_config(value, stage=stage_of(words) or "pre_train")
+        if words[0] == "make":
+            assert set(words[1:]) <= set(targets), f"`{command}`: no such target"
+            for line in recipes(MAKEFILE).get(words[1], []):
+                name = script_of(shlex.split(line))
+                assert name is None or (ROOT / name).is_file(), f"Makefile: `{line}`: there is no {name}"
+
+
+def test_what_the_pages_name_exists():
+    """Links, pictures and files in backticks; and README.md fits on five screens."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+    folders = "config|modules|model|load_data|train|inference|utils|tests|docs"
+    for page in [*PAGES, ROOT / "docs" / "proof.md"]:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: no {target}"
+        for name in re.findall(rf"`((?:{folders})/[\w/]*\.\w+)`", text):
+            assert (ROOT / name).is_file(), f"{page.name}: there is no {name}"
 
 
 def with_files(words: list[str], folder: Path) -> list[str]:
@@ -168,7 +180,7 @@ def test_training_commands_are_parsed(command, tmp_path):
     if "--help" in arguments:
         return
     init = arguments[arguments.index("--init") + 1] if "--init" in arguments else ""
-    assert not init or init.startswith("out/"), f"README.md: `{command}`: where does {init} come from?"
+    assert not init or init.startswith("out/"), f"`{command}`: where does {init} come from?"
     flags = [*without(arguments, "--out", "--init"), "--out", str(tmp_path / "new")]
     if bases:
         flags += ["--init", str(write_checkpoint(tmp_path / "base.pkl"))]
@@ -215,7 +227,7 @@ def run(home, monkeypatch, capfd):
 def small(words: list[str], home: Path) -> list[str]:
     """The command as it is run here."""
     words, script, stage = with_files(words, home), script_of(words), stage_of(words)
-    others = ("tests/", "train/benchmark", "train/ablate")
+    others = ("tests/", "train/lab/")
     if script.startswith(others) or "--help" in words:
         return [*words[: words.index(script) + 1], "--help"]  # these have tests of their own
     if stage:
@@ -248,10 +260,10 @@ def test_commands_run(command, home, run):
     words = small(shlex.split(command), home)
     before = results(home)
     code, output, error = run(words)
-    assert code == 0, f"README.md: `{command}`\n{output[-1500:]}\n{error[-1500:]}"
+    assert code == 0, f"`{command}`\n{output[-1500:]}\n{error[-1500:]}"
     if (stage := stage_of(words)) and "--help" not in words:
         new = {path.name for path, when in results(home).items() if before.get(path) != when}
-        assert new == {f"TinySeek_{STAGES[stage][0]}_final.pkl"}, f"README.md: `{command}`: no result in out/"
+        assert new == {f"TinySeek_{STAGES[stage][0]}_final.pkl"}, f"`{command}`: no result in out/"
 
 
 def results(home: Path) -> dict[Path, int]:
