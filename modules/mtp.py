@@ -46,9 +46,9 @@ class ParallelMTP(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden):
-        """(B, T, C) -> (B, T, C)."""
-        return self.norm(hidden + F.silu(self.proj(hidden)))
+    def forward(self, hidden, embeddings=None, context=None, rotary=None, cache=None):
+        """hidden (B, T, C) -> (B, T, C) and no routing. The other arguments are those of `SequentialMTP`."""
+        return self.norm(hidden + F.silu(self.proj(hidden))), None
 
 
 class SequentialMTP(nn.Module):
@@ -136,7 +136,7 @@ def lesson():
         head = nn.Linear(C, V)
         optimizer = torch.optim.AdamW([*mtp.parameters(), *head.parameters()], lr=2e-2)
         for _ in range(60):
-            second = mtp(hidden) if choices == 16 else mtp(hidden, following, None, None)[0]
+            second, _ = mtp(hidden, following, None, None)
             losses = F.cross_entropy(head(second).mT, mtp_labels(labels), reduction="none")[:, :-1]
             optimizer.zero_grad(), losses[:128].mean().backward(), optimizer.step()
         name, loss = type(mtp).__name__, losses[128:].mean()  # on rows that it did not learn from

@@ -20,6 +20,7 @@ import torch
 
 from inference.fast.decoder import FastDecoder, supports
 from inference.generation.sampling import Sampler, SamplingParams
+from model.caches import make_cache
 
 SMALL = 32 * 2**20  # bytes of weights up to which, and
 FEW = 32  # tokens in one forward up to which a second CPU thread is no gain
@@ -29,8 +30,7 @@ class Generator:
     """Continues token rows with `model`.
 
     Args:
-        model: a `TinySeek`, or a module with its `forward(ids, cache, new_tokens, last_only)`, `make_cache`
-            and `config`.
+        model: a `TinySeek`, or a module with its `forward(ids, cache, new_tokens, last_only)` and `config`.
         start_id: where an empty prompt starts; 0 is the end-of-text token of every TinySeek tokenizer.
         fast: a single row goes through `FastDecoder` where that supports the model; False: never.
     """
@@ -64,7 +64,7 @@ class Generator:
             device = next(self.model.parameters()).device
             sampler = Sampler(params, prompts, self.model.config.vocab_size, device)
             capacity = max(len(prompt) + places for prompt, places in zip(prompts, room, strict=True))
-            cache = self.model.make_cache(len(prompts), capacity)
+            cache = make_cache(self.model, len(prompts), capacity)
             decoder = self.fast_decoder() if len(prompts) == 1 else None
             with few_threads(self.model, sum(map(len, prompts))):
                 logits = self.prefill(prompts, cache, device)  # (B, V)

@@ -32,6 +32,8 @@ import torch
 
 from inference.generation.generator import Generator, few_threads
 from inference.generation.sampling import Sampler, SamplingParams, draw, filtered_probs
+from model.caches import make_cache, make_draft_cache
+from modules.attention.context import build_context
 from utils.errors import UserError
 
 LONGEST = 15  # a rolling cache takes back 16 tokens
@@ -83,8 +85,8 @@ class SpeculativeGenerator(Generator):
         try:
             self.prepared = self.fast_decoder()
             sampler = Sampler(params, [prompt], self.model.config.vocab_size, self.device)
-            cache = self.model.make_cache(1, len(prompt) + room)
-            draft_cache = self.model.make_draft_cache(1, len(prompt) + room)
+            cache = make_cache(self.model, 1, len(prompt) + room)
+            draft_cache = make_draft_cache(self.model, 1, len(prompt) + room)
             with few_threads(self.model, len(prompt)):
                 logits, hidden = self.verify(prompt, cache, last_only=True)
             new = sampler.pick(logits)
@@ -144,13 +146,34 @@ class SpeculativeGenerator(Generator):
         if self.prepared is not None and len(following) <= 1 + self.draft_length:  # a prompt is too long
             return self.prepared.draft(hidden, following, cache)
         ids = torch.tensor([following], device=self.device)
-        logits, second = self.model.draft(hidden[None], ids, cache, last_only=True)
+        logits, second = draft(self.model, hidden[None], ids, cache, last_only=True)
         return logits[0], second[0, -1:]
 
     @property
     def device(self):
         """Where the model is."""
         return next(self.model.parameters()).device
+
+
+def draft(model, hidden, following, cache=None, last_only=False):
+    """Return the MTP head's logits (B, T, V) of the token after the next, and its hidden states (B, T, C).
+
+    Args:
+        model: a `TinySeek`.
+        hidden: (B, T, C) of the trunk, or of the head itself to look further ahead.
+        following: (B, T), the token after each.
+        cache: from `make_draft_cache`, for the sequential head.
+        last_only: return the logits of the last column only, (B, 1, V).
+    """
+    tokens = following.shape[1]
+    if cache is not None:
+        cache.begin(tokens)
+    context = build_context(tokens, hidden.device, window=model.config.sliding_window, cache=cache)
+    rotary = model.model.rotary_emb(context.positions)
+    second, _ = model.mtp(hidden, model.model.embed_tokens(following), context, rotary, cache)
+    if cache is not None:
+        cache.advance()
+    return model.logits(second[:, -1:] if last_only else second), second
 
 
 def accept(p, q, drafts: list[int], generator: torch.Generator) -> list[int]:

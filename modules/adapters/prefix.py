@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from modules.attention.cache import KVCache
 from utils.errors import UserError
 
 ROLES = 3  # System, User, Assistant
@@ -119,9 +120,10 @@ def add_prefix(model, config, ids: list[int] | None = None) -> list[str]:
 @torch.no_grad()
 def keys_and_values(model, ids):
     """What each layer's attention keeps of the n tokens `ids` -> keys and values, (L, G, n, D) each."""
-    training = model.training
+    training, shape, weight = model.training, model.config, model.model.embed_tokens.weight
+    sizes = (shape.num_hidden_layers, 1, len(ids), shape.num_key_value_heads, shape.head_dim)
+    cache = KVCache(*sizes, weight.dtype, weight.device)
     model.eval()
-    cache = model.make_cache(1, len(ids))
     model(ids[None], cache=cache, last_only=True)
     model.train(training)
     return cache.store[:, 0, 0].clone(), cache.store[:, 1, 0].clone()

@@ -12,6 +12,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from inference.generation.speculative import draft
+from model.caches import make_cache
 from model.tinyseek import TinySeek
 from tests.modules.tools import shake, small_config
 from utils.cost import cost_card
@@ -163,7 +165,7 @@ def test_the_cache_takes_what_the_cost_card_says(changes, bytes_per_token):
     shape = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "head_dim": 32}
     config = small_config(**shape, **MOE, **changes)
     model = TinySeek(config).bfloat16()
-    assert model.make_cache(3, 100).bytes == 3 * 100 * bytes_per_token
+    assert make_cache(model, 3, 100).bytes == 3 * 100 * bytes_per_token
     assert cost_card(config, 64).kv_cache_bytes() == bytes_per_token
 
 
@@ -182,7 +184,7 @@ def test_the_second_loss_is_that_of_the_token_after_the_next(kind):
             if labels[row, t + 1] == -100:
                 continue
             hidden = model(ids[row : row + 1, : t + 1]).hidden
-            logits, _ = model.draft(hidden, text_ids[row : row + 1, 1 : t + 2])
+            logits, _ = draft(model, hidden, text_ids[row : row + 1, 1 : t + 2])
             expected = expected + F.cross_entropy(logits[:, -1], text_ids[row, t + 2 : t + 3])
     torch.testing.assert_close(output.mtp_loss_sum, expected, rtol=1e-10, atol=1e-10)
     first = torch.autograd.grad(output.mtp_loss_sum, model.model.embed_tokens.weight, retain_graph=True)[0]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from model.caches import make_cache
 from model.tinyseek import TinySeek
 from tests.modules.tools import shake, small_config
 
@@ -171,7 +172,7 @@ def test_greedy_generation_is_hugging_faces():
         expected = theirs.generate(
             prompt, max_new_tokens=14, do_sample=False, pad_token_id=0, eos_token_id=None
         )
-        cache, piece, row = ours.make_cache(2, 18), prompt, prompt
+        cache, piece, row = make_cache(ours, 2, 18), prompt, prompt
         for _ in range(14):
             piece = ours(piece, cache=cache, last_only=True).logits.argmax(-1)
             row = torch.cat([row, piece], dim=1)

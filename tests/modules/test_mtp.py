@@ -12,6 +12,8 @@ from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MLP, DeepseekV3RMSNorm
 
+from inference.generation.speculative import draft
+from model.caches import make_draft_cache
 from model.tinyseek import TinySeek
 from modules.attention.context import build_context
 from modules.mtp import ParallelMTP, SequentialMTP, mtp_labels, next_ids
@@ -91,7 +93,7 @@ def test_the_block_is_that_of_transformers(name):
     )
     logits = head._project_to_logits(second)
     ours = model(ids)
-    our_logits, our_second = model.draft(ours.hidden, next_ids(ids))
+    our_logits, our_second = draft(model, ours.hidden, next_ids(ids))
     for a, b in ((ours.hidden, output.hidden_states[-1]), (our_second, second), (our_logits, logits)):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
@@ -156,9 +158,9 @@ def test_the_parallel_head_is_its_formula():
     weight, gain = head.proj.weight, head.norm.weight
     moved = hidden + (hidden @ weight.T) / (1 + torch.exp(-hidden @ weight.T))
     slow = moved / torch.sqrt((moved**2).sum(dim=-1, keepdim=True) / 24 + 1e-3) * gain
-    torch.testing.assert_close(head(hidden), slow, rtol=0, atol=1e-13)
+    torch.testing.assert_close(head(hidden)[0], slow, rtol=0, atol=1e-13)
     inputs = (hidden, weight, gain)
-    ours = torch.autograd.grad((head(hidden) * upstream).sum(), inputs)
+    ours = torch.autograd.grad((head(hidden)[0] * upstream).sum(), inputs)
     for a, b in zip(ours, torch.autograd.grad((slow * upstream).sum(), inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
@@ -268,12 +270,12 @@ def test_in_pieces_with_a_cache_as_in_one_forward(name, dtype, atol):
     context = build_context(14, "cpu", window=model.config.sliding_window)
     rotary = model.model.rotary_emb(context.positions)
     whole, _ = model.mtp(hidden, model.model.embed_tokens(following), context, rotary)
-    cache, start = model.make_draft_cache(1, 20), 0
+    cache, start = make_draft_cache(model, 1, 20), 0
     for columns in (7, 1, 3, 1, 2):
         end = start + columns
-        logits, second = model.draft(hidden[:, start:end], following[:, start:end], cache)
+        logits, second = draft(model, hidden[:, start:end], following[:, start:end], cache)
         torch.testing.assert_close(second, whole[:, start:end], rtol=0, atol=atol)
         torch.testing.assert_close(logits, model.lm_head(whole[:, start:end]), rtol=0, atol=10 * atol)
-        model.draft(second[:, -1:], torch.tensor([[7]]), cache)
+        draft(model, second[:, -1:], torch.tensor([[7]]), cache)
         cache.crop([end])
         start = end

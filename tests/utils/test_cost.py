@@ -222,7 +222,7 @@ def test_parallel_mtp_costs_its_block_and_a_second_head():
     assert card.groups["mtp"].total == sum(p.numel() for p in block.parameters())
     hidden = torch.randn(1, tokens, config.hidden_size, requires_grad=True)
     block.norm = torch.nn.Identity()  # its backward sums rows by a product with ones, which would be counted
-    forward, both = counted_flops(lambda: head(block(hidden)))
+    forward, both = counted_flops(lambda: head(block(hidden)[0]))
     assert forward == tokens * card.mtp_flops() == tokens * card.mtp_flops(full_attention=True)
     assert both == 3 * forward
     without = cost_card(model_config(**TINY), tokens, tokens)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from inference.generation.speculative import draft
+from model.caches import make_cache, make_draft_cache
 from inference.fast.decoder import FastDecoder, supports
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams
@@ -88,7 +90,7 @@ def test_same_logits_and_same_cache(name, dtype):
     model = build(dtype, **(SHAPES | EXPERTS | HEADS)[name])
     assert supports(model)
     fast = FastDecoder(model)
-    caches = [model.make_cache(1, 40) for _ in range(2)]
+    caches = [make_cache(model, 1, 40) for _ in range(2)]
     tokens = some_tokens(40)
     for cache in caches:
         model(torch.tensor([tokens[:3]]), cache=cache)
@@ -108,7 +110,7 @@ def test_bf16_with_experts_is_nearer_to_the_exact_answer_than_the_plain_path(nam
     model = build(torch.bfloat16, **EXPERTS[name])
     exact = copy.deepcopy(model).double()
     fast, errors = FastDecoder(model), {"fast": [], "plain": []}
-    caches = [model.make_cache(1, 40), model.make_cache(1, 40), exact.make_cache(1, 40)]
+    caches = [make_cache(model, 1, 40), make_cache(model, 1, 40), make_cache(exact, 1, 40)]
     for token in some_tokens(40):
         ids = torch.tensor([[token]])
         expected = exact(ids, cache=caches[2]).logits[:, 0]
@@ -127,7 +129,7 @@ def test_a_few_tokens_at_once(name, dtype):
     model = build(dtype, **(SHAPES | EXPERTS)[name])
     fast, tokens = FastDecoder(model), some_tokens(30)
     for first in (5, 1, 2, 3, 4):
-        cache, expected_cache = model.make_cache(1, 30), model.make_cache(1, 30)
+        cache, expected_cache = make_cache(model, 1, 30), make_cache(model, 1, 30)
         whole = model(torch.tensor([tokens]), cache=expected_cache)
         start, size, kept = 0, first, []
         while start < len(tokens):
@@ -151,13 +153,13 @@ def test_drafts(name, dtype):
     model = build(dtype, **HEADS[name])
     fast, tokens = FastDecoder(model), some_tokens(21)
     hidden, start = model(torch.tensor([tokens])).hidden, 0  # (1, T, C)
-    cache, expected_cache = model.make_draft_cache(1, 30), model.make_draft_cache(1, 30)
+    cache, expected_cache = make_draft_cache(model, 1, 30), make_draft_cache(model, 1, 30)
     for size in (3, 1, 2, 5, 4, 1, 4):
         ours = hidden[0, start : start + size]
         theirs, following = ours[None], tokens[start + 1 : start + size + 1]
         start += size
         for _ in range(3):
-            expected, theirs = model.draft(theirs, torch.tensor([following]), expected_cache)
+            expected, theirs = draft(model, theirs, torch.tensor([following]), expected_cache)
             theirs = theirs[:, -1:]
             logits, ours = fast.draft(ours, following, cache)
             assert logits.shape == (1, 61) and ours.shape == (1, 24)
@@ -175,7 +177,7 @@ def test_drafts(name, dtype):
 def test_what_is_handed_out_stays():
     """Later calls of the same size do not overwrite earlier answers."""
     model = build(torch.float64, **HEADS["sequential, experts"])
-    fast, cache, draft_cache = FastDecoder(model), model.make_cache(1, 20), model.make_draft_cache(1, 20)
+    fast, cache, draft_cache = FastDecoder(model), make_cache(model, 1, 20), make_draft_cache(model, 1, 20)
     first = [fast.step(3, cache), *fast.verify([5, 6], cache)]
     first += fast.draft(first[2], [6, 7], draft_cache)
     before = [one.clone() for one in first]
@@ -191,10 +193,10 @@ def test_the_copy_does_not_follow_later_training():
     for weight in model.state_dict().values():
         weight.add_(0.5)
     expected = before(torch.tensor([[7, 8]]))
-    logits, hidden = fast.verify([7, 8], model.make_cache(1, 4))
+    logits, hidden = fast.verify([7, 8], make_cache(model, 1, 4))
     close(logits, expected.logits[0], torch.float32)
-    drafted, _ = fast.draft(hidden, [8, 9], model.make_draft_cache(1, 4))
-    close(drafted, before.draft(expected.hidden, torch.tensor([[8, 9]]))[0][:, -1], torch.float32)
+    drafted, _ = fast.draft(hidden, [8, 9], make_draft_cache(model, 1, 4))
+    close(drafted, draft(before, expected.hidden, torch.tensor([[8, 9]]))[0][:, -1], torch.float32)
 
 
 @torch.inference_mode()
@@ -230,7 +232,7 @@ def test_the_choice_of_experts_is_made_in_fp32(dtype):
 def test_paths_may_take_turns_and_go_back():
     """Plain, fast, crop (rejected drafts), fast, plain: the cache belongs to both."""
     model = build(torch.float64)
-    fast, cache = FastDecoder(model), model.make_cache(1, 20)
+    fast, cache = FastDecoder(model), make_cache(model, 1, 20)
     model(torch.tensor([[5, 6, 7]]), cache=cache)
     for token in (1, 2, 3, 4):
         fast.step(token, cache)
@@ -276,7 +278,7 @@ def test_the_end_of_cache_and_context_is_an_error():
     model = build(torch.float64)
     fast = FastDecoder(model)
     for capacity, longest in ((4, 4), (100, 64)):
-        cache = model.make_cache(1, capacity)
+        cache = make_cache(model, 1, capacity)
         for _ in range(longest):
             fast.step(1, cache)
         with pytest.raises(ValueError, match=f"no place for token {longest}"):

@@ -51,6 +51,19 @@ class Tokens:
         del self.tokens[lengths[0] :]
 
 
+@pytest.fixture(autouse=True)
+def own_caches_and_drafts(monkeypatch):
+    """The models of this file that are no `TinySeek` bring their own caches and drafts."""
+    for name in ("make_cache", "make_draft_cache", "draft"):
+        real = getattr(speculative, name)
+
+        def one(model, *rest, name=name, real=real, **options):
+            own = getattr(model, name, None)
+            return own(*rest, **options) if own else real(model, *rest, **options)
+
+        monkeypatch.setattr(speculative, name, one)
+
+
 class Table(nn.Module):
     """A trunk that knows the logits after every beginning of a text, by a function of its tokens."""
 
@@ -90,7 +103,7 @@ class WithDrafts(nn.Module):
         return self.trunk(ids, cache=cache, last_only=last_only)
 
     def make_cache(self, rows, capacity):
-        return self.trunk.make_cache(rows, capacity)
+        return speculative.make_cache(self.trunk, rows, capacity)
 
     def make_draft_cache(self, rows, capacity):
         return Tokens()
@@ -248,7 +261,7 @@ def test_drafts_are_those_of_the_head_without_a_cache(name, kind, length, fast):
             following = text[1:]
             assert not drafts or drafts[0][0] == following[-1]
             for place, (_, logits) in enumerate(drafts):
-                expected, second = model.draft(hidden, torch.tensor([following]))
+                expected, second = speculative.draft(model, hidden, torch.tensor([following]))
                 torch.testing.assert_close(logits, expected[:, -1], rtol=0, atol=1e-9)
                 hidden = torch.cat([hidden, second[:, -1:]], dim=1)
                 following += [token for token, _ in drafts[place + 1 : place + 2]]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from config.adapters import LoraConfig
+from model.caches import make_cache
 from inference.fast.decoder import FastDecoder, supports
 from modules.adapters.adapted_layer import fold, merge, switch_of, unmerge
 from modules.adapters.lora import add_lora, freeze_all_but
@@ -131,7 +132,7 @@ def test_folded_it_is_a_plain_model(name, changes):
     kept = {n for n, p in model.named_parameters() if p is parameters[n]}
     assert "model.norm.weight" in kept and (len(kept) == len(parameters)) == (name is None)
     if supports(plain):
-        cache = model.make_cache(1, 6)
+        cache = make_cache(model, 1, 6)
         model(ids[:1, :5], cache=cache)
         step = FastDecoder(model).step(int(ids[0, 5]), cache)
         torch.testing.assert_close(step, expected[:1, 5], rtol=1e-3, atol=1e-3)

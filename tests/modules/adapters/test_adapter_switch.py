@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from config.adapters import LoraConfig
+from model.caches import make_cache
 from modules.adapters.adapted_layer import switch_of
 from modules.adapters.adapter_switch import AdapterSwitch
 from modules.adapters.lora import add_lora
@@ -87,7 +88,7 @@ def test_decoding_with_a_cache_and_under_bf16():
     model, switch = adapted(MODELS["latent, mixture"])
     rows, ids = ROWS[0], text(6, 6)
     switch.use(rows)
-    expected, cache = model(ids).logits, model.make_cache(6, 6)
+    expected, cache = model(ids).logits, make_cache(model, 6, 6)
     steps = [model(ids[:, t : t + 1], cache=cache).logits for t in range(6)]
     torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-9, atol=1e-9)
     model, switch = adapted({}, torch.float32)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from config.adapters import LoraConfig
+from model.caches import make_cache
 from model.tinyseek import TinySeek
 from modules.adapters.adapted_layer import fold, merge, switch_of
 from modules.adapters.lora import LoraLinear, add_lora, freeze_all_but
@@ -362,7 +363,7 @@ def test_latent_attention_with_an_adapter_on_the_expansion_decodes_what_it_reads
     shake_adapters(model)
 
     def decode():
-        cache = model.make_cache(2, 12)
+        cache = make_cache(model, 2, 12)
         return torch.cat([model(ids[:, t : t + 1], cache=cache).logits for t in range(12)], dim=1)
 
     ids = text(2, 12)

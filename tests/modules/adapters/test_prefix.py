@@ -8,6 +8,8 @@ import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from config.adapters import PrefixConfig
+from inference.generation.speculative import draft
+from model.caches import make_cache, make_draft_cache
 from inference.fast.decoder import supports
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams
@@ -205,7 +207,7 @@ def test_logits_piece_by_piece_are_those_of_the_whole():
     model, ids = prefixed(n=3), text(2, 9)
     expected = model(ids).logits
     with torch.enable_grad():
-        cache = model.make_cache(2, 9)
+        cache = make_cache(model, 2, 9)
     assert cache.lengths == [3, 3] and cache.capacity == 12 and not cache.store.requires_grad
     positions = torch.arange(9).expand(2, -1)
     got = [
@@ -224,8 +226,8 @@ def test_the_second_head_has_no_prefix(kind, tokens):
     model, ids = prefixed(mtp=kind, tie_word_embeddings=False), text(2, tokens)
     labels = text(2, tokens, seed=5)
     out = model(ids, labels=labels, mtp=True)
-    cache = model.make_draft_cache(2, 9)
-    logits, _ = model.draft(out.hidden, torch.cat([ids[:, 1:], ids.new_zeros(2, 1)], 1), cache)
+    cache = make_draft_cache(model, 2, 9)
+    logits, _ = draft(model, out.hidden, torch.cat([ids[:, 1:], ids.new_zeros(2, 1)], 1), cache)
     supervised = labels[:, 1:]
     nll = -logits[:, :-1].log_softmax(-1).gather(2, supervised[..., None]) if tokens > 1 else torch.zeros(1)
     same(out.mtp_loss_sum.detach(), nll.sum().detach().to(out.mtp_loss_sum))
@@ -259,7 +261,7 @@ def test_under_autocast_the_prefix_follows_the_tokens():
     logits.float().sum().backward()
     assert model.prefix.keys.grad.dtype == torch.float32
     half = copy.deepcopy(model).bfloat16()
-    assert half.make_cache(1, 3).store.dtype == torch.bfloat16
+    assert make_cache(half, 1, 3).store.dtype == torch.bfloat16
     assert (half(text(2, 6)).logits - exact).norm() < 0.05 * exact.norm()
 
 

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from model.caches import make_cache
 from model.tinyseek import TinySeek
 from modules.attention.grouped_query import eager_attention
 from modules.attention.context import build_context
@@ -45,7 +46,7 @@ def same(ours, expected):
 def caches(model, B, capacity):
     """The model's own cache, and with a window also rings with little room, whose slots are reused at
     once."""
-    yield model.make_cache(B, capacity)
+    yield make_cache(model, B, capacity)
     config = model.config
     if config.sliding_window is not None:
         shape = (config.num_key_value_heads, config.head_dim, torch.float64, "cpu")
@@ -171,8 +172,8 @@ def test_memory_of_a_ring_does_not_grow():
         assert len(set(written)) == len(written)
     assert cache.lengths == [255] and cache.bytes == taken and cache.store.data_ptr() == address
     model = TinySeek(small_config(sliding_window=4))
-    assert model.make_cache(1, 10_000_000).bytes < 100_000
-    assert type(model.make_cache(1, 4)) is KVCache  # never needs to forget
+    assert make_cache(model, 1, 10_000_000).bytes < 100_000
+    assert type(make_cache(model, 1, 4)) is KVCache  # never needs to forget
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -208,9 +209,9 @@ def test_a_prefix_taken_from_a_text_continues_it():
     """Keys and values of a text's first tokens, put in front of its rest, give the logits of the whole
     text."""
     model, text = model_of("GQA"), ids(2, 12)
-    first = model.make_cache(2, 5)
+    first = make_cache(model, 2, 5)
     model(text[:, :5], cache=first)
-    cache = model.make_cache(2, 12)
+    cache = make_cache(model, 2, 12)
     for layer in range(2):
         cache.start_with(layer, *first.store[layer])
     same(model(text[:, 5:], cache=cache).logits, model(text).logits[:, 5:])
@@ -219,7 +220,7 @@ def test_a_prefix_taken_from_a_text_continues_it():
 @torch.no_grad()
 def test_what_does_not_fit_is_said():
     model = model_of("GQA")
-    cache = model.make_cache(2, 6)
+    cache = make_cache(model, 2, 6)
     with pytest.raises(ValueError, match="holds 6 tokens"):
         model(ids(2, 7), cache=cache)
     model(ids(2, 5), cache=cache)
@@ -239,7 +240,7 @@ def test_what_does_not_fit_is_said():
     with pytest.raises(ValueError, match="already holds"):
         cache.start_with(0, pieces[:, :, :2], pieces[:, :, :2])
     with pytest.raises(ValueError, match="does not fit"):
-        model.make_cache(1, 6).start_with(0, pieces, pieces)
+        make_cache(model, 1, 6).start_with(0, pieces, pieces)
     ring = RollingKVCache(1, 1, 3, 2, 8, torch.float32, "cpu")
     with pytest.raises(ValueError, match="prefix"):
         ring.start_with(0, pieces, pieces)
@@ -252,7 +253,7 @@ def test_dynamic_ntk_agrees_up_to_the_trained_length():
     scaling = {"rope_type": "dynamic", "factor": 4.0}
     model = shake(TinySeek(small_config(rope_scaling=scaling, max_position_embeddings=16))).double().eval()
     text, cache = ids(1, 24), None
-    cache = model.make_cache(1, 24)
+    cache = make_cache(model, 1, 24)
     parts = torch.cat([model(part, cache=cache).logits for part in text.split(1, dim=1)], dim=1)
     same(parts[:, :16], model(text[:, :16]).logits)
     assert (parts[:, -1] - model(text).logits[:, -1]).abs().max() > 1e-6
@@ -267,7 +268,7 @@ def test_half_precision_model_and_autocast():
         for name in ("GQA", "window of 3"):
             model = shake(TinySeek(small_config(**MODELS[name])), scale=0.2).to(cast).eval()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                cache = model.make_cache(2, 9)
+                cache = make_cache(model, 2, 9)
                 whole = model(text).logits.float()
                 parts = []
                 for piece, new in zip(text.split([4, 1, 4], dim=1), (None, [1, 1], None), strict=True):

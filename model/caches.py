@@ -1,0 +1,33 @@
+"""Empty caches that fit a model: kind, shape, dtype and device."""
+
+from modules.attention.cache import KVCache, RollingKVCache
+from modules.attention.latent_cache import LatentCache
+
+
+def make_cache(model, batch_size: int, capacity: int) -> KVCache:
+    """Return a cache of a `TinySeek` for `batch_size` rows of at most `capacity` tokens.
+
+    It holds the model's prefix, if there is one, for which it has extra room.
+    """
+    cache = empty_cache(model, model.config.num_hidden_layers, batch_size, capacity + model.prefix_length)
+    if model.prefix is not None:
+        model.prefix.start(cache)
+    return cache
+
+
+def make_draft_cache(model, batch_size: int, capacity: int) -> KVCache | None:
+    """Return a cache for the sequential MTP head, one layer deep, no prefix; None for other models."""
+    return empty_cache(model, 1, batch_size, capacity) if model.config.mtp == "sequential" else None
+
+
+def empty_cache(model, layers: int, batch_size: int, capacity: int) -> KVCache:
+    """Return an empty cache of the model's kind and dtype, on its device."""
+    config, weight = model.config, model.model.embed_tokens.weight
+    place = (weight.dtype, weight.device)
+    if config.attention_kind == "mla":
+        widths = (config.kv_lora_rank, config.qk_rope_head_dim)
+        return LatentCache(layers, batch_size, capacity, *widths, *place)
+    heads = (config.num_key_value_heads, config.head_dim)
+    if config.sliding_window is not None and config.sliding_window < capacity:
+        return RollingKVCache(layers, batch_size, config.sliding_window, *heads, *place)
+    return KVCache(layers, batch_size, capacity, *heads, *place)
