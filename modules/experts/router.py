@@ -53,8 +53,9 @@ class ExactLinear(torch.autograd.Function):
     def backward(ctx, grad):
         """grad (N, E) -> gradients of x and W."""
         x, weight = ctx.saved_tensors
+        wants_x, wants_weight = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
-            return grad @ weight, grad.T @ x
+            return grad @ weight if wants_x else None, grad.T @ x if wants_weight else None
 
 
 class TopkRouter(nn.Module):
@@ -88,7 +89,7 @@ class TopkRouter(nn.Module):
         wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         x = x.to(wide)
         noise = config.router_jitter_noise
-        if self.training and noise:  # explores neighbouring choices, as in Switch and Mixtral
+        if self.training and noise and self.weight.requires_grad:  # explores, as in Switch; frozen: no use
             x = x * torch.empty_like(x).uniform_(1 - noise, 1 + noise)
         logits = ExactLinear.apply(x, self.weight.to(wide))  # (N, E)
         scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
