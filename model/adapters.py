@@ -12,6 +12,8 @@ an adapter is a few entries of the state dict, and a hash says which base they b
 import copy
 from dataclasses import replace
 
+from torch import nn
+
 from config.schema import RunConfig
 from model.tinyseek import TinySeek
 from modules.adapters.lora import add_lora
@@ -46,8 +48,10 @@ def soft_tokens(kind: str, config: RunConfig) -> int:
 
 
 def twin(model: TinySeek) -> TinySeek:
-    """Another model over the same tensors: what is added to it leaves `model` as it is, and costs no copy."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    """Return another model over the memory of `model`, at no cost. Its parameters are objects of their own, so
+    freezing or adapting it leaves `model` as it is; writing into a weight changes both."""
+    shared = {id(buffer): buffer for buffer in model.buffers()}
+    shared |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, shared)
 
 

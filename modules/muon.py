@@ -4,21 +4,26 @@
     U S V^T = u;   update = U V^T                     (all singular values become about 1)
     W <- W - lr * wd * W - lr * sqrt(max(1, rows / columns)) * update
 
-A gradient's few large singular values drown its many small directions; Muon gives every direction the same
-step. The singular value decomposition is replaced by five Newton-Schulz steps, three matrix products each,
-that push singular values towards 1 (to between 0.7 and 1.2: exactness buys nothing) and run well in bf16.
+A gradient has a few large singular values that drown its many small directions; Muon gives every direction
+the same step. Five Newton-Schulz steps of three matrix products each replace the singular value decomposition.
+They push singular values to between 0.7 and 1.2 (exactness buys nothing) and tolerate bf16, which is used where
+the processor multiplies it natively; elsewhere fp32 is faster.
 
-For matrices of hidden layers only: embeddings, the output head, gains and biases go to AdamW. Matrices of
-equal shape are orthogonalised together as one batch (measured 1.4 to 5 times faster than one by one for small
-models on a CPU); a stack of experts (E, rows, columns) is a batch by itself, each expert a matrix of its own.
+Muon is for matrices of hidden layers only: embeddings, the output head, gains and biases go to AdamW. Matrices
+of equal shape are orthogonalized together as one batch (1.4 to 5 times faster than one by one for small models
+on a CPU); a stack of experts (E, rows, columns) is a batch by itself, each expert a matrix of its own.
 
 Source: Keller Jordan, "Muon" (2024, kellerjordan.github.io/posts/muon); Moonlight, arXiv 2502.16982. Equal to
-`torch.optim.Muon` slice by slice.
+`torch.optim.Muon` slice by slice, with one difference.
+Trap: the update has full size however small the momentum is. An expert without tokens would go on moving at
+full speed along an old direction, so a matrix whose gradient is all zeros stays where it is.
 """
 
 from collections import defaultdict
 
 import torch
+
+from utils.device import multiplies_bf16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a x + b x^3 + c x^5, steep at zero
 STEPS = 5
@@ -32,9 +37,9 @@ class Muon(torch.optim.Optimizer):
         params: matrices or stacks of them; anything else is an error.
         lr: step size; one update changes a square matrix by about lr in every direction.
         momentum: mu.
-        weight_decay: wd, decoupled, with the plain lr.
-        parts: how many matrices lie one below the other in each parameter of a group, such as gate and up
-            in an expert's `gate_up_proj`: each is a map of its own, and to treat them as one costs more, too.
+        weight_decay: wd, decoupled, scaled by lr.
+        parts: the number of matrices stacked in the rows of each parameter of a group, such as gate and up
+            in an expert's `gate_up_proj`. Each is a map of its own; treating them as one also costs more.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, parts=1):
@@ -48,7 +53,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             batches = defaultdict(list)  # (rows, columns) with rows <= columns -> parameters
             for parameter in group["params"]:
@@ -60,7 +65,7 @@ class Muon(torch.optim.Optimizer):
                 self.update(parameters, **settings)
 
     def update(self, parameters, lr, momentum, weight_decay, parts):
-        """Momentum, orthogonalisation and step for parameters of one shape, up to transposition."""
+        """Update parameters whose matrices have one shape, up to transposition."""
         directions = []
         for parameter in parameters:
             state = self.state[parameter]
@@ -68,25 +73,29 @@ class Muon(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             buffer = state["momentum_buffer"]
             buffer.lerp_(parameter.grad, 1 - momentum)
-            ahead = parameter.grad.lerp(buffer, momentum)
-            ahead = ahead.reshape(-1, ahead.shape[-2] // parts, ahead.shape[-1])  # (matrices, rows, columns)
-            tall = ahead.shape[-2] > ahead.shape[-1]
-            directions.append(ahead.mT if tall else ahead)
+            ahead = matrices_of(parameter.grad.lerp(buffer, momentum), parts)
+            directions.append(ahead.mT if ahead.shape[-2] > ahead.shape[-1] else ahead)
         orthogonal = orthogonalize(torch.cat(directions))  # (all matrices, rows, columns)
         for parameter, part in zip(parameters, orthogonal.split([len(d) for d in directions]), strict=True):
-            rows, columns = parameter.shape[-2] // parts, parameter.shape[-1]
-            update = (part.mT if rows > columns else part).reshape(parameter.shape)
-            parameter.mul_(1 - lr * weight_decay)
-            parameter.add_(update, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+            weights = parameter.view(-1, parameter.shape[-2] // parts, parameter.shape[-1])
+            rows, columns = weights.shape[-2:]
+            moves = matrices_of(parameter.grad, parts).any(-1).any(-1)[:, None, None].to(weights.dtype)
+            weights.mul_(1 - lr * weight_decay * moves)
+            weights.sub_((part.mT if rows > columns else part) * (lr * max(1.0, rows / columns) ** 0.5 * moves))
+
+
+def matrices_of(tensor, parts: int):
+    """(.., parts * rows, columns) -> (matrices, rows, columns)."""
+    return tensor.reshape(-1, tensor.shape[-2] // parts, tensor.shape[-1])
 
 
 def orthogonalize(matrices):
-    """(N, rows, columns), rows <= columns -> the same shape, singular values near 1, in bf16.
+    """(N, rows, columns), rows <= columns -> the same shape, singular values near 1, in bf16 or fp32.
 
     X <- a X + (b A + c A^2) X with A = X X^T acts on each singular value as a x + b x^3 + c x^5.
     """
     a, b, c = COEFFICIENTS
-    x = matrices.bfloat16()
+    x = matrices.to(torch.bfloat16 if multiplies_bf16(matrices.device.type) else torch.float32)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)  # Frobenius: all singular values now at most 1
     for _ in range(STEPS):
         gram = x @ x.mT
@@ -96,7 +105,7 @@ def orthogonalize(matrices):
 
 
 def lesson():
-    """Singular values of a gradient-like matrix before and after, and the largest one's share of the step."""
+    """Print the singular values of a gradient-like matrix and of its update, and the share of the largest."""
     torch.manual_seed(0)
     spectrum = torch.logspace(0, -2, 8)
     u, v = torch.linalg.qr(torch.randn(8, 8))[0], torch.linalg.qr(torch.randn(16, 8))[0]

@@ -57,7 +57,7 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, bool, str]
     `name` is `auto`, `fp32`, `bf16` or `fp16`. Half the bytes are a gain only where the processor multiplies
     them natively: elsewhere bf16 is emulated, and slower than fp32. Raises `UserError` for fp16 without CUDA.
     """
-    native = {"cuda": cuda_multiplies_bf16, "cpu": cpu_multiplies_bf16, "mps": lambda: False}[device.type]()
+    native = multiplies_bf16(device.type)
     if name == "fp16":
         if device.type != "cuda":
             raise UserError(f"train.dtype=fp16 is for CUDA, not for {device.type}: take bf16 or fp32")
@@ -75,6 +75,11 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, bool, str]
     if device.type == "cuda":
         return torch.float16, True, "fp16 with a gradient scaler: this GPU has no native bf16"
     return torch.float32, False, f"fp32: this {device.type} has no native bf16"
+
+
+def multiplies_bf16(kind: str) -> bool:
+    """Return True if devices of this kind multiply bf16 natively; elsewhere fp32 is faster."""
+    return {"cuda": cuda_multiplies_bf16, "cpu": cpu_multiplies_bf16}.get(kind, lambda: False)()
 
 
 def cuda_multiplies_bf16() -> bool:

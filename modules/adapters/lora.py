@@ -1,25 +1,23 @@
-"""LoRA: a frozen matrix learns through a product of two thin ones.
+"""LoRA: adapt a frozen matrix by a trainable product of two thin ones.
 
     y = W x + b + s B A dropout(x)        s = lora_alpha / r, with rsLoRA lora_alpha / sqrt(r)
 
     x: (.., in)   W: (out, in)   A: (R, in)   B: (out, R)   ->   y: (.., out)
 
-The change B A has rank R at most: a matrix with out * in entries learns R * (out + in) numbers. B starts at
-zero, so that training begins with the model as it is; A is random, or both would stay zero. DoRA
-(modules/adapters/dora.py) learns the length of each row of W + s B A besides. Several adapters may sit on
-one base
+The change B A has rank R at most: R * (out + in) numbers are trained in place of out * in. B starts at zero, so
+training begins with the model as it is; A is random, or both would stay zero. DoRA (modules/adapters/dora.py)
+also trains the length of each row of W + s B A. Several adapters may share one base
 (modules/adapters/adapter_switch.py); stacked experts have theirs in modules/adapters/lora_experts.py.
 
     names = add_lora(model, config, "default")      freeze_all_but(model, names)      ... train ...
-    switch_of(model).use("default")                 who is used; this and the rest:
-    modules/adapters/adapted_layer.py
+    switch_of(model).use("default")                 select the adapter in use (modules/adapters/adapted_layer.py)
     merge(model, "default"), unmerge(model)         into the weights and back
     fold(model, "default")                          a plain model with the adapter in its weights
 
 Paper: Hu et al., arXiv 2106.09685. Names as in `peft`; parameters are called `<layer>.lora_A.<adapter>`, and
 those of the base keep their names.
-Traps: a forgotten s makes the learning rate depend on the rank; the output head cannot take part, since the
-loss reads its weight directly and the embedding may share it.
+Traps: without s the learning rate depends on the rank. The output head cannot be adapted, since the loss reads
+its weight directly and the embedding may share it.
 """
 
 from dataclasses import replace
@@ -29,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from config.adapters import LoraConfig
-from modules.adapters.adapted_layer import Adapted, adapted_layers, effective_weight, scaling
+from modules.adapters.adapted_layer import Adapted, adapted_layers, effective_weight, replace_layer, scaling
 from modules.adapters.adapter_switch import AdapterSwitch
 from modules.adapters.dora import dora_change, dora_factor
 from modules.adapters.lora_experts import LoraExperts
@@ -39,27 +37,31 @@ from utils.errors import UserError
 GROUPS = ("attention", "dense", "shared", "experts")
 REFUSED = {
     "lm_head": "the loss reads its weight directly, and the embedding may share it",
-    "gate": "a router learns as a whole or not at all",
+    "gate": "a router is trained as a whole or not at all",
 }
 
 
-class LoraLinear(Adapted, nn.Linear):
+class LoraLinear(Adapted):
     """`nn.Linear` with adapters: `forward(x)`, (B, .., in) or (N, in) -> the same with out."""
 
     MATRICES = ("weight",)
-    PLAIN = nn.Linear
     empty_store = nn.ParameterDict
 
+    def empty_layer(self) -> nn.Linear:
+        """Return a plain layer of the same shape."""
+        out, width = self.weight.shape
+        return nn.Linear(width, out, bias=self.bias is not None)
+
     def stores(self, matrix: str):
-        """A, B and m of the weight, each a dictionary by adapter."""
+        """Return A, B and m of the weight, each a dictionary by adapter."""
         return self.lora_A, self.lora_B, self.lora_magnitude_vector
 
     def forward(self, x):
-        """The product with W is done once for all rows."""
+        """Multiply all rows by W at once, then add what each row's adapter gives."""
         return self.switch.by_rows(self.adapted, x, F.linear(x, self.weight, self.bias))
 
     def adapted(self, name, x, base):
-        """base = W x + b under one adapter (None, or one that is not here: as it is)."""
+        """Add one adapter to base = W x + b (None, or one that is not here: return base)."""
         if name not in self.lora_A:
             return base
         A, B, magnitude = (store.get(name) for store in self.stores("weight"))
@@ -79,14 +81,14 @@ class LoraLinear(Adapted, nn.Linear):
 
 
 def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> list[str]:
-    """Put an adapter on the layers that `config.target_modules` names, and use it. Freezes nothing.
+    """Add an adapter to the layers that `config.target_modules` names, and use it. Freeze nothing.
 
     A target is a group: `attention` (linear layers under `self_attn`), `dense` (the plain feed-forwards
     `mlp`), `shared` and `experts` (of mixtures); or the last part of a linear layer's name, as `q_proj`.
 
-    Returns the names of the new parameters. Raises `UserError` for a target that names nothing, the output
-    head or the router, no target at all, a name that is taken or no name, a merged model, dropout on experts,
-    or DoRA on a weight with a row of zeros. The model is then as it was.
+    Returns the names of the new parameters. Raises `UserError`, and leaves the model unchanged, for a target that
+    matches nothing, the output head or the router, an empty list of targets, an adapter name that is taken or
+    invalid, a merged model, dropout on experts, or DoRA on a weight with a row of zeros.
     """
     config.check()
     targets, adapted = find_targets(model, config.target_modules), adapted_layers(model)
@@ -94,18 +96,19 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> lis
     if name in switch.configs:
         raise UserError(f"the model has an adapter {name!r} already: choose another name")
     if not name or "." in name or hasattr(nn.ParameterDict(), name):
-        raise UserError(f"an adapter cannot be called {name!r}: take letters and digits, no dot")
+        raise UserError(f"an adapter cannot be called {name!r}: use letters and digits, no dot")
     if switch.merged is not None:
         raise UserError(f"adapter {switch.merged!r} is merged into the weights: unmerge it to add another")
     if config.use_dora:
         for path, layer in targets.items():
-            weights = [w for w in layer.parameters(recurse=False) if w.dim() > 1]  # recurse: others' zero B
+            weights = [w for w in layer.parameters(recurse=False) if w.dim() > 1]  # without adapters' B
             if not all(w.any(dim=-1).all() for w in weights):
                 raise UserError(f"{path} has a row of zeros, which has no direction: set lora.use_dora=false")
     before = {key for key, _ in model.named_parameters()}
-    for layer in targets.values():
+    for path, layer in targets.items():
         if not isinstance(layer, Adapted):
-            (LoraLinear if isinstance(layer, nn.Linear) else LoraExperts).attach(layer, switch)
+            layer = (LoraLinear if isinstance(layer, nn.Linear) else LoraExperts)(layer, switch)
+            replace_layer(model, path, layer)
         layer.add(name, config)
     switch.configs[name] = replace(config)
     switch.use(name)
@@ -113,7 +116,7 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> lis
 
 
 def find_targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Module]:
-    """The layers that `target_modules` names, by path. Errors as in `add_lora`."""
+    """Return the layers that `target_modules` names, by path. Errors as in `add_lora`."""
     labels, layers = {}, {}
     for path, layer in model.named_modules():
         kind, parts = type(layer), path.split(".")
@@ -141,12 +144,12 @@ def find_targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Module]:
 
 
 def offer(there: set[str]) -> str:
-    """What could be targeted, in words."""
+    """Return possible targets, in words."""
     return f"this model has {', '.join(sorted(there)) or 'no linear layer'}"
 
 
 def freeze_all_but(model: nn.Module, names: list[str]) -> None:
-    """Only the parameters called so learn from now on. Raises `UserError` for a name that is not there."""
+    """Make only the named parameters trainable. Raise `UserError` for an unknown name."""
     parameters = dict(model.named_parameters())
     if missing := sorted(set(names) - parameters.keys()):
         raise UserError(f"the model has no parameter {missing[0]!r} to train ({len(missing)} such names)")
@@ -155,10 +158,10 @@ def freeze_all_but(model: nn.Module, names: list[str]) -> None:
 
 
 def lesson():
-    """A change of a matrix, of rank 1 to all, learned by factors of rank 1 to 32: what is left over."""
+    """Fit changes of a matrix, of rank 1 to full rank, by factors of small rank; print the error that remains."""
     torch.manual_seed(0)
     size, ranks = 64, (1, 4, 16)
-    print(f"LoRA on {size} x {size}: how much of a change is left over after training (the least possible)")
+    print(f"LoRA on {size} x {size}: error left after training, as a share of the change (the least possible)")
     for true in (1, 4, 64):
         change = torch.randn(size, true) @ torch.randn(true, size)
         change *= 8 / change.norm()
@@ -176,7 +179,7 @@ def lesson():
             texts.append(f"r = {rank}: {loss.sqrt() / change.norm():4.0%} ({least:.0%})")
         print(f"  change of rank {true:2d}   ", "   ".join(texts))
     for rank in ranks:
-        print(f"  rank {rank:2d} on 2048 x 2048: {rank * 4096:6,} numbers to learn, {rank / 1024:.2%} of W")
+        print(f"  rank {rank:2d} on 2048 x 2048: {rank * 4096:6,} trainable numbers, {rank / 1024:.2%} of W")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@
     down_proj    W: (E, C, F)    A: (E, R, F)   B: (E, C, R)      tokens (N, C) -> (N, C)
 
 A linear layer adds B (A x) to its output and never builds B A. Experts meet their tokens in one fast pass
-(modules/experts/grouped.py) that takes matrices, so here the matrices are built, all E in one batched
-product, and both paths through the experts work unchanged. To build them costs R multiplications per weight,
-each token of an expert one per weight: little, as long as an expert sees many more than R tokens. DoRA comes
-for free, as W'_e is there in full; dropout of the adapter's input does not, since it has no input of its own.
+(modules/experts/grouped.py) that takes matrices, so here the matrices are built, all E in one batched product.
+Building them costs R multiplications per weight, using them one per weight and token: little, as long as an
+expert sees many more than R tokens. DoRA comes for free, as W'_e is there in full; dropout of the adapter's
+input is impossible, since the adapter has no input of its own.
 
-Numbers: E times the factors of one expert. An expert of F channels is narrow, so that a rank of F is already
-everything: small ranks make sense here.
+Size: E times the factors of one expert. An expert is narrow, and a rank of F is already everything: small ranks
+make sense here.
 
 LoRA: Hu et al., arXiv 2106.09685. The same sum as with peft's `target_parameters`, whose factors lie flat:
 (E*R, in) and (out, R*E).
@@ -21,28 +21,34 @@ below 1/256 of a weight, a change comes through only in part. Its gradient comes
 """
 
 import time
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from modules.adapters.adapted_layer import Adapted
-from modules.experts.moe import Experts
+from modules.adapters.adapter_switch import AdapterSwitch
+from modules.experts.moe import Experts, run_experts
 
 
-class LoraExperts(Adapted, Experts):
+class LoraExperts(Adapted):
     """`Experts` with adapters. Parameters: `lora_A.gate_up_proj.<adapter>` and so on."""
 
     MATRICES = ("gate_up_proj", "down_proj")
-    PLAIN = Experts
 
-    @classmethod
-    def empty_store(cls) -> nn.ModuleDict:
-        """Where the factors of one kind go."""
-        return nn.ModuleDict({matrix: nn.ParameterDict() for matrix in cls.MATRICES})
+    def __init__(self, layer: Experts, switch: AdapterSwitch):
+        super().__init__(layer, switch)
+        self.implementation = layer.implementation
+
+    def empty_layer(self) -> Experts:
+        """Return plain experts of the same shape."""
+        return Experts(*self.down_proj.shape, self.implementation)
+
+    def empty_store(self) -> nn.ModuleDict:
+        """Return a home for the factors of one kind."""
+        return nn.ModuleDict({matrix: nn.ParameterDict() for matrix in self.MATRICES})
 
     def stores(self, matrix: str):
-        """A, B and m of one matrix, each a dictionary by adapter."""
+        """Return A, B and m of one matrix, each a dictionary by adapter."""
         return self.lora_A[matrix], self.lora_B[matrix], self.lora_magnitude_vector[matrix]
 
     def forward(self, x, indices, weights):
@@ -50,17 +56,15 @@ class LoraExperts(Adapted, Experts):
         return self.switch.by_rows(self.run, x, indices, weights)
 
     def run(self, name, x, indices, weights):
-        """All of x under one adapter (None, or one that is not here: the base). Shapes as in `forward`."""
-        if name not in self.lora_A["down_proj"]:
-            return super().forward(x, indices, weights)
-        # The plain forward, on other matrices: it reads nothing else of the layer.
-        matrices = {m: self.effective(m, name).to(getattr(self, m).dtype) for m in self.MATRICES}
-        stand_in = SimpleNamespace(implementation=self.implementation, **matrices)
-        return Experts.forward(stand_in, x, indices, weights)
+        """Run all of x under one adapter (None, or one that is not here: the base). Shapes as in `forward`."""
+        matrices = [self.gate_up_proj, self.down_proj]
+        if name in self.lora_A["down_proj"]:
+            matrices = [self.effective(m, name).to(getattr(self, m).dtype) for m in self.MATRICES]
+        return run_experts(self.implementation, x, indices, weights, *matrices)
 
 
 def lesson():
-    """What experts' adapters cost: numbers to learn, and time to build the matrices next to using them."""
+    """Print the cost of adapters on experts: trainable numbers, and the time to build the matrices and use them."""
     from config.adapters import LoraConfig
     from config.model import ModelConfig
     from modules.adapters.lora import add_lora
@@ -84,8 +88,8 @@ def lesson():
             y, _ = moe(x)
             y.sum().backward()
             times[name] = min(times.get(name, 1e9), 1000 * (time.perf_counter() - start))
-        print(f"  2048 tokens forth and back, {name or 'no adapter':10s} {times[name]:6.1f} ms")
-    print("an expert's factors learn from its own tokens only; the router and the base stay as they are")
+        print(f"  2048 tokens forward and backward, {name or 'no adapter':10s} {times[name]:6.1f} ms")
+    print("an expert's factors are trained by its own tokens only; the router and the base stay as they are")
 
 
 if __name__ == "__main__":

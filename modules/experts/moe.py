@@ -4,10 +4,10 @@
 
     x: (B, T, C)   gate_i, up_i: C -> F   down_i: F -> C   i = 1..E, K chosen   ->   (B, T, C)
 
-Parameters grow with E, the work per token with K only. DeepSeekMoE (arXiv 2401.06066): experts are many and
-narrow, so that K of them can be combined in many ways, and shared experts see every token and keep what all
-tokens need; n shared experts are one SwiGLU of n times the width, and are summed with the routed ones. No
-token is dropped when an expert is popular (as in MegaBlocks, arXiv 2211.15841).
+Parameters grow with E, the work per token with K only. In DeepSeekMoE (arXiv 2401.06066) experts are many and
+narrow, so K of them can be combined in many ways. Shared experts see every token and learn what all tokens
+need; n shared experts are one SwiGLU of n times the width, added to the routed ones. No token is dropped when
+an expert is popular (as in MegaBlocks, arXiv 2211.15841).
 
 Experts are stacked as in Hugging Face: `gate_up_proj` (E, 2F, C), gate first, and `down_proj` (E, C, F).
 `loop_experts` is the textbook form, `modules/experts/grouped.py` the fast one; a test compares them.
@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from modules.experts.grouped import grouped_experts
-from modules.mlp import SwiGLU
 from modules.experts.router import Routing, TopkRouter
+from modules.mlp import SwiGLU
 
 
 def loop_experts(x, indices, weights, gate_up, down):
-    """The reference: one expert after the other.
+    """Run one expert after the other: the reference.
 
     x (N, C), indices and weights (N, K), gate_up (E, 2F, C), down (E, C, F) -> (N, C).
     """
-    # What experts give, in bf16 under autocast, is weighted and added up in the dtype of the weights: fp32.
+    # Under autocast the experts' outputs are bf16; they are weighted and added up in fp32, as the weights are.
     y = torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
     out = x
     for expert in indices.unique().tolist():
@@ -38,25 +38,28 @@ def loop_experts(x, indices, weights, gate_up, down):
     return y.to(out.dtype)
 
 
-class Experts(nn.Module):
-    """E feed-forwards of width F. Initialised by the model that owns it."""
+def run_experts(implementation: str, x, indices, weights, gate_up, down):
+    """Run the experts by the path that `moe_implementation` names. `auto` takes the loop where sorting does not
+    pay: with fewer rows than experts, as in generation. Shapes as in `loop_experts`."""
+    if implementation == "auto":
+        many = indices.numel() >= len(gate_up)
+        implementation = "grouped" if many and x.device.type in ("cpu", "cuda") else "loop"
+    path = grouped_experts if implementation == "grouped" else loop_experts
+    return path(x, indices, weights, gate_up, down)
 
-    def __init__(self, config):
+
+class Experts(nn.Module):
+    """E feed-forwards of width F, initialized by the model that owns them."""
+
+    def __init__(self, experts: int, hidden_size: int, width: int, implementation: str = "auto"):
         super().__init__()
-        E, F_, C = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
-        self.implementation = config.moe_implementation
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, C))
-        self.down_proj = nn.Parameter(torch.empty(E, C, F_))
+        self.implementation = implementation
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, width))
 
     def forward(self, x, indices, weights):
-        """x (N, C), indices and weights (N, K) -> (N, C), by the path that `moe_implementation` names, or for
-        `auto` by the loop where sorting does not pay: fewer rows than experts, as when generating."""
-        name = self.implementation
-        if name == "auto":
-            many = indices.numel() >= len(self.gate_up_proj)
-            name = "grouped" if many and x.device.type in ("cpu", "cuda") else "loop"
-        path = grouped_experts if name == "grouped" else loop_experts
-        return path(x, indices, weights, self.gate_up_proj, self.down_proj)
+        """x (N, C), indices and weights (N, K) -> (N, C)."""
+        return run_experts(self.implementation, x, indices, weights, self.gate_up_proj, self.down_proj)
 
 
 class MoE(nn.Module):
@@ -70,8 +73,9 @@ class MoE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gate = TopkRouter(config)
-        self.experts = Experts(config)
-        width = config.n_shared_experts * config.moe_intermediate_size
+        width = config.moe_intermediate_size
+        self.experts = Experts(config.n_routed_experts, config.hidden_size, width, config.moe_implementation)
+        width = config.n_shared_experts * width
         self.shared_experts = SwiGLU(config.hidden_size, width) if width else None
 
     def forward(self, x) -> tuple[torch.Tensor, Routing]:
@@ -85,7 +89,7 @@ class MoE(nn.Module):
 
 
 def lesson():
-    """What is stored against what is used, that both paths agree, and how busy experts are at the start."""
+    """Compare stored and used parameters, both paths, and the loads of untrained experts."""
     from config.model import ModelConfig
 
     torch.manual_seed(0)

@@ -21,8 +21,8 @@ nothing from the language-model loss. `config/schema.py` refuses it.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 class Routing(NamedTuple):
@@ -32,6 +32,30 @@ class Routing(NamedTuple):
     scores: torch.Tensor  # (N, E), sigmoid or softmax of the logits, with gradient
     indices: torch.Tensor  # (N, K) int64, the chosen experts
     weights: torch.Tensor  # (N, K), what each chosen expert's output is multiplied by, with gradient
+
+
+class ExactLinear(torch.autograd.Function):
+    """x (N, C), W (E, C) -> x W^T (N, E), without autocast in the forward and in the backward pass.
+
+    Trap: a compiler traces the backward pass with the autocast of the forward pass, outside of any
+    `autocast(enabled=False)` there; a plain product would then have its gradient rounded to bf16.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        """The product."""
+        ctx.save_for_backward(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return x @ weight.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        """grad (N, E) -> gradients of x and W."""
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight = ctx.needs_input_grad
+        with torch.autocast(x.device.type, enabled=False):
+            return grad @ weight if wants_x else None, grad.T @ x if wants_weight else None
 
 
 class TopkRouter(nn.Module):
@@ -65,10 +89,9 @@ class TopkRouter(nn.Module):
         wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         x = x.to(wide)
         noise = config.router_jitter_noise
-        if self.training and noise:  # explores neighbouring choices, as in Switch and Mixtral
+        if self.training and noise and self.weight.requires_grad:  # explores, as in Switch; frozen: no use
             x = x * torch.empty_like(x).uniform_(1 - noise, 1 + noise)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x, self.weight.to(wide))  # (N, E)
+        logits = ExactLinear.apply(x, self.weight.to(wide))  # (N, E)
         scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
         choice = scores.detach() + self.e_score_correction_bias
         if config.n_group > 1:

@@ -85,7 +85,7 @@ def test_a_merged_model_may_be_moved():
 
 def test_what_cannot_be_merged():
     model, switch = adapted({})
-    with pytest.raises(UserError, match="nothing to take out"):
+    with pytest.raises(UserError, match="nothing to unmerge"):
         unmerge(model)
     for action in (merge, fold):
         with pytest.raises(UserError, match="'no'.*small"):

@@ -8,18 +8,14 @@ from modules.adapters.lora import add_lora, freeze_all_but
 from modules.experts.moe import Experts
 from tests.modules.adapters.test_lora import KINDS, settings_of, shake_adapters
 from tests.modules.experts.test_moe import slow_experts
-from tests.modules.tools import shake, small_config
+from tests.modules.tools import shake
 
 E, C, F, K, R = 5, 6, 4, 2, 3
 
 
 def experts(kind="LoRA", path="auto", seed=0, **more):
     """Five experts in fp64 with random weights and factors, and the names of these."""
-    config = small_config(
-        n_routed_experts=E, hidden_size=C, moe_intermediate_size=F, num_experts_per_tok=K,
-        moe_implementation=path,
-    )  # fmt: skip
-    model = torch.nn.Sequential(shake(Experts(config), seed).double())
+    model = torch.nn.Sequential(shake(Experts(E, C, F, path), seed).double())
     names = add_lora(model, LoraConfig(**settings_of(kind, R, **more), target_modules=["experts"]))
     shake_adapters(model)
     return model, names
@@ -74,8 +70,7 @@ def test_value_and_gradients_are_those_of_the_loop(kind, path, N, idle):
 
 
 def test_a_new_adapter_changes_nothing_and_every_expert_has_factors_of_its_own():
-    config = small_config(n_routed_experts=E, hidden_size=C, moe_intermediate_size=F, num_experts_per_tok=K)
-    model = torch.nn.Sequential(shake(Experts(config)))
+    model = torch.nn.Sequential(shake(Experts(E, C, F)))
     x, indices, weights = (t.float() if t.is_floating_point() else t for t in inputs(9))
     before = model[0](x, indices, weights)
     add_lora(model, LoraConfig(r=R, target_modules=["experts"]))
@@ -102,8 +97,7 @@ def test_under_autocast_the_sum_is_built_in_fp32():
 
 def test_on_a_base_in_bf16():
     """Factors stay in fp32, W' is rounded once."""
-    config = small_config(n_routed_experts=E, hidden_size=C, moe_intermediate_size=F, num_experts_per_tok=K)
-    model = torch.nn.Sequential(shake(Experts(config)).bfloat16())
+    model = torch.nn.Sequential(shake(Experts(E, C, F)).bfloat16())
     names = add_lora(model, LoraConfig(r=R, target_modules=["experts"]))
     shake_adapters(model)
     assert {model.get_parameter(name).dtype for name in names} == {torch.float32}

@@ -10,21 +10,13 @@ from config.adapters import LoraConfig
 from config.schema import OptimConfig, RunConfig
 from model.adapters import attach
 from model.tinyseek import TinySeek
-from modules.muon import Muon
+from modules.muon import Muon, orthogonalize
 from tests.modules.tools import shake
 from tests.modules.tools import small_config as model_config
 from tests.train.tools import small_config, small_model
 from train.engine.optimizers import build_optimizers, set_lr
 
-SHAPES = [
-    (16, 16),
-    (8, 24),
-    (24, 8),
-    (16, 16),
-    (1, 12),
-    (40, 3),
-    (8, 24),
-]  # square, wide, tall, and equal ones
+SHAPES = [(16, 16), (8, 24), (24, 8), (16, 16), (1, 12), (40, 3), (8, 24)]  # square, wide, tall, equal ones
 STACKS = [(3, 8, 20), (4, 20, 8), (2, 16, 16)]
 
 
@@ -34,12 +26,16 @@ def gradients(shapes, step):
     return [torch.randn(shape, generator=generator) * 10.0 ** (n % 3 - 1) for n, shape in enumerate(shapes)]
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.95])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_muon_equals_that_of_torch_slice_by_slice(momentum, weight_decay):
-    """Four steps with changing rates. Tolerance: both orthogonalise in bf16, ours in batches, so that
-    products round differently; an entry of an orthogonal matrix is at most 1, bf16 keeps 8 bits, five steps
-    add up."""
+@pytest.fixture(params=[True, False], ids=["bf16", "fp32"])
+def dtype(request, monkeypatch):
+    """Muon on a processor with and without bf16 units."""
+    monkeypatch.setattr("modules.muon.multiplies_bf16", lambda kind: request.param)
+
+
+@pytest.mark.parametrize("momentum, weight_decay", [(0.0, 0.1), (0.95, 0.0), (0.95, 0.1)])
+def test_muon_equals_that_of_torch_slice_by_slice(momentum, weight_decay, dtype):
+    """Four steps with changing rates. Torch orthogonalizes in bf16, so even the exact result differs: bf16
+    keeps 8 bits (1/256), an entry of an orthogonal matrix is at most 1, and 15 roundings add up."""
     shapes = SHAPES + STACKS
     start = gradients(shapes, 100)
     ours = [nn.Parameter(tensor.clone()) for tensor in start]
@@ -63,14 +59,14 @@ def test_muon_equals_that_of_torch_slice_by_slice(momentum, weight_decay):
         expected = torch.stack([part.detach() for part in parts]).reshape(parameter.shape)
         scale = max(1.0, parameter.shape[-2] / parameter.shape[-1]) ** 0.5
         difference = (parameter.detach() - expected).norm() / (expected - first).norm()
-        assert difference < 0.01, (tuple(parameter.shape), difference)
-        torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=0.02 * moved * scale)
+        assert difference < 0.03, (tuple(parameter.shape), difference)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=0.03 * moved * scale)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 6), (2, 24, 6), (1, 2, 4), (8, 6)])
-def test_gate_and_up_in_one_parameter_are_matrices_of_their_own(shape):
-    """`parts=2`: the upper and the lower half of each expert, as two parameters of torch's Muon. In bf16 both
-    round alike, so a few hundredths of a step."""
+def test_gate_and_up_in_one_parameter_are_matrices_of_their_own(shape, dtype):
+    """`parts=2`: the upper and the lower half of each expert, as two parameters of torch's Muon, to a few
+    hundredths of a step (bf16, see above)."""
     torch.manual_seed(2)
     stack = nn.Parameter(torch.randn(shape))
     halves = [nn.Parameter(half.clone()) for half in stack.detach().view(-1, shape[-2] // 2, shape[-1])]
@@ -86,13 +82,38 @@ def test_gate_and_up_in_one_parameter_are_matrices_of_their_own(shape):
     torch.testing.assert_close(stack.detach(), expected, rtol=0, atol=3 * 0.05 * 0.03)
 
 
-def test_an_expert_without_tokens_gets_no_direction():
-    """A zero gradient stays zero: dividing by its norm must not make noise of it."""
-    stack = nn.Parameter(torch.ones(2, 4, 6))
-    stack.grad = torch.zeros(2, 4, 6)
-    stack.grad[0].normal_(generator=torch.Generator().manual_seed(0))
-    Muon([stack], lr=0.1).step()
-    assert torch.equal(stack[1], torch.ones(4, 6)) and not torch.equal(stack[0], torch.ones(4, 6))
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("warm", [0, 1, 5])
+def test_a_matrix_without_a_gradient_stays_where_it_is(warm, parts, dtype):
+    """An expert without tokens, in its first step and with momentum of earlier ones; decay spares it, too."""
+    torch.manual_seed(0)
+    stack, alone = nn.Parameter(torch.randn(3, 4, 6)), nn.Parameter(torch.randn(6, 2))
+    optimizer = Muon([stack, alone], lr=0.1, weight_decay=0.1, parts=parts)
+    for step in range(warm + 2):
+        before = stack.detach().clone(), alone.detach().clone()
+        stack.grad, alone.grad = torch.randn(3, 4, 6), torch.randn(6, 2)
+        if step == warm:
+            stack.grad[1], stack.grad[2, 2:], alone.grad[:] = 0, 0, 0
+        optimizer.step()
+        still = [torch.equal(a, b) for a, b in zip(stack, before[0], strict=True)]
+        assert still == [False, step == warm, False] and torch.equal(alone, before[1]) == (step == warm)
+        assert torch.equal(stack[2, 2:], before[0][2, 2:]) == (step == warm and parts == 2)
+
+
+def test_processors_with_and_without_bf16_units_find_the_same_directions(monkeypatch):
+    """Against Newton-Schulz in fp64: fp32 to rounding; bf16 to 15 products' worth of its 8 bits, which a
+    contraction towards 1 does not add up (a few hundredths of the size)."""
+    u = torch.randn(5, 8, 20, generator=torch.Generator().manual_seed(0))
+    exact = u.double() / u.double().norm(dim=(1, 2), keepdim=True)
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's
+    for _ in range(5):
+        gram = exact @ exact.mT
+        exact = a * exact + (b * gram + c * gram @ gram) @ exact
+    for native, bound in ((True, 0.03), (False, 1e-5)):
+        monkeypatch.setattr("modules.muon.multiplies_bf16", lambda kind, native=native: native)
+        ours = orthogonalize(u)
+        assert ours.dtype == (torch.bfloat16 if native else torch.float32)
+        assert (ours - exact).norm() < bound * exact.norm()
 
 
 def test_muon_takes_matrices_only():
