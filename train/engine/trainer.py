@@ -118,15 +118,17 @@ class Trainer:
             raise UserError(f"no label in the first {PROOF_STEPS} steps of data: nothing to learn from")
         self.stage.loader.load_state_dict(state)
 
-        def terms(model, batches):
-            self.hook("before_step", model, batches)
+        tokens = max(1, sum(map(supervised, batches)))
+        scale = 2.0**12 if self.machine.scaled else 1.0  # in fp16 small gradients would underflow to zero
+
+        def terms(model, batch):
             with self.machine.autocast():
-                parts = [self.stage.loss(model, batch, max(1, supervised(batch)))[0] for batch in batches]
-            return {name: sum(part[name] for part in parts) for name in parts[0]}
+                return {name: scale * term for name, term in self.stage.loss(model, batch, tokens)[0].items()}
 
         report = prove_gradients_before(
-            self.model, terms, batches, claims=self.hook("claims") or {}, trains=self.stage.trains
-        )
+            self.model, terms, batches, prepare=lambda *given: self.hook("before_step", *given),
+            claims=self.hook("claims") or {}, trains=self.stage.trains,
+        )  # fmt: skip
         check_saved(self.model, self.weights())
         self.machine.say(report)
 

@@ -1,9 +1,8 @@
-"""What can be seen of a model before it runs: nothing hidden, nothing shared by accident, the right half
-frozen.
+"""Checks of a model before it runs: nothing hidden, nothing shared by accident, the right half frozen.
 
 A module owns the parameters and buffers that are registered in it. Only these follow `.to()`, reach the
-optimizer and are saved. A layer in a plain dictionary works in the forward all the same, gets gradients, and
-never learns; so does one that a filter of names froze by mistake. Both are found here by looking.
+optimizer and are saved. A layer in a plain dictionary still works in the forward and gets gradients, but is
+never trained; nor is a layer that a name filter froze by mistake. Both are found without running the model.
 """
 
 from collections import Counter, deque
@@ -22,7 +21,7 @@ CONTAINERS = (list, tuple, set, frozenset, deque)
 
 
 def check_model(model: nn.Module, batches=(), trains: Callable[[str], bool] = lambda name: True, ties=TIES):
-    """All checks below, before a run. Raises `UserError` naming the tensor."""
+    """Run all checks below. Raise `UserError` naming the tensor."""
     check_hidden(model)
     check_shared(model, ties)
     check_trainable(model, trains)
@@ -31,26 +30,24 @@ def check_model(model: nn.Module, batches=(), trains: Callable[[str], bool] = la
 
 
 def check_trainable(model: nn.Module, trains: Callable[[str], bool]) -> None:
-    """Exactly those parameters require a gradient whose name `trains` says so of."""
-    learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    if not any(learning.values()):
+    """Raise `UserError` unless exactly the parameters that `trains` names require a gradient."""
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    if not any(trainable.values()):
         raise UserError("no trainable parameter: everything is frozen, so there is nothing to learn")
-    if extra := [name for name, learns in learning.items() if learns and not trains(name)]:
-        raise UserError(
-            f"trainable, though this stage does not train it: {describe(model, extra)}; who filtered the "
-            "names?"
-        )
-    if frozen := [name for name, learns in learning.items() if not learns and trains(name)]:
-        raise UserError(
-            f"frozen, though this stage trains it: {describe(model, frozen)}; who filtered the names?"
-        )
+    extra = [name for name, trained in trainable.items() if trained and not trains(name)]
+    frozen = [name for name, trained in trainable.items() if not trained and trains(name)]
+    for names, wrong in ((extra, "trainable, though this stage does not train it"),
+                         (frozen, "frozen, though this stage trains it")):  # fmt: skip
+        if names:
+            raise UserError(f"{wrong}: {describe(model, names)}; check the stage's name filter")
 
 
 # --- hidden tensors -------------------------------------------------------------------------------
 
 
 def check_hidden(model: nn.Module) -> None:
-    """No parameter, module with parameters, or tensor with a gradient outside of what is registered."""
+    """Raise `UserError` for a parameter, a module with parameters, or a tensor with a gradient that is not
+    registered."""
     for name, buffer in model.named_buffers():
         if buffer.requires_grad or isinstance(buffer, nn.Parameter):
             raise UserError(f"{name} wants a gradient, but is a buffer, which no optimizer sees: {REGISTER}")
@@ -72,8 +69,8 @@ REGISTER = "use nn.Parameter, nn.ParameterDict, nn.ModuleDict or nn.ModuleList"
 
 
 def hidden_parts(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | nn.Module]]:
-    """Each tensor, and each module with parameters, that a module holds without having registered it, with
-    its place: `layers.0.experts['e0']`. What is registered anywhere in the model is no secret."""
+    """Yield each tensor, and each module with parameters, that a module holds without registering it, and its
+    place: `layers.0.experts['e0']`. Whatever is registered anywhere in the model does not count."""
     known = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
@@ -82,7 +79,7 @@ def hidden_parts(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | nn.Modu
 
 
 def search(value, where: str, seen: set[int], depth: int = 0):
-    """`hidden_parts` of one value. `seen`, ids of what was looked at already, stops at cycles."""
+    """Yield the `hidden_parts` of one value. `seen`, the ids of objects already visited, ends cycles."""
     if value is None or isinstance(value, (str, int, float)) or id(value) in seen or depth > DEPTH:
         return
     seen.add(id(value))
@@ -104,7 +101,7 @@ def search(value, where: str, seen: set[int], depth: int = 0):
 
 
 def check_shared(model: nn.Module, ties=TIES) -> None:
-    """No two names for the same numbers, but for `ties`. `[Layer()] * n` is one layer n times."""
+    """Raise `UserError` if two names outside `ties` share memory. `[Layer()] * n` is one layer n times."""
     names = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         key = (parameter.device, parameter.data_ptr()) if parameter.data_ptr() else id(parameter)
@@ -120,19 +117,19 @@ def check_shared(model: nn.Module, ties=TIES) -> None:
 
 
 def check_saved(model: nn.Module, saved_names) -> None:
-    """What training changes must be among the names that the stage saves: every trainable parameter, and the
-    bias of each trainable router. Raises `UserError` naming what would be lost."""
+    """Raise `UserError` naming what a checkpoint would lose: every trainable parameter, and the bias of each
+    trainable router, must be among the names that the stage saves."""
     saved = set(saved_names)
     changes = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     changes += [name for name, _ in model.named_buffers() if balances(model, name)]
     if lost := [name for name in changes if name not in saved]:
         raise UserError(
-            f"trained, but not saved: {describe(model, lost)}; the checkpoint would lose what it learns"
+            f"trained, but not saved: {describe(model, lost)}; the checkpoint would lose it"
         )
 
 
 def balances(model: nn.Module, name: str) -> bool:
-    """True for the bias that steers a router, if the router is trainable: it moves without a gradient."""
+    """Return True for the load-balancing bias of a trainable router: it moves without a gradient."""
     path, _, last = name.rpartition(".")
     weight = getattr(model.get_submodule(path), "weight", None)
     return last == "e_score_correction_bias" and weight is not None and weight.requires_grad
@@ -142,7 +139,7 @@ def balances(model: nn.Module, name: str) -> bool:
 
 
 def check_one_device(model: nn.Module, batches) -> None:
-    """Raise `UserError` naming the tensor that is not where the others are."""
+    """Raise `UserError` naming a tensor that is not on the device of the others."""
     places = {f"parameter {name}": parameter.device for name, parameter in model.named_parameters()}
     places |= {f"buffer {name}": buffer.device for name, buffer in model.named_buffers()}
     places |= {name: tensor.device for name, tensor in tensors_in(batches, "batches")}
@@ -154,7 +151,7 @@ def check_one_device(model: nn.Module, batches) -> None:
 
 
 def check_one_dtype(model: nn.Module) -> None:
-    """The frozen base may be rounded as one likes; what learns together must have one number format."""
+    """Raise `UserError` unless all trainable parameters have one dtype; the frozen base may have another."""
     dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     usual = Counter(dtypes.values()).most_common(1)[0][0]
     if odd := [name for name, dtype in dtypes.items() if dtype != usual]:
@@ -165,7 +162,7 @@ def check_one_dtype(model: nn.Module) -> None:
 
 
 def tensors_in(value, where: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors within nested dictionaries, lists, tuples and dataclasses, with their places."""
+    """Yield all tensors within nested dictionaries, lists, tuples and dataclasses, with their places."""
     if isinstance(value, torch.Tensor):
         yield where, value
     elif isinstance(value, Mapping):
@@ -183,11 +180,11 @@ def tensors_in(value, where: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def describe(model: nn.Module, names: list[str]) -> str:
-    """The first few parameters, each with the kind of module it belongs to, and how many there are."""
+    """Return the first few parameters, each with the kind of module it belongs to, and their number."""
     kinds = [type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in names]
     return some([f"{name} (in {kind})" for name, kind in zip(names, kinds)])
 
 
 def some(names: list[str], count: int = 3) -> str:
-    """The first names, and how many there are in all if there are more."""
+    """Return the first names, and the number of those left out."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

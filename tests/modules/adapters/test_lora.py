@@ -400,7 +400,7 @@ def test_the_gradient_proof_accepts_adapters():
     freeze_all_but(model, names)
     ids = text(4, 9)
     report = prove_gradients_before(
-        model, lambda m, b: m(b[0][:, :-1], b[0][:, 1:]).loss_sum, [ids], trains=set(names).__contains__
+        model, lambda m, ids: m(ids[:, :-1], ids[:, 1:]).loss_sum, [ids], trains=set(names).__contains__
     )
     assert set(report.starts_at_zero) == {name for name in names if "lora_B" in name}
     assert report.reached_by == {"loss": len(names)} and not report.unreached

@@ -1,6 +1,7 @@
 """The proof of gradients, and its saboteurs: each way of not training must be caught by name."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import nn
 
 from utils.device import random_state
 from utils.errors import UserError
-from train.proof.gradient_check import leaves, prove_gradients_before
+from train.proof.gradient_check import prove_gradients_before
+from train.proof.trial import Trial, leaves
 
 
 class Toy(nn.Module):
@@ -38,8 +40,8 @@ def prove(model, loss, batches, **changes):
     return prove_gradients_before(model, loss, batches, **{"trains": trains} | changes)
 
 
-def loss_fn(model, batches):
-    return sum(nn.functional.cross_entropy(model(batch["x"]), batch["y"]) for batch in batches)
+def loss_fn(model, batch):
+    return nn.functional.cross_entropy(model(batch["x"]), batch["y"])
 
 
 def test_a_healthy_model_passes_and_nothing_is_touched(batches):
@@ -54,7 +56,7 @@ def test_a_healthy_model_passes_and_nothing_is_touched(batches):
     assert "first 24" in str(report)
     assert "last.weight" in str(report)
     # without the noise in the zeros, the same healthy model would look cut off
-    loss_fn(twin := copy.deepcopy(model), batches).backward()
+    loss_fn(twin := copy.deepcopy(model), batches[0]).backward()
     assert not twin.first.weight.grad.any()
     # the model and its gradients are as before
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
@@ -80,18 +82,18 @@ def test_random_states_are_left_alone_by_a_failure(batches):
     assert torch.equal(before["torch"], random_state()["torch"])
 
 
-def no_grad_loss(model, batches):
+def no_grad_loss(model, batch):
     with torch.no_grad():
-        return loss_fn(model, batches)
+        return loss_fn(model, batch)
 
 
 @pytest.mark.parametrize(
     "sabotage",
     [
         no_grad_loss,
-        lambda model, batches: loss_fn(model, batches).detach(),
-        lambda model, batches: loss_fn(model, batches).detach().requires_grad_(True),
-        lambda model, batches: loss_fn(model, batches).item(),
+        lambda model, batch: loss_fn(model, batch).detach(),
+        lambda model, batch: loss_fn(model, batch).detach().requires_grad_(True),
+        lambda model, batch: loss_fn(model, batch).item(),
     ],
     ids=["no_grad", "detached", "requires_grad patched on", "item"],
 )
@@ -122,8 +124,8 @@ def test_a_parameter_cut_off_is_named_with_its_module(batches):
 
 
 def test_a_gradient_of_zeros_counts_as_cut_off(batches):
-    def silenced(model, batches):
-        return loss_fn(model, batches) + 0 * model.spare.sum()
+    def silenced(model, batch):
+        return loss_fn(model, batch) + 0 * model.spare.sum()
 
     model = Toy()
     model.spare = nn.Parameter(torch.ones(3))
@@ -132,14 +134,14 @@ def test_a_gradient_of_zeros_counts_as_cut_off(batches):
 
 
 def test_each_term_must_reach_something(batches):
-    def terms(model, batches):
-        return {"ce": loss_fn(model, batches), "balance": model.first.weight.pow(2).sum()}
+    def terms(model, batch):
+        return {"ce": loss_fn(model, batch), "balance": model.first.weight.pow(2).sum()}
 
     report = prove(Toy(), terms, batches)
     assert report.reached_by == {"ce": 2, "balance": 1}
 
-    def one_dead(model, batches):
-        return {"ce": loss_fn(model, batches), "balance": 0 * model.first.weight.sum()}
+    def one_dead(model, batch):
+        return {"ce": loss_fn(model, batch), "balance": 0 * model.first.weight.sum()}
 
     with pytest.raises(UserError, match="balance reaches no trainable parameter"):
         prove(Toy(), one_dead, batches)
@@ -149,8 +151,8 @@ def test_a_term_must_reach_what_it_claims(batches):
     """A balance loss that lost its graph would leave the router the gradient of the other term."""
     model = Toy()
 
-    def terms(one, batches):
-        return {"ce": loss_fn(one, batches), "balance": one.last.weight.square().sum()}
+    def terms(one, batch):
+        return {"ce": loss_fn(one, batch), "balance": one.last.weight.square().sum()}
 
     first = {"balance": lambda name: name.startswith("first")}
     with pytest.raises(UserError, match=r"balance does not reach .*: first\.weight \(in Linear\)"):
@@ -174,22 +176,22 @@ def test_experts_without_a_token_are_counted_apart():
     """Used by one term each: two of the three; by none: the third. Not an error, as a batch may miss some."""
     x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     use = lambda model, number: model(x, torch.full((2,), number)).sum()  # noqa: E731
-    report = prove(Stack(), lambda m, _: {"a": use(m, 0), "b": use(m, 2)}, [])
+    report = prove(Stack(), lambda m, _: {"a": use(m, 0), "b": use(m, 2)}, [None])
     assert report.unreached == ["1 of 3 experts of experts"] and "1 of 3 experts" in str(report)
-    everyone = prove(Stack(), lambda m, _: use(m, 0) + use(m, 1) + use(m, 2), [])
+    everyone = prove(Stack(), lambda m, _: use(m, 0) + use(m, 1) + use(m, 2), [None])
     assert everyone.unreached == []
 
 
 def test_a_loss_of_another_model_is_refused(batches):
     other = Toy()
     with pytest.raises(UserError, match="computed from the model it is given"):
-        prove(Toy(), lambda model, batches: loss_fn(other, batches), batches)
+        prove(Toy(), lambda model, batch: loss_fn(other, batch), batches)
 
 
 def test_a_frozen_parameter_that_gets_a_gradient_is_named(batches):
-    def thaw(model, batches):
+    def thaw(model, batch):
         model.norm.weight.requires_grad_(True)
-        return loss_fn(model, batches)
+        return loss_fn(model, batch)
 
     with pytest.raises(UserError, match=r"frozen, yet.*norm\.weight"):
         prove(Toy(), thaw, batches)
@@ -202,7 +204,7 @@ def test_nan_gradients_are_refused(batches):
     with pytest.raises(UserError, match=r"not finite.*first\.weight"):
         prove(Toy(), root_of_zero, batches)
     with pytest.raises(UserError, match="loss is nan"):
-        prove(Toy(), lambda model, batches: loss_fn(model, batches) * float("nan"), batches)
+        prove(Toy(), lambda model, batch: loss_fn(model, batch) * float("nan"), batches)
 
 
 def test_the_tensor_on_the_wrong_device_is_named(batches):
@@ -213,6 +215,112 @@ def test_the_tensor_on_the_wrong_device_is_named(batches):
     batches[0]["y"] = batches[0]["y"].to("meta")
     with pytest.raises(UserError, match=r"batches\[0\]\.y is on meta"):
         prove(Toy(), loss_fn, batches)
+
+
+# --- micro-batches --------------------------------------------------------------------------------
+
+
+def halves(batches):
+    """The batch as two micro-batches with labels, as the engine names them, and one without any."""
+    x, y = batches[0]["x"], batches[0]["y"][:, None].repeat(1, 2)
+    labels = (y[:4], y[4:], y[4:] * 0 - 100)
+    return [{"x": rows, "labels": some} for rows, some in zip((x[:4], x[4:], x[4:]), labels, strict=True)]
+
+
+def summed(model, batch):
+    """As in the engine: a sum, to which a micro-batch without labels adds nothing."""
+    rows = nn.functional.cross_entropy(model(batch["x"]), batch["labels"][:, 0], reduction="sum")
+    return {"ce": rows / 8}
+
+
+def test_one_micro_batch_is_in_memory_at_a_time(batches):
+    """When the next one runs, the activations of the last are gone; `prepare` comes before each pass."""
+    calls, graphs = [], []
+
+    def loss(model, batch):
+        assert not [graph for graph in graphs if graph() is not None]
+        hidden = model(batch["x"])
+        graphs.append(weakref.ref(hidden))
+        calls.append("loss")
+        return {"ce": hidden.square().sum(), "norm": hidden.exp().mean()}
+
+    prove(Toy(), loss, halves(batches), prepare=lambda model, given: calls.append(len(given)))
+    assert calls == [3, "loss", "loss", "loss"] * 2  # zeros first
+
+
+def test_each_micro_batch_with_a_label_must_train(batches):
+    report = prove(Toy(), summed, halves(batches))
+    assert report.reached_by == {"ce": 2}
+    first = halves(batches)[0]["x"][0, 0]
+    for change in (lambda loss, model: loss * 0, lambda loss, model: 0 * loss + model.last.weight.sum()):
+
+        def partly(model, batch, change=change):
+            terms = summed(model, batch)
+            return terms if batch["x"][0, 0] == first else {"ce": change(terms["ce"], model)}
+
+        with pytest.raises(UserError, match=r"some labelled micro-batches and not by others: first\.weight"):
+            prove(Toy(), partly, halves(batches))
+
+
+# --- parts of matrices ----------------------------------------------------------------------------
+
+
+def test_rows_and_columns_without_gradient_are_counted(batches):
+    def masked(model, batch):
+        x = torch.cat([batch["x"][:, :3], torch.zeros(8, 1)], dim=1)
+        return nn.functional.cross_entropy(model(x), batch["y"])
+
+    with pytest.raises(UserError, match=r"part of a matrix .*: first\.weight \(1 of 4 .* dimension 1\);"):
+        prove(Toy(), masked, batches)
+
+
+def test_dropout_is_not_taken_for_a_cut(batches):
+    """Two rows, dropout of a half: a quarter of the columns gets nothing in one pass, and all do in some."""
+
+    class Dropped(Toy):
+        def forward(self, x):
+            return self.last(nn.functional.dropout(self.first(x), 0.5))
+
+    several, one = 0, [{"x": batches[0]["x"][:1], "y": batches[0]["y"][:1]}]
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = Dropped()
+        nn.init.normal_(model.last.weight)
+        trial = Trial(model, loss_fn, one * 2, lambda *_: None)
+        first = trial.measure()
+        several += bool(trial.without_gradient(first)[0])
+        assert trial.dead_slices(first)[0] == []
+    assert several  # or this test shows nothing
+
+
+def test_rows_of_a_vocabulary_may_be_missed_and_its_columns_not():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(5, 3), nn.Linear(3, 2)
+
+        def forward(self, ids):
+            return self.head(self.words(ids))
+
+    ids = torch.tensor([1, 3])
+    report = prove_gradients_before(Table(), lambda m, _: m(ids).square().sum(), [None])
+    assert report.reached_by == {"loss": 3}
+    with pytest.raises(UserError, match=r"words\.weight \(1 of 3 .*1\).*head\.weight \(1 of 3 .*1\)"):
+        keep = torch.tensor([1.0, 0.0, 1.0])
+        prove_gradients_before(Table(), lambda m, _: m.head(m.words(ids) * keep).square().sum(), [None])
+
+
+def test_a_part_whose_gradient_vanishes_is_named(batches):
+    faint = lambda scale: lambda m, b: loss_fn(m, b) + scale * m.extra(b["x"]).square().sum()  # noqa: E731
+    for scale, fine in ((1e-3, True), (1e-11, False)):
+        model = Toy()
+        model.extra = nn.Linear(4, 2, bias=False)
+        if fine:
+            ratios = prove(model, faint(scale), batches).ratios
+            assert ratios.keys() == {"first", "last", "extra"} and ratios["extra"] < ratios["first"]
+        else:
+            with pytest.raises(UserError, match=r"\de-\d\d of the usual.*: extra\.weight \(in Linear\)"):
+                prove(model, faint(scale), batches)
 
 
 # --- zeros ----------------------------------------------------------------------------------------
@@ -238,7 +346,7 @@ class Nest(nn.Module):
 @pytest.mark.parametrize("depth", [1, 3])
 def test_zeros_behind_zeros_wake_up_one_after_the_other(batches, depth):
     calls = []
-    loss = lambda model, batches: calls.append(1) or loss_fn(model, batches)  # noqa: E731
+    loss = lambda model, batch: calls.append(1) or loss_fn(model, batch)  # noqa: E731
     report = prove_gradients_before(Nest(depth), loss, batches)
     assert report.starts_at_zero == [f"layers.{n}.weight" for n in range(depth)]
     assert report.reached_by == {"loss": depth + 2} and len(calls) == depth + 1
@@ -339,9 +447,9 @@ def test_a_plain_tensor_on_another_device_is_named_if_the_forward_meets_it(batch
     model.table = torch.ones(8, 3, device="meta")
     prove(model, loss_fn, batches)
     with pytest.raises(UserError, match=r"table on meta; use register_buffer"):
-        prove(model, lambda m, b: (m(b[0]["x"]) * m.table).sum(), batches)
+        prove(model, lambda m, b: (m(b["x"]) * m.table).sum(), batches)
 
-    def broken(model, batches):
+    def broken(model, batch):
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
@@ -349,9 +457,9 @@ def test_a_plain_tensor_on_another_device_is_named_if_the_forward_meets_it(batch
 
 
 def test_a_forward_that_writes_into_a_weight_is_named(batches):
-    def careless(model, batches):
+    def careless(model, batch):
         model.norm.bias.data += 1e-6
-        return loss_fn(model, batches)
+        return loss_fn(model, batch)
 
     model = Toy()
     with pytest.raises(UserError, match=r"forward itself changes norm\.bias \(in LayerNorm\)"):

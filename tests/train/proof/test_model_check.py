@@ -121,9 +121,9 @@ def test_both_ways_of_filtering_wrongly_are_named():
     model = small()
     model[0].requires_grad_(False)
     check_model(model, trains=lambda name: name.startswith("1."))
-    with pytest.raises(UserError, match=r"^trainable, though .*: 1\.0\.bias \(in Linear\); who"):
+    with pytest.raises(UserError, match=r"^trainable, though .*: 1\.0\.bias \(in Linear\); check"):
         check_model(model, trains=lambda name: name == "1.0.weight")
-    with pytest.raises(UserError, match=r"^frozen, though .*: 0\.bias \(in Linear\); who"):
+    with pytest.raises(UserError, match=r"^frozen, though .*: 0\.bias \(in Linear\); check"):
         check_model(model, trains=lambda name: name != "0.weight")
     with pytest.raises(UserError, match="^frozen, though"):
         check_model(model)  # by default everything is to learn

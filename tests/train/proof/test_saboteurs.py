@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
+from model.adapters import attach
 from tests.train.engine.test_moe_training import moe_config, moe_model
 from tests.train.tools import (
     ListLoader,
@@ -89,6 +90,42 @@ def test_the_healthy_run_passes(tmp_path, capsys):
     assert "starts at zero: model.layers.*.self_attn.q_proj.lora_B" in words
     assert "8 trainable tensors moved" in words and "frozen ones are unchanged" in words
     assert set(load_checkpoint(tmp_path / final_name("Toy"))["weights"]) == run.own
+
+
+EXPERTS = ["model.n_routed_experts=4", "model.num_experts_per_tok=2", "model.n_shared_experts=1",
+           "model.moe_intermediate_size=8", "balance.weight=0.01"]  # fmt: skip
+LATENT = ["model.attention_kind=mla", "model.kv_lora_rank=8", "model.qk_nope_head_dim=8",
+          "model.qk_rope_head_dim=4", "model.v_head_dim=8"]  # fmt: skip
+KINDS = [
+    ([], None), (["model.attention_bias=true", "model.tie_word_embeddings=false"], None), (LATENT, None),
+    ([*EXPERTS, *LATENT, "model.mtp=sequential"], None), (["model.mtp=parallel"], None),
+    (["model.zero_init_residual=true", *EXPERTS], None), ([], "Lora"), (["lora.use_dora=true"], "Lora"),
+    (["lora.lora_dropout=0.3", *EXPERTS], "Lora"), ([], "MixLora"), (EXPERTS, "MixLora"), ([], "Prefix"),
+]  # fmt: skip
+
+
+def test_healthy_models_of_all_kinds_pass():
+    """Ten short rows, one of which has a single label: the rules about parts of matrices and steps do not
+    catch a model that trains as it should."""
+    ids = torch.randint(64, (10, 9), generator=torch.Generator().manual_seed(3))
+    rows = {"input_ids": ids[:9, :-1].contiguous(), "labels": ids[:9, 1:].contiguous()}
+    lonely = {"input_ids": ids[9:, :-1].contiguous(), "labels": torch.full((1, 8), -100)}
+    lonely["labels"][0, 0] = 5  # it attends to itself alone: no gradient for queries and keys
+    for settings, adapter in KINDS:
+        config = small_config(*settings)
+        model = small_model(config)
+        if adapter:
+            attach(model, adapter, config)
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        loss = LanguageModelLoss(model, config, machine())
+        report = prove_gradients_before(
+            model, lambda m, batch, loss=loss: loss(m, batch, 73)[0], [rows, lonely],
+            prepare=loss.before_step,
+            claims=loss.claims() | {"ce": lambda name: not name.startswith("mtp.")},
+            trains=trainable.__contains__,
+        )  # fmt: skip
+        ratios = report.ratios.values()  # two parts are within a thousand of each other in all of these
+        assert 0 < max(ratios) < 1e4 * min(ratios), (settings, adapter, report.ratios)
 
 
 # ---------------------------------------------------------------------------------------- planted in the loss
@@ -424,6 +461,115 @@ def a_frozen_router_that_is_balanced(run):
     run.own = frozenset(run.model.state_dict())
 
 
+# -------------------------------------------------------- planted in the whole model: half of it still learns
+
+
+def whole(run, *settings, steps=3):
+    """A model that is trained whole, with the loss of pre-training."""
+    run.config = small_config("train.batch_size=4", *settings, steps=steps)
+    run.model = small_model(run.config)
+    run.loss = LanguageModelLoss(run.model, run.config, machine())
+    claims = run.loss.claims() | {"ce": lambda name: not name.startswith("mtp.")}
+    run.loss.claims = lambda: claims
+    run.trains, run.own = lambda name: True, frozenset(run.model.state_dict())
+    run.layer = run.model.model.layers[1]
+
+
+def all_heads_but_one_detached(run):
+    whole(run)
+    run.layer.self_attn.q_proj.register_forward_hook(
+        lambda module, given, q: torch.cat([q[..., :8], q[..., 8:].detach()], dim=-1)
+    )
+
+
+def one_channel_masked(run):
+    whole(run)
+    keep = torch.arange(24) != 5
+    run.layer.mlp.down_proj.register_forward_pre_hook(lambda module, x: x[0] * keep)
+
+
+def only_the_second_head_trains_the_layers(run):
+    whole(run, "model.mtp=parallel")
+    plain = LanguageModelLoss.__call__
+
+    class OnDetached(LanguageModelLoss):
+        def __call__(self, model, batch, tokens):
+            terms, measures = plain(self, model, batch, tokens)
+            logits = model.logits(model(batch["input_ids"]).hidden.detach())
+            return terms | {"ce": F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())}, measures
+
+    run.loss.__class__ = OnDetached
+
+
+def routers_that_learn_from_the_balance_alone(run):
+    whole(run, "balance.weight=0.01", "model.n_routed_experts=4", "model.num_experts_per_tok=2",
+          "model.n_shared_experts=1", "model.moe_intermediate_size=8")  # fmt: skip
+    for layer in run.model.model.layers:
+        layer.mlp.gate.register_forward_hook(
+            lambda module, given, routing: routing._replace(weights=routing.weights.detach())
+        )
+
+
+def from_step(number, act):
+    """A planter: `act(layer)` before the forward of the `number`th step of 20, and of all that follow."""
+
+    def plant(run):
+        whole(run, steps=20)
+        plain, calls = run.loss, []
+
+        def loss(model, batch, tokens):
+            if model is run.model and len(calls) < 20:
+                calls.append(1)
+                if len(calls) >= number:
+                    act(run.layer)
+            return plain(model, batch, tokens)
+
+        run.loss = loss
+
+    return plant
+
+
+def silence(layer):
+    for parameter in layer.parameters():
+        parameter.register_hook(torch.zeros_like)
+
+
+def in_three_of_four_micro_batches(change):
+    """A planter: `change(loss, model)` acts on all micro-batches of a step but the first."""
+
+    def plant(run):
+        whole(run, "train.accumulation_steps=4", "train.batch_size=1")
+        plain, calls = run.loss, []
+
+        def loss(model, batch, tokens):
+            calls.append(1)
+            return plain(model, batch, tokens) if len(calls) % 4 == 1 else change(run, model, batch, tokens)
+
+        run.loss = loss
+
+    return plant
+
+
+def times_zero(run, model, batch, tokens):
+    terms, measures = next_token_loss(model, batch, tokens)
+    return {"ce": terms["ce"] * 0}, measures
+
+
+def without_the_first_layer(run, model, batch, tokens):
+    first = model.model.layers[0]
+    handle = first.register_forward_hook(lambda module, given, out: (out[0].detach(), *out[1:]))
+    try:
+        return next_token_loss(model, batch, tokens)
+    finally:
+        handle.remove()
+
+
+def a_feed_forward_times_a_billionth(run):
+    whole(run)
+    for layer in run.model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, given, output: output * 1e-9)
+
+
 NO_GRAPH, STRANGE = "ce has no graph", "no parameter of the copy"
 NUMBER = STRANGE + r": a number: requires_grad_\(\) on a loss that lost its graph"
 FIRST = r"model\.layers\.0\.self_attn\.q_proj"
@@ -441,8 +587,8 @@ SABOTEURS = [
     (a_constant_term_beside_a_healthy_one, "balance has no graph"),
     (a_term_that_misses_the_adapters, r"decay does not reach .*" + FIRST + r"\.lora_B \(in Lora\)"),
     (masked_labels, "no label"),
-    (the_wrong_half, r"trainable, though this stage does not.*embed_tokens\.weight.*who filtered"),
-    (everything_trains, r"trainable, though this stage does not.*embed_tokens\.weight.*who filtered"),
+    (the_wrong_half, r"trainable, though this stage does not.*embed_tokens\.weight.*name filter"),
+    (everything_trains, r"trainable, though this stage does not.*embed_tokens\.weight.*name filter"),
     (nothing_trains, "everything is frozen"),
     (a_filter_that_misses_B, r"frozen, though this stage trains it: " + FIRST + r"\.lora_B \(in Lora\)"),
     (unsaved, r"not saved: " + FIRST + r"\.lora_A \(in Lora\)"),
@@ -482,6 +628,15 @@ SABOTEURS = [
     (a_hook_writes_into_the_base_later, r"frozen, yet changed by training: " + FIRST + r"\.base\.weight"),
     (nan_gradients, r"not finite.*" + FIRST + r"\.lora_B"),
     (a_frozen_router_that_is_balanced, r"model\.layers\.0\.mlp\.gate\.e_score_correction_bias.*frozen rout"),
+    (all_heads_but_one_detached, r"part of a matrix is.*layers\.1\.self_attn\.q_proj\.weight \(8 of 16 "),
+    (one_channel_masked, r"gate_proj\.weight \(1 of 24 .* 0\).*down_proj\.weight \(1 of 24 .* 1\)"),
+    (only_the_second_head_trains_the_layers, r"ce does not reach .*layers\.0\.self_attn\.q_proj"),
+    (routers_that_learn_from_the_balance_alone, r"ce does not reach .*gate\.weight \(in TopkRouter\)"),
+    (from_step(2, lambda layer: layer.requires_grad_(False)), r"in 1 of 20 steps only: .*layers\.1\."),
+    (from_step(2, silence), r"trained in 1 of 20 steps only: .*layers\.1\."),
+    (in_three_of_four_micro_batches(times_zero), "trained by some labelled micro-batches and not by others"),
+    (in_three_of_four_micro_batches(without_the_first_layer), r"trained by some .*layers\.0\."),
+    (a_feed_forward_times_a_billionth, r"only \de-\d\d of the usual.*layers\.0\.mlp\.gate_proj"),
 ]  # fmt: skip
 
 
@@ -516,13 +671,13 @@ def two_processes(rank, folder):
     torch.manual_seed(0)
     model, x = nn.ModuleList(Lora(nn.Linear(4, 4)) for _ in range(2)), torch.randn(3, 4)
 
-    def loss(model, batches):
+    def loss(model, batch):
         sum_scalars([1.0])  # as the balance of experts: all processes must call it equally often
         return model[rank](x).square().sum()
 
-    words = [words_of(prove_gradients_before, model, loss, [])]
+    words = [words_of(prove_gradients_before, model, loss, [None])]
     model[1].lora_A.data.zero_()
-    words.append(words_of(prove_gradients_before, model, loss, []))
+    words.append(words_of(prove_gradients_before, model, loss, [None]))
     run = healthy()
     run.first.lora_B.requires_grad_(rank == 0)
     words.append(words_of(start, run, folder))

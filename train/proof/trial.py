@@ -1,0 +1,284 @@
+"""The trial of the gradient proof: a copy of the model on which the first steps are played.
+
+Zeros need care: a projection that starts at zero (LoRA's B, the last layer of each block under
+`zero_init_residual`) passes no gradient to what lies before it on the very first step, and a healthy model
+would look broken. So the copy plays the first steps: a tensor of zeros that gets a gradient is given small
+random numbers, as the optimizer would move it, until no more of them wake up. A tensor that is then still
+without gradient stays so forever, such as a LoRA whose A and B both start at zero.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from load_data.loader import IGNORED
+from train.proof.model_check import describe, hidden_parts, some
+from utils.distributed import sum_scalars
+from utils.errors import UserError
+
+CONFIRMING = 4  # passes with other dropout
+NOISE = 0.02  # standard deviation of the numbers that replace zeros in the copy
+TABLE = re.compile(r"(^|\.)(embed_tokens|lm_head|gate)\.\w+$")  # of a vocabulary, or a router
+
+
+class Findings:
+    """Gradients of all terms and micro-batches, summed up by `Trial.measure`."""
+
+    def __init__(self, trainable: dict[str, torch.Tensor]):
+        self.terms: dict[str, dict[str, float]] = {}  # term -> parameter -> squared gradient norm
+        self.alive = {  # for each dimension of a matrix, the largest gradient norm of each slice
+            name: [p.new_zeros(size, dtype=torch.float32) for size in p.shape] if p.dim() > 1 else []
+            for name, p in trainable.items()
+        }
+        self.steady = []  # for each labelled micro-batch: has it many labels, and what its main term reached
+
+    def add(self, term: str, norms: dict[str, float], parameters: dict[str, torch.Tensor]) -> None:
+        """Take in the gradients of one term of one micro-batch."""
+        squares = self.terms.setdefault(term, {})
+        for name, norm in norms.items():
+            squares[name] = squares.get(name, 0.0) + norm**2
+            for dim, largest in enumerate(self.alive.get(name, ())):
+                rest = [other for other in range(parameters[name].dim()) if other != dim]
+                slices = torch.linalg.vector_norm(parameters[name].grad, dim=rest, dtype=torch.float32)
+                torch.maximum(largest, slices, out=largest)
+
+    def agree(self, names: list[str]) -> None:
+        """Sum up over all processes, so that all judge alike."""
+        squares = {
+            term: dict(zip(names, sum_scalars([found.get(name, 0.0) for name in names]), strict=True))
+            for term, found in self.terms.items()
+        }
+        self.reached = {term: {n for n, square in found.items() if square} for term, found in squares.items()}
+        self.norms = {name: sum(found[name] for found in squares.values()) ** 0.5 for name in names}
+        union = set().union(*(reached for _, reached in self.steady))
+        lapsed = [any(name in union and name not in reached and (enough or not reached)
+                      for enough, reached in self.steady) for name in names]  # fmt: skip
+        self.lapsed = [name for name, lapse in zip(names, agreed(lapsed), strict=True) if lapse]
+
+
+class Trial:
+    """A copy of a model, on which the first steps are played."""
+
+    def __init__(self, model: nn.Module, loss_fn: Callable, batches: list, prepare: Callable):
+        self.original, self.loss_fn, self.batches, self.prepare = model, loss_fn, batches, prepare
+        self.model = copy.deepcopy(model)
+        self.parameters = dict(self.model.named_parameters())
+        self.trainable = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        self.woken = set()  # names of zeros that were given numbers
+        self.plain = {id(tensor): (where, tensor) for where, tensor in hidden_parts(self.model)}
+        for _, tensor in self.plain.values():  # so that the graph shows whether the loss depends on it
+            if tensor.is_floating_point():
+                tensor.requires_grad_()
+
+    def wake_zeros(self) -> list[str]:
+        """Give small random numbers to the zeros that get a gradient, and to those behind them, and so on;
+        return the names of all that start at zero."""
+        generator = torch.Generator().manual_seed(0)  # its own, so that the global one is not disturbed
+        start = zeros = [name for name, parameter in self.trainable.items() if not parameter.any()]
+        while zeros:
+            moving = self.with_gradient(zeros)
+            if not moving:
+                break
+            self.fill(moving, generator)
+            zeros = [name for name in zeros if name not in moving]
+        return start
+
+    def fill(self, names: list[str], generator: torch.Generator) -> None:
+        """Replace zeros by small random numbers."""
+        for name in names:
+            noise = torch.randn(self.parameters[name].shape, generator=generator) * NOISE
+            self.parameters[name].data.copy_(noise)
+        self.woken |= set(names)
+
+    # --- forward and backward -------------------------------------------------------------------------
+
+    def forward(self, batch) -> dict[str, torch.Tensor]:
+        """Return the loss terms of one micro-batch, each with a graph that ends in parameters of the copy."""
+        try:
+            losses = self.loss_fn(self.model, batch)
+        except RuntimeError as error:
+            usual = next(iter(self.parameters.values())).device
+            odd = [f"{where} on {t.device}" for where, t in self.plain.values() if t.device != usual]
+            if not odd or not re.search("same device|expected device", str(error)):
+                raise
+            raise UserError(
+                f"the forward meets two devices; plain attributes do not follow the model to {usual}: "
+                f"{some(odd)}; use register_buffer"
+            ) from error
+        losses = losses if isinstance(losses, Mapping) else {"loss": losses}
+        for term, loss in losses.items():
+            if not isinstance(loss, torch.Tensor) or loss.grad_fn is None:
+                raise UserError(  # requires_grad_(True) makes no graph either
+                    f"{term} has no graph behind it, so it cannot train anything: was it computed under "
+                    "no_grad(), detached, or turned into a number with .item()?"
+                )
+            if not torch.isfinite(loss).all():
+                raise UserError(
+                    f"{term} is {loss.item()} on the first batch: check the data and the initial weights"
+                )
+            self.check_leaves(term, loss)
+        return losses
+
+    def check_leaves(self, term: str, loss: torch.Tensor) -> None:
+        """Raise `UserError` if the graph of a term ends in anything but a parameter of the copy."""
+        owned = {id(parameter) for parameter in self.parameters.values()}
+        originals = {id(parameter): name for name, parameter in self.original.named_parameters()}
+        for leaf in leaves(loss):
+            if id(leaf) in owned:
+                continue
+            if id(leaf) in self.plain:
+                what = f"{self.plain[id(leaf)][0]}, neither parameter nor buffer: nn.Parameter forgotten?"
+            elif id(leaf) in originals:
+                what = f"{originals[id(leaf)]} of the original: does a closure or a hook hold on to it?"
+            elif leaf.dim() == 0:
+                what = "a number: requires_grad_() on a loss that lost its graph to a detach() or an .item()?"
+            else:
+                what = (
+                    f"{tuple(leaf.shape)} that no module registers: from a closure, a global, a module made "
+                    "in the forward, or another model? Is it computed from the model it is given?"
+                )
+            raise UserError(f"{term} depends on a tensor that is no parameter of the copy: {what}")
+
+    def check_unchanged(self) -> None:
+        """Raise `UserError` if the forward wrote into a weight."""
+        for name, parameter in self.parameters.items():
+            if name not in self.woken and not torch.equal(parameter, self.original.get_parameter(name)):
+                raise UserError(f"the forward itself changes {describe(self.model, [name])}: in place?")
+
+    def gradient_norms(self, term: str, loss: torch.Tensor, names, keep_graph=False) -> dict[str, float]:
+        """Run backward from one term; return the gradient norm of each of these parameters that has one."""
+        self.model.zero_grad(set_to_none=True)
+        inputs = [self.parameters[name] for name in names if self.parameters[name].requires_grad]
+        loss.backward(retain_graph=keep_graph, inputs=inputs)  # no work for others
+        names = [name for name in names if self.parameters[name].grad is not None]
+        norms = torch._foreach_norm([self.parameters[name].grad for name in names]) if names else [loss * 0]
+        norms = dict(zip(names, torch.stack([norm.float() for norm in norms]).tolist()))
+        if broken := [name for name, norm in norms.items() if not norm < float("inf")]:
+            raise UserError(f"{term} gives gradients that are not finite: {describe(self.model, broken)}")
+        return norms
+
+    def with_gradient(self, names: list[str]) -> list[str]:
+        """Return those of `names` that the whole loss gives a gradient now."""
+        hits = dict.fromkeys(names, False)
+        self.prepare(self.model, self.batches)
+        for batch in self.batches:
+            norms = self.gradient_norms("loss", sum(self.forward(batch).values()), names)
+            hits |= {name: True for name, norm in norms.items() if norm}
+        self.check_unchanged()
+        return [name for name, hit in zip(names, agreed(list(hits.values())), strict=True) if hit]
+
+    # --- findings -------------------------------------------------------------------------------------
+
+    def measure(self, found: Findings | None = None) -> Findings:
+        """Run all micro-batches forward and backward, one at a time, and add up what their terms reach."""
+        found = found or Findings(self.trainable)
+        self.prepare(self.model, self.batches)
+        for batch in self.batches:
+            self.measure_one(batch, found)
+        self.check_unchanged()
+        self.model.zero_grad(set_to_none=True)
+        found.agree(list(self.parameters))
+        for term, reached in found.reached.items():
+            if thawed := sorted(reached - self.trainable.keys()):
+                raise UserError(
+                    f"frozen, yet {term} gives it a gradient: {describe(self.model, thawed)}; does the "
+                    "forward set requires_grad?"
+                )
+        return found
+
+    def measure_one(self, batch, found: Findings) -> None:
+        """Measure one micro-batch; its graph is freed on return."""
+        labelled, enough = labels_in(batch)
+        terms = self.forward(batch)
+        for term, loss in terms.items():
+            norms = self.gradient_norms(term, loss, self.parameters, keep_graph=True)
+            found.add(term, norms, self.parameters)
+            if labelled and term == next(iter(terms)):
+                found.steady.append((enough, {name for name, norm in norms.items() if norm}))
+
+    def dead_slices(self, found: Findings) -> tuple[list[str], list[str]]:
+        """Return rows and columns of matrices whose gradient is exactly zero, and experts without a token.
+
+        Dropout may hit a column by chance, so only what `CONFIRMING` further passes confirm is dead."""
+        dead, idle = self.without_gradient(found)
+        confirmed = 0
+        while dead and confirmed < CONFIRMING:
+            before = dead
+            dead, idle = self.without_gradient(self.measure(found))
+            confirmed = confirmed + 1 if dead == before else 0
+        return dead, idle
+
+    def without_gradient(self, found: Findings) -> tuple[list[str], list[str]]:
+        """Return the `dead_slices` so far. In tables of the vocabulary and in routers, rows may be idle."""
+        reached = set().union(*found.reached.values())
+        dead, idle = [], []
+        for name, dims in found.alive.items():
+            counts = [sum(1 for hit in agreed((norms > 0).tolist()) if not hit) for norms in dims]
+            for dim, (count, norms) in enumerate(zip(counts, dims, strict=True)):
+                if not count or name not in reached:
+                    continue
+                if dim == 0 and len(dims) == 3:
+                    idle.append(f"{count} of {len(norms)} experts of {name}")
+                elif dim or not self.is_table(name):
+                    dead.append(f"{name} ({count} of {len(norms)} slices of dimension {dim})")
+        return dead, idle
+
+    def is_table(self, name: str) -> bool:
+        """Return True for a matrix with a row per token of the vocabulary, or per expert of a router."""
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        return isinstance(module, nn.Embedding) or bool(TABLE.search(name))
+
+    def explain(self, cut_off: list[str]) -> None:
+        """Raise the error with its cause: zeros that hold each other, frozen zeros, or a cut on the way. To
+        tell them apart, the former are filled, then the latter."""
+        generator = torch.Generator().manual_seed(0)
+        zeros = [name for name, parameter in self.parameters.items() if not parameter.any()]
+        walls = [name for name in zeros if name not in self.trainable]
+        walls.sort(key=lambda name: -self.parameters[name].dim())  # matrices before biases
+        self.fill([name for name in zeros if name in self.trainable], generator)
+        if woken := self.with_gradient(cut_off):
+            raise UserError(
+                f"A and B both start at zero: neither can move: {describe(self.model, woken)}; one factor of "
+                "a product must start with random numbers"
+            )
+        self.fill(walls, generator)
+        if woken := self.with_gradient(cut_off):
+            raise UserError(
+                f"no gradient will ever reach it: {describe(self.model, woken)}; what follows it is frozen "
+                f"at zero: {describe(self.model, walls)}"
+            )
+        raise UserError(
+            f"cut off from the loss, so never trained: {describe(self.model, cut_off)}; is it used in the "
+            "forward, or is there a detach(), a no_grad(), an .item() or a multiplication by zero on the way?"
+        )
+
+
+def labels_in(batch) -> tuple[bool, bool]:
+    """Return whether a micro-batch has a label, and whether it has so many that some must see earlier tokens:
+    the first token of a row attends to itself alone, which gives queries and keys no gradient."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if labels is None:
+        return True, True
+    count = int((labels != IGNORED).sum())
+    return count > 0, count > len(labels)
+
+
+def agreed(flags: list[bool]) -> list[bool]:
+    """Return True where any process has True, so that all processes decide alike."""
+    return [total > 0 for total in sum_scalars([float(flag) for flag in flags])]
+
+
+def leaves(loss: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the tensors that the graph of `loss` ends in: those that a backward would give a gradient."""
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "AccumulateGrad":
+            yield node.variable
+        waiting += [before for before, _ in node.next_functions]
