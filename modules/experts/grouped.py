@@ -82,7 +82,7 @@ def sort_rows(indices, experts: int, one_kernel: bool = False) -> Rows:
     P = len(flat) if one_kernel else sum(sizes)
     position = torch.empty_like(flat).scatter_(0, order, place)
     token = flat.new_full((P,), -1).scatter_(0, position, torch.arange(len(flat), device=flat.device) // K)
-    blank = flat[:0] if P == len(flat) else (token < 0).nonzero().flatten()
+    blank = flat[:0] if len(flat) == P else (token < 0).nonzero().flatten()
     return Rows(position.view_as(indices), token.clamp_(min=0), blank, sizes)
 
 
