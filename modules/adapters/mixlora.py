@@ -1,25 +1,26 @@
-"""MixLoRA: a frozen feed-forward becomes a mixture of experts, each of them a LoRA adapter of it.
+"""MixLoRA: turn a frozen feed-forward into a mixture of experts, each of them a LoRA adapter of it.
 
     h_k = silu((Wg + s Bg_k Ag_k) x) * ((Wu + s Bu_k Au_k) x)             expert k = 1..E, s = alpha / R
     y = sum over the K chosen experts of  g_k * (Wd + s Bd_k Ad_k) h_k    g: softmax over E, normed over K
 
     x: (B, T, C)   Wg, Wu: C -> F   Wd: F -> C, frozen   A_k: in -> R   B_k: R -> out   ->   (B, T, C)
 
-Small experts share what is large: Wg x and Wu x do not depend on the expert and are computed once, and so is
+Small experts share what is large. Wg x and Wu x do not depend on the expert and are computed once, and so is
 the product with Wd, as sum g_k Wd h_k = Wd (sum g_k h_k).
 
-The adapters need no sorting of tokens, since their ranks are few. The A of all experts are one matrix (E*R,
-in), whose product holds the ranks of each expert side by side; a mask of zeros and ones lets only those of
-the chosen expert pass, and the B of all experts are one matrix (out, E*R). The price is E times the work of
-one adapter, in large plain products; against the frozen feed-forward E*R is small. Measured forward and
-backward on one CPU thread (C = 256, E = 8, K = 2, R = 8, 2048 tokens), in times of the frozen SwiGLU: 2.1 for
-F = 768 in fp32, 2.6 in bf16 (tokens sorted by expert: 2.0 and 3.7); for F = 256, 2.5 and 3.2.
+Since ranks are small, tokens need not be sorted. The A of all experts are one matrix (E*R, in), whose product
+holds the ranks of each expert side by side; a mask of zeros and ones keeps those of the chosen expert; the B of
+all experts are one matrix (out, E*R). The price is E times the work of one adapter, in large plain products;
+against the frozen feed-forward E*R is small. Cost of forward and backward on one CPU thread (AMD EPYC with bf16
+units; C = 256, E = 8, K = 2, R = 8, 2048 tokens) in multiples of the frozen SwiGLU: 2.1 for F = 768 in fp32, 2.6
+in bf16 (tokens sorted by expert: 2.0 and 3.7); for F = 256, 2.5 and 3.2.
 
-A dense layer gets the mixture in place of its SwiGLU. In a layer with experts it is the shared experts, seen
-by every token, that get it; what is routed stays as it is, frozen router included. B starts at zero: at first
-the model is what it was. An optional shared adapter, which every token uses, is part of the three W.
+A dense layer gets the mixture in place of its SwiGLU. A layer with experts gets it in place of its shared
+experts, which every token uses; routed experts and their router stay frozen. B starts at zero, so the model
+starts unchanged. An optional shared adapter, which every token uses, is part of the three W.
 
 Paper: Li et al., "MixLoRA", arXiv 2404.15159; balance of its experts: train/engine/load_balancer.py.
+Trap: factors and router are fp32 even on a base in bf16, which would round small steps away.
 """
 
 import torch
@@ -28,16 +29,26 @@ from torch import nn
 
 from config.adapters import MixLoraConfig
 from config.model import ModelConfig
-from modules.mlp import SwiGLU
 from modules.experts.moe import MoE
 from modules.experts.router import Routing, TopkRouter
+from modules.mlp import SwiGLU
 from utils.errors import UserError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
+def wide_dtype(weight) -> torch.dtype:
+    """Return the dtype of what is trained beside a frozen weight: fp32, or fp64 in a model in fp64."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def cast_like(x, weight):
+    """Return x in the dtype of `weight`; under autocast, which casts for itself, x."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+
+
 class LoraStack(nn.Module):
-    """The adapters that E experts have for one linear layer: `expand(shrink(x) * mask)`.
+    """The adapters of E experts for one linear layer: `expand(shrink(x) * mask)`.
 
     Args:
         linear: the layer, weight (out, in); not kept.
@@ -48,31 +59,31 @@ class LoraStack(nn.Module):
     def __init__(self, linear: nn.Linear, experts: int, config: MixLoraConfig):
         super().__init__()
         self.scale, self.dropout = config.lora_alpha / config.r, nn.Dropout(config.lora_dropout)
-        weight = linear.weight
-        self.lora_A = nn.Parameter(weight.new_empty(experts, config.r, weight.shape[1]))
-        self.lora_B = nn.Parameter(weight.new_zeros(experts, weight.shape[0], config.r))
+        (out, width), place = linear.weight.shape, {"dtype": wide_dtype(linear.weight)}
+        self.lora_A = nn.Parameter(linear.weight.new_empty(experts, config.r, width, **place))
+        self.lora_B = nn.Parameter(linear.weight.new_zeros(experts, out, config.r, **place))
         for matrix in self.lora_A:
             nn.init.kaiming_uniform_(matrix, a=5**0.5)  # U(-1/sqrt(in), 1/sqrt(in)), as in LoRA
 
     def shrink(self, x):
         """x (N, in) -> (N, E*R), the ranks of all experts."""
-        return F.linear(self.dropout(x), self.lora_A.flatten(0, 1))
+        return F.linear(self.dropout(cast_like(x, self.lora_A)), self.lora_A.flatten(0, 1))
 
     def expand(self, ranks):
         """ranks (N, E*R), zeros for experts that were not chosen -> (N, out)."""
         return ranks @ (self.scale * self.lora_B.mT).flatten(0, 1)
 
-    def delta(self):
-        """What the adapters add to the weight, summed over experts -> (out, in), in fp32 or wider."""
-        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
-        return self.scale * (self.lora_B.to(wide) @ self.lora_A.to(wide)).sum(0)
+
+def adapters(base: SwiGLU, experts: int, config: MixLoraConfig) -> nn.ModuleDict:
+    """Return a `LoraStack` for each projection of a feed-forward."""
+    return nn.ModuleDict({name: LoraStack(getattr(base, name), experts, config) for name in PROJECTIONS})
 
 
 class MixLoraMLP(nn.Module):
     """`forward(x)`: (B, T, C) -> (B, T, C) and the `Routing` of its N = B*T tokens.
 
     Args:
-        base: the SwiGLU whose place it takes; its three linear layers live on here under their names.
+        base: the SwiGLU that it replaces; its three linear layers keep their names here.
         config: reads num_experts, num_experts_per_tok, r, lora_alpha, lora_dropout, shared_expert.
     """
 
@@ -84,22 +95,17 @@ class MixLoraMLP(nn.Module):
                 hidden_size=weight.shape[1], n_routed_experts=E, scoring_func="softmax",
                 num_experts_per_tok=config.num_experts_per_tok,
             )
-        ).to(weight)  # fmt: skip
+        ).to(weight.device, wide_dtype(weight))  # fmt: skip
         nn.init.normal_(self.gate.weight, std=0.02)
         self.gate_proj, self.up_proj, self.down_proj = base.gate_proj, base.up_proj, base.down_proj
-        self.lora_experts = nn.ModuleDict(
-            {name: LoraStack(getattr(base, name), E, config) for name in PROJECTIONS}
-        )
-        self.lora_shared = None
-        if config.shared_expert:
-            self.lora_shared = nn.ModuleDict(
-                {name: LoraStack(getattr(base, name), 1, config) for name in PROJECTIONS}
-            )
+        self.lora_experts = adapters(base, E, config)
+        self.lora_shared = adapters(base, 1, config) if config.shared_expert else None
         self.train(base.training)
 
     def always(self, name: str, x):
-        """x (N, in) -> (N, out), what all experts share of one projection."""
-        y = getattr(self, name)(x)
+        """x (N, in) -> (N, out), the part of one projection that all experts share."""
+        layer = getattr(self, name)
+        y = layer(cast_like(x, layer.weight))
         if self.lora_shared is not None:
             y = y + self.lora_shared[name].expand(self.lora_shared[name].shrink(x))
         return y
@@ -121,12 +127,12 @@ class MixLoraMLP(nn.Module):
             mixed = mixed + inner
             down_ranks = down_ranks + lora_down.shrink(inner) * mask
         y = self.always("down_proj", mixed) + lora_down.expand(down_ranks)
-        return y.view(x.shape), routing
+        return cast_like(y, self.down_proj.weight).view(x.shape), routing
 
 
 class MixLoraMoE(nn.Module):
-    """A mixture of experts whose shared experts are a `MixLoraMLP`; the routing it tells of is the latter's,
-    as the router of the frozen experts does not learn."""
+    """A mixture of experts whose shared experts are a `MixLoraMLP`. It returns the routing of the LoRA experts, since
+    the router of the frozen experts is not trained."""
 
     def __init__(self, base: MoE, config: MixLoraConfig):
         super().__init__()
@@ -144,9 +150,9 @@ class MixLoraMoE(nn.Module):
 
 
 def add_mixlora(model, config: MixLoraConfig) -> list[str]:
-    """Give every layer of a `TinySeek` a mixture, its MTP head none.
+    """Add a mixture to every layer of a `TinySeek` but not to its MTP head; return the new parameters' names.
 
-    Returns the names of the new parameters.
+    Raises `UserError`, and leaves the model unchanged, for a layer with experts but without shared ones.
     """
     layers, before = model.model.layers, {name for name, _ in model.named_parameters()}
     for number, layer in enumerate(layers):
@@ -161,23 +167,9 @@ def add_mixlora(model, config: MixLoraConfig) -> list[str]:
     return [name for name, _ in model.named_parameters() if name not in before]
 
 
-@torch.no_grad()
-def merge_shared(model) -> None:
-    """Add each shared adapter to the weights that it adapts, and take it away; the others cannot be merged,
-    as every token chooses anew. The sum is taken in fp32: in bf16 a small adapter would be rounded away."""
-    for module in model.modules():
-        if isinstance(module, MixLoraMLP) and module.lora_shared is not None:
-            for name, adapter in module.lora_shared.items():
-                layer, delta = getattr(module, name), adapter.delta()
-                merged = (layer.weight.to(delta.dtype) + delta).to(layer.weight.dtype)
-                # A new tensor: other models may share the old one.
-                layer.weight = nn.Parameter(merged, requires_grad=layer.weight.requires_grad)
-            module.lora_shared = None
-
-
 def lesson():
-    """Two kinds of tokens that need two changes of one frozen layer: one LoRA of rank 16 against 8 experts of
-    rank 2, which have as many parameters."""
+    """Fit two kinds of tokens that need different changes of one frozen layer: one LoRA of rank 16 against 8 experts
+    of rank 2, which have as many parameters."""
     torch.manual_seed(0)
     N, C, width = 128, 16, 32
     base, *wanted = (SwiGLU(C, width).requires_grad_(False) for _ in range(3))
@@ -188,18 +180,18 @@ def lesson():
             getattr(kind, name).weight.copy_(start + change)
     x = torch.randn(80, 2, N, C) + torch.tensor([-1.0, 1.0])[:, None, None]  # (step, kind, token, C)
     y = torch.stack([kind(part) for kind, part in zip(wanted, x.unbind(1), strict=True)], dim=1)
-    print("One frozen feed-forward, two kinds of tokens, each with a change of its own to learn")
+    print("One frozen feed-forward and two kinds of tokens, each of which needs a change of its own")
     for experts, chosen, rank in ((1, 1, 16), (8, 2, 2)):
         mixture = MixLoraMLP(base, MixLoraConfig(experts, chosen, rank, lora_alpha=2 * rank))
-        learns = [weight for weight in mixture.parameters() if weight.requires_grad]
-        optimizer, errors = torch.optim.Adam(learns, lr=0.02), []
+        trained = [weight for weight in mixture.parameters() if weight.requires_grad]
+        optimizer, errors = torch.optim.Adam(trained, lr=0.02), []
         for rows, target in zip(x, y, strict=True):
             out, routing = mixture(rows)
             errors.append((out - target).square().mean() / y.var())
             optimizer.zero_grad()
             errors[-1].backward()
             optimizer.step()
-        print(f"  {experts} of rank {rank}: {sum(w.numel() for w in learns)} parameters,", end=" ")
+        print(f"  {experts} of rank {rank}: {sum(w.numel() for w in trained)} parameters,", end=" ")
         print(f"error {errors[0]:.3f}, after 80 steps {errors[-1]:.4f}; tokens of each kind by expert:")
         print(*[f"    {kind.bincount(minlength=experts).tolist()}" for kind in routing.indices.view(2, -1)])
 

@@ -244,10 +244,19 @@ def test_every_query_sees_the_prefix_whatever_else_it_may_see():
     assert context.mask is None and not context.is_causal and context.positions.tolist() == [[3, 4]]
 
 
-def test_routing_counts_real_tokens_only():
-    model = prefixed(**MOE)
-    routings = model(text(2, 5)).routings
-    assert [routing.indices.shape for routing in routings] == [(10, 2)] * 2
+def test_routing_is_that_of_the_real_tokens_only():
+    """With a prefix made of real text: the experts, weights and logits of the tokens behind it are those that a plain
+    model gives them behind that text, and no row belongs to the prefix."""
+    model = shake(TinySeek(small_config(**MOE))).double().eval()
+    ids = text(1, 9)
+    expected = model(ids).routings
+    add_prefix(model, PrefixConfig("prefix", 4), ids=ids[0, :4].tolist())
+    routings = model(ids[:, 4:]).routings
+    assert len(routings) == len(expected) == 2
+    for routing, whole in zip(routings, expected, strict=True):
+        assert torch.equal(routing.indices, whole.indices[4:])
+        same(routing.weights, whole.weights[4:])
+        same(routing.logits, whole.logits[4:])
 
 
 def test_under_autocast_the_prefix_follows_the_tokens():
