@@ -53,7 +53,6 @@ class LanguageModelLoss:
                 for batch in micro_batches:
                     output = self.forward(model, batch)
                     self.balancer.count(self.learning(output), real_tokens(batch))
-            self.balancer.finish_counting()
 
     def learning(self, output) -> list:
         """The routings of the routers that learn: all, or less that of a frozen second head, the last."""

@@ -1,32 +1,32 @@
-"""The balance of one optimizer step: over which tokens the loads of modules/experts/balance.py are taken, and
-DeepSeek's bias.
+"""Balance the experts over one optimizer step: the loss of modules/experts/balance.py by scope, and DeepSeek's
+bias.
 
-Experts need to be even over many tokens, not over few. A micro-batch of Python code should be free to go to
-the experts that know Python; a loss that asks for even loads within it forbids that. Scopes of f and P:
+Experts need to be even over many tokens, not over few. A micro-batch of Python code should be free to use the
+experts that know Python; a loss that asks for even loads within it forbids that. Scopes of f and P:
 
-    sequence   each row for itself; rows weigh as much as they have real tokens
+    sequence   each row by itself; rows weigh as much as they have real tokens
     batch      this process's micro-batch
     global     all micro-batches of all processes in one optimizer step
 
 Micro-batch m with n_m of the step's n real tokens adds n_m/n times its loss, so the loss of the step is the
-sum over micro-batches and processes. The mean is taken over layers: even is 1 (kl: 0) whatever the depth.
+sum over micro-batches and processes. The mean is taken over layers: even is 1 (kl: 0) at any depth.
 
-Global statistics meet a difficulty: gradients flow one micro-batch at a time, through its own P_m, while the
-loss L(f, P) is about P = sum_m n_m/n P_m. The chain rule solves it, for every form alike:
+Global statistics have a difficulty: gradients flow one micro-batch at a time, through its own P_m, while the
+loss L(f, P) depends on P = sum_m n_m/n P_m. The chain rule solves it for every form alike:
 
     dL/dw = sum_i g_i dP_i/dw = sum_m n_m/n sum_i g_i dP_m,i/dw,      g_i = dL/dP_i at the global f and P
 
-so micro-batch m contributes n_m/n (L + sum_i g_i (P_m,i - its value)), L and g constant: the value and the
+so micro-batch m contributes n_m/n (L + sum_i g_i (P_m,i - its value)) with constant L and g: the value and the
 gradient of one big batch. For switch/hard that is E * sum f_i P_m,i, the loss of Qwen (arXiv 2501.11873). The
 statistics of all processes are either `exact`, from a pass without gradient over the whole step first, or
-`running`: those of the step so far, for no extra work. A running f differs from the exact one by at most
-2 (1 - share of the step seen), summed over experts, and by nothing in the last micro-batch.
+`running`: those of the step so far, at no extra cost. A running f differs from the exact one by at most
+2 (1 - share of the step seen), summed over experts, and is exact in the last micro-batch.
 
-The bias needs no loss at all (DeepSeek, arXiv 2408.15664): after each optimizer step, an expert that got less
-than the mean is made a little more attractive, b_i += rate * sign(mean - count_i). It enters the choice of
-experts only, not their weights. Moves are centred, as in torchtitan: adding the same to all biases changes no
-choice, but when few experts are busy and many idle, all drift upwards. Measured with tokens as frequent as
-those of text (1/rank): 0.13 after 4000 steps of 0.001, where biases differ by 0.08, and no end to it.
+The bias needs no loss (DeepSeek, arXiv 2408.15664): after each optimizer step, an expert that got less than
+the mean becomes a little more attractive, b_i += rate * sign(mean - count_i). It enters the choice of experts
+only, not their weights. Moves are centred, as in torchtitan. Adding the same number to all biases changes no
+choice, but without centring all drift upwards when few experts are busy and many idle. Measured with token
+frequencies like those of text (1/rank): a drift of 0.13 after 4000 steps of 0.001, where biases differ by 0.08.
 """
 
 import torch
@@ -36,14 +36,14 @@ from utils.distributed import sum_scalars
 
 
 class LoadBalancer:
-    """Counts one optimizer step, gives its loss terms and moves its biases.
+    """Count one optimizer step, compute its loss terms and move its biases.
 
-        begin_step -> [count per micro-batch -> finish_counting] -> loss per micro-batch -> end_step
+        begin_step -> [count per micro-batch, if needs_counting_pass] -> loss per micro-batch -> end_step
 
     Only these calls count. Nothing is hooked into a module's forward, so neither evaluation nor the second
-    forward of gradient checkpointing can count. Statistics live for one step; what outlives it are the
-    biases, buffers of the model: a resumed run needs nothing else. All processes make the same calls, because
-    they exchange sums: `running` global statistics once per micro-batch, everything else once per step.
+    forward of gradient checkpointing can count. Statistics live for one step. Only the biases outlive it, as
+    buffers of the model, so resuming needs nothing else. All processes make the same calls, because they
+    exchange sums: `running` global statistics once per micro-batch, everything else once per step.
 
     Args:
         config: form, measure, scope, statistics, and the three weights.
@@ -57,16 +57,16 @@ class LoadBalancer:
 
     @property
     def active(self) -> bool:
-        """Whether anything here acts on the training; if not, it still counts for the log."""
+        """True if anything here acts on the training; otherwise it only counts for the log."""
         return self.config.weight > 0 or self.config.z_loss > 0 or self.config.bias_rate > 0
 
     @property
     def needs_counting_pass(self) -> bool:
-        """Whether each step must begin with a pass of `count` over all its micro-batches."""
+        """True if each step must begin with a pass of `count` over all its micro-batches."""
         return self.shared and self.config.statistics == "exact"
 
     def begin_step(self, tokens: float) -> None:
-        """A new step with this many real tokens, in all micro-batches of all processes."""
+        """Begin a step with this many real tokens, in all micro-batches of all processes."""
         self.tokens = max(tokens, 1)
         self.pending = []  # (L, 2, E) per micro-batch of this process: counts and probabilities
         self.total = None  # (L, 2, E) fp64, of all processes
@@ -76,21 +76,17 @@ class LoadBalancer:
         """Add one micro-batch to the statistics. routings: one per layer; mask (B, T), True if real."""
         self.pending.append(self.sums(routings, mask).sum(2))
 
-    def finish_counting(self) -> None:
-        """The counting pass is over: add up all processes."""
-        self.exchange()
-
     def loss(self, routings, mask=None):
-        """This micro-batch's share of the step's loss; its loads are counted along the way.
+        """Return this micro-batch's share of the step's loss; without a counting pass, count it as well.
 
-        -> terms {"balance", "z"} as far as their weight is above 0, weight applied, and measures: the same
-        without weight and without gradient, for the log.
+        -> terms {"balance", "z"} whose weight is above 0, weight applied, and measures: the same without weight
+        and without gradient, for the log.
         """
-        values = {}
+        sums, values = self.sums(routings, mask), {}
+        if not self.needs_counting_pass:
+            self.pending.append(sums.detach().sum(2))
         if self.config.weight > 0:
-            values["balance"] = self.balance(routings, mask)
-        else:
-            self.count(routings, mask)
+            values["balance"] = self.balance(sums, routings[0].indices.shape[1])
         if self.config.z_loss > 0:
             total = sum(z_loss(r.logits, self.mask_of(r, mask)) for r in routings)
             values["z"] = total / self.tokens / len(routings)
@@ -98,45 +94,32 @@ class LoadBalancer:
         terms = {name: weights[name] * value for name, value in values.items()}
         return terms, {name: value.detach() for name, value in values.items()}
 
-    def balance(self, routings, mask):
-        """The unweighted share of one micro-batch -> scalar."""
-        sums, K = self.sums(routings, mask), routings[0].indices.shape[1]
-        if not self.needs_counting_pass:  # else counted already
-            self.pending.append(sums.detach().sum(2))
+    def balance(self, sums, K: int):
+        """Return the unweighted share of one micro-batch, a scalar. sums (L, 2, B, E)."""
+        form, measure = self.config.form, self.config.measure
         if self.config.scope != "sequence":
             sums = sums.sum(2, keepdim=True)  # (L, 2, B or 1, E)
         f, P = shares(sums[:, 0], sums[:, 1], K)
         if self.shared:
-            value = self.tangent(P, K)
+            self.exchange()
+            if self.total is None:
+                raise RuntimeError("exact statistics: call count for every micro-batch before the first loss")
+            counts, probs = self.total.to(P.dtype).to(P.device)[:, :, None].unbind(1)
+            value = first_order(P, *shares(counts, probs, K), form, measure)
         else:
-            value = balance_value(f, P, self.config.form, self.config.measure)  # (L, B or 1)
+            value = balance_value(f, P, form, measure)  # (L, B or 1)
         share = sums[:, 0].sum(-1).detach() / K / self.tokens
         return (share * value).sum(1).mean()
 
-    def tangent(self, P, K):
-        """L(f, P) of the whole step as a linear function of this micro-batch's P (L, 1, E) -> (L, 1)."""
-        if not self.needs_counting_pass:
-            self.exchange()
-        if self.total is None:
-            raise RuntimeError("exact statistics: call count for each micro-batch, then finish_counting")
-        counts, probs = self.total.to(P.dtype).to(P.device)[:, :, None].unbind(1)
-        f, everywhere = shares(counts, probs, K)  # (L, 1, E)
-        with torch.enable_grad():
-            everywhere.requires_grad_()
-            value = balance_value(f, everywhere, self.config.form, self.config.measure)
-            (slope,) = torch.autograd.grad(value.sum(), everywhere)
-        return value.detach() + (slope * (P - P.detach())).sum(-1)
-
     @torch.no_grad()
     def end_step(self, share=1.0) -> dict:
-        """After the last backward of a step: moves the biases, returns `max_vio` and `dead` for the log.
+        """Move the biases after the last backward of a step; return `max_vio` and `dead` for the log.
 
-        `max_vio` is that of the worst layer, `dead` how many experts of all layers got no token. `loads`
-        keeps the shares (L, E). Biases move by `share` of their rate: that of the learning rate, so that the
-        choice of experts comes to rest with everything else (0 leaves them where they are).
+        `max_vio` is that of the worst layer, `dead` the number of experts in all layers that got no token. `loads`
+        keeps the shares (L, E). Biases move by `share` of their rate, which follows the learning rate, so that
+        the choice of experts settles with everything else (0 leaves them where they are).
         """
-        if not self.shared:
-            self.exchange()
+        self.exchange()
         counts = self.total[:, 0]  # (L, E)
         self.loads = counts / counts.sum(-1, keepdim=True).clamp(min=1)
         rate = share * self.config.bias_rate
@@ -148,18 +131,28 @@ class LoadBalancer:
         return {"max_vio": max(map(max_vio, counts)), "dead": int((counts == 0).sum())}
 
     def exchange(self) -> None:
-        """Add to the total what all processes have counted since the last exchange."""
-        new = torch.stack(self.pending).cpu().double().sum(0)
-        self.pending = []
-        new = torch.tensor(sum_scalars(new.flatten().tolist()), dtype=torch.float64).view(new.shape)
-        self.total = new if self.total is None else self.total + new
+        """Add to the total what all processes have counted since the last exchange, if anything."""
+        if self.pending:
+            new = torch.stack(self.pending).cpu().double().sum(0)
+            new = torch.tensor(sum_scalars(new.flatten().tolist()), dtype=torch.float64).view(new.shape)
+            self.total = new if self.total is None else self.total + new
+            self.pending = []
 
     def sums(self, routings, mask):
-        """What each expert got in each row, by layer -> (L, 2, B, E): counts and probabilities."""
+        """Return counts and probabilities of each expert in each row, by layer (L, 2, B, E)."""
         return torch.stack([torch.stack(expert_sums(r, self.mask_of(r, mask))) for r in routings])
 
     def mask_of(self, routing, mask):
-        """The mask (B, T), or without one (1, N): all tokens are real, and where rows end does not matter."""
+        """Return the mask (B, T); without one (1, N): all tokens are real, and rows do not matter."""
         if mask is None and self.config.scope == "sequence":
-            raise ValueError("scope sequence needs the mask (B, T): without it nobody knows where rows end")
+            raise ValueError("scope sequence needs the mask (B, T), which says where rows end")
         return routing.indices.new_ones(1, len(routing.indices)) if mask is None else mask
+
+
+def first_order(P, step_f, step_P, form: str, measure: str):
+    """Return L(f, P) of the whole step as a linear function of one micro-batch's P: (L, 1, E) each -> (L, 1)."""
+    with torch.enable_grad():
+        step_P = step_P.detach().requires_grad_()
+        value = balance_value(step_f, step_P, form, measure)
+        (slope,) = torch.autograd.grad(value.sum(), step_P)
+    return value.detach() + (slope * (P - P.detach())).sum(-1)

@@ -57,7 +57,6 @@ def run_step(balancer, routers, step, tokens=None):
         with torch.no_grad():
             for xs, mask in step:
                 balancer.count([router(x) for router, x in zip(routers, xs, strict=True)], mask)
-        balancer.finish_counting()
     totals, raw = {}, {}
     for xs, mask in step:
         terms, measures = balancer.loss([r(x) for r, x in zip(routers, xs, strict=True)], mask)
@@ -186,7 +185,6 @@ def test_pure_micro_batches_cost_e_over_k_each_by_batch_and_one_globally():
         if balancer.needs_counting_pass:
             for routings in pure:
                 balancer.count(routings)
-            balancer.finish_counting()
         values = [3 * balancer.loss(routings)[1]["balance"].item() for routings in pure]
         assert values == pytest.approx(costs, abs=1e-6)
 
@@ -361,7 +359,6 @@ def test_no_mask_means_that_all_tokens_are_real(scope):
         routings = [router(x) for router, x in zip(routers, xs, strict=True)]
         if balancer.needs_counting_pass:
             balancer.count(routings, given)
-            balancer.finish_counting()
         values.append({name: value.item() for name, value in balancer.loss(routings, given)[0].items()})
     assert values[0] == pytest.approx(values[1], rel=1e-14) and values[1] == values[2]
 
@@ -373,7 +370,7 @@ def test_calls_that_cannot_be_right_are_errors():
         LoadBalancer(settings(scope="sequence"), routers).loss(routings)
     balancer = LoadBalancer(settings(), routers)
     balancer.begin_step(6)
-    with pytest.raises(RuntimeError, match="finish_counting"):
+    with pytest.raises(RuntimeError, match="before the first loss"):
         balancer.loss(routings, mask)
 
 
@@ -412,8 +409,6 @@ def test_statistics_keep_no_graph_alive(scope, statistics):
     routings = [router(x) for router, x in zip(routers, xs, strict=True)]
     balancer = LoadBalancer(settings(scope=scope, statistics=statistics), routers)
     balancer.count(routings, mask)
-    if statistics == "exact":
-        balancer.finish_counting()
     balancer.loss(routings, mask)
     kept = [*balancer.pending, *([] if balancer.total is None else [balancer.total])]
     assert len(kept) == (1 if statistics == "exact" else 2)  # the counting pass has counted everything
@@ -430,7 +425,6 @@ def test_under_autocast_the_terms_stay_in_fp32():
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             for parts, (_, mask) in zip(routings, step, strict=True):
                 balancer.count(parts, mask)
-            balancer.finish_counting()
             pairs = zip(routings, step, strict=True)
             terms = [balancer.loss(parts, mask)[0] for parts, (_, mask) in pairs]
         results.append([value for term in terms for value in term.values()])
