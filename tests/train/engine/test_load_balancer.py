@@ -226,6 +226,7 @@ def two_processes(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_big_batch(tmp_path):
     """Exact statistics: the sum of values and of gradients is that of all tokens in one batch. Running ones:
     those of both processes so far. Loads and biases are those of all tokens, in both processes."""

@@ -3,6 +3,8 @@ once per step, evaluation and recomputation that count nothing, and the proof th
 loss."""
 
 import math
+import runpy
+import sys
 
 import pytest
 import torch
@@ -31,7 +33,13 @@ EXPERTS = ("model.n_routed_experts=4", "model.num_experts_per_tok=2", "model.n_s
            "model.moe_intermediate_size=12")  # fmt: skip
 
 
-def moe_config(*settings, steps=4):
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """Curves take longer to draw than these runs to train."""
+    monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
+
+
+def moe_config(*settings, steps=2):
     return small_config(*PLAIN, *EXPERTS, *settings, steps=steps)
 
 
@@ -45,7 +53,7 @@ def moe_model(config, seed=1) -> TinySeek:
     return model
 
 
-def steps_of_batches(micro_batches, count=4, rows=8, seed=3):
+def steps_of_batches(micro_batches, count=2, rows=8, seed=3):
     """The same `rows` rows a step, divided into so many micro-batches of different kinds of text: the first
     rows use the lower half of the vocabulary, the others the upper half."""
     generator = torch.Generator().manual_seed(seed)
@@ -283,34 +291,35 @@ def test_padding_is_no_traffic(tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
-def pre_train(out, text, *settings, processes=1, config="tiny"):
-    """The real script with experts."""
+def pre_train(out, text, *settings):
+    """Arguments of the real script with experts."""
     fixed = ["train.dtype=fp32", "tokenizer.kind=char", "train.eval_batches=1000", *EXPERTS,
              "model.zero_init_residual=true", f"data.cache_dir={out.parent / 'cache'}"]  # fmt: skip
     sets = [part for setting in [*fixed, *settings] for part in ("--set", setting)]
-    done = run(PRE_TRAIN, "--config", config, "--data", text, "--out", out, "--device", "cpu",
-               "--max-steps", "6", *sets, processes=processes)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return (
-        load_checkpoint(out / "TinySeek_Pre_final.pkl"),
-        read_log(out / "pre_train" / "log.txt"),
-        done.stdout,
-    )
+    return list(map(str, ["--config", "tiny", "--data", text, "--out", out, "--device", "cpu", "--max-steps", 3, *sets]))
 
 
 @pytest.mark.slow
-def test_two_processes_of_two_micro_batches_equal_one_of_a_whole_batch(tmp_path):
+def test_two_processes_of_two_micro_batches_equal_one_of_a_whole_batch(tmp_path, monkeypatch, capsys):
     """Exact global balance, the bias, z-loss, a sequential second head; and the pictures of the experts."""
     text = tmp_path / "text.txt"
-    text.write_text((PRE_TRAIN.read_text(encoding="utf-8") + "\n") * 3, encoding="utf-8")
+    text.write_text((PRE_TRAIN.read_text(encoding="utf-8") + "\n") * 2, encoding="utf-8")
     settings = ["balance.weight=0.1", "balance.statistics=exact", "balance.bias_rate=0.01",
                 "balance.z_loss=0.001", "model.mtp=sequential"]  # fmt: skip
-    big, big_log, words = pre_train(tmp_path / "big", text, *settings, "train.batch_size=8")
-    assert "experts on held-out data: max_vio by layer" in words
+    monkeypatch.setattr(sys, "argv", ["train", *pre_train(tmp_path / "big", text, *settings, "train.batch_size=8")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(PRE_TRAIN), run_name="__main__")
+    assert not ended.value.code
+    assert "experts on held-out data: max_vio by layer" in capsys.readouterr().out
+    halves = pre_train(tmp_path / "two", text, *settings, "train.batch_size=2", "train.accumulation_steps=2")
+    done = run(PRE_TRAIN, *halves, processes=2)
+    assert done.returncode == 0, done.stderr
+    (big, big_log), (other, log) = (
+        (load_checkpoint(out / "TinySeek_Pre_final.pkl"), read_log(out / "pre_train" / "log.txt"))
+        for out in (tmp_path / "big", tmp_path / "two")
+    )
     for picture in ("experts.png", "expert_tokens.png", "curves.png"):
-        assert (tmp_path / "big" / "pre_train" / picture).stat().st_size > 10_000
-    other, log, _ = pre_train(tmp_path / "two", text, *settings, "train.batch_size=2",
-                              "train.accumulation_steps=2", processes=2)  # fmt: skip
+        assert (tmp_path / "two" / "pre_train" / picture).stat().st_size > 10_000
     assert largest_difference(big["weights"], other["weights"]) < 2e-5
     for row, expected in zip(without_timing(log), without_timing(big_log), strict=True):
         assert row == pytest.approx(expected, rel=1e-4)
