@@ -1,4 +1,4 @@
-"""Settings of the adapters: one section for each stage that trains one."""
+"""Settings of adapters and of the selector over them: one section per stage."""
 
 from dataclasses import dataclass
 
@@ -8,40 +8,39 @@ from utils.errors import UserError
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters, see modules/adapters/lora.py. Names as in `peft`'s `LoraConfig` where it has
-    them."""
+    """Low-rank adapters (modules/adapters/lora.py). Names as in `peft`'s `LoraConfig` where it has them."""
 
     r: int = option(8, at_least=1)  # rank
-    lora_alpha: float = option(16.0, above=0)  # what the adapter adds is multiplied by lora_alpha / r
+    lora_alpha: float = option(16.0, above=0)  # the adapter's output is multiplied by lora_alpha / r
     lora_dropout: float = option(0.0, at_least=0, below=1)
     # groups (attention, dense, shared, experts), or the last part of any linear layer's name (q_proj)
     target_modules: list[str] = option(["attention", "dense", "shared"])
     use_rslora: bool = False  # lora_alpha / sqrt(r) instead
-    use_dora: bool = False  # direction and magnitude learn apart
+    use_dora: bool = False  # train direction and magnitude separately
 
     def check(self):
-        """Experts get their adapter as part of their weights, where dropout of the input has no place."""
+        """Refuse dropout on experts, whose adapter is part of their weights, and an empty list of targets."""
         if "experts" in self.target_modules and self.lora_dropout:
             raise UserError("lora.lora_dropout must be 0 when lora.target_modules names experts")
         if not self.target_modules:
-            raise UserError("lora.target_modules is empty: nothing would learn; name attention, for example")
+            raise UserError("lora.target_modules is empty: add a target, for example attention")
 
 
 @dataclass
 class MixLoraConfig:
-    """A mixture of LoRA experts over one frozen feed-forward, see modules/adapters/mixlora.py. Its adapters
-    on attention are described by the section `lora`."""
+    """A mixture of LoRA experts over one frozen feed-forward (modules/adapters/mixlora.py). The section
+    `lora` has the settings of its adapters on attention."""
 
-    num_experts: int = option(8, at_least=2)  # of one alone the router has nothing to learn: that is LoRA
+    num_experts: int = option(8, at_least=2)  # a single one needs no router: that is LoRA
     num_experts_per_tok: int = option(2, at_least=1)
     r: int = option(8, at_least=1)
     lora_alpha: float = option(16.0, above=0)
     lora_dropout: float = option(0.0, at_least=0, below=1)
     shared_expert: bool = False  # one more LoRA expert that every token uses
-    attention: bool = True  # plain LoRA on attention beside it, that of a second head (MTP) included
+    attention: bool = True  # plain LoRA on attention as well, including that of a second head (MTP)
 
     def check(self):
-        """What a router cannot do."""
+        """Refuse numbers of experts that the router cannot choose or be trained on."""
         if self.num_experts_per_tok > self.num_experts:
             raise UserError(
                 f"mixlora.num_experts_per_tok={self.num_experts_per_tok} is more than mixlora.num_experts="
@@ -56,8 +55,7 @@ class MixLoraConfig:
 
 @dataclass
 class PrefixConfig:
-    """Learned keys and values, or learned embeddings, before and within the text
-    (modules/adapters/prefix.py)."""
+    """Trained keys and values before the text, or embeddings within it (modules/adapters/prefix.py)."""
 
     kind: str = option("prefix", choices=("prefix", "prompt"))
     length: int = option(16, at_least=1)  # keys and values per layer; or embeddings after each role marker
@@ -65,7 +63,7 @@ class PrefixConfig:
 
 @dataclass
 class SelectorConfig:
-    """Which adapter answers, see modules/adapters/selector.py."""
+    """The selector that chooses which adapter answers (modules/adapters/selector.py)."""
 
     candidates: list[str] = option([])  # checkpoints; `base` is the base without an adapter
-    width: int = option(64, at_least=0)  # hidden units; 0: a linear gate
+    width: int = option(64, at_least=0)  # hidden units; 0: a linear selector

@@ -1,4 +1,4 @@
-"""A frozen base that reads, and a selector on top that chooses who answers (modules/adapters/selector.py)."""
+"""A frozen base that reads a question, and a selector that chooses the model to answer it."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from modules.adapters.selector import Selector
 class SelectingModel(nn.Module):
     """`forward(input_ids, ..)`: (B, T) -> logits (B, T, A) of the candidates at every token.
 
-    The base is frozen and reads without gradient; what matters are the logits where a question ends.
+    The base runs without gradient. Only the logits at the end of a question matter.
     """
 
     def __init__(self, base: TinySeek, candidates: int, width: int):
@@ -19,7 +19,7 @@ class SelectingModel(nn.Module):
         self.selector = Selector(base.config.hidden_size, candidates, width)
 
     def train(self, mode: bool = True):
-        """The base always reads as it will in use, without dropout."""
+        """Set the selector's mode; the base stays in evaluation mode, without dropout, as it is used."""
         super().train(mode)
         self.base.eval()
         return self

@@ -5,13 +5,14 @@
     W <- W - lr * wd * W - lr * sqrt(max(1, rows / columns)) * update
 
 A gradient has a few large singular values that drown its many small directions; Muon gives every direction
-the same step. Five Newton-Schulz steps of three matrix products each replace the singular value decomposition.
-They push singular values to between 0.7 and 1.2 (exactness buys nothing) and tolerate bf16, which is used where
-the processor multiplies it natively; elsewhere fp32 is faster.
+the same step. Five Newton-Schulz steps of three matrix products each replace the singular value
+decomposition. They push singular values to between 0.7 and 1.2 (exactness buys nothing) and tolerate bf16,
+which is used where the processor multiplies it natively; elsewhere fp32 is faster.
 
-Muon is for matrices of hidden layers only: embeddings, the output head, gains and biases go to AdamW. Matrices
-of equal shape are orthogonalized together as one batch (1.4 to 5 times faster than one by one for small models
-on a CPU); a stack of experts (E, rows, columns) is a batch by itself, each expert a matrix of its own.
+Muon is for matrices of hidden layers only: embeddings, the output head, gains and biases go to AdamW.
+Matrices of equal shape are orthogonalized together as one batch (1.4 to 5 times faster than one by one for
+small models on a CPU); a stack of experts (E, rows, columns) is a batch by itself, each expert a matrix of
+its own.
 
 Source: Keller Jordan, "Muon" (2024, kellerjordan.github.io/posts/muon); Moonlight, arXiv 2502.16982. Equal to
 `torch.optim.Muon` slice by slice, with one difference.
@@ -81,7 +82,8 @@ class Muon(torch.optim.Optimizer):
             rows, columns = weights.shape[-2:]
             moves = matrices_of(parameter.grad, parts).any(-1).any(-1)[:, None, None].to(weights.dtype)
             weights.mul_(1 - lr * weight_decay * moves)
-            weights.sub_((part.mT if rows > columns else part) * (lr * max(1.0, rows / columns) ** 0.5 * moves))
+            size = lr * max(1.0, rows / columns) ** 0.5
+            weights.sub_((part.mT if rows > columns else part) * (size * moves))
 
 
 def matrices_of(tensor, parts: int):

@@ -1,17 +1,17 @@
 """The parts that all adapted layers share: the changed weight, new factors, and merging.
 
-    W' = W + s B A        s = lora_alpha / r, with rsLoRA lora_alpha / sqrt(r)      DoRA: modules/adapters/dora.py
+    W' = W + s B A        s = lora_alpha / r, with rsLoRA lora_alpha / sqrt(r)        (DoRA: see dora.py)
 
     W, W': (out, in)   A: (R, in)   B: (out, R), or a stack of E of each
 
-Adapters stand beside W, which is never written to. Merging replaces W by W': one adapter then costs nothing at
-inference, and the others wait. W is kept so that it can be restored, since (W + d) - d is not W.
+Adapters stand beside W, which is never written to. Merging replaces W by W': one adapter then costs nothing
+at inference, and the others wait. W is kept so that it can be restored, since (W + d) - d is not W.
 
     merge(model, name)    unmerge(model)    fold(model, name): merge for good and return to a plain model
 
 LoRA: Hu et al., arXiv 2106.09685. rsLoRA: Kalajdzievski, arXiv 2312.03732. Names as in `peft`.
-Trap: bf16 keeps 8 bits. W' is computed in fp32 and rounded once, and still little may be left of a small change
-(the lesson has numbers). Merge in fp32, or leave the adapter beside the weights.
+Trap: bf16 keeps 8 bits. W' is computed in fp32 and rounded once, and still little may be left of a small
+change (the lesson has numbers). Merge in fp32, or leave the adapter beside the weights.
 Trap: while merged, the model's state dict holds W' under the name of W, and the adapter as well. Fold a model
 before saving it as a plain one.
 """
@@ -28,7 +28,7 @@ from utils.errors import UserError
 
 
 def scaling(config: LoraConfig) -> float:
-    """Return s above. With alpha / r, training slows down as the rank grows; with alpha / sqrt(r), it does not."""
+    """Return s above. With alpha / r, training slows down as the rank grows, unlike with alpha / sqrt(r)."""
     return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 
@@ -47,8 +47,8 @@ class Adapted(nn.Module):
     """A layer that holds adapters; it takes the place of a plain layer and uses its parameters.
 
     `MATRICES` names the layer's weights, and `stores(matrix)` gives their `lora_A`, `lora_B` and
-    `lora_magnitude_vector`: dictionaries from an adapter's name to its parameter. `empty_store()` makes a home for
-    one of these three kinds, `empty_layer()` a plain layer of the same shape.
+    `lora_magnitude_vector`: dictionaries from an adapter's name to its parameter. `empty_store()` makes a
+    home for one of these three kinds, `empty_layer()` a plain layer of the same shape.
     """
 
     MATRICES: tuple[str, ...] = ()
@@ -71,8 +71,8 @@ class Adapted(nn.Module):
 
     @torch.no_grad()
     def add(self, name: str, config: LoraConfig) -> None:
-        """Create the parameters of an adapter: A uniform in +-1/sqrt(in) (He's rule with a = sqrt(5), as in peft),
-        B zero, so that the adapter starts without effect, and m the lengths of W's rows.
+        """Create the parameters of an adapter: A uniform in +-1/sqrt(in) (He's rule with a = sqrt(5), as in
+        peft), B zero, so that the adapter starts without effect, and m the lengths of W's rows.
 
         They are fp32 even where W is bf16, which would round away an optimizer's small steps.
         """
@@ -95,7 +95,7 @@ class Adapted(nn.Module):
 
     @torch.no_grad()
     def merge(self, name: str) -> None:
-        """Replace W by a new parameter W'; other models may share W. Do nothing if the layer lacks the adapter."""
+        """Replace W by a new parameter W' (other models may share W), if the layer has the adapter."""
         for matrix in self.MATRICES if name in self.stores(self.MATRICES[0])[0] else ():
             weight = self.kept[matrix] = getattr(self, matrix)
             whole = self.effective(matrix, name).to(weight.dtype)
@@ -121,15 +121,15 @@ def replace_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
 
 
 def switch_of(model: nn.Module) -> AdapterSwitch:
-    """Return the switch of a model, which selects the adapter in use. Raise `UserError` if it has no adapter."""
+    """Return the switch that selects the adapter in use. Raise `UserError` if the model has no adapter."""
     for layer in adapted_layers(model):
         return layer.switch
     raise UserError("the model has no adapter: add one first")
 
 
 def merge(model: nn.Module, name: str) -> None:
-    """Merge an adapter into the weights; until `unmerge` it is in use, whatever was selected. The changed weights
-    are new parameters, so models that share the base are not affected.
+    """Merge an adapter into the weights; until `unmerge` it is in use, whatever was selected. The changed
+    weights are new parameters, so models that share the base are not affected.
 
     Raises `UserError` for an unknown adapter, or if one is merged already.
     """
@@ -143,8 +143,8 @@ def merge(model: nn.Module, name: str) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Restore the original parameters, bit by bit, and the selection of adapters. Raise `UserError` if none is
-    merged."""
+    """Restore the original parameters, bit by bit, and the selection of adapters. Raise `UserError` if none
+    is merged."""
     switch = switch_of(model)
     if switch.merged is None:
         raise UserError("no adapter is merged into the weights: there is nothing to unmerge")

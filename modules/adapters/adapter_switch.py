@@ -1,16 +1,16 @@
-"""Several adapters on one base: who is used, for all or row by row of one batch.
+"""Select among several adapters on one base, for all rows of a batch or for each row.
 
-    rows     0  1  2  3         one name after the other: the rows that use it, through the layer together
+    rows     0  1  2  3         name by name: the rows that use it go through the layer together
     names    b  -  c  b   ->    b: rows 0 and 3    the base alone: row 1    c: row 2   ->   rows 0 1 2 3
 
     x: (B, T, C), or (N, C) with the N = B*T tokens of all rows one after the other
 
-The base is stored once, and adapters are small: one server can answer everybody with an adapter of their own,
-in one batch. All adapted layers of a model hold the same `AdapterSwitch`, so that one word to it changes them
-all, and no forward on the way down needs another argument. A row's result is what it would be alone.
+The base is stored once and adapters are small, so one server can give every user an adapter of their own in
+one batch. All adapted layers of a model hold the same `AdapterSwitch`: one call selects for all of them, and
+no forward needs another argument. Each row gives the same result as it would alone.
 
-Serving many adapters at once, with kernels in place of the loop over names: S-LoRA, arXiv 2311.03285. In peft
-the same is called `adapter_names`.
+S-LoRA (arXiv 2311.03285) serves many adapters with kernels in place of the loop over names. In peft the
+argument is called `adapter_names`.
 """
 
 import torch
@@ -20,9 +20,9 @@ from utils.errors import UserError
 
 
 class AdapterSwitch:
-    """What the adapted layers of one model share: the settings of all adapters, and who is to be used.
+    """The settings of all adapters and the selection, shared by the adapted layers of one model.
 
-    A plain object, not a module: `copy.deepcopy(model)` gives the copy one of its own, shared by its layers.
+    A plain object, not a module: `copy.deepcopy(model)` gives the copy its own switch, shared by its layers.
     """
 
     def __init__(self):
@@ -31,9 +31,9 @@ class AdapterSwitch:
         self.merged: str | None = None
 
     def use(self, choice: str | list[str | None] | None) -> None:
-        """None for the base alone, an adapter's name, or a list with one of them for each row of the batch.
+        """Select the base (None), an adapter by name, or a list with one of these per row of the batch.
 
-        Raises `UserError` for a name that is not there, an empty list, or while an adapter is merged.
+        Raises `UserError` for an unknown name, an empty list, or while an adapter is merged.
         """
         if self.merged is not None:
             raise UserError(f"adapter {self.merged!r} is merged into the weights: unmerge it to use another")
@@ -44,15 +44,15 @@ class AdapterSwitch:
         self.choice = list(choice) if isinstance(choice, list) else choice
 
     def check_known(self, name: str | None) -> None:
-        """Raises `UserError` unless it is None or the name of an adapter."""
+        """Raise `UserError` unless `name` is None or the name of an adapter."""
         if name is not None and name not in self.configs:
             raise UserError(f"no adapter {name!r} in this model; it has {', '.join(self.configs) or 'none'}")
 
     def by_rows(self, run, x, *others):
-        """`run(name, x, *others)` for the adapter in use; name is None for the base alone.
+        """Call `run(name, x, *others)` for the adapter in use; name is None for the base alone.
 
-        With one adapter per row it runs once per adapter, on its rows. x and others (B, .., ..) have one row
-        per name, or are flattened tokens (N, ..) with N = B*T, row after row: token n is of row n // (N / B).
+        With one adapter per row, call it once per adapter, on its rows. x and others (B, .., ..) have one row
+        per name, or are flattened tokens (N, ..) with N = B*T, row after row: token n is in row n // (N / B).
         Raises `UserError` if the batch does not fit the names.
         """
         if self.merged is not None or not isinstance(self.choice, list):
@@ -74,7 +74,7 @@ class AdapterSwitch:
 
 @torch.no_grad()
 def lesson():
-    """Three adapters in one batch: the same as each row alone, and what that costs."""
+    """Run three adapters in one batch, compare with each row alone, and time it."""
     import time
 
     from modules.adapters.lora import add_lora

@@ -1,15 +1,15 @@
-"""DoRA: a weight's magnitude and its direction learn apart.
+"""DoRA: train a weight's magnitude and its direction separately.
 
     V = W + s B A        W' = m * V / ||V||        ||V||: the length of each row, one row per output channel
 
     W, V: (out, in)   A: (R, in)   B: (out, R)   m, ||V||: (out,)
 
-m starts as ||W||, so that W' = W at first. LoRA turns and stretches a row with the same few numbers; full
-fine-tuning does the two rather independently, and so does DoRA: m alone stretches, B A decides where the row
-points. To stretch every row by its own factor is a change of full rank, out of reach for B A, yet m does it
-with one number per row.
+m starts as ||W||, so W' = W at first. LoRA turns and stretches a row with the same few numbers. Full
+fine-tuning does the two nearly independently, and so does DoRA: m alone stretches, and B A sets the direction
+of the row. Stretching every row by its own factor is a change of full rank, out of reach for B A, yet m does
+it with one number per row.
 
-The length is a constant for the gradient (section 4.3 of the paper): that saves the memory of a second matrix
+The length is a constant for the gradient (section 4.3 of the paper): this saves the memory of a second matrix
 and changes accuracy little. The bias stays outside. In factored form, for a layer that already has W x,
 
     W' x = W x + (m/||V|| - 1) W x + m/||V|| s B A x
@@ -22,23 +22,23 @@ import torch
 
 
 def row_norms(weight):
-    """(.., out, in) -> (.., out), the length of every row."""
+    """Return the length of every row, (.., out, in) -> (.., out)."""
     return torch.linalg.vector_norm(weight, dim=-1)
 
 
 def dora_factor(magnitude, whole):
-    """magnitude (.., out), whole = W + s B A (.., out, in) -> m / ||V|| (.., out); gradient for m only."""
+    """Return m / ||V|| (.., out) with gradient for m only. magnitude m (.., out), whole V (.., out, in)."""
     return magnitude / row_norms(whole.detach())
 
 
 def dora_change(base, low, factor):
-    """What DoRA adds to the output of a layer: base = W x without bias, low = s B A x, both (.., out),
+    """Return what DoRA adds to a layer's output. base = W x without bias and low = s B A x, both (.., out),
     factor (out,) -> (.., out)."""
     return (factor - 1) * base + factor * low
 
 
 def lesson():
-    """Three changes of a matrix, each learned by LoRA and by DoRA of the same rank: what is left over."""
+    """Fit three changes of a matrix by LoRA and by DoRA of the same rank; print the error left."""
     torch.manual_seed(0)
     size, rank = 48, 4
     W = torch.randn(size, size) / size**0.5

@@ -4,20 +4,20 @@
 
     x: (.., in)   W: (out, in)   A: (R, in)   B: (out, R)   ->   y: (.., out)
 
-The change B A has rank R at most: R * (out + in) numbers are trained in place of out * in. B starts at zero, so
-training begins with the model as it is; A is random, or both would stay zero. DoRA (modules/adapters/dora.py)
-also trains the length of each row of W + s B A. Several adapters may share one base
-(modules/adapters/adapter_switch.py); stacked experts have theirs in modules/adapters/lora_experts.py.
+The change B A has rank R at most: R * (out + in) numbers are trained in place of out * in. B starts at zero,
+so training begins with the model as it is; A is random, or both would stay zero. DoRA
+(modules/adapters/dora.py) also trains the length of each row of W + s B A. Several adapters may share one
+base (modules/adapters/adapter_switch.py); stacked experts have theirs in modules/adapters/lora_experts.py.
 
     names = add_lora(model, config, "default")      freeze_all_but(model, names)      ... train ...
-    switch_of(model).use("default")                 select the adapter in use (modules/adapters/adapted_layer.py)
+    switch_of(model).use("default")                 select the adapter in use (see adapted_layer.py)
     merge(model, "default"), unmerge(model)         into the weights and back
     fold(model, "default")                          a plain model with the adapter in its weights
 
 Paper: Hu et al., arXiv 2106.09685. Names as in `peft`; parameters are called `<layer>.lora_A.<adapter>`, and
 those of the base keep their names.
-Traps: without s the learning rate depends on the rank. The output head cannot be adapted, since the loss reads
-its weight directly and the embedding may share it.
+Traps: without s the learning rate depends on the rank. The output head cannot be adapted, since the loss
+reads its weight directly and the embedding may share it.
 """
 
 from dataclasses import replace
@@ -86,9 +86,9 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> lis
     A target is a group: `attention` (linear layers under `self_attn`), `dense` (the plain feed-forwards
     `mlp`), `shared` and `experts` (of mixtures); or the last part of a linear layer's name, as `q_proj`.
 
-    Returns the names of the new parameters. Raises `UserError`, and leaves the model unchanged, for a target that
-    matches nothing, the output head or the router, an empty list of targets, an adapter name that is taken or
-    invalid, a merged model, dropout on experts, or DoRA on a weight with a row of zeros.
+    Returns the names of the new parameters. Raises `UserError`, and leaves the model unchanged, for a target
+    that matches nothing, the output head or the router, an empty list of targets, an adapter name that is
+    taken or invalid, a merged model, dropout on experts, or DoRA on a weight with a row of zeros.
     """
     config.check()
     targets, adapted = find_targets(model, config.target_modules), adapted_layers(model)
@@ -158,10 +158,10 @@ def freeze_all_but(model: nn.Module, names: list[str]) -> None:
 
 
 def lesson():
-    """Fit changes of a matrix, of rank 1 to full rank, by factors of small rank; print the error that remains."""
+    """Fit changes of a matrix, of rank 1 to full rank, by factors of small rank; print the error left."""
     torch.manual_seed(0)
     size, ranks = 64, (1, 4, 16)
-    print(f"LoRA on {size} x {size}: error left after training, as a share of the change (the least possible)")
+    print(f"LoRA on {size} x {size}: error left, as a share of the change (the least possible)")
     for true in (1, 4, 64):
         change = torch.randn(size, true) @ torch.randn(true, size)
         change *= 8 / change.norm()

@@ -6,13 +6,13 @@
     down_proj    W: (E, C, F)    A: (E, R, F)   B: (E, C, R)      tokens (N, C) -> (N, C)
 
 A linear layer adds B (A x) to its output and never builds B A. Experts meet their tokens in one fast pass
-(modules/experts/grouped.py) that takes matrices, so here the matrices are built, all E in one batched product.
-Building them costs R multiplications per weight, using them one per weight and token: little, as long as an
-expert sees many more than R tokens. DoRA comes for free, as W'_e is there in full; dropout of the adapter's
-input is impossible, since the adapter has no input of its own.
+(modules/experts/grouped.py) that takes matrices, so here the matrices are built, all E in one batched
+product. Building them costs R multiplications per weight, using them one per weight and token: little, as
+long as an expert sees many more than R tokens. DoRA comes for free, as W'_e is there in full; dropout of the
+adapter's input is impossible, since the adapter has no input of its own.
 
-Size: E times the factors of one expert. An expert is narrow, and a rank of F is already everything: small ranks
-make sense here.
+Size: E times the factors of one expert. An expert is narrow, and a rank of F is already everything: small
+ranks make sense here.
 
 LoRA: Hu et al., arXiv 2106.09685. The same sum as with peft's `target_parameters`, whose factors lie flat:
 (E*R, in) and (out, R*E).
@@ -56,7 +56,7 @@ class LoraExperts(Adapted):
         return self.switch.by_rows(self.run, x, indices, weights)
 
     def run(self, name, x, indices, weights):
-        """Run all of x under one adapter (None, or one that is not here: the base). Shapes as in `forward`."""
+        """Run all of x under one adapter; None, or one that is not here, is the base."""
         matrices = [self.gate_up_proj, self.down_proj]
         if name in self.lora_A["down_proj"]:
             matrices = [self.effective(m, name).to(getattr(self, m).dtype) for m in self.MATRICES]
@@ -64,7 +64,7 @@ class LoraExperts(Adapted):
 
 
 def lesson():
-    """Print the cost of adapters on experts: trainable numbers, and the time to build the matrices and use them."""
+    """Print the cost of adapters on experts: trainable numbers, and time with and without them."""
     from config.adapters import LoraConfig
     from config.model import ModelConfig
     from modules.adapters.lora import add_lora

@@ -9,11 +9,11 @@ Small experts share what is large. Wg x and Wu x do not depend on the expert and
 the product with Wd, as sum g_k Wd h_k = Wd (sum g_k h_k).
 
 Since ranks are small, tokens need not be sorted. The A of all experts are one matrix (E*R, in), whose product
-holds the ranks of each expert side by side; a mask of zeros and ones keeps those of the chosen expert; the B of
-all experts are one matrix (out, E*R). The price is E times the work of one adapter, in large plain products;
-against the frozen feed-forward E*R is small. Cost of forward and backward on one CPU thread (AMD EPYC with bf16
-units; C = 256, E = 8, K = 2, R = 8, 2048 tokens) in multiples of the frozen SwiGLU: 2.1 for F = 768 in fp32, 2.6
-in bf16 (tokens sorted by expert: 2.0 and 3.7); for F = 256, 2.5 and 3.2.
+holds the ranks of each expert side by side; a mask of zeros and ones keeps those of the chosen expert; the B
+of all experts are one matrix (out, E*R). The price is E times the work of one adapter, in large plain
+products; against the frozen feed-forward E*R is small. Cost of forward and backward on one CPU thread (AMD
+EPYC with bf16 units; C = 256, E = 8, K = 2, R = 8, 2048 tokens) in multiples of the frozen SwiGLU: 2.1 for F
+= 768 in fp32, 2.6 in bf16 (tokens sorted by expert: 2.0 and 3.7); for F = 256, 2.5 and 3.2.
 
 A dense layer gets the mixture in place of its SwiGLU. A layer with experts gets it in place of its shared
 experts, which every token uses; routed experts and their router stay frozen. B starts at zero, so the model
@@ -131,8 +131,8 @@ class MixLoraMLP(nn.Module):
 
 
 class MixLoraMoE(nn.Module):
-    """A mixture of experts whose shared experts are a `MixLoraMLP`. It returns the routing of the LoRA experts, since
-    the router of the frozen experts is not trained."""
+    """A mixture of experts whose shared experts are a `MixLoraMLP`. It returns the routing of the LoRA
+    experts, since the router of the frozen experts is not trained."""
 
     def __init__(self, base: MoE, config: MixLoraConfig):
         super().__init__()
@@ -168,8 +168,8 @@ def add_mixlora(model, config: MixLoraConfig) -> list[str]:
 
 
 def lesson():
-    """Fit two kinds of tokens that need different changes of one frozen layer: one LoRA of rank 16 against 8 experts
-    of rank 2, which have as many parameters."""
+    """Fit two kinds of tokens that need different changes of one frozen layer: one LoRA of rank 16 against 8
+    experts of rank 2, which have as many parameters."""
     torch.manual_seed(0)
     N, C, width = 128, 16, 32
     base, *wanted = (SwiGLU(C, width).requires_grad_(False) for _ in range(3))

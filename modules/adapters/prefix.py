@@ -1,4 +1,4 @@
-"""Prefix tuning and prompt tuning: a frozen model is steered by a few vectors that stand where text could.
+"""Prefix tuning and prompt tuning: steer a frozen model by a few trained vectors in place of text.
 
     prefix   n keys and values per layer, before all text:   attention(q, [P_k ; k], [P_v ; v])
     prompt   embeddings of 3n new tokens, written into the text: n each after the markers of the roles
@@ -6,26 +6,26 @@
     keys, values: (L, G, n, D) of L layers      with k, v (B, G, T, D)  ->  (B, G, n + T, D)
     prompt: (3n, C), row i for the id V + i     ids (B, T)  ->  embeddings (B, T, C)
 
-A prefix reaches every layer directly: 2 L G D numbers per place. A prompt is read by the first layer only, as
-a text is, for C numbers; it is the best wording that no vocabulary could spell. The embeddings of a role
-that never speaks in the data stay what they were.
+A prefix reaches every layer directly, with 2 L G D numbers per position. A prompt enters at the first layer,
+as text does, with C numbers per position; it need not be the embedding of any token. The embeddings of a role
+that never appears in the data do not change.
 
-Both start as text, as both papers advise: the prefix as keys and values that the model itself makes of n
-tokens, the prompt as embeddings of tokens. The model then begins as if it had read them, a situation that it
-knows. And a prefix wants large steps, with Adam about 0.1 or 0.3 where a weight takes 0.001, as keys and
-values have to travel a distance of 1 or so. Measured with n = 16 on a text of another kind (4 layers, 120
-steps, loss 5.27 without prefix):
+Both start as text, as both papers advise: the prefix as keys and values that the model computes from n
+tokens, the prompt as embeddings of tokens. The model then starts in a familiar state, as if it had read them.
+A prefix needs large steps, about 0.1 to 0.3 with Adam where a weight takes 0.001, since keys and values have
+to move by about 1. Loss with n = 16 on text of another kind (4 layers, 120 steps; 5.27 without a prefix):
 
-    starts as                 at first   with Adam's step 0.01   0.03    0.1     0.3
-    N(0, 0.02)                  5.28                      5.19   5.12    4.79    4.47
-    N(0, 1)                     5.33                      5.17   5.01    4.66    4.39
-    random tokens               5.29                      5.16   5.01    4.65    4.41
+    starts as                 at first     Adam's step size: 0.01   0.03    0.1     0.3
+    N(0, 0.02)                  5.28                       5.19   5.12    4.79    4.47
+    N(0, 1)                     5.33                       5.17   5.01    4.66    4.39
+    random tokens               5.29                       5.16   5.01    4.65    4.41
 
-Trap: keys are used as they are stored. Those that come from a text are turned to places 0..n-1 already, so
-real tokens stand at n, n+1, ..; each of several packed documents starts again at n, and sees the prefix.
+Trap: keys are used as they are stored. Those computed from text are already rotated to positions 0..n-1, so
+real tokens have positions n, n+1, ..; each of several packed documents starts at n and attends to the prefix.
 
-Li and Liang, arXiv 2101.00190 (a prefix; keys and values learn here without their extra network, as in
-P-Tuning v2, arXiv 2110.07602); Lester et al., arXiv 2104.08691 (a prompt). A test holds both against `peft`.
+Li and Liang, arXiv 2101.00190 (prefix; keys and values are trained directly here, without the paper's extra
+network, as in P-Tuning v2, arXiv 2110.07602); Lester et al., arXiv 2104.08691 (prompt). Tested against
+`peft`.
 """
 
 import torch
@@ -39,10 +39,10 @@ ROLES = 3  # System, User, Assistant
 
 
 class PrefixEncoder(nn.Module):
-    """Learned keys and values (L, G, n, D); in a forward without a cache it takes the place of one.
+    """Trained keys and values (L, G, n, D); in a forward without a cache it takes the place of one.
 
     Args:
-        keys, values: (L, G, n, D), what they start as.
+        keys, values: (L, G, n, D), the start values.
     """
 
     def __init__(self, keys, values):
@@ -51,11 +51,11 @@ class PrefixEncoder(nn.Module):
 
     @property
     def length(self) -> int:
-        """n, the places that it takes."""
+        """The number of positions, n."""
         return self.keys.shape[2]
 
     def append(self, layer: int, keys, values):
-        """keys, values (B, G, T, D) of the tokens -> those of the prefix before them, (B, G, n + T, D)."""
+        """Prepend the prefix to keys and values (B, G, T, D) of the tokens -> (B, G, n + T, D) each."""
         pairs = ((self.keys[layer], keys), (self.values[layer], values))
         return [torch.cat([front.to(new).expand(len(new), -1, -1, -1), new], dim=2) for front, new in pairs]
 
@@ -66,11 +66,11 @@ class PrefixEncoder(nn.Module):
 
 
 class PromptEmbedding(nn.Module):
-    """An embedding table with more rows: takes the place of `embed_tokens` and keeps its weight.
+    """An embedding table with more rows; it replaces `embed_tokens` and keeps its weight.
 
     Args:
         weight: (V, C), the table's own Parameter, which the output head may share.
-        prompt: (3n, C), what the new rows start as; row i is the id V + i.
+        prompt: (3n, C), the start values of the new rows; row i is the id V + i.
     """
 
     def __init__(self, weight: nn.Parameter, prompt):
@@ -86,7 +86,7 @@ class PromptEmbedding(nn.Module):
 
 
 def add_prefix(model, config, ids: list[int] | None = None) -> list[str]:
-    """Give a `TinySeek` a prefix or a prompt (`config.kind`) of `config.length` n.
+    """Add a prefix or a prompt (`config.kind`) of length n = `config.length` to a `TinySeek`.
 
     Args:
         ids: the text that it starts as, cut or repeated to the n tokens of a prefix or the 3n of a prompt;
@@ -119,7 +119,7 @@ def add_prefix(model, config, ids: list[int] | None = None) -> list[str]:
 
 @torch.no_grad()
 def keys_and_values(model, ids):
-    """What each layer's attention keeps of the n tokens `ids` -> keys and values, (L, G, n, D) each."""
+    """Return each layer's keys and values of the n tokens `ids`, (L, G, n, D) each."""
     training, shape, weight = model.training, model.config, model.model.embed_tokens.weight
     sizes = (shape.num_hidden_layers, 1, len(ids), shape.num_key_value_heads, shape.head_dim)
     cache = KVCache(*sizes, weight.dtype, weight.device)
@@ -130,8 +130,7 @@ def keys_and_values(model, ids):
 
 
 def lesson():
-    """A frozen head of attention learns to add one vector to all it says, through its prefix alone; and a row
-    of ids with a prompt in it."""
+    """Train a prefix so that a frozen attention head adds one vector to its output; embed a prompt."""
     from modules.attention.grouped_query import eager_attention
     from modules.attention.context import build_context
 

@@ -1,4 +1,4 @@
-"""A selector over whole models: which of A candidates will answer a question best?
+"""A selector over whole models: choose which of A candidates answers a question.
 
     logits = W2 silu(W1 norm(h))        choice = the candidate with the largest logit
 
@@ -6,11 +6,11 @@
 
 A mixture of experts decides for each token and layer, in the middle of the network, and must be trained with
 its experts. A selector decides once for a whole answer, in front of finished models. It is a classifier, and
-its labels cost nothing: run all candidates on questions with known answers, and see whose loss is lowest. Its
+its labels cost nothing: run all candidates on questions with known answers and compare their losses. Its
 quality is measured in nats: the loss of its choices minus the loss of the best choices (its regret). Related:
 LoraRetriever (arXiv 2402.09997), which finds adapters by the prompt and combines them.
 
-The last token of the question, where the answer begins, is the one place that has attended to all of it.
+The last token of the question, where the answer begins, is the only one that has attended to all of it.
 """
 
 import torch
@@ -38,10 +38,10 @@ class Selector(nn.Module):
 
 
 def choices(losses, logits):
-    """How good the choices are. losses (N, A) of each candidate on each question, logits (N, A).
+    """Score the choices. losses (N, A) of each candidate on each question, logits (N, A).
 
-    -> accuracy: share of questions for which the best candidate was chosen; regret: nats lost against always
-    choosing right; and the mean losses of the selector, the best choices, and each candidate alone (A,).
+    -> accuracy: share of questions for which the best candidate was chosen; regret: nats lost against perfect
+    choices; and the mean losses of the selector, the best choices, and each candidate alone (A,).
     """
     chosen = logits.argmax(dim=1, keepdim=True)  # (N, 1)
     got, best = losses.gather(1, chosen)[:, 0], losses.min(dim=1).values  # (N,) each

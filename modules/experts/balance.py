@@ -1,27 +1,26 @@
-"""Keeping experts equally busy: what a balance loss measures, and the router z-loss.
+"""Balance losses that keep experts equally busy, and the router z-loss.
 
-A router that likes an expert sends it tokens, the expert learns from them, and the router likes it more. Left
-alone, a few experts end up with all the work. Two numbers per expert say how bad it is:
+A router that prefers an expert sends it tokens, the expert improves on them, and the router prefers it more.
+Left alone, a few experts end up with all the work. Two numbers per expert measure that:
 
     f_i = assignments of expert i / all assignments       a count: adds up to 1, has no gradient
     P_i = mean over tokens of  s_i / sum_j s_j            the router's mean probability: adds up to 1, has one
 
-and a loss makes them even (E experts, K per token, s = sigmoid or softmax of the router's logits):
+A loss makes them even (E experts, K per token, s = sigmoid or softmax of the router's logits):
 
                 hard                                       soft
     switch      E * sum_i f_i P_i                          E * sum_i P_i P_i          1 when even, for any K
     kl          KL(f, 1/E) = sum_i f_i ln(E f_i)           KL(P, 1/E)                 0 when even
 
 `switch hard` is the usual one: f says which expert has too much, and the gradient lowers its P. `kl hard`
-asks for even counts and nothing else, and there a count alone is no use: it does not change when the router
-changes a little, so its gradient is zero. The straight-through estimate takes the value of f and the gradient
-that f would have if it were P. The soft forms have a gradient by themselves, but can be content while the
-counts are not: probabilities of 0.51 and 0.49 are nearly even, and send all tokens to the first expert.
+asks for even counts and nothing else. A count alone has no gradient, since it does not change when the router
+changes a little; the straight-through estimate takes the value of f and the gradient that f would have if it
+were P. The soft forms have a gradient by themselves, but can be low while the counts are uneven:
+probabilities of 0.51 and 0.49 are nearly even, and send all tokens to the first expert.
 
     z-loss = mean over tokens of logsumexp(logits)^2      keeps the logits small, where fp32 is exact
 
-Padding is in none of these. Which tokens f and P are taken over is the business of
-train/engine/load_balancer.py.
+Padding never counts. train/engine/load_balancer.py decides over which tokens f and P are taken.
 
 Papers: Switch Transformer, arXiv 2101.03961 (f, P); ST-MoE, arXiv 2202.08906 (z-loss); straight-through
 estimate, arXiv 1308.3432; MaxVio, arXiv 2408.15664.
@@ -29,13 +28,13 @@ estimate, arXiv 1308.3432; MaxVio, arXiv 2408.15664.
 
 import torch
 
-# In a logarithm, shares below this count as this: ln 0 would be an infinite gradient. An expert without a
-# token gets the slope ln(E * FLOOR), -11 with 16 experts; the busiest can have ln(16) + 1 = 4.
+# Smallest share in a logarithm: ln 0 would give an infinite gradient. An expert without a token gets the
+# slope ln(E * FLOOR), -11 with 16 experts; the busiest can have ln(16) + 1 = 4.
 FLOOR = 1e-6
 
 
 def expert_sums(routing, mask):
-    """Assignments and probabilities that each expert gets from the real tokens of each row.
+    """Sum the assignments and probabilities that each expert gets from the real tokens of each row.
 
     routing: scores (N, E), indices (N, K), N = B*T row by row;  mask (B, T), True for real tokens
     -> counts (B, E), without gradient, and probabilities (B, E), with it.
@@ -52,13 +51,13 @@ def expert_sums(routing, mask):
 
 
 def shares(counts, probs, experts_per_token):
-    """Sums (..., E) of `expert_sums` over some tokens -> f (..., E) and P (..., E); zeros without a token."""
+    """Turn sums (..., E) of `expert_sums` into f (..., E) and P (..., E); zeros without a token."""
     assignments = counts.sum(-1, keepdim=True).clamp(min=1)
     return counts / assignments, probs * experts_per_token / assignments
 
 
 def balance_value(f, P, form, measure):
-    """f, P (..., E) -> the loss (...), with gradient through P alone."""
+    """Return the loss (...) of f and P (..., E), with gradient through P alone."""
     E = P.shape[-1]
     if measure == "soft":
         f = P
@@ -70,28 +69,28 @@ def balance_value(f, P, form, measure):
 
 
 def z_loss(logits, mask):
-    """Sum over real tokens of logsumexp(logits)^2: logits (N, E), mask (B, T) -> scalar."""
+    """Return the sum over real tokens of logsumexp(logits)^2. logits (N, E), mask (B, T)."""
     return logits.logsumexp(-1).masked_fill(~mask.bool().view(-1), 0).square().sum()
 
 
 def max_vio(counts) -> float:
-    """How far the busiest expert is above the mean: max / mean - 1. counts (E,).
+    """Return max / mean - 1 of the counts (E,): the excess of the busiest expert.
 
-    0 is even, E/K - 1 the worst that K experts per token allow; 0 too where nothing was counted.
+    0 is even, E/K - 1 the worst that K experts per token allow. Without any count it is 0.
     """
     total = float(counts.sum())
     return float(counts.max()) * len(counts) / total - 1 if total else 0.0
 
 
 def lesson():
-    """A mixture of 8 small linear experts learns a task: the loads on the way, with and without a balance."""
+    """Train a mixture of 8 small linear experts with and without a balance loss; print the loads."""
     from config.model import ModelConfig
     from modules.experts.router import TopkRouter
 
     E, K, C, N = 8, 2, 8, 64
     config = ModelConfig(hidden_size=C, n_routed_experts=E, num_experts_per_tok=K, scoring_func="softmax")
     mask = torch.ones(1, N, dtype=torch.bool)
-    print("8 experts, 2 per token: MaxVio (0 even, 3 worst) on the way, each a mean over 30 training steps")
+    print("8 experts, 2 per token: MaxVio (0 even, 3 worst) in training, each a mean over 30 steps")
     for weight, form, measure in ((0, "no", "balance"), (0.5, "switch", "hard"), (0.5, "kl", "hard")):
         torch.manual_seed(0)
         router, experts = TopkRouter(config), torch.zeros(E, C, C, requires_grad=True)

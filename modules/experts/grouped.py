@@ -11,8 +11,8 @@
 copies tokens to rows and multiplies them, `Combine` multiplies rows and adds them up per token; each is the
 mirror image of the other, and so are their backward passes. What lies between is plain PyTorch.
 
-No token is dropped: MegaBlocks (Gale et al., arXiv 2211.15841). Rows are copied by `index_select` and added up
-by `embedding_bag`, never by atomic additions: the same input gives the same bits.
+No token is dropped: MegaBlocks (Gale et al., arXiv 2211.15841). Rows are copied by `index_select` and added
+up by `embedding_bag`, never by atomic additions: the same input gives the same bits.
 """
 
 from typing import NamedTuple
@@ -65,8 +65,8 @@ def sort_rows(indices, experts: int, one_kernel: bool = False) -> Rows:
     """indices (N, K) -> where the rows stand.
 
     Trap: on a CPU a product in bf16 is compiled for its shape, and counts of tokens hardly ever repeat, so
-    compiling doubled the time. Each expert therefore gets blank rows up to a multiple of a power of two, which
-    is at most 1/32 of the mean count. One kernel for all experts needs none.
+    compiling doubled the time. Each expert therefore gets blank rows up to a multiple of a power of two,
+    which is at most 1/32 of the mean count. One kernel for all experts needs none.
     """
     flat, K = indices.flatten(), indices.shape[1]
     counts = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))

@@ -27,7 +27,7 @@ def loop_experts(x, indices, weights, gate_up, down):
 
     x (N, C), indices and weights (N, K), gate_up (E, 2F, C), down (E, C, F) -> (N, C).
     """
-    # Under autocast the experts' outputs are bf16; they are weighted and added up in fp32, as the weights are.
+    # Under autocast the experts' outputs are bf16; they are weighted and added up in fp32, as weights are.
     y = torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
     out = x
     for expert in indices.unique().tolist():
@@ -39,8 +39,8 @@ def loop_experts(x, indices, weights, gate_up, down):
 
 
 def run_experts(implementation: str, x, indices, weights, gate_up, down):
-    """Run the experts by the path that `moe_implementation` names. `auto` takes the loop where sorting does not
-    pay: with fewer rows than experts, as in generation. Shapes as in `loop_experts`."""
+    """Run the experts by the path that `moe_implementation` names. `auto` takes the loop where sorting does
+    not pay: with fewer rows than experts, as in generation. Shapes as in `loop_experts`."""
     if implementation == "auto":
         many = indices.numel() >= len(gate_up)
         implementation = "grouped" if many and x.device.type in ("cpu", "cuda") else "loop"

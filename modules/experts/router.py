@@ -1,4 +1,4 @@
-"""Router of a mixture of experts: a linear layer that scores E experts per token, of which K are chosen.
+"""The router of a mixture of experts: a linear layer that scores E experts per token and chooses K of them.
 
     logits = x W^T                    s = sigmoid(logits)  or  softmax(logits)
     chosen = the K experts with the largest s_i + b_i
@@ -6,16 +6,17 @@
 
     x: (N, C)   W: (E, C)   b: (E,)   ->   logits and s (N, E), chosen and g (N, K)
 
-Choosing is a step without a gradient: W learns through the weights g alone. b steers the choice towards idle
-experts (balancing without a loss, arXiv 2408.15664); it is no parameter and never part of the weights.
-With groups (arXiv 2412.19437) a token takes only the `topk_group` best of `n_group` groups of experts, ranked
-by the sum of their two best: with one group per machine, a token then visits few machines.
+The choice has no gradient: W is trained through the weights g alone. b steers the choice towards idle experts
+(balancing without a loss, arXiv 2408.15664); it is not a parameter and never part of the weights. With groups
+(arXiv 2412.19437) a token takes only the `topk_group` best of `n_group` groups of experts, ranked by the sum
+of their two best: with one group per machine, a token then visits few machines.
 
-Sigmoid, one score for each expert by itself, is DeepSeek-V3's form (arXiv 2412.19437), softmax over all
-experts the form of Switch (arXiv 2101.03961) and Qwen3Moe. Names as in `DeepseekV3TopkRouter`.
-Trap: always in fp32. Where bf16 cannot tell two scores apart, another expert is chosen: a jump, no rounding.
-Trap: K = 1 with norm_topk_prob makes every weight s/s = 1, whose gradient is zero: the router would learn
-nothing from the language-model loss. `config/schema.py` refuses it.
+Sigmoid scores each expert by itself, as in DeepSeek-V3 (arXiv 2412.19437); softmax runs over all experts, as
+in Switch (arXiv 2101.03961) and Qwen3Moe. Names as in `DeepseekV3TopkRouter`.
+Trap: compute in fp32, under autocast too. Where bf16 cannot tell two scores apart, another expert is chosen:
+a jump, not a rounding error. (On CUDA, TF32 rounds the factors to 11 bits if the trainer allows it.)
+Trap: K = 1 with norm_topk_prob makes every weight s/s = 1, whose gradient is zero: the language-model loss
+would not train the router. `config/model.py` refuses it.
 """
 
 from typing import NamedTuple
@@ -26,12 +27,12 @@ from torch.autograd.function import once_differentiable
 
 
 class Routing(NamedTuple):
-    """Where N tokens go. Everything is fp32 (fp64 in a model in fp64), whatever the model computes in."""
+    """The experts and weights of N tokens; fp32 in any model, but fp64 in a model in fp64."""
 
     logits: torch.Tensor  # (N, E)
     scores: torch.Tensor  # (N, E), sigmoid or softmax of the logits, with gradient
     indices: torch.Tensor  # (N, K) int64, the chosen experts
-    weights: torch.Tensor  # (N, K), what each chosen expert's output is multiplied by, with gradient
+    weights: torch.Tensor  # (N, K), factors of the chosen experts' outputs, with gradient
 
 
 class ExactLinear(torch.autograd.Function):
@@ -74,8 +75,7 @@ class TopkRouter(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
 
     def _apply(self, fn, recurse=True):
-        """`.to(bfloat16)` and `.half()` must not round the bias, which moves in steps of 0.001 or so;
-        `.double()` and device moves are followed."""
+        """Move and cast, but keep the bias out of bf16 and fp16: it moves in steps of 0.001 or so."""
         exact = self.e_score_correction_bias
         super()._apply(fn, recurse)
         moved = self.e_score_correction_bias
@@ -89,7 +89,7 @@ class TopkRouter(nn.Module):
         wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         x = x.to(wide)
         noise = config.router_jitter_noise
-        if self.training and noise and self.weight.requires_grad:  # explores, as in Switch; frozen: no use
+        if self.training and noise and self.weight.requires_grad:  # to explore, as in Switch
             x = x * torch.empty_like(x).uniform_(1 - noise, 1 + noise)
         logits = ExactLinear.apply(x, self.weight.to(wide))  # (N, E)
         scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
@@ -104,9 +104,9 @@ class TopkRouter(nn.Module):
 
 
 def keep_best_groups(choice, groups: int, kept: int):
-    """(N, E) -> (N, E) with -inf outside of the `kept` groups whose two best experts add up to the most.
+    """Mask (N, E) by -inf outside of the `kept` groups whose two best experts have the largest sum.
 
-    -inf and not 0: with a negative bias a masked expert at 0 would win.
+    0 would not do: with a negative bias a masked expert at 0 would win.
     """
     grouped = choice.unflatten(1, (groups, -1))  # (N, groups, E/groups)
     ranking = grouped.topk(2, dim=-1).values.sum(dim=-1)  # (N, groups)
@@ -116,7 +116,7 @@ def keep_best_groups(choice, groups: int, kept: int):
 
 
 def lesson():
-    """One token's scores, who is chosen, what the weights are, and what the bias and the groups change."""
+    """Print one token's scores, choice and weights, and the effect of the bias and the groups."""
     from config.model import ModelConfig
 
     generator = torch.Generator().manual_seed(5)
@@ -137,7 +137,7 @@ def lesson():
         scores = " ".join(f"{s:.2f}" for s in routing.scores[0].tolist())
         weights = " ".join(f"{w:.2f}" for w in routing.weights[0].tolist())
         print(f"  {name:25s} scores {scores}   chosen {routing.indices[0].tolist()}   weights {weights}")
-    print("bias and groups change who is chosen; the weights are made of the scores alone")
+    print("bias and groups change the choice; the weights come from the scores alone")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Balance the experts over one optimizer step: the loss of modules/experts/balance.py by scope, and DeepSeek's
-bias.
+"""Balance the experts over one optimizer step: the loss of modules/experts/balance.py by scope, and
+DeepSeek's bias.
 
 Experts need to be even over many tokens, not over few. A micro-batch of Python code should be free to use the
 experts that know Python; a loss that asks for even loads within it forbids that. Scopes of f and P:
@@ -16,17 +16,18 @@ loss L(f, P) depends on P = sum_m n_m/n P_m. The chain rule solves it for every 
 
     dL/dw = sum_i g_i dP_i/dw = sum_m n_m/n sum_i g_i dP_m,i/dw,      g_i = dL/dP_i at the global f and P
 
-so micro-batch m contributes n_m/n (L + sum_i g_i (P_m,i - its value)) with constant L and g: the value and the
-gradient of one big batch. For switch/hard that is E * sum f_i P_m,i, the loss of Qwen (arXiv 2501.11873). The
-statistics of all processes are either `exact`, from a pass without gradient over the whole step first, or
-`running`: those of the step so far, at no extra cost. A running f differs from the exact one by at most
-2 (1 - share of the step seen), summed over experts, and is exact in the last micro-batch.
+so micro-batch m contributes n_m/n (L + sum_i g_i (P_m,i - its value)) with constant L and g: the value and
+the gradient of one big batch. For switch/hard that is E * sum f_i P_m,i, the loss of Qwen (arXiv 2501.11873).
+The statistics of all processes are either `exact`, from a pass without gradient over the whole step first, or
+`running`: those of the step so far, at no extra cost. A running f differs from the exact one by at most 2 (1
+- share of the step seen), summed over experts, and is exact in the last micro-batch.
 
 The bias needs no loss (DeepSeek, arXiv 2408.15664): after each optimizer step, an expert that got less than
 the mean becomes a little more attractive, b_i += rate * sign(mean - count_i). It enters the choice of experts
 only, not their weights. Moves are centred, as in torchtitan. Adding the same number to all biases changes no
 choice, but without centring all drift upwards when few experts are busy and many idle. Measured with token
-frequencies like those of text (1/rank): a drift of 0.13 after 4000 steps of 0.001, where biases differ by 0.08.
+frequencies like those of text (1/rank): a drift of 0.13 after 4000 steps of 0.001, where biases differ by
+0.08.
 """
 
 import torch
@@ -79,8 +80,8 @@ class LoadBalancer:
     def loss(self, routings, mask=None):
         """Return this micro-batch's share of the step's loss; without a counting pass, count it as well.
 
-        -> terms {"balance", "z"} whose weight is above 0, weight applied, and measures: the same without weight
-        and without gradient, for the log.
+        -> terms {"balance", "z"} whose weight is above 0, weight applied, and measures: the same without
+        weight and without gradient, for the log.
         """
         sums, values = self.sums(routings, mask), {}
         if not self.needs_counting_pass:
@@ -115,9 +116,9 @@ class LoadBalancer:
     def end_step(self, share=1.0) -> dict:
         """Move the biases after the last backward of a step; return `max_vio` and `dead` for the log.
 
-        `max_vio` is that of the worst layer, `dead` the number of experts in all layers that got no token. `loads`
-        keeps the shares (L, E). Biases move by `share` of their rate, which follows the learning rate, so that
-        the choice of experts settles with everything else (0 leaves them where they are).
+        `max_vio` is that of the worst layer, `dead` the number of experts in all layers that got no token.
+        `loads` keeps the shares (L, E). Biases move by `share` of their rate, which follows the learning
+        rate, so that the choice of experts settles with everything else (0 leaves them where they are).
         """
         self.exchange()
         counts = self.total[:, 0]  # (L, E)
@@ -150,7 +151,8 @@ class LoadBalancer:
 
 
 def first_order(P, step_f, step_P, form: str, measure: str):
-    """Return L(f, P) of the whole step as a linear function of one micro-batch's P: (L, 1, E) each -> (L, 1)."""
+    """Return L(f, P) of the whole step as a linear function of one micro-batch's P: (L, 1, E) each -> (L,
+    1)."""
     with torch.enable_grad():
         step_P = step_P.detach().requires_grad_()
         value = balance_value(step_f, step_P, form, measure)

@@ -1,10 +1,11 @@
-"""Which parameter gets which optimizer.
+"""Build the optimizers and assign each parameter to one.
 
-AdamW (Loshchilov and Hutter, arXiv 1711.05101) moves each number by its own sign-like step; Muon
-(`modules/muon.py`) moves each matrix as a whole. Muon is for the matrices between layers; the embedding and
-the output head are tables of vectors, not maps between layers, and stay with AdamW, as do the routers of
-experts (a vector for each expert), gains, biases and DoRA's lengths. A stack of experts is as many matrices.
-Weight decay is for matrices only: pulling a gain towards zero has no use."""
+AdamW (Loshchilov and Hutter, arXiv 1711.05101) gives each number its own sign-like step; Muon
+(`modules/muon.py`) moves each matrix as a whole. Muon is for matrices that map between layers. The embedding
+and the output head are tables of vectors and stay with AdamW, as do routers (a vector per expert), gains,
+biases and DoRA's lengths. A stack of experts is as many matrices. Weight decay is for matrices only: pulling
+a gain towards zero has no use.
+"""
 
 import torch
 
@@ -16,7 +17,7 @@ LENGTHS = "lora_magnitude_vector"  # of experts they are a table (E, out)
 
 
 def build_optimizers(model: torch.nn.Module, optim: OptimConfig) -> list[torch.optim.Optimizer]:
-    """One or two optimizers that cover every trainable parameter once. Each group knows its `initial_lr`."""
+    """Return one or two optimizers that cover every trainable parameter once; groups keep `initial_lr`."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {name: p for name, p in trainable.items() if p.dim() >= 2 and LENGTHS not in name}
     hidden = {name: p for name, p in matrices.items() if p.dim() < 4 and not name.endswith(TABLES)}
@@ -34,8 +35,7 @@ def build_optimizers(model: torch.nn.Module, optim: OptimConfig) -> list[torch.o
         settings = {"momentum": optim.muon_momentum, "weight_decay": optim.weight_decay}
         optimizers.append(Muon(groups, lr=optim.muon_lr, **settings))
     adam = torch.optim.Adam if optim.optimizer == "adam" else torch.optim.AdamW
-    # Adam's own decay is L2: not what is meant
-    decay = 0.0 if optim.optimizer == "adam" else optim.weight_decay
+    decay = 0.0 if optim.optimizer == "adam" else optim.weight_decay  # Adam's own is L2, not decoupled decay
     groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
     settings = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     fused = {p.device.type for p in rest.values()} <= {"cpu", "cuda"}
@@ -52,7 +52,7 @@ def build_optimizers(model: torch.nn.Module, optim: OptimConfig) -> list[torch.o
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    """Every group's learning rate becomes its own initial one times `factor`."""
+    """Set every group's learning rate to its initial one times `factor`."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor

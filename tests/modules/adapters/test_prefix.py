@@ -245,8 +245,8 @@ def test_every_query_sees_the_prefix_whatever_else_it_may_see():
 
 
 def test_routing_is_that_of_the_real_tokens_only():
-    """With a prefix made of real text: the experts, weights and logits of the tokens behind it are those that a plain
-    model gives them behind that text, and no row belongs to the prefix."""
+    """With a prefix made of real text: the experts, weights and logits of the tokens behind it are those that
+    a plain model gives them behind that text, and no row belongs to the prefix."""
     model = shake(TinySeek(small_config(**MOE))).double().eval()
     ids = text(1, 9)
     expected = model(ids).routings

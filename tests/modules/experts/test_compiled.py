@@ -15,7 +15,8 @@ MOE = {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1, "
 
 @pytest.mark.slow
 def test_a_compiled_model_with_experts_equals_the_plain_one():
-    """The counts of tokens change from step to step. No C++ compiler: what Inductor would get runs as it is."""
+    """The counts of tokens change from step to step. No C++ compiler: what Inductor would get runs as it
+    is."""
     model = shake(TinySeek(small_config(num_hidden_layers=1, **MOE)))
     counter = CompileCounterWithBackend("aot_eager")
     compiled, frames = torch.compile(model, backend=counter), []
@@ -47,5 +48,6 @@ def test_the_gradient_of_the_router_is_exact_under_autocast(compiled):
 
     exact = copy.deepcopy(router).double()
     run = torch.compile(router, backend="aot_eager") if compiled else router
-    for ours, expected in zip(slopes(router, run, x, True), slopes(exact, exact, x.double(), False), strict=True):
+    right = slopes(exact, exact, x.double(), False)
+    for ours, expected in zip(slopes(router, run, x, True), right, strict=True):
         assert (ours - expected).norm() < 1e-6 * expected.norm()

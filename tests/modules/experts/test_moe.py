@@ -183,8 +183,9 @@ def test_bf16_is_near_the_exact_answer(path, shape):
 
 
 def test_in_bf16_only_what_lies_between_two_products_is_rounded():
-    """With matrices of ones and one channel y = g silu(x) x: to the bit what PyTorch gives with bf16 functions
-    and an fp32 weight. The sum over rows and that of dg over channels are not rounded on the way."""
+    """With matrices of ones and one channel y = g silu(x) x: to the bit what PyTorch gives with bf16
+    functions and an fp32 weight. The sum over rows and that of dg over channels are not rounded on the
+    way."""
     torch.manual_seed(0)
     x, weights = torch.rand(2000, 1).bfloat16() + 0.5, torch.rand(2000, 1, requires_grad=True)
     ones = torch.ones(1, 2, 1, dtype=torch.bfloat16), torch.ones(1, 1, 1, dtype=torch.bfloat16)

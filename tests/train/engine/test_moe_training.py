@@ -296,7 +296,8 @@ def pre_train(out, text, *settings):
     fixed = ["train.dtype=fp32", "tokenizer.kind=char", "train.eval_batches=1000", *EXPERTS,
              "model.zero_init_residual=true", f"data.cache_dir={out.parent / 'cache'}"]  # fmt: skip
     sets = [part for setting in [*fixed, *settings] for part in ("--set", setting)]
-    return list(map(str, ["--config", "tiny", "--data", text, "--out", out, "--device", "cpu", "--max-steps", 3, *sets]))
+    words = ["--config", "tiny", "--data", text, "--out", out, "--device", "cpu", "--max-steps", 3, *sets]
+    return list(map(str, words))
 
 
 @pytest.mark.slow
@@ -306,7 +307,8 @@ def test_two_processes_of_two_micro_batches_equal_one_of_a_whole_batch(tmp_path,
     text.write_text((PRE_TRAIN.read_text(encoding="utf-8") + "\n") * 2, encoding="utf-8")
     settings = ["balance.weight=0.1", "balance.statistics=exact", "balance.bias_rate=0.01",
                 "balance.z_loss=0.001", "model.mtp=sequential"]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["train", *pre_train(tmp_path / "big", text, *settings, "train.batch_size=8")])
+    whole = pre_train(tmp_path / "big", text, *settings, "train.batch_size=8")
+    monkeypatch.setattr(sys, "argv", ["train", *whole])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(PRE_TRAIN), run_name="__main__")
     assert not ended.value.code
