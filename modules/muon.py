@@ -78,7 +78,7 @@ class Muon(torch.optim.Optimizer):
             directions.append(ahead.mT if ahead.shape[-2] > ahead.shape[-1] else ahead)
         orthogonal = orthogonalize(torch.cat(directions))  # (all matrices, rows, columns)
         for parameter, part in zip(parameters, orthogonal.split([len(d) for d in directions]), strict=True):
-            weights = parameter.view(-1, parameter.shape[-2] // parts, parameter.shape[-1])
+            weights = matrices_of(parameter, parts)
             rows, columns = weights.shape[-2:]
             moves = matrices_of(parameter.grad, parts).any(-1).any(-1)[:, None, None].to(weights.dtype)
             weights.mul_(1 - lr * weight_decay * moves)
@@ -88,7 +88,7 @@ class Muon(torch.optim.Optimizer):
 
 def matrices_of(tensor, parts: int):
     """(.., parts * rows, columns) -> (matrices, rows, columns)."""
-    return tensor.reshape(-1, tensor.shape[-2] // parts, tensor.shape[-1])
+    return tensor.view(-1, tensor.shape[-2] // parts, tensor.shape[-1])
 
 
 def orthogonalize(matrices):

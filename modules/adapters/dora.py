@@ -31,12 +31,6 @@ def dora_factor(magnitude, whole):
     return magnitude / row_norms(whole.detach())
 
 
-def dora_change(base, low, factor):
-    """Return what DoRA adds to a layer's output. base = W x without bias and low = s B A x, both (.., out),
-    factor (out,) -> (.., out)."""
-    return (factor - 1) * base + factor * low
-
-
 def lesson():
     """Fit three changes of a matrix by LoRA and by DoRA of the same rank; print the error left."""
     torch.manual_seed(0)

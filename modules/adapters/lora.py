@@ -29,7 +29,7 @@ from torch import nn
 from config.adapters import LoraConfig
 from modules.adapters.adapted_layer import Adapted, adapted_layers, effective_weight, replace_layer, scaling
 from modules.adapters.adapter_switch import AdapterSwitch
-from modules.adapters.dora import dora_change, dora_factor
+from modules.adapters.dora import dora_factor
 from modules.adapters.lora_experts import LoraExperts
 from modules.experts.moe import Experts
 from utils.errors import UserError
@@ -76,7 +76,8 @@ class LoraLinear(Adapted):
             plain = base if self.bias is None else base - self.bias
             if config.lora_dropout and self.training:
                 plain = F.linear(x, self.weight.to(x.dtype))  # as in peft: dropout also where m acts on W x
-            low = dora_change(plain, low, dora_factor(magnitude, whole))
+            factor = dora_factor(magnitude, whole)
+            low = (factor - 1) * plain + factor * low
         return (base + low).to(base.dtype)
 
 
@@ -132,20 +133,16 @@ def find_targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Module]:
                 labels[path].add("dense")
         layers[path] = layer
     there = set().union(*labels.values())
+    offer = f"this model has {', '.join(sorted(there)) or 'no linear layer'}"
     for target in wanted:
         if target in REFUSED:
             raise UserError(f"lora.target_modules: no adapter on {target}, {REFUSED[target]}")
         if target not in there and target not in GROUPS:
-            raise UserError(f"lora.target_modules: nothing is called {target!r}; {offer(there)}")
+            raise UserError(f"lora.target_modules: nothing is called {target!r}; {offer}")
     found = {path: layers[path] for path, names in labels.items() if names & set(wanted)}
     if not found:
-        raise UserError(f"lora.target_modules={wanted} matches nothing in this model; {offer(there)}")
+        raise UserError(f"lora.target_modules={wanted} matches nothing in this model; {offer}")
     return found
-
-
-def offer(there: set[str]) -> str:
-    """Return possible targets, in words."""
-    return f"this model has {', '.join(sorted(there)) or 'no linear layer'}"
 
 
 def freeze_all_but(model: nn.Module, names: list[str]) -> None:

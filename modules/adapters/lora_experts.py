@@ -20,8 +20,6 @@ Trap: in bf16 the sum W + s B A is rounded, unlike the two separate products of 
 below 1/256 of a weight, a change comes through only in part. Its gradient comes through whole.
 """
 
-import time
-
 import torch
 from torch import nn
 
@@ -64,32 +62,21 @@ class LoraExperts(Adapted):
 
 
 def lesson():
-    """Print the cost of adapters on experts: trainable numbers, and time with and without them."""
+    """Print the number of trainable weights of adapters on experts, and which experts one token trains."""
     from config.adapters import LoraConfig
-    from config.model import ModelConfig
     from modules.adapters.lora import add_lora
-    from modules.experts.moe import MoE
 
     torch.manual_seed(0)
-    moe = MoE(ModelConfig(hidden_size=128, n_routed_experts=16, moe_intermediate_size=64))
-    for parameter in moe.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    full = sum(p.numel() for p in moe.experts.parameters())
+    model = nn.Sequential(Experts(16, 128, 64))
+    full = sum(nn.init.normal_(p, std=0.1).numel() for p in model.parameters())
     print(f"LoRA on 16 experts of 128 -> 64 -> 128, {full:,} weights")
     for rank in (1, 4, 16):
-        names = add_lora(moe, LoraConfig(r=rank, target_modules=["experts"]), f"rank {rank}")
-        learned = sum(p.numel() for name, p in moe.named_parameters() if name in names)
-        print(f"  rank {rank:2d}: {learned:7,} numbers, {learned / full:4.0%} of the weights")
-    x, times = torch.randn(8, 256, 128), {}
-    for name in (None, "rank 1", "rank 4", "rank 16"):
-        moe.experts.switch.use(name)
-        for _ in range(4):
-            start = time.perf_counter()
-            y, _ = moe(x)
-            y.sum().backward()
-            times[name] = min(times.get(name, 1e9), 1000 * (time.perf_counter() - start))
-        print(f"  2048 tokens forward and backward, {name or 'no adapter':10s} {times[name]:6.1f} ms")
-    print("an expert's factors are trained by its own tokens only; the router and the base stay as they are")
+        names = add_lora(model, LoraConfig(r=rank, target_modules=["experts"]), f"rank {rank}")
+        trained = sum(p.numel() for name, p in model.named_parameters() if name in names)
+        print(f"  rank {rank:2d}: {trained:7,} trainable numbers, {trained / full:4.0%} of the weights")
+    model[0](torch.randn(1, 128), torch.tensor([[3, 7]]), torch.ones(1, 2)).sum().backward()
+    gradient = model[0].lora_B["down_proj"]["rank 16"].grad
+    print("a token with experts 3 and 7 trains", gradient.flatten(1).any(1).nonzero().flatten().tolist())
 
 
 if __name__ == "__main__":

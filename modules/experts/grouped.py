@@ -34,12 +34,7 @@ class Rows(NamedTuple):
 def grouped_experts(x, indices, weights, gate_up, down):
     """x (N, C), indices and weights (N, K), gate_up (E, 2F, C), down (E, C, F) -> (N, C)."""
     if torch.compiler.is_compiling():  # shapes follow the router's choice, so each step would compile anew
-        return torch.compiler.disable(sorted_experts)(x, indices, weights, gate_up, down)
-    return sorted_experts(x, indices, weights, gate_up, down)
-
-
-def sorted_experts(x, indices, weights, gate_up, down):
-    """The four lines above, as they stand."""
+        return torch.compiler.disable(grouped_experts)(x, indices, weights, gate_up, down)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):  # the products run in its dtype, as F.linear would
         dtype = torch.get_autocast_dtype(kind)
@@ -170,21 +165,19 @@ def lesson():
 
     torch.manual_seed(0)
     indices = torch.rand(4, 3).topk(2).indices
-    rows = sort_rows(indices, 3)
     print("4 tokens choose 2 of 3 experts each:", *indices.tolist())
-    print("their rows, sorted by expert:       ", *rows.position.tolist(), f"  rows per expert: {rows.sizes}")
+    print("their rows, sorted by expert:       ", *sort_rows(indices, 3).position.tolist())
     for tokens in (64, 2048, 16384):
         indices = torch.rand(tokens, 16).topk(4).indices
-        counts, blank = indices.flatten().bincount().tolist(), len(sort_rows(indices, 16).blank)
-        share = blank / (tokens * 4)
+        counts, rows = indices.flatten().bincount().tolist(), sort_rows(indices, 16)
+        share = len(rows.blank) / (tokens * 4)
         print(f"{tokens:6d} tokens, 4 of 16: {min(counts)} to {max(counts)} each, and {share:.1%} blank rows")
-    N, C, width, E = 512, 64, 32, 16
-    x, gate_up, down = torch.randn(N, C), torch.randn(E, 2 * width, C) * 0.1, torch.randn(E, C, width) * 0.1
-    routed = torch.rand(N, E).topk(4)
-    exact = loop_experts(x.double(), routed.indices, routed.values.double(), gate_up.double(), down.double())
+    x, gate_up, down = torch.randn(512, 64), torch.randn(16, 64, 64) * 0.1, torch.randn(16, 64, 32) * 0.1
+    weights, indices = torch.rand(512, 16).topk(4)
+    exact = loop_experts(x.double(), indices, weights.double(), gate_up.double(), down.double())
     for path in (loop_experts, grouped_experts):
         with torch.autocast("cpu", torch.bfloat16):
-            y = path(x, routed.indices, routed.values, gate_up, down)
+            y = path(x, indices, weights, gate_up, down)
         print(f"{path.__name__:16s} in bf16: {(y - exact).norm() / exact.norm():.3%} from the exact result")
 
 

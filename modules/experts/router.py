@@ -36,15 +36,12 @@ class Routing(NamedTuple):
 
 
 class ExactLinear(torch.autograd.Function):
-    """x (N, C), W (E, C) -> x W^T (N, E), without autocast in the forward and in the backward pass.
-
-    Trap: a compiler traces the backward pass with the autocast of the forward pass, outside of any
-    `autocast(enabled=False)` there; a plain product would then have its gradient rounded to bf16.
-    """
+    """x (N, C), W (E, C) -> x W^T (N, E), without autocast. Trap: a compiler traces the backward pass under
+    the autocast around the model, so it must be off there as well, or the gradient is rounded to bf16."""
 
     @staticmethod
     def forward(ctx, x, weight):
-        """The product."""
+        """Multiply."""
         ctx.save_for_backward(x, weight)
         with torch.autocast(x.device.type, enabled=False):
             return x @ weight.T
@@ -54,9 +51,8 @@ class ExactLinear(torch.autograd.Function):
     def backward(ctx, grad):
         """grad (N, E) -> gradients of x and W."""
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
-            return grad @ weight if wants_x else None, grad.T @ x if wants_weight else None
+            return grad @ weight, grad.T @ x if ctx.needs_input_grad[1] else None
 
 
 class TopkRouter(nn.Module):

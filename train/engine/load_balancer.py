@@ -57,11 +57,6 @@ class LoadBalancer:
         self.begin_step(0)
 
     @property
-    def active(self) -> bool:
-        """True if anything here acts on the training; otherwise it only counts for the log."""
-        return self.config.weight > 0 or self.config.z_loss > 0 or self.config.bias_rate > 0
-
-    @property
     def needs_counting_pass(self) -> bool:
         """True if each step must begin with a pass of `count` over all its micro-batches."""
         return self.shared and self.config.statistics == "exact"

@@ -321,13 +321,11 @@ def test_an_even_load_moves_no_bias():
 def test_without_any_weight_it_counts_and_charges_nothing():
     routers, step = make_routers(), make_step()
     balancer = LoadBalancer(BalanceConfig(), routers)
-    assert not balancer.active and not balancer.needs_counting_pass
+    assert not balancer.needs_counting_pass
     assert run_step(balancer, routers, step) == ({}, {})
     assert balancer.end_step()["max_vio"] > 0
     counts = counts_by_hand(routers, step)
     assert torch.equal(balancer.loads, counts / counts.sum(1, keepdim=True))
-    for others in ({"weight": 0.1}, {"z_loss": 0.1}, {"bias_rate": 0.1}):
-        assert LoadBalancer(BalanceConfig(**others), routers).active
     assert not LoadBalancer(BalanceConfig(z_loss=0.1, statistics="exact"), routers).needs_counting_pass
     assert not LoadBalancer(settings(scope="batch"), routers).needs_counting_pass
     assert not LoadBalancer(settings(statistics="running"), routers).needs_counting_pass
