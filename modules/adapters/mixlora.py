@@ -11,9 +11,8 @@ the product with Wd, as sum g_k Wd h_k = Wd (sum g_k h_k).
 Since ranks are small, tokens need not be sorted. The A of all experts are one matrix (E*R, in), whose product
 holds the ranks of each expert side by side; a mask of zeros and ones keeps those of the chosen expert; the B
 of all experts are one matrix (out, E*R). The price is E times the work of one adapter, in large plain
-products; against the frozen feed-forward E*R is small. Cost of forward and backward on one CPU thread (AMD
-EPYC with bf16 units; C = 256, E = 8, K = 2, R = 8, 2048 tokens) in multiples of the frozen SwiGLU: 2.1 for F
-= 768 in fp32, 2.6 in bf16 (tokens sorted by expert: 2.0 and 3.7); for F = 256, 2.5 and 3.2.
+products; against the frozen feed-forward E*R is small. Forward and backward with C = 256, F = 768, E = 8,
+R = 8 cost 2.1 times the frozen SwiGLU in fp32, 2.6 in bf16 (one thread of an AMD EPYC with bf16 units).
 
 A dense layer gets the mixture in place of its SwiGLU. A layer with experts gets it in place of its shared
 experts, which every token uses; routed experts and their router stay frozen. B starts at zero, so the model
@@ -188,9 +187,7 @@ def lesson():
         for rows, target in zip(x, y, strict=True):
             out, routing = mixture(rows)
             errors.append((out - target).square().mean() / y.var())
-            optimizer.zero_grad()
-            errors[-1].backward()
-            optimizer.step()
+            optimizer.zero_grad(), errors[-1].backward(), optimizer.step()
         print(f"  {experts} of rank {rank}: {sum(w.numel() for w in trained)} parameters,", end=" ")
         print(f"error {errors[0]:.3f}, after 80 steps {errors[-1]:.4f}; tokens of each kind by expert:")
         print(*[f"    {kind.bincount(minlength=experts).tolist()}" for kind in routing.indices.view(2, -1)])

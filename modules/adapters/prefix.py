@@ -148,15 +148,11 @@ def lesson():
             if step in (0, 100):
                 weights = eager_attention(q, keys, torch.eye(n + T).expand(B, G, -1, -1), context, D**-0.5)
                 shown.append(f"error {error:.2f}, {weights[..., :n].sum(-1).mean():.0%} of attention on it")
-            optimizer.zero_grad()
-            error.backward()
-            optimizer.step()
+            optimizer.zero_grad(), error.backward(), optimizer.step()
         print(f"  n = {n:2d}   at first: {shown[0]}   after 100 steps: {shown[1]}")
     table = PromptEmbedding(nn.Parameter(torch.arange(5.0)[:, None]), torch.tensor([[0.5], [0.25], [0.125]]))
     ids = torch.tensor([[4, 5, 6, 7, 2]])
-    print(
-        f"A prompt of 3 rows beside a vocabulary of 5: ids {ids[0].tolist()} ->", table(ids)[0, :, 0].tolist()
-    )
+    print(f"3 rows beside a vocabulary of 5: ids {ids[0].tolist()} ->", table(ids)[0, :, 0].tolist())
 
 
 if __name__ == "__main__":

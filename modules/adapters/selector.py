@@ -71,9 +71,7 @@ def lesson():
             print(f"  step {step:3d}: right {found['accuracy']:4.0%}  chosen {found['selector']:.2f}", end="")
             print(f"  best {found['best']:.2f}  regret {found['regret']:.2f}")
         loss = F.cross_entropy(selector(h[:400]), losses[:400].argmin(dim=1))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
     print("  each specialist alone:", " ".join(f"{loss:.2f}" for loss in found["alone"]))
 
 
