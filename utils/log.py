@@ -43,8 +43,13 @@ class RunLog:
     def write(self, values: dict[str, int | float]) -> str:
         """Append one line and push it out to the file; returns the line."""
         line = format_line(values)
-        self.file.write(line.encode("utf-8") + b"\n")
-        self.file.flush()
+        try:
+            self.file.write(line.encode("utf-8") + b"\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(
+                f"could not write {self.path}: {error.strerror}; free some space and continue with --resume"
+            ) from None
         return line
 
     def close(self) -> None:

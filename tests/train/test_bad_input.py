@@ -357,7 +357,7 @@ def test_bad_dialogues(refuse, tmp_path, name, content, words):
         (prefix_train, ["--set", "prefix.kind=suffix"], "must be one of prefix, prompt"),
         (gate_train, [], "so there is nothing to choose from: train one with"),
         (gate_train, ["--set", 'gate.candidates=["base", "gone.pkl"]'], "gone.pkl: no such checkpoint"),
-        (gate_train, ["--set", 'gate.candidates=["base"]'], "there must be two or more"),
+        (gate_train, ["--set", 'gate.candidates=["base"]'], "needs at least two candidates"),
     ],
 )
 def test_bad_settings_of_fine_tuning(refuse, stage, arguments, words):

@@ -158,7 +158,7 @@ def test_more_steps_for_a_finished_run(pre_train, capsys):
     out = pre_train("out", "--max-steps", "3")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     pre_train("out", "--max-steps", "3", "--resume")
-    assert "is finished at step 3; more: --max-steps N" in capsys.readouterr().out
+    assert "is finished at step 3; to give it more steps: --resume --max-steps N" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     pre_train("out", "--max-steps", "5", "--resume")
     assert load_checkpoint(find_checkpoints(out, "Pre")[-1])["step"] == 5
