@@ -36,8 +36,8 @@ def run_main(main) -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        print("error: out of memory: lower train.batch_size (and raise train.accumulation_steps to keep the "
-              "same step), data.sequence_length, or the size of the model", file=sys.stderr, flush=True)  # fmt: skip
+        way_out = "lower train.batch_size (raise train.accumulation_steps by as much) or data.sequence_length"
+        print(f"error: out of memory: {way_out}, or take a smaller model", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)

@@ -216,7 +216,7 @@ def test_a_run_is_not_overwritten_unasked(refused, old_run, tmp_path):
     final.mkdir()
     (final / "TinySeek_Pre_final.pkl").write_bytes((old_run / "out" / "TinySeek_Pre_final.pkl").read_bytes())
     before = files_in(tmp_path)
-    assert "no checkpoint to resume from" in refused("--out", final, "--resume", overwrite=False)
+    assert "no checkpoint beside it to resume from" in refused("--out", final, "--resume", overwrite=False)
     assert files_in(tmp_path) == before
 
 
@@ -302,7 +302,7 @@ def test_bad_calls_of_every_stage(refuse, bases, tmp_path, stage):
     line = refuse(stage, "--data", "python", *candidates)
     assert "--data python: source code is for train/pre_train.py" in line
     line = refuse(stage, overwrite=False)
-    chat = {"SFT": "chat.py`", "Gate": "chat.py --gate "}.get(SHORTS[stage], "chat.py --adapter ")
+    chat = {"SFT": "chat.py --out ", "Gate": "chat.py --gate "}.get(SHORTS[stage], "chat.py --adapter ")
     assert f"is a finished run of {stage.STAGE}" in line and chat in line and "--overwrite" in line
     line = refuse(stage, None, "--out", tmp_path / "new")  # without --init, and nothing to find
     assert "no TinySeek_Pre_final.pkl in" in line and "train/pre_train.py" in line and "--init" in line

@@ -25,8 +25,8 @@ VOCABULARY = 100  # of presets whose tokenizer decides it, and who have one of c
 )
 def test_a_preset_is_built_and_stepped(name, tmp_path, monkeypatch):
     monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
-    monkeypatch.setattr("train.engine.trainer.Trainer.save", lambda self: None)  # hundreds of megabytes
-    monkeypatch.setattr("train.engine.trainer.Trainer.save_final", lambda self: None)
+    monkeypatch.setattr("train.engine.checkpoints.Checkpoints.save", lambda self: None)  # large
+    monkeypatch.setattr("train.engine.checkpoints.Checkpoints.save_final", lambda self: None)
     shrink = [
         "batch_size=1",
         "accumulation_steps=1",

@@ -244,7 +244,7 @@ class Trainer:
             place = {"step": self.step, "tokens": self.tokens, "epoch": self.stage.source.epoch_progress}
             self.log.write(place, self.config.optim.lr * factor, self.tokens / self.step, self.skipped)
         # Epochs may be shorter than a step: whole evaluations keep a distance.
-        spaced = self.step - self.held_out.measured_at >= train.eval_every // 10
+        spaced = self.step - self.held_out.measured_at >= train.eval_every // 100
         if self.stage.keep_best and new_epoch and spaced and not ending:
             self.held_out.evaluate(None)
         elif due["eval_every"] and not ending:

@@ -180,7 +180,7 @@ def test_an_adapter_resumes_on_its_own_base_with_its_own_settings_only(dialogues
                            ("lora_alpha=8", "lora_alpha=16.0")):  # fmt: skip
         with pytest.raises(UserError, match=f"was trained with lora.{words}"):
             call(monkeypatch, lora_train, [*flags, "--resume", "--set", f"lora.{setting}"])
-    with pytest.raises(UserError, match="unfinished run of lora_train: go on with --resume"):
+    with pytest.raises(UserError, match="unfinished run of lora_train: resume it with --resume"):
         call(monkeypatch, lora_train, flags)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -268,7 +268,7 @@ def test_a_gate_over_adapters(dialogues, tmp_path, monkeypatch, capsys):
     call(monkeypatch, lora_train, [*again, "--overwrite", "--seed", "1"])  # the labels were made with another
     with pytest.raises(UserError, match="was trained on other data"):
         call(monkeypatch, gate_train, [*again, "--resume"])
-    with pytest.raises(UserError, match="no adapter of"):
+    with pytest.raises(UserError, match="has no adapter beside it"):
         alone = base_in(tmp_path / "empty")
         call(monkeypatch, gate_train, arguments(tmp_path / "empty" / "g", dialogues, alone))
 
