@@ -397,6 +397,25 @@ def test_what_is_not_finite_stops_the_run(tmp_path, how, what):
     assert not (tmp_path / final_name("Toy")).exists()
 
 
+def test_numbers_may_stay_on_the_device_until_a_line_is_due(tmp_path):
+    """As on a GPU, which nothing should wait for: the same weights and log, and a NaN is still noticed."""
+    settings = ("train.log_every=3", "train.save_every=4", "model.dropout=0.1")
+    results = []
+    for lazy in (False, True):
+        trainer = make_trainer(tmp_path / str(lazy), small_config(*settings, steps=8))
+        trainer.lazy = lazy
+        trainer.run()
+        results.append(result(tmp_path / str(lazy)))
+    assert same_bits(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+    loss, holder = spoiled(6, lambda loss, model: loss * float("nan"))
+    trainer = make_trainer(tmp_path / "nan", small_config(*settings, steps=8), loss=loss)
+    holder.append(trainer)
+    trainer.lazy = True
+    with pytest.raises(UserError, match=r"the loss is nan at step \d; the last good .*_Toy1_0\.pkl"):
+        trainer.run()
+    assert load_checkpoint(find_checkpoints(tmp_path / "nan", "Toy")[-1])["step"] == 4
+
+
 def no_graph(model, batch, tokens):
     """A loss under no_grad."""
     with torch.no_grad():
