@@ -112,10 +112,14 @@ class Checkpoints:
 
     def restore_newest(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
-        path = files.latest_checkpoint(self.out, self.short)
-        distributed.same_on_all_ranks(path.name if path else "", "checkpoint to resume from")
-        if path:
-            self.restore(path)
+        try:
+            path = files.latest_checkpoint(self.out, self.short)
+            distributed.same_on_all_ranks(path.name if path else "", "checkpoint to resume from")
+            if path:
+                self.restore(path)
+        except BaseException:
+            self.close()
+            raise
 
     def restore(self, path: Path) -> None:
         """Continue from `path`. Raises `UserError` if another run wrote it."""

@@ -43,6 +43,10 @@ def start_machine(config: RunConfig) -> Machine:
     machine = Machine(device, dtype, scaled, world)
     plural = "es" if world.size > 1 else ""
     machine.say(f"device: {device}, {threads} threads, {world.size} process{plural}; {reason}")
+    warmup, steps = config.optim.warmup_steps, config.train.max_steps
+    if steps and warmup >= steps:
+        machine.say(f"warning: optim.warmup_steps={warmup} is not below train.max_steps={steps}: the "
+                    "learning rate never reaches its peak")  # fmt: skip
     return machine
 
 

@@ -28,13 +28,12 @@ class Step(NamedTuple):
 class Source(Protocol):
     """Where training data come from.
 
-    `next_step` is called after the random generators are seeded for the step and may use the models, to
-    generate text for example; a resumed run repeats it bit by bit. `sample` returns data for the gradient
-    proof; it neither consumes nor generates data of the run. `epoch_progress` counts epochs as a fraction.
+    `next_step` is called with the random generators seeded for the step, and may generate text with the
+    models: a resumed run repeats it. `sample` returns data for the gradient proof and consumes none.
     """
 
     epoch: int
-    epoch_progress: float
+    epoch_progress: float  # epochs so far, as a fraction
 
     def next_step(self, models: dict[str, torch.nn.Module]) -> Step: ...
     def sample(self) -> Step: ...
@@ -46,10 +45,9 @@ class Loss:
     """The loss of a stage, called once per micro-batch; the other methods may stay empty."""
 
     def __call__(self, model, batch: Batch, weight: float) -> tuple[dict, dict]:
-        """Return (terms, measures), each already divided by the `weight` of the whole step.
+        """Return (terms, measures), each divided by the `weight` of the whole step.
 
-        The loss is the sum of the terms. Measures are numbers for the log; one that is named like a term
-        replaces it there.
+        The loss is the sum of the terms. Measures go to the log; one replaces the term of the same name.
         """
         raise NotImplementedError
 
@@ -115,12 +113,12 @@ class Stage:
 class LoaderSource:
     """A `Source` that reads a loader of labelled tokens (load_data/loader.py, load_data/chat/)."""
 
+    epoch = property(lambda self: self.loader.epoch)
+    epoch_progress = property(lambda self: self.loader.epoch_progress)
+
     def __init__(self, loader):
         self.loader = loader
         self.state_dict, self.load_state_dict = loader.state_dict, loader.load_state_dict
-
-    epoch = property(lambda self: self.loader.epoch)
-    epoch_progress = property(lambda self: self.loader.epoch_progress)
 
     def next_step(self, models=None) -> Step:
         """Return the next micro-batches, weighted by their supervised tokens."""

@@ -50,9 +50,8 @@ class Trainer:
     def __init__(self, stage: Stage, config: RunConfig, machine: Machine, out: Path, resume: bool = False):
         self.stage, self.config, self.machine, self.out = stage, config, machine, Path(out)
         self.step = self.tokens = self.skipped = 0
-        self.elapsed = 0.0  # seconds of training so far
+        self.elapsed, self.finished = 0.0, False  # seconds of training so far
         self.warm_from = 0  # the step at which the last warmup began
-        self.finished = False
         self.signals, self.parallel, self.held_out = StopSignals(), DataParallel(), HeldOut(self)
         self.model = self.runner = stage.model
         self.parallel.place(stage.model, machine.device)
@@ -66,11 +65,7 @@ class Trainer:
         self.log = StepLog(self.out / stage.name)
         self.checkpoints = Checkpoints(self)
         if resume:
-            try:
-                self.checkpoints.restore_newest()
-            except BaseException:
-                self.checkpoints.close()
-                raise
+            self.checkpoints.restore_newest()
 
     # ------------------------------------------------------------------------------------------------ the run
 
@@ -134,10 +129,6 @@ class Trainer:
     def train(self, witness: WeightWitness) -> None:
         """Take steps until a bound or a signal ends them."""
         self.started, self.began_at = time.monotonic() - self.elapsed, self.step - self.skipped
-        warmup, steps = self.config.optim.warmup_steps, self.config.train.max_steps
-        if steps and warmup >= steps:
-            self.machine.say(f"warning: optim.warmup_steps={warmup} is not below train.max_steps={steps}, so "
-                             "the learning rate never reaches its peak: lower the first")  # fmt: skip
         with self.signals, ProgressBar(self.machine.world.is_first) as bar:
             if self.step == 0:
                 self.held_out.measure(1)  # the first batch of a process is slow and would make all look slow
@@ -173,11 +164,11 @@ class Trainer:
             values, self.skipped = {}, self.skipped + 1
         self.step += 1
         self.tokens += step.tokens
-        if not self.lazy or self.step % train.log_every == 0:
+        if here := not self.lazy or self.step % train.log_every == 0:
             synchronize(self.machine.device)
         self.log.note(values, waited, time.perf_counter() - clock)
         self.elapsed = self.signals.agree(time.monotonic() - self.started if world.is_first else 0.0)
-        if not self.lazy or self.step % train.log_every == 0:
+        if here:
             bar.show(self)
         self.after_step(factor, new_epoch=int(source.epoch_progress) > epoch)
 
@@ -231,8 +222,7 @@ class Trainer:
     def after_step(self, factor: float, new_epoch: bool) -> None:
         """Log, evaluate and save where they are due.
 
-        A signal adds a checkpoint and no line to the log, so that the log of a resumed run is that of one
-        which was never stopped.
+        A signal adds no line to the log: that of a resumed run equals that of an uninterrupted one.
         """
         train = self.config.train
         ending = self.progress >= 1
@@ -263,9 +253,7 @@ class Trainer:
     def finish(self, witness: WeightWitness) -> None:
         """After the last step: prove that weights have moved, evaluate on all held-out data, and save."""
         if self.step - self.skipped > self.began_at and not witness.steps:
-            raise UserError(
-                "no optimizer step was taken, as gradients overflowed each time: set train.dtype=bf16 or fp32"
-            )
+            raise UserError("no optimizer step was taken: gradients overflowed; set train.dtype=bf16 or fp32")
         self.machine.say(witness.prove_moved())
         self.frozen.prove_unchanged()
         self.checkpoints.save()  # the evaluation may take a while, and somebody may lose patience

@@ -18,6 +18,7 @@ from tests.train.tools import (
     uneven_steps,
     weights_of,
 )
+from train.engine.machine import start_machine
 from utils.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from utils.distributed import World
 from utils.errors import UserError, run_main
@@ -162,8 +163,10 @@ def test_a_finished_run_with_a_later_end_warms_up_again(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("steps", "warned"), [(4, True), (5, False)])
-def test_a_warmup_that_does_not_end_is_said(tmp_path, capsys, steps, warned):
-    train(tmp_path, *WSD, steps=steps)
+def test_a_warmup_that_does_not_end_is_said(monkeypatch, capsys, steps, warned):
+    for name in ("keep_freed_memory", "set_threads"):
+        monkeypatch.setattr(f"train.engine.machine.{name}", lambda: 1)
+    start_machine(small_config(*WSD, steps=steps))
     assert ("warning: optim.warmup_steps=4 is not below" in capsys.readouterr().out) == warned
 
 

@@ -274,22 +274,26 @@ def test_a_gate_over_adapters(dialogues, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(dialogues, tmp_path):
-    """SFT, LoRA, MixLoRA and the gate, at the same global batch: the same weights to fp32 rounding."""
+def test_two_processes_equal_one(dialogues, tmp_path, monkeypatch):
+    """SFT, MixLoRA and the gate, at the same global batch: the same weights to fp32 rounding."""
     base = base_in(tmp_path, "moe")
-    results = {}
+    stages, results = {"SFT": sft_train, "MixLora": mixlora_train, "Gate": gate_train}, {}
     for processes in (1, 2):
-        out, words = tmp_path / str(processes), []
-        for stage in ("sft_train", "lora_train", "mixlora_train"):
-            words += [stage, *arguments(out, dialogues, base, f"train.batch_size={4 // processes}"), "--"]
-        lora = out / "TinySeek_Lora_final.pkl"
-        gate = gate_flags(out, dialogues, base, ["base", lora, out / "TinySeek_MixLora_final.pkl"])
-        words += ["gate_train", *gate, "--set", f"train.batch_size={4 // processes}"]
-        done = run(TURNS, *words, processes=processes, timeout=300)
-        assert done.returncode == 0, done.stderr
+        out, calls = tmp_path / str(processes), {}
+        sizes = ("--set", f"train.batch_size={4 // processes}", "--max-steps", "8")
+        for short in ("SFT", "MixLora"):
+            calls[short] = [*arguments(out, dialogues, base), *sizes]
+        candidates = ["base", out / "TinySeek_MixLora_final.pkl"]
+        calls["Gate"] = [*gate_flags(out, dialogues, base, candidates), *sizes]
+        if processes == 1:
+            for short, flags in calls.items():
+                call(monkeypatch, stages[short], flags)
+        else:
+            words = [word for short, flags in calls.items() for word in ("--", stages[short].STAGE, *flags)]
+            done = run(TURNS, *words[1:], processes=processes, timeout=300)
+            assert done.returncode == 0, done.stderr
         results[processes] = {
-            short: load_checkpoint(out / f"TinySeek_{short}_final.pkl")
-            for short in ("SFT", "Lora", "MixLora", "Gate")
+            short: load_checkpoint(out / f"TinySeek_{short}_final.pkl") for short in stages
         }
     for short, one in results[1].items():
         two = results[2][short]
