@@ -87,6 +87,8 @@ def test_a_stage_from_the_command_line(short, kind, dialogues, tmp_path, monkeyp
     out = tmp_path / "run"
     call(monkeypatch, SCRIPTS[short], arguments(out, dialogues, base))
     said = capsys.readouterr().out
+    words = f"--out {out} --prompt" if short == "SFT" else f"--adapter {out}/TinySeek_{short}_final.pkl"
+    assert said.splitlines()[-1].startswith(f"next: python inference/chat.py {words}")
     saved = load_checkpoint(out / f"TinySeek_{short}_final.pkl")
     before = load_checkpoint(base)["weights"]
     assert "gradients proven" in said and "weights proven" in said and "exact" in said and "items" in said
