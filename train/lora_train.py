@@ -1,12 +1,12 @@
-"""LoRA: a finished model learns something more through thin factors beside its frozen matrices.
+"""LoRA: train thin factors beside the frozen matrices of a finished model.
 
     python train/lora_train.py                                  a new skill for the fine-tuned model in out/
     python train/lora_train.py --data dialogues.jsonl --set lora.r=16 --set lora.use_dora=true --out out/own
     python inference/chat.py --adapter out/TinySeek_Lora_final.pkl
 
 What makes this stage: its data and its loss are those of sft_train.py; trainable are the factors A and B (and
-DoRA's magnitudes) of the layers that `lora.target_modules` names, a few percent of all parameters, while the
-base stays as it is, bit by bit; it saves these alone, with a hash of the base that they belong to.
+DoRA's magnitudes) of the layers named in `lora.target_modules`, a few percent of all parameters; the base
+stays bit-identical; it saves the factors alone, with a hash of their base.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root

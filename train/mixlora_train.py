@@ -4,9 +4,9 @@
     python train/mixlora_train.py --set mixlora.num_experts=4 --set mixlora.shared_expert=true --out out/four
     python inference/chat.py --adapter out/TinySeek_MixLora_final.pkl
 
-What makes this stage: its data are those of sft_train.py; its loss is cross-entropy at the answers, and a
-balance of the experts; trainable are exactly the routers and the experts' factors (and plain LoRA on
-attention), while the base stays as it is, bit by bit; it saves these alone, with a hash of their base.
+What makes this stage: its data are those of sft_train.py; its loss is the cross-entropy of the answers and
+the balance of experts; trainable are the routers and the factors of the experts (and plain LoRA on attention);
+the base stays bit-identical; it saves the trained weights alone, with a hash of their base.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root

@@ -1,4 +1,4 @@
-"""Prefix tuning: the smallest of adapters, learned keys and values that every token can look at.
+"""Prefix tuning, the smallest adapter: trained keys and values that every token attends to.
 
     python train/prefix_train.py                                a new skill for the fine-tuned model in out/
     python train/prefix_train.py --set prefix.kind=prompt --out out/prompt     embeddings after the roles
@@ -6,7 +6,7 @@
 
 What makes this stage: its data and its loss are those of sft_train.py; trainable are `prefix.length` keys and
 values in every layer (kind `prefix`), or as many embeddings after each role marker (kind `prompt`: System,
-User, Assistant), while the base stays as it is, bit by bit; it saves these alone, with a hash of their base.
+User, Assistant); the base stays bit-identical; it saves these alone, with a hash of their base.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what they hold, which of them are kept, and when a run may be resumed.
+"""Checkpoints of a run: their contents, their lifetime, and the rules for resuming.
 
 Intermediate checkpoints hold all that is needed to continue bit by bit; the last two are kept. The final one
 is the result. A new run (--overwrite) moves the intermediate checkpoints of an earlier one aside, deletes
@@ -69,7 +69,7 @@ class Checkpoints:
         self.run.machine.say(f"saved {path}")
 
     def contents(self) -> dict:
-        """Return what every checkpoint holds."""
+        """Return the part that all checkpoints have."""
         run, stage = self.run, self.run.stage
         return {
             "stage": stage.name,
@@ -84,7 +84,7 @@ class Checkpoints:
         }
 
     def training_state(self) -> dict:
-        """Return what only a resumed run needs."""
+        """Return the part that only a resumed run needs."""
         run = self.run
         return {
             "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],

@@ -110,17 +110,11 @@ def inherited_sections(init: dict, path: str) -> dict:
 
 def flag_settings(args) -> dict:
     """Return the flags that are settings, as sections. A limit given here replaces both of the preset."""
-    train, data = {}, {}
+    train = {key: getattr(args, key) for key in ("device", "seed") if getattr(args, key) is not None}
     if args.max_steps is not None or args.max_seconds is not None:
-        train["max_steps"], train["max_seconds"] = args.max_steps, args.max_seconds
-    if args.device is not None:
-        train["device"] = args.device
-    if args.seed is not None:
-        train["seed"] = args.seed
-    if args.data is not None:
-        data["paths"] = args.data
-    if args.limit is not None:
-        data["limit"] = args.limit
+        train |= {"max_steps": args.max_steps, "max_seconds": args.max_seconds}
+    data = {"paths": args.data, "limit": args.limit}
+    data = {key: value for key, value in data.items() if value is not None}
     return {"train": train, "data": data}
 
 

@@ -1,4 +1,4 @@
-"""Evaluations during a run: when they are over, what they say, and the best weights so far."""
+"""Evaluations during a run: their results, their time, and the best weights so far."""
 
 import math
 import time
@@ -66,7 +66,7 @@ class HeldOut:
             run.machine.say(f"best: step {run.step}, {run.stage.keep_best} {best['value']:.4f}")
 
     def state_dict(self) -> dict:
-        """Return what a checkpoint needs."""
+        """Return the part of a checkpoint that resumes the evaluations."""
         return {"reserve": self.reserve, "last_evaluation": self.last, "best": self.best,
                 "measured_at": self.measured_at}  # fmt: skip
 

@@ -37,7 +37,7 @@ class LanguageModelLoss(Loss):
         self.machine = machine
 
     def claims(self) -> dict:
-        """Return which parameters each term must reach, for the gradient proof: term -> (name -> bool)."""
+        """Return the parameters that each term must reach, for the gradient proof: term -> (name -> bool)."""
         router = lambda name: name.endswith(".gate.weight")  # noqa: E731
         second = lambda name: name.startswith("mtp.")  # noqa: E731
         return {"ce": lambda name: not second(name), "mtp": second, "balance": router, "z": router}

@@ -1,4 +1,4 @@
-"""A model on several processes: how it is placed, prepared, summed over, stored and compared.
+"""A model on several processes: placement, gradient sums, storage and comparison.
 
 `DataParallel` keeps the whole model in every process; a single process is the plain case. A sharded form
 would have the same methods and replace parameters in `prepare`, after the gradient proof, which makes copies.
@@ -24,7 +24,7 @@ class DataParallel:
         distributed.broadcast_parameters(model)
 
     def prepare(self, model: nn.Module, compiled: bool) -> nn.Module:
-        """Return what runs in training. A compiled model is another object over the same weights."""
+        """Return the model to run in training. A compiled one is another object over the same weights."""
         if not compiled:
             return model
         if isinstance(model, nn.ModuleDict):
@@ -55,7 +55,7 @@ class DataParallel:
         return digest
 
     def witness(self, model: nn.Module) -> WeightWitness:
-        """Return what proves at the end that training moved the weights."""
+        """Return a witness of the current weights, for the proof after training."""
         return WeightWitness(model)
 
 

@@ -52,7 +52,7 @@ class Loss:
         raise NotImplementedError
 
     def claims(self) -> dict[str, Callable[[str], bool]]:
-        """Return for each term which parameters it must reach, by name, for the gradient proof."""
+        """Return the parameters that each term must reach, by name, for the gradient proof."""
         return {}
 
     def before_step(self, model, micro_batches: list[Batch]) -> None:
@@ -78,10 +78,10 @@ class Stage:
     Attributes:
         name, short: `pre_train`, `Pre`: the names of its log folder and of its checkpoints.
         model: the model to train; several are one `torch.nn.ModuleDict`, each with optimizers of its own.
-        trains: which parameters must be trainable, by name. The engine does not freeze; it checks.
+        trains: the parameters that must be trainable, by name. The engine does not freeze; it checks.
         tokenizer: stored in every checkpoint; None if there is none.
         data_digest: identifies the training data; a resumed run must find the same.
-        base: what an adapter stores about its frozen base (plain data: `digest`, `path`).
+        base: the record of the frozen base in an adapter's checkpoint (plain data: `digest`, `path`).
         own: names of the weights that checkpoints hold, those of an adapter for example; None for all.
         keep_best: a metric; keep the weights with its highest value after an epoch, not the last weights.
         frozen: models that are used but not trained (a teacher, a reference policy), by name. The engine

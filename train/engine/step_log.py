@@ -75,7 +75,7 @@ class StepLog:
             self.log.write(row)
 
     def state_dict(self) -> dict:
-        """Return what a checkpoint needs to continue the log byte by byte."""
+        """Return the state that continues the log byte by byte."""
         positions = [self.log.position, self.experts.position if self.experts else self.positions[1]]
         return {"window": dict(self.fetch()), "positions": positions}
 

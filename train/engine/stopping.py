@@ -1,4 +1,4 @@
-"""How a run is stopped from outside: signals, agreed on by all processes."""
+"""Signals that stop a run, agreed on by all processes."""
 
 import signal
 
@@ -8,8 +8,10 @@ STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 
 class StopSignals:
-    """While open, Ctrl-C, SIGTERM and SIGHUP (a closed terminal) only leave a note: the step is finished
-    first. A second Ctrl-C stops at once. Signals that are ignored, as under nohup, stay ignored."""
+    """A context in which Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end the run after the current step.
+
+    A second Ctrl-C stops it at once. Signals that are ignored, as under nohup, stay ignored.
+    """
 
     def __init__(self):
         self.received = None  # by this process
@@ -31,7 +33,7 @@ class StopSignals:
         self.received = number
 
     def agree(self, elapsed: float) -> float:
-        """Agree on the clock of the first process, which is returned, and on the signals of all."""
+        """Return the clock of the first process, and share the signals of all."""
         flags = [self.received == number for number in STOPPING]
         elapsed, *counts = distributed.sum_scalars([elapsed, *flags])
         self.agreed = next((number for number, count in zip(STOPPING, counts, strict=True) if count), None)
