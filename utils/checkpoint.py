@@ -55,10 +55,10 @@ def latest_checkpoint(out: str | Path, short: str) -> Path | None:
 
 
 def prune_checkpoints(out: str | Path, short: str, keep: int = 2) -> None:
-    """Delete all but the newest `keep` intermediate checkpoints, and half-written files of a killed run."""
+    """Delete all but the newest `keep` intermediate checkpoints, and what was half-written or moved aside."""
     found = find_checkpoints(out, short)
-    half_written = re.compile(rf"TinySeek_{re.escape(short)}(\d+_\d+|_final)\.pkl\.tmp")
-    leftovers = [path for path in Path(out).glob("TinySeek_*.tmp") if half_written.fullmatch(path.name)]
+    pattern = re.compile(rf"TinySeek_{re.escape(short)}(\d+_\d+|_final)\.pkl\.(tmp|old)")
+    leftovers = [path for path in Path(out).glob("TinySeek_*.pkl.*") if pattern.fullmatch(path.name)]
     for path in found[: max(0, len(found) - keep)] + leftovers:
         path.unlink(missing_ok=True)
 

@@ -57,8 +57,6 @@ class Checkpoints:
         with distributed.all_or_none():
             if run.machine.world.is_first:
                 files.save_checkpoint(path, {**self.contents(), "training": self.training_state()})
-                for old in self.aside:
-                    old.with_name(old.name + OLD).unlink(missing_ok=True)
                 files.prune_checkpoints(self.out, self.short, keep=2)
         self.aside, self.last_good = [], path
 
@@ -103,10 +101,10 @@ class Checkpoints:
 
     def set_aside(self) -> None:
         """Rename the intermediate checkpoints of an earlier run; the command line has checked that it may."""
+        files.prune_checkpoints(self.out, self.short)
         self.aside = files.find_checkpoints(self.out, self.short)
         for path in self.aside:
             path.replace(path.with_name(path.name + OLD))
-        files.prune_checkpoints(self.out, self.short)
 
     # --- resuming ---
 
