@@ -77,7 +77,7 @@ def leave(status: int) -> None:
     """End this process with `status`, together with all others.
 
     Trap: PyTorch's threads may outlive the interpreter and abort it on exit, and the status is lost. So with
-    several processes the output is flushed, and the process ends at once.
+    several processes the output is flushed and the process ends at once.
     """
     if dist.is_initialized():
         barrier()  # the first process may still be writing, and the launcher ends all when one ends
@@ -189,15 +189,11 @@ def barrier() -> None:
 
 @contextmanager
 def rank_zero_first():
-    """Run the block in the first process of each machine before the others: it makes files that they find.
-
-    If it fails there, the others raise too.
-    """
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    if not first:
+    """Run the block in the first process of each machine before the others: it makes files that they find."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         with all_or_none():
+            yield
+    else:
+        with all_or_none():  # raises if the block failed there
             pass
-        yield
-        return
-    with all_or_none():
         yield

@@ -70,16 +70,11 @@ class Checkpoints:
         """Return the part that all checkpoints have."""
         run, stage = self.run, self.run.stage
         return {
-            "stage": stage.name,
-            "short": stage.short,
-            "config": to_dict(run.config),
-            "weights": run.parallel.state_dict(run.model, stage.own),
-            "base": stage.base,
+            "stage": stage.name, "short": stage.short, "config": to_dict(run.config),
+            "weights": run.parallel.state_dict(run.model, stage.own), "base": stage.base,
             "tokenizer": stage.tokenizer.to_json() if stage.tokenizer else None,
-            "data_digest": stage.data_digest,
-            "step": run.step,
-            "tokens": run.tokens,
-        }
+            "data_digest": stage.data_digest, "step": run.step, "tokens": run.tokens,
+        }  # fmt: skip
 
     def training_state(self) -> dict:
         """Return the part that only a resumed run needs."""
@@ -89,15 +84,11 @@ class Checkpoints:
             "scaler": run.scaler.state_dict(),
             "loader": run.stage.source.state_dict(),
             "log": run.log.state_dict(),
-            "elapsed": run.elapsed,
-            "skipped": run.skipped,
-            "saved": [self.index, self.epoch],
-            "finished": run.finished,
-            "warm_from": run.warm_from,
-            "processes": run.machine.world.size,
-            "frozen": run.frozen.digests,
+            "elapsed": run.elapsed, "skipped": run.skipped, "finished": run.finished,
+            "saved": [self.index, self.epoch], "warm_from": run.warm_from,
+            "processes": run.machine.world.size, "frozen": run.frozen.digests,
             **run.held_out.state_dict(),
-        }
+        }  # fmt: skip
 
     def set_aside(self) -> None:
         """Rename the intermediate checkpoints of an earlier run; the command line has checked that it may."""
@@ -109,20 +100,21 @@ class Checkpoints:
     # --- resuming ---
 
     def restore_newest(self) -> None:
-        """Continue from the newest checkpoint, if there is one."""
+        """Resume from the newest checkpoint, if any. Raises `UserError` if another run wrote it."""
         try:
             path = files.latest_checkpoint(self.out, self.short)
             distributed.same_on_all_ranks(path.name if path else "", "checkpoint to resume from")
             if path:
-                self.restore(path)
+                saved = files.load_checkpoint(path)
+                self.check_same_run(saved, path)
+                self.restore(saved, path)
         except BaseException:
             self.close()
             raise
 
-    def restore(self, path: Path) -> None:
-        """Continue from `path`. Raises `UserError` if another run wrote it."""
-        run, saved = self.run, files.load_checkpoint(path)
-        self.check_same_run(saved, path)
+    def restore(self, saved: dict, path: Path) -> None:
+        """Restore the state of the run at the time of `path`."""
+        run = self.run
         run.parallel.load(run.model, saved["weights"], str(path), run.stage.own)
         state = saved["training"]
         for optimizer, values in zip(run.optimizers, state["optimizers"], strict=True):

@@ -89,27 +89,19 @@ class StepLog:
             log.close()
 
 
-class ProgressBar:
-    """Share of the run, loss, speed and time left, in the first process."""
+def progress_bar(shown: bool) -> tqdm:
+    """Return a bar that is closed by `with`."""
+    style = "{percentage:3.0f}%|{bar:24}| {postfix}"
+    return tqdm(total=100, disable=None if shown else True, leave=False, bar_format=style)
 
-    def __init__(self, shown: bool):
-        self.bar = tqdm(total=100, disable=None if shown else True, leave=False,
-                        bar_format="{percentage:3.0f}%|{bar:24}| {postfix}")  # fmt: skip
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.bar.close()
-
-    def show(self, run) -> None:
-        """Redraw for `run`, a `Trainer`."""
-        if self.bar.disable:
-            return
-        done, (loss, milliseconds) = run.progress, run.log.so_far()
-        left = int(run.elapsed * (1 - done) / max(done, 1e-9))
-        speed = run.tokens / run.step / milliseconds * 1e3
-        self.bar.n = min(100, 100 * done)
-        self.bar.set_postfix_str(
-            f"step {run.step}  loss {loss:.3f}  {speed:,.0f} tok/s  {left // 60}:{left % 60:02d} left"
-        )
+def show(bar: tqdm, run) -> None:
+    """Redraw the bar for `run`, a `Trainer`: share of the run, loss, speed and time left."""
+    if bar.disable:
+        return
+    done, (loss, milliseconds) = run.progress, run.log.so_far()
+    left = int(run.elapsed * (1 - done) / max(done, 1e-9))
+    speed = run.tokens / run.step / milliseconds * 1e3
+    bar.n = min(100, 100 * done)
+    words = f"step {run.step}  loss {loss:.3f}  {speed:,.0f} tok/s  {left // 60}:{left % 60:02d} left"
+    bar.set_postfix_str(words)

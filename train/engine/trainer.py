@@ -1,10 +1,4 @@
-"""The training engine: everything that all stages share.
-
-A stage names its model, data, loss and evaluation (train/engine/stage.py). The engine adds the gradient
-proof, accumulation, mixed precision, clipping, schedules, logging, evaluation, checkpoints, resuming, signals
-and data parallelism.
-
-One optimizer step:
+"""The training engine: everything that all stages (train/engine/stage.py) share. One optimizer step:
 
     1. take all its micro-batches and count their supervised tokens, over all processes
     2. for each: loss = sum over its tokens / count of the whole step;  backward
@@ -33,7 +27,7 @@ from train.engine.held_out import HeldOut
 from train.engine.parallel import DataParallel, FrozenModels
 from train.engine.schedule import lr_factor, progress
 from train.engine.stage import Batch, Stage
-from train.engine.step_log import ProgressBar, StepLog
+from train.engine.step_log import StepLog, progress_bar, show
 from train.engine.stopping import StopSignals
 from train.proof.gradient_check import prove_gradients_before
 from train.proof.model_check import check_saved
@@ -103,7 +97,6 @@ class Trainer:
             raise UserError(f"frozen or unfrozen after the optimizer was built: {', '.join(odd[:3])}")
         sample = self.stage.source.sample()
         batches = [self.to_device(batch) for batch in sample.micro_batches]
-
         scale = 2.0**12 if self.machine.scaled else 1.0  # in fp16 small gradients would underflow to zero
 
         def terms(model, batch):
@@ -129,7 +122,7 @@ class Trainer:
     def train(self, witness: WeightWitness) -> None:
         """Take steps until a bound or a signal ends them."""
         self.started, self.began_at = time.monotonic() - self.elapsed, self.step - self.skipped
-        with self.signals, ProgressBar(self.machine.world.is_first) as bar:
+        with self.signals, progress_bar(self.machine.world.is_first) as bar:
             if self.step == 0:
                 self.held_out.measure(1)  # the first batch of a process is slow and would make all look slow
                 self.held_out.evaluate(self.config.train.eval_batches)
@@ -145,7 +138,7 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------- an optimizer step
 
-    def one_step(self, witness: WeightWitness, bar: ProgressBar) -> None:
+    def one_step(self, witness: WeightWitness, bar) -> None:
         """Take one optimizer step, then log, evaluate and save what is due."""
         source, world, train = self.stage.source, self.machine.world, self.config.train
         epoch, clock = int(source.epoch_progress), time.perf_counter()
@@ -169,7 +162,7 @@ class Trainer:
         self.log.note(values, waited, time.perf_counter() - clock)
         self.elapsed = self.signals.agree(time.monotonic() - self.started if world.is_first else 0.0)
         if here:
-            bar.show(self)
+            show(bar, self)
         self.after_step(factor, new_epoch=int(source.epoch_progress) > epoch)
 
     def forward_backward(self, micro_batches: list[Batch], weight: float) -> dict:
