@@ -334,8 +334,9 @@ def test_the_result_is_the_best_of_all_epochs(tmp_path, name):
     assert last == 10  # what goes on, goes on from the last weights
 
 
-@pytest.mark.parametrize("name", ["the first", "one on the way", "the last"])
-@pytest.mark.parametrize("stops", [[2, 4, 7], [5, 8, 10]])
+@pytest.mark.parametrize(("name", "stops"), [
+    ("the first", [2, 4, 7]), ("one on the way", [5, 8, 10]), ("the last", [4, 10]),
+])  # fmt: skip
 def test_a_crash_before_at_and_after_the_best_leaves_no_trace(tmp_path, name, stops):
     """Step 3 is evaluated before it is saved with step 4: stopped in between, it is evaluated again."""
     losses, _ = BESTS[name]
