@@ -145,8 +145,9 @@ class Trainer:
         seed_everything((train.seed * 1_000_003 + self.step * world.size + world.rank) % 2**63)
         factor = lr_factor(self.config.optim, self.step - self.warm_from, self.progress)
         set_lr(self.optimizers, factor)
+        asked = time.perf_counter()
         step = source.next_step(self.models)
-        waited = time.perf_counter() - clock
+        waited = time.perf_counter() - asked
         if step.weight:
             micro_batches = [self.to_device(batch) for batch in step.micro_batches]
             values = self.forward_backward(micro_batches, step.weight)
