@@ -1,18 +1,18 @@
-"""A gate over finished models: it learns to see from the question alone who will answer it best.
+"""A gate over finished models: it learns to predict from the question alone which of them answers it best.
 
     python train/gate_train.py                               over the adapters in out/ and their base
     python train/gate_train.py --data a.jsonl b.jsonl --set gate.candidates='["base", "a.pkl", "b.pkl"]'
     python inference/chat.py --gate out/TinySeek_Gate_final.pkl
 
-What makes this stage: its data are mixed dialogues, turn by turn, each with the loss that every candidate
-(adapters on one base, whole models, or the word `base`) has on its answer; its loss is cross-entropy between
-the gate and the candidate with the lowest; trainable is the gate alone, one small classifier on the base's
-hidden state where the question ends; it saves the gate, with hashes of the base and all candidates.
+What makes this stage: its data are mixed dialogues, turn by turn, each with the loss of every candidate
+(adapters on one base, whole models, or the word `base`) on its answer; its loss is the cross-entropy between
+the gate and the candidate with the lowest loss; trainable is the gate alone, a small classifier on the hidden
+state of the base at the end of the question; it saves the gate, with hashes of the base and all candidates.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
-import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
+import utils  # noqa: F401  sets how threads wait; must precede torch
 import torch
 import torch.nn.functional as F
 
@@ -24,12 +24,12 @@ from load_data.loader import IGNORED
 from model.adapters import ADAPTERS
 from model.selecting import SelectingModel
 from modules.adapters.selector import choices
-from train.engine.command import parse_command
+from train.engine.command import chat_command, parse_command
 from train.engine.trainer import Trainer
 from train.engine.fine_tuning import check_same_model
 from train.engine.selector_data import ROWS, answer_losses, selector_samples, question_ids, turns_of
 from train.engine.machine import start_machine
-from train.engine.stage import Stage
+from train.engine.stage import LoaderSource, Loss, Stage
 from utils.checkpoint import final_name, load_checkpoint
 from utils.distributed import finish
 from utils.errors import UserError, run_main
@@ -38,7 +38,7 @@ STAGE, SHORT = "gate_train", "Gate"
 
 
 def main():
-    """Losses of all candidates, then a classifier."""
+    """Measure the losses of all candidates, then train a classifier."""
     command = parse_command(STAGE, SHORT, __doc__, bases=("SFT", "Pre"))
     config = command.config
     machine = start_machine(config)
@@ -48,7 +48,7 @@ def main():
     check_same_model(config.model, base.config.model)
     config.gate.candidates = config.gate.candidates or adapters_beside(base, command.out)
     if len(config.gate.candidates) < 2:
-        raise UserError(f"gate.candidates={config.gate.candidates}: to choose there must be two or more")
+        raise UserError(f"gate.candidates={config.gate.candidates}: needs at least two candidates")
     candidates = open_candidates(config.gate.candidates, base)
     machine.say(f"base: {base.path}\ncandidates: {', '.join(config.gate.candidates)}")
     data = prepare_chat(config, base.tokenizer)
@@ -66,19 +66,19 @@ def main():
     records = candidate_records(candidates, base)
     digest = "+".join([data.digest, *(one["digest"] for one in records)])  # candidates decide the labels
     stage = Stage(
-        name=STAGE, short=SHORT, model=model, loader=loader, loss=selector_loss,
+        name=STAGE, short=SHORT, model=model, source=LoaderSource(loader), loss=SelectorLoss(),
         evaluate=SelectorEvaluation([question_ids(base, turn) for turn in sides[1]], tables[1], machine),
         tokenizer=base.tokenizer, data_digest=digest, trains=own.__contains__, own=own, keep_best="val_acc",
         base=record | {"candidates": records},
     )  # fmt: skip
     Trainer(stage, config, machine, command.out, command.resume).run()
     report(stage.evaluate, model, config.gate.candidates, machine)
-    machine.say(f"\nnext: python inference/chat.py --gate {command.out / final_name(SHORT)}")
+    machine.say(f"\nnext: {chat_command(SHORT, command.out)}")
     finish()
 
 
 def adapters_beside(base: Loaded, out: pathlib.Path) -> list[str]:
-    """The base, and all adapters of it that lie in `out` or else beside it."""
+    """Return the base, and all its adapters in `out` or else in its own folder."""
     found = []
     for short in ADAPTERS:
         for folder in dict.fromkeys((out, base.path.parent)):
@@ -88,35 +88,39 @@ def adapters_beside(base: Loaded, out: pathlib.Path) -> list[str]:
                 break
     if not found:
         raise UserError(
-            f"no adapter of {base.path} lies beside it, so there is nothing to choose from: train one with "
+            f"{base.path} has no adapter beside it, so there is nothing to choose from: train one with "
             'python train/lora_train.py, or name candidates with --set gate.candidates=\'["base", "FILE"]\''
         )
     return [BASE, *found]
 
 
-def selector_loss(model, batch: dict, step_tokens: float):
+class SelectorLoss(Loss):
     """Cross-entropy at the last token of each question; its label is the number of the best candidate."""
-    about = {key: batch[key] for key in ("position_ids", "document_ids", "padding_mask")}
-    place = batch["labels"] != IGNORED
-    logits, best = model(batch["input_ids"], **about)[place], batch["labels"][place]  # (N, A), (N,)
-    right = (logits.argmax(dim=1) == best).sum()
-    return {"ce": F.cross_entropy(logits, best, reduction="sum") / step_tokens}, {"acc": right / step_tokens}
+
+    def __call__(self, model, batch: dict, weight: float):
+        """Return the cross-entropy, and the accuracy for the log."""
+        about = {key: batch[key] for key in ("position_ids", "document_ids", "padding_mask")}
+        place = batch["labels"] != IGNORED
+        logits, best = model(batch["input_ids"], **about)[place], batch["labels"][place]  # (N, A), (N,)
+        right = (logits.argmax(dim=1) == best).sum()
+        return {"ce": F.cross_entropy(logits, best, reduction="sum") / weight}, {"acc": right / weight}
 
 
 class SelectorEvaluation:
-    """`evaluation(model, max_batches)`: on held-out questions, how often the gate is right and what it loses.
+    """`evaluation(model, max_batches)` -> accuracy and regret of the gate on held-out questions.
 
-    questions: ids of each; table (N, A): what each candidate loses on its answer.
+    questions: ids of each; table (N, A): the loss of each candidate on its answer.
     """
 
     def __init__(self, questions: list[list[int]], table: torch.Tensor, machine):
-        self.questions, self.table, self.machine, self.batches = questions, table, machine, 1
+        self.questions, self.table, self.machine = questions, table, machine
+        self.batches = -(-len(questions) // ROWS)  # in every process
 
     def __call__(self, model, max_batches: int | None) -> dict[str, float]:
-        """All questions, in every process, `ROWS` at a time: before the first step only so many."""
-        parts, count = [], len(self.questions) if max_batches is None else ROWS
-        for first in range(0, count, ROWS):
-            rows = self.questions[first : first + ROWS]
+        """Run `max_batches` batches of `ROWS` questions, or all, in every process."""
+        parts = []
+        for batch in range(min(max_batches or self.batches, self.batches)):
+            rows = self.questions[batch * ROWS : (batch + 1) * ROWS]
             ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)  # padded on the right
             for row, question in enumerate(rows):
                 ids[row, : len(question)] = torch.tensor(question)
@@ -126,7 +130,7 @@ class SelectorEvaluation:
         return self.judge(torch.cat(parts))
 
     def judge(self, logits) -> dict[str, float]:
-        """The numbers for logits (N, A) of the first N questions."""
+        """Return the numbers for logits (N, A) of the first N questions."""
         table = self.table[: len(logits)]
         found = self.found = choices(table, logits)
         loss = F.cross_entropy(logits, table.argmin(dim=1)).item()
@@ -134,13 +138,13 @@ class SelectorEvaluation:
 
 
 def report(evaluation: SelectorEvaluation, model, names: list[str], machine) -> None:
-    """Nats per answer token: each candidate alone, the gate, and always choosing right."""
+    """Print nats per answer token: of each candidate, of the gate, and of the best choice for each turn."""
     model.eval()
     with torch.no_grad(), machine.autocast():
         evaluation(model, None)
     found = evaluation.found
     rows = [*zip(names, found["alone"], strict=True)]
-    rows += [("the gate", found["selector"]), ("always right", found["best"])]
+    rows += [("the gate", found["selector"]), ("best choice", found["best"])]
     machine.say("nats per token of held-out answers:")
     for name, loss in rows:
         machine.say(f"  {loss:.4f}  {name}")

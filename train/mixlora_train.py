@@ -4,37 +4,31 @@
     python train/mixlora_train.py --set mixlora.num_experts=4 --set mixlora.shared_expert=true --out out/four
     python inference/chat.py --adapter out/TinySeek_MixLora_final.pkl
 
-What makes this stage: its data are those of sft_train.py; its loss is cross-entropy at the answers, and a
-balance of the experts; trainable are exactly the routers and the experts' factors (and plain LoRA on
-attention), while the base stays as it is, bit by bit; it saves these alone, with a hash of their base.
+What makes this stage: its data are those of sft_train.py; its loss is the cross-entropy of the answers and
+the balance of experts; trainable are the routers, the factors of the experts and plain LoRA on attention; the
+base stays bit-identical; it saves the trained weights alone, with a hash of their base.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
-import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
+import utils  # noqa: F401  sets how threads wait; must precede torch
 from load_data.chat.chat_data import prepare_chat
 from model.adapters import attach
-from train.engine.command import parse_command
-from train.engine.fine_tuning import dialogue_stage, open_base, train_and_score
-from train.engine.machine import start_machine
-from utils.checkpoint import final_name
-from utils.distributed import finish
+from train.engine.fine_tuning import train_adapter
+from train.engine.language_model_loss import LanguageModelLoss
 from utils.errors import run_main
 
 STAGE, SHORT = "mixlora_train", "MixLora"
 
 
 def main():
-    """A router and LoRA experts beside frozen feed-forwards, on dialogues."""
-    command = parse_command(STAGE, SHORT, __doc__, bases=("SFT", "Pre"))
-    config, machine = command.config, start_machine(command.config)
-    base = open_base(command, machine, adapted=True)
-    own = attach(base.model, SHORT, config)  # frozen is all the rest
-    data = prepare_chat(config, base.tokenizer)
-    stage = dialogue_stage(STAGE, SHORT, base, data, config, machine, own)
-    train_and_score(stage, data, command, machine)
-    machine.say(f"\nnext: python inference/chat.py --adapter {command.out / final_name(SHORT)}")
-    finish()
+    """Train a router and LoRA experts beside frozen feed-forwards, on dialogues."""
+    train_adapter(
+        STAGE, SHORT, __doc__,
+        data=prepare_chat,  # dialogues in packed rows
+        loss=LanguageModelLoss,  # cross-entropy of the answers, and the balance of experts
+        trainable=attach,  # routers and factors; everything else is frozen and not saved
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@
     python train/pre_train.py --data book.txt            learns from your own text
     python train/pre_train.py --config shakespeare --data input.txt --max-seconds 180
 
-What makes this stage: its data are windows of one long row of tokens; its loss is cross-entropy at every
-token (and what keeps experts balanced, and a second head's where there is one:
+What makes this stage: its data are windows of one long row of tokens; its loss is the cross-entropy of every
+token (and, where the model has them, the balance of experts and the loss of a second head:
 train/engine/language_model_loss.py); all parameters are trainable; it saves the last weights.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
-import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
+import utils  # noqa: F401  sets how threads wait; must precede torch
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams
 from load_data.loader import TokenLoader
@@ -19,12 +19,12 @@ from load_data.packing import prepare_pretraining
 from load_data.tokenization.tokenizer import Tokenizer
 from model.tinyseek import TinySeek
 from modules.experts.balance import max_vio
-from train.engine.command import parse_command
+from train.engine.command import chat_command, parse_command
 from train.engine.trainer import Trainer
 from train.engine.evaluation import LanguageModelEvaluation
 from train.engine.language_model_loss import LanguageModelLoss
 from train.engine.machine import start_machine
-from train.engine.stage import Stage
+from train.engine.stage import LoaderSource, Stage
 from utils.checkpoint import load_weights
 from utils.cost import cost_card
 from utils.distributed import finish, rank_zero_first
@@ -36,7 +36,7 @@ PYTHON_PROMPTS = ["def read_lines(path):\n", "import os\nimport sys\n\nclass ", 
 
 
 def main():
-    """Data, model, training, samples."""
+    """Train a model on plain text, then print samples."""
     command = parse_command(STAGE, SHORT, __doc__)
     config = command.config
     machine = start_machine(config)
@@ -55,7 +55,7 @@ def main():
     if config.model.vocab_size < data.tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is less than the {data.tokenizer.vocab_size} "
-            "tokens of the tokenizer: leave it out, or set it to that or more"
+            "tokens of the tokenizer: leave it out, or set it to at least that"
         )
     model = TinySeek(config.model)
     if command.init:
@@ -65,7 +65,7 @@ def main():
 
     evaluation = LanguageModelEvaluation(data.val, data.tokenizer, length, train.batch_size, machine)
     stage = Stage(
-        name=STAGE, short=SHORT, model=model, loader=loader,
+        name=STAGE, short=SHORT, model=model, source=LoaderSource(loader),
         loss=LanguageModelLoss(model, config, machine), evaluate=evaluation,
         tokenizer=data.tokenizer, data_digest=data.digest,
     )  # fmt: skip
@@ -73,14 +73,12 @@ def main():
     if world.is_first:
         show_experts(evaluation, command.out / STAGE)
         show_samples(model, data, config)
-        default = pathlib.Path(__file__).resolve().parents[1] / "out"
-        where = "" if command.out == default else f" --out {command.out}"
-        print(f'\nnext: python inference/chat.py{where} --prompt "def "')
+        print(f'\nnext: {chat_command(SHORT, command.out)} --prompt "def "')
     finish()
 
 
 def show_experts(evaluation, folder):
-    """How busy each expert was: over training, and by kind of token on held-out data, as pictures."""
+    """Plot the load of each expert: over training, and by kind of token on held-out data."""
     if (folder / "experts.txt").exists():
         plot_expert_load(folder / "experts.txt", folder / "experts.png")
     if evaluation.loads is None:
@@ -93,7 +91,7 @@ def show_experts(evaluation, folder):
 
 
 def show_samples(model, data, config):
-    """A few continuations, to read what the numbers mean."""
+    """Print a few continuations."""
     tokenizer = data.tokenizer
     prompts = PYTHON_PROMPTS
     if "python" not in config.data.paths:

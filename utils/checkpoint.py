@@ -1,11 +1,11 @@
-"""Checkpoints: written so that a crash cannot spoil them, read so that a stranger's file cannot run code.
+"""Checkpoints: a crash cannot corrupt them, and reading a stranger's file cannot run code.
 
-Writing: into a temporary file beside the target, pushed down to the disk, then renamed. A rename is all or
-nothing, so at every moment the name holds either the complete old file or the complete new one, power cuts
-and `kill -9` included.
+Writing goes to a temporary file beside the target, which is flushed to disk and then renamed. A rename is
+atomic: at every moment the name holds either the complete old file or the complete new one, even after a
+power cut or `kill -9`.
 
-Reading: only with `weights_only=True`. A pickle may name any Python function to be called while it is read;
-the restricted reader knows tensors and plain data and refuses the rest. Source:
+Reading uses `weights_only=True` only. A pickle may name any Python function to be called while it is read;
+the restricted reader accepts tensors and plain data and refuses everything else. Source:
 https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
 
@@ -21,7 +21,7 @@ import torch
 
 from utils.errors import UserError
 
-FORMAT_VERSION = 2  # raise it with every change of format, and teach `upgrade` to read the older one
+FORMAT_VERSION = 2  # with every new format, teach `upgrade` to read the older one
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -29,17 +29,17 @@ PLAIN = (str, int, float, bool, type(None))
 
 
 def checkpoint_name(short: str, index: int, epoch: int) -> str:
-    """`TinySeek_Pre3_0.pkl`: the checkpoint number `index` of epoch `epoch` of stage `short`."""
+    """Return `TinySeek_Pre3_0.pkl`: the name of checkpoint `index` in epoch `epoch` of stage `short`."""
     return f"TinySeek_{short}{index}_{epoch}.pkl"
 
 
 def final_name(short: str) -> str:
-    """`TinySeek_Pre_final.pkl`: the result of stage `short`, which the next stage starts from."""
+    """Return `TinySeek_Pre_final.pkl`: the name of the result of stage `short`."""
     return f"TinySeek_{short}_final.pkl"
 
 
 def find_checkpoints(out: str | Path, short: str) -> list[Path]:
-    """The checkpoints on the way of stage `short` in folder `out`, oldest first: by epoch, then by index."""
+    """Return the intermediate checkpoints of stage `short` in `out`, oldest first (epoch, then index)."""
     pattern = re.compile(rf"TinySeek_{re.escape(short)}(\d+)_(\d+)\.pkl")
     found = []
     for path in Path(out).glob("TinySeek_*.pkl"):
@@ -50,15 +50,15 @@ def find_checkpoints(out: str | Path, short: str) -> list[Path]:
 
 
 def latest_checkpoint(out: str | Path, short: str) -> Path | None:
-    """The newest checkpoint on the way, or None."""
+    """Return the newest intermediate checkpoint, or None."""
     return next(reversed(find_checkpoints(out, short)), None)
 
 
 def prune_checkpoints(out: str | Path, short: str, keep: int = 2) -> None:
-    """Delete all but the newest `keep` checkpoints on the way, and what a killed run left half-written."""
+    """Delete all but the newest `keep` intermediate checkpoints, and what was half-written or moved aside."""
     found = find_checkpoints(out, short)
-    half_written = re.compile(rf"TinySeek_{re.escape(short)}(\d+_\d+|_final)\.pkl\.tmp")
-    leftovers = [path for path in Path(out).glob("TinySeek_*.tmp") if half_written.fullmatch(path.name)]
+    pattern = re.compile(rf"TinySeek_{re.escape(short)}(\d+_\d+|_final)\.pkl\.(tmp|old)")
+    leftovers = [path for path in Path(out).glob("TinySeek_*.pkl.*") if pattern.fullmatch(path.name)]
     for path in found[: max(0, len(found) - keep)] + leftovers:
         path.unlink(missing_ok=True)
 
@@ -67,10 +67,10 @@ def prune_checkpoints(out: str | Path, short: str, keep: int = 2) -> None:
 
 
 def save_checkpoint(path: str | Path, data: dict) -> None:
-    """Write `data` (nested dicts and lists of tensors and plain values) to `path`, completely or not at all.
+    """Write `data` (nested dicts and lists of tensors and plain values) to `path`, all or nothing.
 
-    Raises `UserError` when the disk refuses; what was at `path` before is then still there, unharmed. Raises
-    `TypeError` for a value that the restricted reader would refuse later, when it is too late.
+    Raises `UserError` if the disk refuses; an earlier file at `path` is then intact. Raises `TypeError` for a
+    value that the restricted reader would refuse later.
     """
     path = Path(path)
     check_plain(data, "checkpoint")
@@ -85,7 +85,7 @@ def save_checkpoint(path: str | Path, data: dict) -> None:
         sync_folder(path.parent)
     except BaseException as error:
         remove_quietly(temporary)
-        # torch.save reports a full disk as a RuntimeError of its own; the disk's words are one link back
+        # torch.save reports a full disk as a RuntimeError; the OSError is its context
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError) and isinstance(error, (OSError, RuntimeError)):
             raise UserError(
@@ -96,13 +96,13 @@ def save_checkpoint(path: str | Path, data: dict) -> None:
 
 
 def check_plain(value, where: str) -> None:
-    """Raise `TypeError` naming the place, if `value` holds anything but tensors and plain data."""
+    """Raise `TypeError` naming the place if `value` holds anything but tensors and plain data."""
     if type(value) in PLAIN or isinstance(value, torch.Tensor):
         return
     if isinstance(value, dict):
         for key, part in value.items():
             if type(key) not in (str, int):
-                raise TypeError(f"{where}: key {key!r} is neither text nor integer")
+                raise TypeError(f"{where}: key {key!r} is neither a string nor an integer")
             check_plain(part, f"{where}.{key}")
     elif type(value) in (list, tuple):
         for index, part in enumerate(value):
@@ -112,20 +112,20 @@ def check_plain(value, where: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the rename itself durable. Windows cannot open a folder, and does not need it."""
+    """Make the rename itself durable. Windows cannot open a folder and does not need to."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError:
-        pass  # some network file systems refuse; the file's content is on the disk already
+        pass  # some network file systems refuse; the content is on disk already
     finally:
         os.close(descriptor)
 
 
 def remove_quietly(path: Path) -> None:
-    """Delete `path` if it can be deleted: this runs while another error is on its way out."""
+    """Delete `path` if possible; another error is being handled."""
     try:
         path.unlink(missing_ok=True)
     except OSError:
@@ -136,9 +136,9 @@ def remove_quietly(path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict:
-    """The dictionary that `save_checkpoint` wrote, its tensors on `device`. No file can run code here.
+    """Return the dictionary that `save_checkpoint` wrote, its tensors on `device`. No file can run code here.
 
-    Raises `UserError` if the file is missing, damaged, no checkpoint, carries code, or is of another format.
+    Raises `UserError` if the file is missing, damaged, not a checkpoint, carries code, or has another format.
     """
     path = Path(path)
     try:
@@ -152,7 +152,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise UserError(f"{path}: not a TinySeek checkpoint (torch.save writes another format)")
     if not zipfile.is_zipfile(path):  # the table of contents is at the end of a zip file
         raise UserError(
-            f"{path}: the checkpoint is cut short; delete it (the one before is good), or copy it anew"
+            f"{path}: the checkpoint is cut short; delete it (the one before is good), or copy it again"
         )
     try:
         check_sums(path)
@@ -172,7 +172,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
 
 
 def upgrade(data: dict) -> dict:
-    """Return a checkpoint of an older format in today's.
+    """Return a checkpoint of an older format in the current one.
 
     1 -> 2: the weights of gate_train's selector were named `gate.*`, and are named `selector.*`.
     """
@@ -184,8 +184,7 @@ def upgrade(data: dict) -> dict:
 
 
 def check_sums(path: Path) -> None:
-    """Compare the checksums that a zip file holds: `torch.load` does not, and would take a flipped bit for a
-    weight.
+    """Compare the checksums of a zip file, which `torch.load` ignores: it would accept a flipped bit.
 
     Raises `zipfile.BadZipFile` on the first difference.
     """
@@ -195,11 +194,11 @@ def check_sums(path: Path) -> None:
 
 
 def why_unreadable(error: Exception) -> str:
-    """What is wrong with a file on which `torch.load` raised `error`, in a few words."""
+    """Describe why `torch.load` raised `error`."""
     if isinstance(error, pickle.UnpicklingError) and (match := re.search(r"GLOBAL ([\w.]+)", str(error))):
         return f"refused, it carries code or a foreign object ({match[1]}); checkpoints hold plain data only"
     name = type(error).__name__
-    return f"the checkpoint is damaged ({name}); delete it (the one before is good), or copy it anew"
+    return f"the checkpoint is damaged ({name}); delete it (the one before is good), or copy it again"
 
 
 def load_weights(
@@ -208,10 +207,10 @@ def load_weights(
     where: str,
     names: Collection[str] | None = None,
 ) -> None:
-    """Copy `state_dict` into `module`, all of it and nothing else; `where` names its source in the error.
+    """Copy all of `state_dict` into `module`; `where` names its source in the error.
 
-    `names`: which of the module's weights it must hold, those of an adapter for example; None for all. Raises
-    `UserError` that says which weights are missing, unexpected or of another shape; then nothing is copied.
+    `names`: the weights that it must hold, those of an adapter for example; None for all. Raises `UserError`
+    naming weights that are missing, unexpected or of another shape; then nothing is copied.
     """
     own = {name: tensor for name, tensor in module.state_dict().items() if names is None or name in names}
     shapes = [
@@ -234,7 +233,7 @@ def load_weights(
 
 
 def weights_digest(state_dict: dict[str, torch.Tensor]) -> str:
-    """16 hexadecimal digits that identify weights: names, shapes, number formats and every bit."""
+    """Return 16 hexadecimal digits that identify weights: names, shapes, dtypes and every bit."""
     total = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -243,5 +242,5 @@ def weights_digest(state_dict: dict[str, torch.Tensor]) -> str:
 
 
 def first_few(names: list[str], count: int = 3) -> str:
-    """The first names and three dots for the rest."""
+    """Return the first names, and three dots for the rest."""
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -1,25 +1,27 @@
-"""Data parallelism by hand: every process works on its own micro-batches, and the gradients are added up.
+"""Data parallelism by hand: every process works on its own micro-batches, and the gradients are summed.
 
     torchrun --nproc_per_node 2 train/pre_train.py
 
-Why not `DistributedDataParallel`? It hooks into the model's forward and into each gradient as it is made. A
-loss term that goes around the forward (a balance loss read from a layer, a second head called directly), a
-parameter that gets no gradient in one process (an expert without tokens), or several backward passes per step
-need care there, and where care is missing the processes drift apart without an error. Here nothing is hooked:
-after all backward passes of a step, `sum_gradients` adds up what is there, once. It gives up some overlap of
-computing and sending, and can be read in a minute.
+`DistributedDataParallel` hooks into the model's forward and into each gradient as it is made. A loss term
+that bypasses the forward (a balance loss read from a layer), a parameter without gradient in one process (an
+expert without tokens), or several backward passes per step need care there; without it the processes silently
+drift apart. Here nothing is hooked: after all backward passes of a step, `sum_gradients` sums what is there,
+once. It gives up some overlap of computing and sending, and can be read in a minute.
 
 The loss is divided by the number of supervised tokens of **all** processes, so the sum of gradients is the
 gradient of the whole batch: no further division.
 
-Every function here works without other processes too: then it does nothing.
+Every function also works in a single process, where it does nothing. Tensors on a GPU travel over nccl, all
+others over gloo; waits are long, because the first process may tokenize for hours while the others wait.
 """
 
 import hashlib
 import os
+import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,7 @@ import torch.distributed as dist
 from utils.errors import UserError
 
 BUCKET_BYTES = 32 * 2**20  # gradients travel in flat pieces of this size: few messages, little extra memory
+LONGEST_WAIT = timedelta(hours=24)
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,9 @@ class World:
 
 
 def start(device_type: str = "cpu") -> World:
-    """Join the processes that `torchrun` started (it sets RANK, WORLD_SIZE, LOCAL_RANK); alone without it.
+    """Join the processes that `torchrun` started (it sets RANK, WORLD_SIZE, LOCAL_RANK), if any.
 
-    `device_type` is where the gradients will be: `cuda` exchanges over nccl, everything else over gloo.
-    Raises `UserError` if there are more processes than GPUs.
+    `device_type` is where the gradients will be. Raises `UserError` if there are more processes than GPUs.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World()
@@ -60,7 +62,8 @@ def start(device_type: str = "cpu") -> World:
             )
         torch.cuda.set_device(world.local_rank)
     if world.size > 1:
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=LONGEST_WAIT)
     return world
 
 
@@ -73,41 +76,67 @@ def finish() -> None:
 def leave(status: int) -> None:
     """End this process with `status`, together with all others.
 
-    Trap: PyTorch's threads may outlive the interpreter and abort it on its way out, and the status is lost.
-    So with several processes there is no way out: what is open is flushed, and the process is gone.
+    Trap: PyTorch's threads may outlive the interpreter and abort it on exit, and the status is lost. So with
+    several processes the output is flushed and the process ends at once.
     """
     if dist.is_initialized():
-        dist.barrier()  # the first process may still be writing, and the launcher ends all when one ends
+        barrier()  # the first process may still be writing, and the launcher ends all when one ends
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     raise SystemExit(status)
 
 
-def exchange_device() -> torch.device:
-    """Where small tensors must be to travel."""
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+def reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """Replace `tensor` by its sum (or maximum) over all processes; return it."""
+    if dist.is_initialized():
+        with others_alive():
+            dist.all_reduce(tensor, op=op)
+    return tensor
+
+
+@contextmanager
+def others_alive():
+    """Turn a connection that another process has closed into one clear line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("closed|reset by peer|Broken pipe|remote process", str(error)):
+            raise
+        raise UserError("another process of this run has ended; its error line says why") from error
+
+
+@contextmanager
+def all_or_none():
+    """Run a block that may fail in one process only: all then raise, instead of waiting for it forever."""
+    error = None
+    try:
+        yield
+    except Exception as caught:  # noqa: BLE001  raised again below
+        error = caught
+    (failed,) = sum_scalars([float(error is not None)])
+    if error:
+        raise error
+    if failed:
+        raise UserError("another process of this run has failed; its error line says why")
 
 
 def sum_gradients(parameters) -> None:
     """Replace each gradient by its sum over all processes: once per optimizer step, after the last backward.
 
     A parameter without gradient here, but with one in another process, takes part as zeros, because all
-    processes must send the same messages. One without gradient anywhere keeps None, as in a run of one
-    process.
+    processes must send the same messages. One without gradient anywhere keeps None, as in a single process.
     """
     if not dist.is_initialized():
         return
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    has_gradient = torch.tensor([float(p.grad is not None) for p in parameters], device=exchange_device())
-    dist.all_reduce(has_gradient)
-    used = [parameter for parameter, count in zip(parameters, has_gradient.tolist()) if count]
+    counts = sum_scalars([float(p.grad is not None) for p in parameters])
+    used = [parameter for parameter, count in zip(parameters, counts, strict=True) if count]
     for parameter in used:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     for bucket in buckets([parameter.grad for parameter in used]):
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
-        dist.all_reduce(flat)
+        flat = reduce(torch.cat([gradient.flatten() for gradient in bucket]))
         for gradient, total in zip(bucket, flat.split([gradient.numel() for gradient in bucket])):
             gradient.copy_(total.view_as(gradient))
 
@@ -126,29 +155,28 @@ def buckets(tensors: list[torch.Tensor]):
 
 
 def sum_scalars(values: list[float]) -> list[float]:
-    """The sum of each number over all processes, in fp64: token counts and losses."""
-    if not dist.is_initialized():
-        return [float(value) for value in values]
-    total = torch.tensor(values, dtype=torch.float64, device=exchange_device())
-    dist.all_reduce(total)
-    return total.tolist()
+    """Return the sum of each number over all processes, in fp64: token counts and losses."""
+    return reduce(torch.tensor([float(value) for value in values], dtype=torch.float64)).tolist()
+
+
+def sum_on_device(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the same sums without waiting for the GPU that the values are on."""
+    return list(reduce(torch.stack([value.double() for value in values])))
 
 
 def broadcast_parameters(module: torch.nn.Module) -> None:
     """Give every process the parameters and buffers of the first."""
     if dist.is_initialized():
-        for tensor in module.state_dict().values():
-            dist.broadcast(tensor, src=0)
+        with others_alive():
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, src=0)
 
 
 def same_on_all_ranks(text: str, what: str = "settings") -> None:
     """Raise `UserError` in all processes if `text` is not the same in all; `what` names it in the error."""
-    if not dist.is_initialized():
-        return
     code = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:7], "big")
-    extremes = torch.tensor([code, -code], device=exchange_device())
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)  # the largest code, and minus the smallest
-    if extremes[0] != -extremes[1]:
+    largest, smallest = reduce(torch.tensor([code, -code]), op=dist.ReduceOp.MAX).tolist()
+    if largest != -smallest:
         raise UserError(
             f"the processes of this run disagree about the {what}: start all with the same command"
         )
@@ -156,18 +184,16 @@ def same_on_all_ranks(text: str, what: str = "settings") -> None:
 
 def barrier() -> None:
     """Wait until every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
+    sum_scalars([0])
 
 
 @contextmanager
 def rank_zero_first():
-    """The first process of each machine runs the block before the others: it makes files that they find."""
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    if not first:
-        barrier()
-    try:
+    """Run the block in the first process of each machine before the others: it makes files that they find."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with all_or_none():
+            yield
+    else:
+        with all_or_none():  # raises if the block failed there
+            pass
         yield
-    finally:
-        if first:  # even after an error: else the others would wait for ever
-            barrier()

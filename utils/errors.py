@@ -6,6 +6,7 @@ traceback.
 """
 
 import argparse
+import re
 import sys
 
 
@@ -31,6 +32,12 @@ def run_main(main) -> None:
     except UserError as error:
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        way_out = "lower train.batch_size (raise train.accumulation_steps by as much) or data.sequence_length"
+        print(f"error: out of memory: {way_out}, or take a smaller model", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)

@@ -23,6 +23,7 @@ def main():
         return world
 
     distributed_start, machine.distributed.start = distributed.start, start_once
+    finish, distributed.finish = distributed.finish, lambda: None
     calls, call = [], []
     for word in sys.argv[1:]:
         if word == "--":
@@ -32,10 +33,9 @@ def main():
             call.append(word)
     for stage, *arguments in [*calls, call]:
         module = importlib.import_module(f"train.{stage}")
-        module.finish = lambda: None
         sys.argv = [stage, *arguments]
         module.main()
-    distributed.finish()
+    finish()
 
 
 if __name__ == "__main__":

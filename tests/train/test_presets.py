@@ -25,8 +25,8 @@ VOCABULARY = 100  # of presets whose tokenizer decides it, and who have one of c
 )
 def test_a_preset_is_built_and_stepped(name, tmp_path, monkeypatch):
     monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
-    monkeypatch.setattr("train.engine.trainer.Trainer.save", lambda self: None)  # hundreds of megabytes
-    monkeypatch.setattr("train.engine.trainer.Trainer.save_final", lambda self: None)
+    monkeypatch.setattr("train.engine.checkpoints.Checkpoints.save", lambda self: None)  # large
+    monkeypatch.setattr("train.engine.checkpoints.Checkpoints.save_final", lambda self: None)
     shrink = [
         "batch_size=1",
         "accumulation_steps=1",
@@ -38,8 +38,7 @@ def test_a_preset_is_built_and_stepped(name, tmp_path, monkeypatch):
     config = load_config(name, [f"train.{setting}" for setting in shrink] + ["train.log_every=1"])
     assert config.data.sequence_length <= config.model.max_position_embeddings
     config.model.vocab_size = config.tokenizer.vocab_size if config.tokenizer.kind == "bpe" else VOCABULARY
-    if config.model.num_hidden_layers > 8:
-        config.model.num_hidden_layers = 2
+    config.model.num_hidden_layers = min(2, config.model.num_hidden_layers)
     torch.manual_seed(0)
     model = TinySeek(config.model)
     before = weights_of(model)

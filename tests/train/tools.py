@@ -17,7 +17,7 @@ from load_data.tokenization.tokenizer import CharTokenizer
 from model.tinyseek import TinySeek
 from train.engine.trainer import Trainer
 from train.engine.machine import Machine
-from train.engine.stage import Stage
+from train.engine.stage import LoaderSource, Loss, Stage
 from utils.distributed import World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +62,17 @@ def next_token_loss(model, batch, step_tokens):
     """The loss of pre-training."""
     output = model(batch["input_ids"], labels=batch["labels"])
     return {"ce": output.loss_sum / step_tokens}, {"conf": (-output.nll).exp().sum() / step_tokens}
+
+
+class FunctionLoss(Loss):
+    """A `Loss` that calls a function; what hangs at the function takes the place of methods."""
+
+    def __init__(self, function):
+        self.function = function
+        vars(self).update(vars(function))
+
+    def __call__(self, model, batch, weight):
+        return self.function(model, batch, weight)
 
 
 class NoEvaluation:
@@ -159,8 +170,9 @@ def make_trainer(
 ):
     """A `Trainer` of a toy stage."""
     loader = loader or make_loader(config)
+    loss = loss if hasattr(loss, "before_step") else FunctionLoss(loss)
     stage = Stage(
-        name="toy", short="Toy", model=model or small_model(config), loader=loader, loss=loss,
+        name="toy", short="Toy", model=model or small_model(config), source=LoaderSource(loader), loss=loss,
         evaluate=evaluate or NoEvaluation(), tokenizer=TOKENIZER, data_digest="digest",
     )  # fmt: skip
     return Trainer(stage, config, machine(**changes), Path(out), resume)

@@ -174,7 +174,7 @@ def test_names_and_order(tmp_path):
     order = [(2, 0), (10, 0), (1, 1), (1, 10)]  # index, epoch
     names = [checkpoint_name("Pre", *pair) for pair in order]
     others = [final_name("Pre"), "TinySeek_Prefix1_0.pkl", "TinySeek_Prefix2_0.pkl.tmp", "notes.txt"]
-    leftovers = ["TinySeek_Pre11_0.pkl.tmp", "TinySeek_Pre_final.pkl.tmp"]
+    leftovers = ["TinySeek_Pre11_0.pkl.tmp", "TinySeek_Pre_final.pkl.tmp", "TinySeek_Pre9_0.pkl.old"]
     for name in names[::-1] + others + leftovers:
         (tmp_path / name).touch()
     assert [path.name for path in find_checkpoints(tmp_path, "Pre")] == names

@@ -1,11 +1,11 @@
 """The command line that all stages share: flags in, one checked `Command` out.
 
-Everything is decided and checked here, before any work: the configuration, where the run writes, and whether
-it may.
+The configuration, the folder to write to, and the right to write there are checked before any work.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from config.load import default_preset, load_config, preset_names
 from config.schema import RunConfig
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class Command:
-    """What one call asks for."""
+    """A checked command."""
 
     config: RunConfig
     out: Path
@@ -32,8 +32,8 @@ def parse_command(
 ) -> Command:
     """Read the flags of stage `stage` (checkpoints named `short`). Raises `UserError`; writes nothing.
 
-    A stage that needs a trained model says in `bases` which stages' results it starts from without `--init`,
-    the best one first.
+    A stage that needs a trained model lists in `bases` the stages whose results it starts from without
+    `--init`, in order of preference.
     """
     parser = Parser(description)
     add = parser.add_argument
@@ -46,14 +46,11 @@ def parse_command(
     add("--data", nargs="+", metavar="PATH", help=words)
     add("--init", metavar="CHECKPOINT", help="start from these weights, model and tokenizer" + default)
     add("--out", metavar="DIR", help="where to write (default: out/, or out/<preset>/ for other presets)")
-    add(
-        "--resume",
-        action="store_true",
-        help="go on from the newest checkpoint in --out; starts if there is none",
-    )
-    add("--overwrite", action="store_true", help="start anew although --out holds a run of this stage")
-    add("--max-steps", type=int, metavar="N", help="end after N steps (replaces the preset's bounds)")
-    add("--max-seconds", type=float, metavar="S", help="end after S seconds, evaluations included (the same)")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --out, if there is one")
+    add("--overwrite", action="store_true", help="start over, replacing a run of this stage in --out")
+    add("--max-steps", type=int, metavar="N", help="stop after N steps (replaces the preset's limits)")
+    add("--max-seconds", type=float, metavar="S",
+        help="stop after S seconds, evaluations included (replaces the preset's limits)")  # fmt: skip
     add("--limit", type=int, metavar="N", help="use at most N documents")
     add("--device", choices=("auto", "cpu", "cuda", "mps"))
     add("--seed", type=int, metavar="N")
@@ -61,7 +58,7 @@ def parse_command(
         help="any setting of config/schema.py, for example train.batch_size=4; may be repeated")  # fmt: skip
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
-        raise UserError("--resume and --overwrite exclude each other: go on, or start anew?")
+        raise UserError("--resume and --overwrite exclude each other: choose one")
 
     preset = default_preset(stage)
     named = Path(args.config).stem if args.config else preset
@@ -80,7 +77,7 @@ def parse_command(
 
 
 def default_base(stage: str, bases: tuple, out: Path) -> Path:
-    """The result of the first of the stages `bases` that is in `out` or else in the default folder."""
+    """Return the first result of the stages `bases` that is in `out`, or else in the default folder."""
     for folder in dict.fromkeys((out, ROOT / "out")):
         for base in bases:
             if (folder / final_name(base)).is_file():
@@ -112,40 +109,42 @@ def inherited_sections(init: dict, path: str) -> dict:
 
 
 def flag_settings(args) -> dict:
-    """The flags that are settings, as nested sections. A bound given here replaces both of the preset's."""
-    train, data = {}, {}
+    """Return the flags that are settings, as sections. A limit given here replaces both of the preset."""
+    train = {key: getattr(args, key) for key in ("device", "seed") if getattr(args, key) is not None}
     if args.max_steps is not None or args.max_seconds is not None:
-        train["max_steps"], train["max_seconds"] = args.max_steps, args.max_seconds
-    if args.device is not None:
-        train["device"] = args.device
-    if args.seed is not None:
-        train["seed"] = args.seed
-    if args.data is not None:
-        data["paths"] = args.data
-    if args.limit is not None:
-        data["limit"] = args.limit
+        train |= {"max_steps": args.max_steps, "max_seconds": args.max_seconds}
+    data = {"paths": args.data, "limit": args.limit}
+    data = {key: value for key, value in data.items() if value is not None}
     return {"train": train, "data": data}
 
 
 def refuse_to_overwrite(out: Path, stage: str, short: str, resume: bool) -> None:
-    """Stop if `out` holds a run of this stage that would be lost."""
-    final, on_the_way = out / final_name(short), latest_checkpoint(out, short)
+    """Raise `UserError` if `out` holds a run of this stage that would be lost."""
+    final, newest = out / final_name(short), latest_checkpoint(out, short)
     if resume:
-        if final.exists() and not on_the_way:
+        if final.exists() and not newest:
             raise UserError(
-                f"{final} is there, but no checkpoint to resume from: start from its weights with --init "
-                f"{final} --out DIR, or anew with --overwrite"
+                f"{final} has no checkpoint beside it to resume from: start from its weights with --init "
+                f"{final} --out DIR, or start over with --overwrite"
             )
         return
     if final.exists():
-        flag = {"Pre": "", "SFT": "", "Gate": f" --gate {final}"}.get(short, f" --adapter {final}")
         raise UserError(
-            f"{final} is a finished run of {stage}: talk to it with `python inference/chat.py{flag}`, give "
-            "it more steps with --resume --max-steps N, start anew with --overwrite, or write elsewhere with "
+            f"{final} is a finished run of {stage}: talk to it with `{chat_command(short, out)}`, give it "
+            "more steps with --resume --max-steps N, start over with --overwrite, or write elsewhere with "
             "--out DIR"
         )
-    if on_the_way:
+    if newest:
         raise UserError(
-            f"{on_the_way} is an unfinished run of {stage}: go on with --resume, start anew with "
+            f"{newest} is an unfinished run of {stage}: resume it with --resume, start over with "
             "--overwrite, or write elsewhere with --out DIR"
         )
+
+
+def chat_command(short: str, out: Path) -> str:
+    """Return the command that talks to the result of a stage in folder `out`."""
+    if short in ("Pre", "SFT"):
+        flag = "" if out.resolve() == (ROOT / "out").resolve() else f" --out {quote(str(out))}"
+    else:
+        flag = f" --{'gate' if short == 'Gate' else 'adapter'} {quote(str(out / final_name(short)))}"
+    return "python inference/chat.py" + flag

@@ -1,8 +1,8 @@
-"""How well a language model predicts held-out text.
+"""Evaluation of a language model on held-out text.
 
-    val_loss  nats per token            val_ppl   exp(val_loss): among how many tokens it hesitates
-    val_conf  mean probability of the right next token
-    val_bpb   bits per byte = nats / ln 2 / bytes: does not depend on the tokenizer, so models can be compared
+    val_loss  nats per token            val_ppl   exp(val_loss): the number of tokens it hesitates between
+    val_conf  mean probability of the correct next token
+    val_bpb   bits per byte = nats / ln 2 / bytes: independent of the tokenizer, so models can be compared
 
 With experts:
 
@@ -10,7 +10,7 @@ With experts:
     val_dead     experts, of all layers together, that none of these tokens chose
 
 In pre-training the windows do not overlap and cover every token once; the first token of a window is
-predicted without what came before. In chat stages only answers are predicted, each with all of its dialogue.
+predicted without the text before it. In chat stages only answers are predicted, each with its whole dialogue.
 """
 
 import math
@@ -28,15 +28,15 @@ from utils.distributed import sum_scalars
 
 
 class Evaluation:
-    """`evaluation(model, max_batches)` -> the numbers above; None measures all that is held out.
+    """`evaluation(model, max_batches)` -> the numbers above; None measures all held-out text.
 
-    Afterwards `loads` (layers, kinds, E) holds how many tokens of each kind went to each expert, by the names
-    in `kinds`; None without experts.
+    Afterwards `loads` (layers, kinds, E) counts the tokens of each kind that went to each expert; `kinds` has
+    the names. Without experts it is None.
 
     Args:
-        held_out: max_batches -> the batches of this process, at most so many of them.
-        rows: how many rows of `batch_size` there are in all.
-        tokenizer: tells how many bytes each id stands for.
+        held_out: max_batches -> the batches of this process, at most that many.
+        rows: the number of held-out rows, over all processes.
+        tokenizer: knows the number of bytes of each id.
         machine: device and processes; each process measures its share.
     """
 
@@ -49,7 +49,7 @@ class Evaluation:
         self.kind_of, self.loads = torch.from_numpy(np.append(kind_of, other)).long(), None
 
     def __call__(self, model, max_batches: int | None) -> dict[str, float]:
-        """Sums over this process's batches, then over all processes."""
+        """Sum over the batches of this process, then over all processes."""
         nats = sure = count = size = 0.0
         self.loads = None
         for batch in self.held_out(max_batches):
@@ -71,15 +71,20 @@ class Evaluation:
             "val_conf": sure / max(count, 1.0),
             "val_bpb": nats / math.log(2) / max(size, 1.0),
         }
-        if self.loads is not None:
-            self.loads = torch.tensor(sum_scalars(self.loads.flatten().tolist())).view(self.loads.shape)
+        # A process without a batch does not know how many layers and experts there are.
+        known = self.loads.shape[::2] if self.loads is not None else (0, 0)
+        holders, layers, experts = sum_scalars([self.loads is not None, *known])
+        if holders:
+            shape = (round(layers / holders), len(self.kinds), round(experts / holders))
+            loads = torch.zeros(shape) if self.loads is None else self.loads
+            self.loads = torch.tensor(sum_scalars(loads.flatten().tolist())).view(shape)
             layers = self.loads.sum(dim=1)  # (layers, E)
             values["val_max_vio"] = max(max_vio(layer) for layer in layers)
             values["val_dead"] = int((layers == 0).sum())
         return values
 
     def count(self, routings, ids, real) -> None:
-        """Add a batch to `loads`. ids (B, T); real (B, T): columns that are no padding."""
+        """Add a batch to `loads`. ids (B, T); real (B, T): columns that are not padding."""
         kinds = self.kind_of[ids[real].clamp(max=len(self.kind_of) - 1)]  # (N,)
         counts = []
         for routing in routings:
@@ -92,7 +97,7 @@ class Evaluation:
 
 
 class LanguageModelEvaluation(Evaluation):
-    """`Evaluation` on a row of held-out ids, `tokens` (N,), in windows of `sequence_length`."""
+    """`Evaluation` on held-out ids, `tokens` (N,), in windows of `sequence_length`."""
 
     def __init__(
         self, tokens: np.ndarray, tokenizer: Tokenizer, sequence_length: int, batch_size: int, machine

@@ -1,4 +1,4 @@
-"""What the fine-tuning stages share: the model they start from, their dialogues, and the scores."""
+"""Shared parts of the fine-tuning stages: the base model, dialogues, adapters, and scores."""
 
 from dataclasses import asdict, dataclass
 
@@ -11,18 +11,20 @@ from load_data.chat.chat_data import SKILL_WORD, ChatData, chosen_skills
 from load_data.chat.chat_loader import ChatLoader, count_eval_rows, eval_chat_batches
 from load_data.skills import SFT_SKILLS
 from load_data.tokenization.tokenizer import Tokenizer
+from model.adapters import soft_tokens
 from model.tinyseek import TinySeek
-from train.engine.command import Command
+from train.engine.command import Command, chat_command, parse_command
 from train.engine.trainer import Trainer
 from train.engine.evaluation import Evaluation
 from train.engine.language_model_loss import LanguageModelLoss
-from train.engine.machine import Machine
-from train.engine.stage import Stage
+from train.engine.machine import Machine, start_machine
+from train.engine.stage import LoaderSource, Stage
+from utils import distributed
 from utils.checkpoint import load_weights, weights_digest
 from utils.errors import UserError
 
-SCORED = 100  # items of each skill, before and after
-SCORED_DIALOGUES = 200  # of held-out dialogues, likewise
+SCORED = 100  # items of each skill, before and after training
+SCORED_DIALOGUES = 200  # held-out dialogues, before and after training
 
 
 @dataclass
@@ -31,14 +33,14 @@ class Base:
 
     model: TinySeek
     tokenizer: Tokenizer
-    record: dict  # digest and path: with them an adapter's checkpoint names its base
+    record: dict  # its digest and path, for the checkpoints of an adapter
 
 
 def open_base(command: Command, machine: Machine, adapted: bool = False) -> Base:
-    """The model and the tokenizer of `--init`; the model's settings are in the configuration already. If it
-    is to be `adapted`, they must be those that it was trained with: an adapter's file does not hold them."""
+    """Load the model and the tokenizer of `--init`. If the model is to be `adapted`, its settings must be
+    those that it was trained with: the checkpoint of an adapter does not hold them."""
     init, path = command.init, command.init_path
-    command.init = None  # not to be held in memory beside the model
+    command.init = None  # free the memory of the second copy
     tokenizer = Tokenizer.from_json(init["tokenizer"], str(path))
     config = command.config.model
     config.vocab_size = config.vocab_size or tokenizer.vocab_size
@@ -53,7 +55,7 @@ def open_base(command: Command, machine: Machine, adapted: bool = False) -> Base
 
 
 def check_length(config: RunConfig, prefix_length: int = 0) -> None:
-    """Raise `UserError` if rows, after a learned prefix, need more places than the model has."""
+    """Raise `UserError` if rows, after a learned prefix, need more positions than the model has."""
     length, places = config.data.sequence_length, config.model.max_position_embeddings
     if length + prefix_length > places:
         behind = f" behind a prefix of {prefix_length}" if prefix_length else ""
@@ -64,19 +66,19 @@ def check_length(config: RunConfig, prefix_length: int = 0) -> None:
 
 
 def check_same_model(config: ModelConfig, trained: ModelConfig) -> None:
-    """Raise `UserError` for a setting that changes what the base computes."""
+    """Raise `UserError` if a setting changes the output of the base."""
     free = {"vocab_size", "dropout", "attention_dropout", "router_jitter_noise", "attn_implementation"}
     free |= {"moe_implementation"}
     for name, value in asdict(config).items():
         if name not in free and value != getattr(trained, name):
             raise UserError(
                 f"model.{name}={value} is not what the base was trained with ({getattr(trained, name)}), and "
-                "an adapter belongs to its base as it is: leave it out, or change it with train/sft_train.py"
+                "an adapter fits its unchanged base only: leave it out, or change it with train/sft_train.py"
             )
 
 
 def dialogue_batches(data: ChatData, config, machine: Machine) -> tuple[ChatLoader, Evaluation]:
-    """Training batches, and the evaluation on held-out dialogues."""
+    """Return training batches, and the evaluation on held-out dialogues."""
     machine.say("\n".join(data.summary))
     train, length, world = config.train, config.data.sequence_length, machine.world
     rows = {"packing": config.data.packing, "pad_id": data.tokenizer.pad_id}
@@ -93,38 +95,64 @@ def dialogue_batches(data: ChatData, config, machine: Machine) -> tuple[ChatLoad
 
 
 def dialogue_stage(
-    name: str, short: str, base: Base, data: ChatData, config, machine: Machine, own: frozenset | None = None
-) -> Stage:
-    """What the stages on dialogues have in common: packed rows, a language model's loss on the answers, and
-    the result that is surest of held-out answers. `own`: the adapter's weights, which alone learn and are
-    saved; None where all do and are."""
+    name: str, short: str, base: Base, data: ChatData, config, machine: Machine,
+    own: frozenset | None = None, loss=LanguageModelLoss,
+) -> Stage:  # fmt: skip
+    """Return a stage on dialogues that keeps the weights most confident on held-out answers.
+
+    `own`: the weights of an adapter, which alone are trained and saved; None for all.
+    """
     loader, evaluation = dialogue_batches(data, config, machine)
     adapter = {} if own is None else {"trains": own.__contains__, "own": own, "base": base.record}
     return Stage(
-        name=name, short=short, model=base.model, loader=loader,
-        loss=LanguageModelLoss(base.model, config, machine), evaluate=evaluation,
+        name=name, short=short, model=base.model, source=LoaderSource(loader),
+        loss=loss(base.model, config, machine), evaluate=evaluation,
         tokenizer=base.tokenizer, data_digest=data.digest, keep_best="val_conf", **adapter,
     )  # fmt: skip
 
 
+def train_adapter(name: str, short: str, description: str, *, data, loss, trainable) -> None:
+    """Run a stage that trains an adapter beside a frozen base, from its command line to its last line.
+
+    Args:
+        data: (config, tokenizer, soft tokens) -> dialogues.
+        loss: (model, config, machine) -> the `Loss`.
+        trainable: (model, short, config) -> names of the new weights; it freezes all others.
+    """
+    command = parse_command(name, short, description, bases=("SFT", "Pre"))
+    config, machine = command.config, start_machine(command.config)
+    base = open_base(command, machine, adapted=True)
+    own = trainable(base.model, short, config)
+    check_length(config, base.model.prefix_length)
+    dialogues = data(config, base.tokenizer, soft_tokens(short, config))
+    stage = dialogue_stage(name, short, base, dialogues, config, machine, own, loss)
+    train_and_score(stage, dialogues, command, machine)
+    machine.say(f"\nnext: {chat_command(short, command.out)}")
+    distributed.finish()
+
+
 def train_and_score(stage: Stage, data: ChatData, command: Command, machine: Machine) -> None:
-    """Train, and score greedy answers to questions that no training has seen, before and after."""
-    before = scores(stage.model.to(machine.device), data, command, machine)
+    """Train; score greedy answers to held-out questions before and after."""
+    with distributed.all_or_none():
+        before = scores(stage.model.to(machine.device), data, command, machine)
     Trainer(stage, command.config, machine, command.out, command.resume).run()
-    after = scores(stage.model, data, command, machine)
+    with distributed.all_or_none():
+        after = scores(stage.model, data, command, machine)
     if not machine.world.is_first:
         return
     width = max(map(len, after))
     lines = [f"  {name:{width}} {before[name]:6.1f} -> {after[name]:5.1f}" for name in after]
-    machine.say("\n".join(["right answers to unseen questions, in percent, before -> after", *lines]))
+    machine.say("\n".join(["correct answers to held-out questions, in percent, before -> after", *lines]))
     text = "".join(f"{name}  before={before[name]:.2f}  after={after[name]:.2f}\n" for name in after)
     (command.out / stage.name / "scores.txt").write_text(text, encoding="utf-8")
 
 
 def scores(model: TinySeek, data: ChatData, command: Command, machine: Machine) -> dict[str, float]:
-    """Percent of right answers: by skill, those of `sft_train` and those learned here; and on held-out
-    dialogues of files (`exact`; `items` where answers are tables; these are the dialogues that chose the best
-    weights, so trust a new file more). Only the first process looks."""
+    """Return the percentage of correct answers, in the first process only.
+
+    One for each skill, those of `sft_train` included, and for held-out dialogues of files (`exact`; `items`
+    where answers are tables). These dialogues also chose the best weights, so trust a new file more.
+    """
     if not machine.world.is_first:
         return {}
     generator, found = Generator(model, data.tokenizer.eos_id), {}
@@ -133,7 +161,7 @@ def scores(model: TinySeek, data: ChatData, command: Command, machine: Machine) 
         names = dict.fromkeys((*SFT_SKILLS, *skills))
         found = score_skills(generator, data.template, names, SCORED)
     if any(not path.startswith(SKILL_WORD) for path in command.config.data.paths):
-        some = data.val_dialogues[-SCORED_DIALOGUES:]  # those of files come after those of skills
+        some = data.val_dialogues[-SCORED_DIALOGUES:]  # those of files are behind those of skills
         tables = all(message["content"].startswith("|") for messages in some for message in messages[-1:])
         for kind in ("exact", "items") if tables else ("exact",):
             found[kind] = score_dialogues(generator, data.template, some, kind)

@@ -2,26 +2,27 @@
 
     loss = CE(next token) + lambda * CE(token after the next) + alpha * balance + beta * z
 
-Without a second head or without experts the later terms are not there. The balance of experts (see
-modules/experts/balance.py) is that of a whole optimizer step over all its micro-batches and processes, so
-this object is told when a step begins and when it is over.
+Without a second head or without experts the later terms are absent. The balance of experts (see
+modules/experts/balance.py) is that of a whole optimizer step over all its micro-batches and processes, hence
+`before_step` and `after_step`.
 """
 
 import torch
 
-from train.engine.load_balancer import LoadBalancer
 from modules.experts.router import TopkRouter
+from train.engine.load_balancer import LoadBalancer
+from train.engine.stage import Loss
 from utils.distributed import sum_scalars
 
 MTP_WEIGHT = {"none": 0.0, "parallel": 1.0, "sequential": 0.3}  # lambda, the papers' choices
 
 
-class LanguageModelLoss:
-    """`loss(model, micro-batch, tokens of the step)` -> (terms, measures for the log).
+class LanguageModelLoss(Loss):
+    """`loss(model, micro-batch, supervised tokens of the step)` -> (terms, measures for the log).
 
     Args:
-        model: its trainable routers are balanced and moved by the loss-free bias, its second head trained;
-            what is frozen, as under an adapter, is left alone.
+        model: its trainable routers are balanced, its second head is trained; frozen ones, as under an
+            adapter, are left alone.
         config: sections model, train (`mtp_weight`) and balance.
         machine: autocast of the counting pass.
     """
@@ -36,51 +37,54 @@ class LanguageModelLoss:
         self.machine = machine
 
     def claims(self) -> dict:
-        """Which parameters each term must reach, for the gradient proof: term -> (name -> bool)."""
+        """Return the parameters that each term must reach, for the gradient proof: term -> (name -> bool)."""
         router = lambda name: name.endswith(".gate.weight")  # noqa: E731
-        return {"mtp": lambda name: name.startswith("mtp."), "balance": router, "z": router}
+        second = lambda name: name.startswith("mtp.")  # noqa: E731
+        return {"ce": lambda name: not second(name), "mtp": second, "balance": router, "z": router}
 
     def before_step(self, model, micro_batches: list[dict]) -> None:
-        """All micro-batches of the step, on the device of the run, before the first of them is trained on."""
+        """Count the real tokens of the step and, if asked to, the experts that they choose."""
         if self.balancer is None:
             return
         (tokens,) = sum_scalars([sum(float(real_tokens(batch).sum()) for batch in micro_batches)])
         self.balancer.begin_step(tokens)
         if self.balancer.needs_counting_pass:
             devices = [self.machine.device] if self.machine.device.type == "cuda" else []
-            # The same dropout and noise as in the pass that trains, or other experts would be counted.
+            # With the same dropout and noise as in the training pass: it chooses the same experts.
             with torch.random.fork_rng(devices), torch.no_grad(), self.machine.autocast():
                 for batch in micro_batches:
                     output = self.forward(model, batch)
-                    self.balancer.count(self.learning(output), real_tokens(batch))
+                    self.balancer.count(self.trainable(output), real_tokens(batch))
 
-    def learning(self, output) -> list:
-        """The routings of the routers that learn: all, or less that of a frozen second head, the last."""
+    def trainable(self, output) -> list:
+        """Return the routings of trainable routers: all, except that of a frozen second head, the last."""
         return output.routings[: len(self.balancer.routers)]
 
     def forward(self, model, batch: dict):
-        """The model's output for all that a batch says about its tokens."""
+        """Run the model on a batch, with all that it says about its tokens."""
         about = {key: batch[key] for key in ("position_ids", "document_ids", "padding_mask") if key in batch}
         return model(batch["input_ids"], labels=batch["labels"], mtp=self.mtp, **about)
 
     def __call__(self, model, batch: dict, step_tokens: float):
-        """One micro-batch's share of the step's loss."""
+        """Return one micro-batch's share of the loss of the step."""
         output = self.forward(model, batch)
         terms = {"ce": output.loss_sum / step_tokens}
-        measures = {"conf": (-output.nll).exp().sum() / step_tokens}  # probability of the right next token
+        measures = {"conf": (-output.nll).exp().sum() / step_tokens}  # probability of the correct next token
         if self.mtp:
-            measures["mtp"] = output.mtp_loss_sum / step_tokens  # the log shows it as it is, without lambda
+            measures["mtp"] = output.mtp_loss_sum / step_tokens  # the log shows it without lambda
             terms["mtp"] = self.mtp_weight * measures["mtp"]
         if self.balancer is not None:
-            balance_terms, balance_measures = self.balancer.loss(self.learning(output), real_tokens(batch))
+            balance_terms, balance_measures = self.balancer.loss(self.trainable(output), real_tokens(batch))
             terms |= balance_terms
             measures |= balance_measures
         return terms, measures
 
     def after_step(self, lr_factor: float) -> dict[str, float]:
-        """Moves the loss-free bias, at a rate that comes down with the learning rate. For the log: the
-        worst layer's max_vio, experts that got nothing, and the load of each (`L0E3`: share of the
-        assignments of layer 0 that went to expert 3)."""
+        """Move the loss-free bias, at a rate that decays with the learning rate.
+
+        Return for the log the worst layer's max_vio, the experts without tokens, and the load of each
+        (`L0E3`: share of the assignments of layer 0 that went to expert 3).
+        """
         if self.balancer is None:
             return {}
         values = self.balancer.end_step(lr_factor)
@@ -90,6 +94,6 @@ class LanguageModelLoss:
 
 
 def real_tokens(batch: dict) -> torch.Tensor:
-    """(B, T) bool: what is no padding. Without a `padding_mask` in the batch, every token is real."""
+    """Return (B, T) bool, False for padding. Without a `padding_mask`, every token is real."""
     mask = batch.get("padding_mask")
     return torch.ones_like(batch["labels"], dtype=torch.bool) if mask is None else mask.bool()

@@ -1,4 +1,4 @@
-"""Where and how a run computes: device, number format, threads, processes. Chosen once, and said aloud."""
+"""The machine of a run: device, dtype, threads and processes, chosen once and printed."""
 
 import sys
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from utils.device import keep_freed_memory, pick_device, pick_dtype, seed_everyt
 
 @dataclass
 class Machine:
-    """Where and how this process computes."""
+    """The device, dtype and processes of a run."""
 
     device: torch.device
     dtype: torch.dtype
-    scaled: bool  # fp16 needs its gradients scaled
+    scaled: bool  # fp16 gradients need a scaler
     world: distributed.World
 
     def autocast(self):
-        """Matrix products in `dtype`; weights and sums stay in fp32."""
+        """Return a context that computes matrix products in `dtype`; weights and sums stay in fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def say(self, *words) -> None:
@@ -31,8 +31,8 @@ class Machine:
 
 
 def start_machine(config: RunConfig) -> Machine:
-    """Device, number format, threads, processes and seed, each said aloud with its reason; and memory."""
-    for stream in (sys.stdout, sys.stderr):  # a Windows pipe speaks another encoding than UTF-8
+    """Set up device, dtype, threads, processes, memory and seed; print the choices and their reasons."""
+    for stream in (sys.stdout, sys.stderr):  # Windows pipes are not UTF-8 by default
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     device = pick_device(config.train.device)
@@ -43,11 +43,15 @@ def start_machine(config: RunConfig) -> Machine:
     machine = Machine(device, dtype, scaled, world)
     plural = "es" if world.size > 1 else ""
     machine.say(f"device: {device}, {threads} threads, {world.size} process{plural}; {reason}")
+    warmup, steps = config.optim.warmup_steps, config.train.max_steps
+    if steps and warmup >= steps:
+        machine.say(f"warning: optim.warmup_steps={warmup} is not below train.max_steps={steps}: the "
+                    "learning rate never reaches its peak")  # fmt: skip
     return machine
 
 
 def start_process(device: torch.device, seed: int) -> int:
-    """How any process of ours computes; returns the number of threads."""
+    """Set precision, seed and threads of this process; return the number of threads."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     seed_everything(seed)

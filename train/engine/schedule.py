@@ -1,7 +1,7 @@
-"""The course of the learning rate: warm up, then down along the progress of the run.
+"""The learning-rate schedule: warmup, then decay along the progress of the run.
 
-Progress runs from 0 to 1 and is whichever bound is nearer its end, steps or seconds (design, section 5). So a
-run that is bounded by time anneals completely on a slow machine too.
+Progress runs from 0 to 1, by steps or by seconds, whichever bound is nearer. A run that is bounded by time
+anneals completely on a slow machine too.
 
     cosine       min + (1 - min) (1 + cos(pi p)) / 2
     exponential  min^p
@@ -16,14 +16,17 @@ from config.schema import OptimConfig
 def progress(
     step: int, max_steps: int | None, elapsed: float = 0.0, max_seconds: float | None = None
 ) -> float:
-    """How much of the run is over, 0 to 1: the larger share of the two bounds."""
+    """Return the share of the run that is over, 0 to 1: the larger of the two bounds."""
     by_steps = step / max_steps if max_steps else 0.0
     by_time = elapsed / max_seconds if max_seconds else 0.0
     return min(1.0, max(by_steps, by_time))
 
 
 def lr_factor(optim: OptimConfig, step: int, done: float) -> float:
-    """What all rates are multiplied by at 0-based `step` with progress `done`. Never 0 in the warmup."""
+    """Return the factor of all learning rates. It is never 0 in the warmup.
+
+    `step` counts from 0 at the beginning of the warmup; `done` is the progress of the run.
+    """
     warmup = min(1.0, (step + 1) / (optim.warmup_steps + 1))
     low = optim.min_lr_ratio
     if optim.schedule == "cosine":

@@ -1,11 +1,11 @@
-"""What a gate learns from: the turns of dialogues, what each candidate loses on their answers, and who wins.
+"""Training data of the gate: turns of dialogues, the loss of each candidate on the answer, and the best one.
 
-dialogue of n turns -> n turns, each with all that was said before
-table[turn, candidate] = mean cross-entropy of the turn's answer given all before it
-sample: the ids of the question alone, its one label (at its last token) the candidate with the least loss
+dialogue of n turns -> n turns, each with all messages before it
+table[turn, candidate] = mean cross-entropy of the answer given all messages before it
+sample: the ids of the question alone; its one label, at the last token, is the best candidate
 
-Trap: an adapter knows the dialogues that it was trained on, and its loss on them is too low. Where a gate is
-to be judged, it is on dialogues that neither it nor its candidates have learned from: the held-out ones.
+Trap: an adapter has seen the dialogues that it was trained on, so its loss on them is too low. Judge a gate
+on dialogues that neither it nor its candidates were trained on: the held-out ones.
 """
 
 import numpy as np
@@ -22,8 +22,10 @@ ROWS = 16  # turns in one forward
 
 
 def turns_of(dialogues: list[list[Message]], base: Loaded, length: int) -> list[list[Message]]:
-    """Every turn that fits into `length` tokens: the messages up to one answer, the answer included. Raises
-    `UserError` if none does."""
+    """Return every turn that fits into `length` tokens: the messages up to and including one answer.
+
+    Raises `UserError` if none fits.
+    """
     turns = []
     for messages in dialogues:
         for place, message in enumerate(messages):
@@ -38,12 +40,12 @@ def turns_of(dialogues: list[list[Message]], base: Loaded, length: int) -> list[
 
 
 def question_ids(base: Loaded, turn: list[Message]) -> list[int]:
-    """The question of a turn as the base reads it, up to where the answer would begin."""
+    """Return the ids of the question of a turn, up to where the answer begins."""
     return base.template.prompt(turn[-2:-1])
 
 
 def selector_samples(base: Loaded, turns: list[list[Message]], table: torch.Tensor) -> list[Sample]:
-    """Questions whose label is the best candidate's number, in the place where the next token would be."""
+    """Return questions labelled with the number of the best candidate, in place of the next token."""
     samples = []
     for turn, best in zip(turns, table.argmin(dim=1).tolist(), strict=True):
         ids = [*question_ids(base, turn), best]
@@ -52,7 +54,7 @@ def selector_samples(base: Loaded, turns: list[list[Message]], table: torch.Tens
 
 
 def answer_losses(candidates: list[Loaded], turns: list[list[Message]], machine) -> torch.Tensor:
-    """(turns, A) fp64: mean nats per token that each candidate loses on the last answer of each turn."""
+    """Return (turns, A) fp64: the loss of each candidate on the last answer of each turn, nats per token."""
     columns = []
     for candidate in candidates:
         machine.say(f"losses of {candidate.path} on {len(turns):,} turns")
@@ -62,7 +64,7 @@ def answer_losses(candidates: list[Loaded], turns: list[list[Message]], machine)
 
 @torch.no_grad()
 def losses_of(candidate: Loaded, turns: list[list[Message]], machine) -> torch.Tensor:
-    """(turns,) mean nats per token of one candidate."""
+    """Return (turns,): the loss of one candidate, nats per token."""
     rows = [labelled(candidate, turn) for turn in turns]
     order = sorted(range(len(rows)), key=lambda number: len(rows[number][0]))  # little padding
     losses = torch.zeros(len(rows), dtype=torch.float64)
@@ -75,7 +77,7 @@ def losses_of(candidate: Loaded, turns: list[list[Message]], machine) -> torch.T
         for row, number in enumerate(chosen):
             some, targets = rows[number]
             ids[row, : len(some)], labels[row, : len(some)] = torch.tensor(some), torch.tensor(targets)
-        with machine.autocast():  # padding is behind, where no token looks
+        with machine.autocast():  # padding follows the text, and no token attends to it
             output = candidate.model(ids.to(machine.device), labels=labels.to(machine.device))
         counts = (labels != IGNORED).sum(dim=1).tolist()
         means = [part.double().mean() for part in output.nll.cpu().split(counts)]
@@ -84,10 +86,10 @@ def losses_of(candidate: Loaded, turns: list[list[Message]], machine) -> torch.T
 
 
 def labelled(candidate: Loaded, turn: list[Message]) -> tuple[list[int], list[int]]:
-    """Ids of a turn and their labels: the token that follows, in the last answer only.
+    """Return the ids of a turn and their labels: the next token, in the last answer only.
 
-    What does not fit into the candidate's context is left out as it would be in a conversation: its template
-    or its prefix may need more room than those of the base.
+    A turn that does not fit into the context of the candidate is shortened as in a conversation: the template
+    or the prefix of the candidate may need more room than those of the base.
     """
     answer, learned = candidate.template.turn(turn[-1])
     marker = len(candidate.template.before["assistant"])

@@ -1,48 +1,143 @@
-"""What makes a stage itself: everything that the engine (train/engine/trainer.py) does not share."""
+"""The seams of the engine: a stage names its data, its loss, what is trained, and what it saves."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 
+from config.schema import OptimConfig
+from load_data.loader import IGNORED
 from load_data.tokenization.tokenizer import Tokenizer
+from utils import distributed
+from utils.errors import UserError
+
+SEARCHED = 100  # steps of data that are searched for a label before the first step
+
+Batch = dict[str, torch.Tensor]
+
+
+class Step(NamedTuple):
+    """The data of one optimizer step."""
+
+    micro_batches: list[Batch]  # of this process
+    weight: float  # what the summed losses are divided by, over all processes; 0 skips the step
+    tokens: int  # processed, over all processes
+
+
+class Source(Protocol):
+    """Where training data come from.
+
+    `next_step` is called with the random generators seeded for the step, and may generate text with the
+    models: a resumed run repeats it. `sample` returns data for the gradient proof and consumes none.
+    """
+
+    epoch: int
+    epoch_progress: float  # epochs so far, as a fraction
+
+    def next_step(self, models: dict[str, torch.nn.Module]) -> Step: ...
+    def sample(self) -> Step: ...
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+class Loss:
+    """The loss of a stage, called once per micro-batch; the other methods may stay empty."""
+
+    def __call__(self, model, batch: Batch, weight: float) -> tuple[dict, dict]:
+        """Return (terms, measures), each divided by the `weight` of the whole step.
+
+        The loss is the sum of the terms. Measures go to the log; one replaces the term of the same name.
+        """
+        raise NotImplementedError
+
+    def claims(self) -> dict[str, Callable[[str], bool]]:
+        """Return the parameters that each term must reach, by name, for the gradient proof."""
+        return {}
+
+    def before_step(self, model, micro_batches: list[Batch]) -> None:
+        """Look at all micro-batches of a step before the first forward."""
+
+    def after_step(self, lr_factor: float) -> dict[str, float]:
+        """Finish a step; return more numbers for the log."""
+        return {}
+
+
+class Evaluation(Protocol):
+    """Measures a model on held-out data: `val_loss` and other numbers for the log."""
+
+    batches: int  # of a whole evaluation
+
+    def __call__(self, model, max_batches: int | None) -> dict[str, float]: ...
 
 
 @dataclass
 class Stage:
-    """What makes a stage itself.
+    """Everything that the engine (train/engine/trainer.py) does not share between stages.
 
     Attributes:
         name, short: `pre_train`, `Pre`: the names of its log folder and of its checkpoints.
-        model: trainable are the parameters that require gradients.
-        loader: `next_step()` gives the micro-batches of one optimizer step; `epoch`, `epoch_progress`,
-            `state_dict()`, `load_state_dict()`.
-        loss: (model, micro-batch, tokens of the whole step) -> (terms, measures): the loss is the sum of the
-            terms, each already divided by the tokens; measures are numbers for the log, divided likewise
-            (one named as a term stands for it in the log). It may have `before_step(model, micro-batches)`,
-            `after_step(factor of the learning rate)` -> numbers for the log, and `claims()`, what each term
-            must reach.
-        evaluate: (model, batches or None for all) -> numbers for the log, `val_loss` among them; its
-            attribute `batches` is how many there are in all.
-        tokenizer: goes into every checkpoint.
+        model: the model to train; several are one `torch.nn.ModuleDict`, each with optimizers of its own.
+        trains: the parameters that must be trainable, by name. The engine does not freeze; it checks.
+        tokenizer: stored in every checkpoint; None if there is none.
         data_digest: identifies the training data; a resumed run must find the same.
-        trains: which parameters are meant to learn, by name. The engine does not freeze; it checks.
-        base: what an adapter needs of the frozen model it was made for (plain data: `digest`, `path`). Its
-            checkpoints hold the parameters and buffers that are named in `own` and none of the base.
-        own: names of the weights that checkpoints hold; None for all.
-        keep_best: a number of the evaluation; the result are not the last weights, but those with the highest
-            of it after an epoch, on all held-out data.
+        base: the record of the frozen base in an adapter's checkpoint (plain data: `digest`, `path`).
+        own: names of the weights that checkpoints hold, those of an adapter for example; None for all.
+        keep_best: a metric; keep the weights with its highest value after an epoch, not the last weights.
+        frozen: models that are used but not trained (a teacher, a reference policy), by name. The engine
+            places them on the device and proves at the end that they have not changed.
+        optim: optimizer settings of parts of a `ModuleDict`, by name, where they differ from `config.optim`.
     """
 
     name: str
     short: str
     model: torch.nn.Module
-    loader: object
-    loss: Callable
-    evaluate: Callable
-    tokenizer: Tokenizer
+    source: Source
+    loss: Loss
+    evaluate: Evaluation
+    tokenizer: Tokenizer | None
     data_digest: str
     trains: Callable[[str], bool] = lambda name: True
     base: dict | None = None
     own: frozenset[str] | None = None
     keep_best: str | None = None
+    frozen: dict[str, torch.nn.Module] = field(default_factory=dict)
+    optim: dict[str, OptimConfig] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Module]:
+        """The models to train, by name."""
+        return dict(self.model) if isinstance(self.model, torch.nn.ModuleDict) else {"model": self.model}
+
+
+class LoaderSource:
+    """A `Source` that reads a loader of labelled tokens (load_data/loader.py, load_data/chat/)."""
+
+    epoch = property(lambda self: self.loader.epoch)
+    epoch_progress = property(lambda self: self.loader.epoch_progress)
+
+    def __init__(self, loader):
+        self.loader = loader
+        self.state_dict, self.load_state_dict = loader.state_dict, loader.load_state_dict
+
+    def next_step(self, models=None) -> Step:
+        """Return the next micro-batches, weighted by their supervised tokens."""
+        micro_batches = self.loader.next_step()
+        counts = [sum(map(supervised, micro_batches)), sum(b["labels"].numel() for b in micro_batches)]
+        weight, tokens = distributed.sum_scalars(counts)
+        return Step(micro_batches, weight, int(tokens))
+
+    def sample(self) -> Step:
+        """Return the first step ahead with a label in it, and stay where we are."""
+        state = self.state_dict()
+        steps = (self.next_step() for _ in range(SEARCHED))
+        found = next((step for step in steps if step.weight), None)
+        self.load_state_dict(state)
+        if found is None:
+            raise UserError(f"no label in the first {SEARCHED} steps of data: nothing to learn from")
+        return found
+
+
+def supervised(batch: Batch) -> int:
+    """Count the tokens of a micro-batch that have a label."""
+    return int((batch["labels"] != IGNORED).sum())

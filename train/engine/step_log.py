@@ -1,4 +1,4 @@
-"""The numbers of a run's steps: summed as they come, written as one line of means where a line is due.
+"""The log of a run: the numbers of its steps, summed as they come and written as one line of means.
 
 Two files lie in the stage's folder, both in the format of utils/log.py: `log.txt`, and with experts
 `experts.txt`, the share of each layer's assignments that each expert got (`L0E3`: layer 0, expert 3).
@@ -8,13 +8,16 @@ import math
 import re
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 from utils.log import RunLog
 
 EXPERT = re.compile(r"L\d+E\d+")
 
 
 class StepLog:
-    """Nothing is written before `open`, which only the first process calls; the others only sum."""
+    """Sums numbers and writes means. Only the first process calls `open`, and nothing is written before."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -23,25 +26,32 @@ class StepLog:
         self.positions = [None, None]  # of the two files, where a checkpoint says so
 
     def open(self) -> None:
-        """Start the files, or cut them where the checkpoint was made."""
+        """Start the files, or truncate them to where the checkpoint was made."""
         if self.positions[1] is None:
             (self.folder / "experts.txt").unlink(missing_ok=True)
         self.log = RunLog(self.folder / "log.txt", resume_at=self.positions[0])
 
     def note(self, values: dict[str, float], waited: float, took: float) -> None:
-        """Add one step; a skipped one has times (in seconds), but no values."""
+        """Add one step (times in seconds); a skipped one has no values. Values may be tensors on a GPU."""
         times = {"data_ms": waited * 1e3, "step_ms": took * 1e3, "steps": 1, "taken": int(bool(values))}
         for name, value in {**values, **times}.items():
             self.window[name] = self.window.get(name, 0.0) + value
 
+    def fetch(self) -> dict[str, float]:
+        """Bring the sums since the last line from the GPU, in one message, and return them."""
+        if far := [name for name, value in self.window.items() if isinstance(value, torch.Tensor)]:
+            values = torch.stack([self.window[name].double() for name in far]).tolist()
+            self.window |= dict(zip(far, values, strict=True))
+        return self.window
+
     def so_far(self) -> tuple[float, float]:
-        """Mean loss and mean milliseconds of the steps since the last line."""
-        window = self.window
+        """Return the mean loss and the mean milliseconds of the steps since the last line."""
+        window = self.fetch()
         return window.get("loss", 0) / max(1, window["taken"]), window["step_ms"] / window["steps"]
 
     def write(self, place: dict, lr: float, tokens_per_step: float, skipped: int) -> None:
-        """One line: the means of the steps since the last one. `place`: step, tokens, epoch."""
-        window, self.window = self.window, {}
+        """Write one line: the means of the steps since the last one. `place`: step, tokens, epoch."""
+        window, self.window = self.fetch(), {}
         steps, taken = window.pop("steps"), window.pop("taken")
         mean = {name: value / (steps if name.endswith("_ms") else taken) for name, value in window.items()}
         loads = {name: mean.pop(name) for name in list(mean) if EXPERT.fullmatch(name)}
@@ -60,20 +70,38 @@ class StepLog:
             self.experts.write({"step": place["step"], **loads})
 
     def write_row(self, row: dict) -> None:
-        """A line as it is, an evaluation's for one."""
+        """Write a line as it is, such as that of an evaluation."""
         if self.log:
             self.log.write(row)
 
     def state_dict(self) -> dict:
-        """What a checkpoint needs, for a log that a resumed run continues byte by byte."""
+        """Return the state that continues the log byte by byte."""
         positions = [self.log.position, self.experts.position if self.experts else self.positions[1]]
-        return {"window": dict(self.window), "positions": positions}
+        return {"window": dict(self.fetch()), "positions": positions}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a checkpoint; before `open`."""
+        """Continue from a checkpoint; call before `open`."""
         self.window, self.positions = dict(state["window"]), list(state["positions"])
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the files."""
         for log in filter(None, (self.log, self.experts)):
             log.close()
+
+
+def progress_bar(shown: bool) -> tqdm:
+    """Return a bar that is closed by `with`."""
+    style = "{percentage:3.0f}%|{bar:24}| {postfix}"
+    return tqdm(total=100, disable=None if shown else True, leave=False, bar_format=style)
+
+
+def show(bar: tqdm, run) -> None:
+    """Redraw the bar for `run`, a `Trainer`: share of the run, loss, speed and time left."""
+    if bar.disable:
+        return
+    done, (loss, milliseconds) = run.progress, run.log.so_far()
+    left = int(run.elapsed * (1 - done) / max(done, 1e-9))
+    speed = run.tokens / run.step / milliseconds * 1e3
+    bar.n = min(100, 100 * done)
+    words = f"step {run.step}  loss {loss:.3f}  {speed:,.0f} tok/s  {left // 60}:{left % 60:02d} left"
+    bar.set_postfix_str(words)

@@ -87,6 +87,8 @@ def test_a_stage_from_the_command_line(short, kind, dialogues, tmp_path, monkeyp
     out = tmp_path / "run"
     call(monkeypatch, SCRIPTS[short], arguments(out, dialogues, base))
     said = capsys.readouterr().out
+    words = f"--out {out} --prompt" if short == "SFT" else f"--adapter {out}/TinySeek_{short}_final.pkl"
+    assert said.splitlines()[-1].startswith(f"next: python inference/chat.py {words}")
     saved = load_checkpoint(out / f"TinySeek_{short}_final.pkl")
     before = load_checkpoint(base)["weights"]
     assert "gradients proven" in said and "weights proven" in said and "exact" in said and "items" in said
@@ -180,7 +182,7 @@ def test_an_adapter_resumes_on_its_own_base_with_its_own_settings_only(dialogues
                            ("lora_alpha=8", "lora_alpha=16.0")):  # fmt: skip
         with pytest.raises(UserError, match=f"was trained with lora.{words}"):
             call(monkeypatch, lora_train, [*flags, "--resume", "--set", f"lora.{setting}"])
-    with pytest.raises(UserError, match="unfinished run of lora_train: go on with --resume"):
+    with pytest.raises(UserError, match="unfinished run of lora_train: resume it with --resume"):
         call(monkeypatch, lora_train, flags)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -268,28 +270,32 @@ def test_a_gate_over_adapters(dialogues, tmp_path, monkeypatch, capsys):
     call(monkeypatch, lora_train, [*again, "--overwrite", "--seed", "1"])  # the labels were made with another
     with pytest.raises(UserError, match="was trained on other data"):
         call(monkeypatch, gate_train, [*again, "--resume"])
-    with pytest.raises(UserError, match="no adapter of"):
+    with pytest.raises(UserError, match="has no adapter beside it"):
         alone = base_in(tmp_path / "empty")
         call(monkeypatch, gate_train, arguments(tmp_path / "empty" / "g", dialogues, alone))
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(dialogues, tmp_path):
-    """SFT, LoRA, MixLoRA and the gate, at the same global batch: the same weights to fp32 rounding."""
+def test_two_processes_equal_one(dialogues, tmp_path, monkeypatch):
+    """SFT, MixLoRA and the gate, at the same global batch: the same weights to fp32 rounding."""
     base = base_in(tmp_path, "moe")
-    results = {}
+    stages, results = {"SFT": sft_train, "MixLora": mixlora_train, "Gate": gate_train}, {}
     for processes in (1, 2):
-        out, words = tmp_path / str(processes), []
-        for stage in ("sft_train", "lora_train", "mixlora_train"):
-            words += [stage, *arguments(out, dialogues, base, f"train.batch_size={4 // processes}"), "--"]
-        lora = out / "TinySeek_Lora_final.pkl"
-        gate = gate_flags(out, dialogues, base, ["base", lora, out / "TinySeek_MixLora_final.pkl"])
-        words += ["gate_train", *gate, "--set", f"train.batch_size={4 // processes}"]
-        done = run(TURNS, *words, processes=processes, timeout=300)
-        assert done.returncode == 0, done.stderr
+        out, calls = tmp_path / str(processes), {}
+        sizes = ("--set", f"train.batch_size={4 // processes}", "--max-steps", "8")
+        for short in ("SFT", "MixLora"):
+            calls[short] = [*arguments(out, dialogues, base), *sizes]
+        candidates = ["base", out / "TinySeek_MixLora_final.pkl"]
+        calls["Gate"] = [*gate_flags(out, dialogues, base, candidates), *sizes]
+        if processes == 1:
+            for short, flags in calls.items():
+                call(monkeypatch, stages[short], flags)
+        else:
+            words = [word for short, flags in calls.items() for word in ("--", stages[short].STAGE, *flags)]
+            done = run(TURNS, *words[1:], processes=processes, timeout=300)
+            assert done.returncode == 0, done.stderr
         results[processes] = {
-            short: load_checkpoint(out / f"TinySeek_{short}_final.pkl")
-            for short in ("SFT", "Lora", "MixLora", "Gate")
+            short: load_checkpoint(out / f"TinySeek_{short}_final.pkl") for short in stages
         }
     for short, one in results[1].items():
         two = results[2][short]

@@ -153,7 +153,7 @@ def test_the_bias_moves_once_per_step_by_the_counts_of_all_micro_batches(tmp_pat
     torch.testing.assert_close(biases(model), torch.tensor(expected))
     assert biases(model).abs().max() > 0.02
     before = biases(model).clone()
-    trainer.measure(None)  # an evaluation
+    trainer.held_out.measure(None)  # an evaluation
     model(batches[0]["input_ids"], labels=batches[0]["labels"])  # a forward
     assert torch.equal(biases(model), before)
 

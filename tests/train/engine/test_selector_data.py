@@ -12,7 +12,8 @@ from load_data.loader import IGNORED
 from tests.inference.adapters import MOE, write_adapter, write_base
 from tests.inference.tools import byte_tokenizer
 from tests.train.tools import machine
-from train.engine.selector_data import answer_losses, selector_samples, labelled, question_ids, turns_of
+from train.gate_train import SelectorEvaluation
+from train.engine.selector_data import ROWS, answer_losses, selector_samples, labelled, question_ids, turns_of
 from utils.errors import UserError
 
 TOKENIZER = byte_tokenizer()
@@ -138,3 +139,20 @@ def test_a_sample_is_the_question_alone_and_the_best_candidate(candidates):
     assert place.sum(dim=1).tolist() == [1, 1, 1] and sorted(batch["labels"][place].tolist()) == [0, 1, 2]
     marker = TOKENIZER.special_ids["Assistant："]
     assert batch["input_ids"][place].tolist() == [marker] * 3
+
+
+def test_a_part_of_the_questions_takes_its_share_of_the_time():
+    """T9: the engine estimates from `batches` how long a whole evaluation will take."""
+    questions, sizes = [[1, 2]] * (2 * ROWS + 5), []
+    table = torch.rand(len(questions), 2, generator=torch.Generator().manual_seed(0))
+
+    def model(ids):
+        sizes.append(len(ids))
+        return torch.zeros(*ids.shape, 2)
+
+    evaluation = SelectorEvaluation(questions, table, machine())
+    assert evaluation.batches == 3
+    for bound, seen in ((1, [ROWS]), (2, [ROWS, ROWS]), (9, [ROWS, ROWS, 5]), (None, [ROWS, ROWS, 5])):
+        sizes.clear()
+        evaluation(model, bound)
+        assert sizes == seen

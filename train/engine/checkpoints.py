@@ -1,0 +1,173 @@
+"""Checkpoints of a run: their contents, their lifetime, and the rules for resuming.
+
+Intermediate checkpoints hold all that is needed to continue bit by bit; the last two are kept. The final one
+is the result. A new run (--overwrite) moves the intermediate checkpoints of an earlier one aside, deletes
+them after its own first save, and puts them back if it fails before that. The earlier result stays until the
+new one replaces it: the new run may start from it.
+"""
+
+from pathlib import Path
+
+from config.load import to_dict
+from config.schema import RunConfig
+from train.engine.schedule import lr_factor, progress
+from utils import checkpoint as files
+from utils import distributed
+from utils.errors import UserError
+from utils.lock import FolderLock
+
+# Settings that a resumed run may change: its end, reporting, and where it computes or reads.
+MAY_CHANGE = {"max_steps", "max_seconds", "log_every", "eval_every", "eval_batches", "save_every", "device",
+              "paths", "cache_dir"}  # fmt: skip
+SIZES = ("batch_size", "accumulation_steps")  # may change if their product, times the processes, does not
+OLD = ".old"  # is appended to the name of a checkpoint that was moved aside
+
+
+class Checkpoints:
+    """Saves and restores `run`, a `Trainer`, in its folder, which is locked until `close`."""
+
+    def __init__(self, run):
+        self.run, self.out, self.short = run, run.out, run.stage.short
+        self.epoch = self.index = 0  # of the last save; the index counts within the epoch
+        self.last_good = self.lock = None
+        self.aside = []
+        with distributed.all_or_none():
+            if run.machine.world.is_first:
+                self.lock = FolderLock(self.out, run.stage.name)
+
+    def close(self) -> None:
+        """Unlock the folder. Put back the checkpoints of an earlier run if nothing has replaced them."""
+        for path in self.aside:
+            path.with_name(path.name + OLD).rename(path)
+        self.aside = []
+        if self.lock:
+            self.lock.release()
+
+    # --- saving ---
+
+    def save(self) -> None:
+        """Write an intermediate checkpoint."""
+        run = self.run
+        if run.machine.world.size > 1:
+            run.parallel.digest(run.model)
+        if run.stage.source.epoch != self.epoch:
+            self.epoch, self.index = run.stage.source.epoch, 0
+        self.index += 1
+        path = self.out / files.checkpoint_name(self.short, self.index, self.epoch)
+        with distributed.all_or_none():
+            if run.machine.world.is_first:
+                files.save_checkpoint(path, {**self.contents(), "training": self.training_state()})
+                files.prune_checkpoints(self.out, self.short, keep=2)
+        self.aside, self.last_good = [], path
+
+    def save_final(self) -> None:
+        """Write the result: the next stage starts from it, and chat loads it."""
+        path = self.out / files.final_name(self.short)
+        files.save_checkpoint(path, {**self.contents(), "evaluation": self.run.held_out.last})
+        self.run.machine.say(f"saved {path}")
+
+    def contents(self) -> dict:
+        """Return the part that all checkpoints have."""
+        run, stage = self.run, self.run.stage
+        return {
+            "stage": stage.name, "short": stage.short, "config": to_dict(run.config),
+            "weights": run.parallel.state_dict(run.model, stage.own), "base": stage.base,
+            "tokenizer": stage.tokenizer.to_json() if stage.tokenizer else None,
+            "data_digest": stage.data_digest, "step": run.step, "tokens": run.tokens,
+        }  # fmt: skip
+
+    def training_state(self) -> dict:
+        """Return the part that only a resumed run needs."""
+        run = self.run
+        return {
+            "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+            "scaler": run.scaler.state_dict(),
+            "loader": run.stage.source.state_dict(),
+            "log": run.log.state_dict(),
+            "elapsed": run.elapsed, "skipped": run.skipped, "finished": run.finished,
+            "saved": [self.index, self.epoch], "warm_from": run.warm_from,
+            "processes": run.machine.world.size, "frozen": run.frozen.digests,
+            **run.held_out.state_dict(),
+        }  # fmt: skip
+
+    def set_aside(self) -> None:
+        """Rename the intermediate checkpoints of an earlier run; the command line has checked that it may."""
+        files.prune_checkpoints(self.out, self.short)
+        self.aside = files.find_checkpoints(self.out, self.short)
+        for path in self.aside:
+            path.replace(path.with_name(path.name + OLD))
+
+    # --- resuming ---
+
+    def restore_newest(self) -> None:
+        """Resume from the newest checkpoint, if any. Raises `UserError` if another run wrote it."""
+        try:
+            path = files.latest_checkpoint(self.out, self.short)
+            distributed.same_on_all_ranks(path.name if path else "", "checkpoint to resume from")
+            if path:
+                saved = files.load_checkpoint(path)
+                self.check_same_run(saved, path)
+                self.restore(saved, path)
+        except BaseException:
+            self.close()
+            raise
+
+    def restore(self, saved: dict, path: Path) -> None:
+        """Restore the state of the run at the time of `path`."""
+        run = self.run
+        run.parallel.load(run.model, saved["weights"], str(path), run.stage.own)
+        state = saved["training"]
+        for optimizer, values in zip(run.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        if state["scaler"]:  # empty if the run did not compute in fp16 until now
+            run.scaler.load_state_dict(state["scaler"])
+        run.stage.source.load_state_dict(state["loader"])
+        run.step, run.tokens, run.skipped = saved["step"], saved["tokens"], state["skipped"]
+        self.index, self.epoch = state["saved"]
+        run.elapsed, run.warm_from = state["elapsed"], state.get("warm_from", 0)
+        run.held_out.load_state_dict(state)
+        run.log.load_state_dict(state["log"])
+        self.last_good = path
+        run.finished = state["finished"] and run.progress >= 1
+        run.machine.say(f"resuming from {path} at step {run.step}")
+        self.warm_up_again(saved["config"]["train"])
+
+    def warm_up_again(self, was: dict) -> None:
+        """Warm up again if a later end raises a learning rate that had already decayed."""
+        run, optim = self.run, self.run.config.optim
+        seconds = was["max_seconds"] and max(was["max_seconds"] - run.held_out.reserve, 1e-9)
+        before = lr_factor(optim, run.step, progress(run.step, was["max_steps"], run.elapsed, seconds))
+        if lr_factor(optim, run.step, run.progress) > before + 1e-9 and run.step > optim.warmup_steps:
+            run.warm_from = run.step
+            run.machine.say(f"the run has a later end: the learning rate warms up again from step {run.step}")
+
+    def check_same_run(self, saved: dict, path: Path) -> None:
+        """Raise `UserError` if settings, base or data differ from those of the run to resume."""
+        defaults = to_dict(RunConfig())  # of settings that are newer than the checkpoint
+        for section, values in to_dict(self.run.config).items():
+            known = defaults[section] | saved["config"].get(section, {})
+            for key, value in values.items():
+                if known[key] != value and key not in MAY_CHANGE and key not in SIZES:
+                    raise UserError(
+                        f"{path} was trained with {section}.{key}={known[key]}, this command says {value}: "
+                        "resume with the same settings, or start over with --overwrite or in another --out"
+                    )
+        train, world, state = saved["config"]["train"], self.run.machine.world, saved["training"]
+        was = [train[key] for key in SIZES] + [state.get("processes", world.size)]
+        now = [getattr(self.run.config.train, key) for key in SIZES] + [world.size]
+        if was[0] * was[1] * was[2] != now[0] * now[1] * now[2]:
+            words = "train.batch_size={} x train.accumulation_steps={} x {} processes"
+            raise UserError(
+                f"{path} was trained with {words.format(*was)}, this command says {words.format(*now)}: "
+                "resume with the same product, or start over with --overwrite or in another --out"
+            )
+        base, earlier = self.run.stage.base or {}, saved.get("base") or {}
+        if base.get("digest") != earlier.get("digest"):
+            raise UserError(
+                f"{path} adapts {earlier.get('path')} (weights {earlier.get('digest')}), this command starts "
+                f"from {base.get('path')} ({base.get('digest')}): name the same base with --init"
+            )
+        if state.get("frozen", {}) != self.run.frozen.digests:
+            raise UserError(f"{path} was trained with other frozen models: name the same ones")
+        if saved["data_digest"] != self.run.stage.data_digest:
+            raise UserError(f"{path} was trained on other data: resume with the same, or write elsewhere")
