@@ -103,9 +103,6 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-# --- memory ---------------------------------------------------------------------------------------
-
-
 def keep_freed_memory() -> bool:
     """Keep freed memory in the process; return False if the C library is not GNU's or refuses.
 
@@ -119,9 +116,6 @@ def keep_freed_memory() -> bool:
     if not set_option(mmap_threshold, 2**30) and not set_option(mmap_threshold, 2**25):
         return False
     return bool(set_option(trim_threshold, 2**31 - 1))
-
-
-# --- threads --------------------------------------------------------------------------------------
 
 
 def set_threads() -> int:
@@ -159,9 +153,6 @@ def siblings_of(cpu: int) -> str:
         return path.read_text(encoding="utf-8")
     except OSError:
         return str(cpu)
-
-
-# --- randomness -----------------------------------------------------------------------------------
 
 
 def seed_everything(seed: int) -> None:
