@@ -1,12 +1,12 @@
-"""What a model costs, from its settings alone: parameters, FLOPs, key/value cache and memory.
+"""The cost of a model, from its settings alone: parameters, FLOPs, key/value cache and memory.
 
 Conventions (Kaplan et al. 2001.08361, PaLM 2204.02311, appendix B). A weight used in a matrix product costs 2
-FLOPs per token forward and 4 backward, so 6 in training; an embedding is looked up and costs none, and an
-expert that a token did not choose costs it none. Attention compares each query with the keys it may see: per
-layer and key 2 * H * D FLOPs for the scores and as many for the weighted sum, each with its own D in latent
-attention; three times that in training. A causal query sees T / 2 keys on average. Published numbers often
-count all T: the card gives that too (`full_attention=True`). Recomputation does not count (that is model
-FLOPs, as in MFU). Latent attention is counted in its expanded form, that of training and of reading a prompt.
+FLOPs per token forward and 4 backward, so 6 in training; an embedding lookup costs none, nor do experts that
+the token did not choose. Attention compares each query with the keys it may see: per layer and key 2 * H * D
+FLOPs for the scores and as many for the weighted sum, each with its own D in latent attention; three times
+that in training. A causal query sees T / 2 keys on average. Published numbers often count all T, which
+`full_attention=True` gives. Recomputation does not count (these are model FLOPs, as in MFU). Latent attention
+is counted in its expanded form, that of training and prefill.
 
 Multi-token prediction has parameters and training FLOPs; a forward pass and the active parameters are those
 of the model without it.
@@ -22,7 +22,7 @@ FP32, BF16 = 4, 2  # bytes per number
 
 @dataclass
 class CostCard:
-    """The numbers, and `lines()` to print them."""
+    """The numbers; `lines()` formats them for printing."""
 
     groups: dict[str, Group]
     layers: int
@@ -37,46 +37,46 @@ class CostCard:
 
     @property
     def parameters(self) -> int:
-        """All parameters; tied embeddings count once."""
+        """Count all parameters; tied embeddings count once."""
         return sum(group.total for group in self.groups.values())
 
     @property
     def active_parameters(self) -> int:
-        """Parameters used for one token in a forward pass."""
+        """Count the parameters used for one token in a forward pass."""
         return sum(group.active for group in self.groups.values())
 
     @property
     def matmul_parameters(self) -> int:
-        """Weights used in matrix products for one token in a forward pass, the output head included."""
+        """Count the weights in matrix products for one token in a forward pass, the output head included."""
         return sum(group.multiplied for name, group in self.groups.items() if name != "mtp")
 
     def forward_flops(self, full_attention: bool = False) -> float:
-        """FLOPs per token of a forward pass over full sequences; causal attention unless `full_attention`."""
+        """Return the FLOPs per token of a forward pass over full sequences, causal or `full_attention`."""
         return 2 * self.matmul_parameters + self.attention_flops(self.layers, full_attention)
 
     def mtp_flops(self, full_attention: bool = False) -> float:
-        """FLOPs per token that multi-token prediction adds to the forward pass of a training step."""
+        """Return the FLOPs per token that multi-token prediction adds to the forward pass of training."""
         return 2 * self.groups["mtp"].multiplied + self.attention_flops(self.mtp_layers, full_attention)
 
     def attention_flops(self, layers: int, full_attention: bool) -> float:
-        """FLOPs per token of scores and weighted sums in so many layers, forward."""
+        """Return the forward FLOPs per token of scores and weighted sums in this many layers."""
         keys = self.sequence_length if full_attention else self.keys_seen
         return 2 * layers * self.attention_width * keys
 
     def train_flops(self, full_attention: bool = False) -> float:
-        """FLOPs per token of a training step: forward, and twice as many backward."""
+        """Return the FLOPs per token of a training step: forward, and twice as many backward."""
         return 3 * (self.forward_flops(full_attention) + self.mtp_flops(full_attention))
 
     def kv_cache_bytes(self, bytes_per_number: int = BF16) -> int:
-        """Bytes that one token takes in the cache (of latents, where attention is latent)."""
+        """Return the bytes of one token in the cache (of latents, in latent attention)."""
         return self.kv_cache_numbers * bytes_per_number
 
     def train_bytes(self) -> int:
-        """Memory to train: weights, gradients, optimizer state and (rough) activations of a micro-batch."""
+        """Return the bytes to train: weights, gradients, optimizer and activations (rough) of a batch."""
         return sum(self.state_bytes.values()) + self.activation_bytes
 
     def lines(self) -> list[str]:
-        """The card, ready to print."""
+        """Return the lines of the card."""
         parts = ", ".join(f"{name} {group.total:,}" for name, group in self.groups.items() if group.total)
         state = ", ".join(f"{name} {size(count)}" for name, count in self.state_bytes.items())
         active = f", {self.active_parameters:,} active" if self.active_parameters != self.parameters else ""
@@ -101,10 +101,10 @@ def cost_card(
     optimizer: str = "adamw",
     activation_bytes_per_number: int = FP32,
 ) -> CostCard:
-    """The cost of training `config` on micro-batches of `batch_tokens` tokens.
+    """Return the cost of training `config` on micro-batches of `batch_tokens` tokens.
 
-    `config.vocab_size` must be filled in. `sequence_length` defaults to the longest the model takes. Weights,
-    gradients and optimizer state are fp32; under mixed precision the activations have 2 bytes per number.
+    `config.vocab_size` must be set. `sequence_length` defaults to the maximum of the model. Weights,
+    gradients and optimizer state are fp32; under mixed precision activations have 2 bytes per number.
     """
     length = sequence_length or config.max_position_embeddings
     groups = parameter_groups(config)
@@ -127,18 +127,18 @@ def cost_card(
 
 
 def keys_seen(length: int, window: int | None) -> float:
-    """How many keys a causal query sees on average over a sequence: T/2, or less within a sliding window."""
+    """Return the average number of keys that a causal query sees: T/2, or less in a sliding window."""
     if window is None or window >= length:
         return length / 2
     return window - window**2 / (2 * length)
 
 
 def activation_numbers(config: ModelConfig) -> int:
-    """Numbers per token that are kept for the backward pass, roughly: which ones a kernel keeps differs.
+    """Return roughly how many numbers per token are kept for the backward pass; kernels differ.
 
-    Per layer: two norms keep input and output, attention keeps its projections before and after norm and
-    rotation and its output, SwiGLU keeps gate, up, SiLU and product. Each chosen expert keeps these of its
-    own, and its row of input and of output. Then logits and their probabilities, once per head.
+    Per layer: two norms keep input and output; attention keeps its output, and its projections before and
+    after norm and rotation; SwiGLU keeps gate, up, SiLU and product. Each chosen expert keeps the same, and
+    its rows of input and output. Then come logits and their probabilities, once per head.
     """
     C, H, L = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
     width, values, cached = head_widths(config)
@@ -160,17 +160,17 @@ def activation_numbers(config: ModelConfig) -> int:
 
 
 def size(count: float) -> str:
-    """Bytes with a unit."""
+    """Format bytes with a unit."""
     return scaled(count, 1024, ["bytes", "KiB", "MiB", "GiB", "TiB"])
 
 
 def flops(count: float) -> str:
-    """FLOPs with a unit."""
+    """Format FLOPs with a unit."""
     return scaled(count, 1000, ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"])
 
 
 def scaled(count: float, base: int, units: list[str]) -> str:
-    """`count` with the unit that leaves one to four digits before the point."""
+    """Format `count` with the unit that leaves one to four digits before the point."""
     unit = 0
     while count >= base and unit < len(units) - 1:
         count, unit = count / base, unit + 1

@@ -1,4 +1,4 @@
-"""Where a run computes: device, number format, threads, memory, and random states that make it repeatable."""
+"""The machine of a run: device, dtype, threads, memory, and the random states that make it repeatable."""
 
 import ctypes
 import os
@@ -13,32 +13,17 @@ from utils.errors import UserError
 
 # Dense peaks in FLOP/s with bf16 inputs and fp32 sums, from the vendors' data sheets; longer names first.
 PEAK_FLOPS_BF16 = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A40": 149.7e12,
-    "A30": 165e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 4080": 97.5e12,
-    "RTX 3090": 71e12,
-}
+    "B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H20": 148e12,
+    "A100": 312e12, "A800": 312e12, "A40": 149.7e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+    "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 4080": 97.5e12, "RTX 3090": 71e12,
+}  # fmt: skip
 
 
 def pick_device(name: str) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda` or `mps`; `auto` takes the fastest that is there.
+    """Return the device for `auto`, `cpu`, `cuda` or `mps`; `auto` takes the fastest available.
 
-    Raises `UserError` if the one asked for is not there.
+    Raises `UserError` if the device is not available.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -52,22 +37,19 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, bool, str]:
-    """The number format for matrix products, whether gradients need a scaler, and the reason in one line.
+    """Return the dtype of matrix products, True if gradients need a scaler, and the reason in one line.
 
-    `name` is `auto`, `fp32`, `bf16` or `fp16`. Half the bytes are a gain only where the processor multiplies
-    them natively: elsewhere bf16 is emulated, and slower than fp32. Raises `UserError` for fp16 without CUDA.
+    `name` is `auto`, `fp32`, `bf16` or `fp16`. bf16 pays only where the processor multiplies it natively:
+    elsewhere it is emulated, and slower than fp32. Raises `UserError` for fp16 without CUDA.
     """
     native = multiplies_bf16(device.type)
     if name == "fp16":
         if device.type != "cuda":
-            raise UserError(f"train.dtype=fp16 is for CUDA, not for {device.type}: take bf16 or fp32")
+            raise UserError(f"train.dtype=fp16 is for CUDA, not for {device.type}: use bf16 or fp32")
         return torch.float16, True, "fp16 with a gradient scaler, as asked for"
     if name == "bf16":
-        return (
-            torch.bfloat16,
-            False,
-            "bf16, as asked for" + ("" if native else f" (slow on this {device.type})"),
-        )
+        slow = "" if native else f" (slow on this {device.type})"
+        return torch.bfloat16, False, f"bf16, as asked for{slow}"
     if name == "fp32":
         return torch.float32, False, "fp32, as asked for"
     if native:
@@ -83,12 +65,12 @@ def multiplies_bf16(kind: str) -> bool:
 
 
 def cuda_multiplies_bf16() -> bool:
-    """True from Ampere on; older GPUs emulate bf16."""
+    """Return True from Ampere on; older GPUs emulate bf16."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def cpu_multiplies_bf16() -> bool:
-    """True if this processor has bf16 dot products (AVX512-BF16, AMX-BF16, or ARM's BF16 under Linux)."""
+    """Return True if this CPU has bf16 dot products (AVX512-BF16, AMX-BF16, or ARM's BF16 under Linux)."""
     if hasattr(torch.cpu, "get_capabilities"):
         has = {name for name, value in torch.cpu.get_capabilities().items() if value}
     else:  # PyTorch before 2.12
@@ -100,9 +82,9 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """Peak FLOP/s of a GPU by its name (`torch.cuda.get_device_name()`), or None where we do not know it.
+    """Return the peak FLOP/s of a GPU by its name (`torch.cuda.get_device_name()`), or None if unknown.
 
-    bf16 and fp16 run equally fast on these. For fp32 there is no one peak: it depends on TF32.
+    bf16 and fp16 are equally fast on these. For fp32 there is no single peak: it depends on TF32.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return None
@@ -114,21 +96,18 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done its work, so that a clock read now means something."""
+    """Wait until `device` has finished its work, so that the clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 
 
-# --- memory ---------------------------------------------------------------------------------------
-
-
 def keep_freed_memory() -> bool:
-    """Freed memory stays with the process; False where the C library is not GNU's or does not do it.
+    """Keep freed memory in the process; return False if the C library is not GNU's or refuses.
 
-    Otherwise large blocks go back to the system at once, which clears every page of them anew when the next
-    step takes them: 2 to 6 % of a training step on a CPU, with the same peak (docs/experiments.md, 26).
+    Otherwise large blocks return to the system at once, and it clears every page again when the next step
+    takes them: 2 to 6 % of a training step on a CPU, with the same peak (docs/experiments.md, 26).
     """
     if platform.system() != "Linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
         return False
@@ -139,14 +118,11 @@ def keep_freed_memory() -> bool:
     return bool(set_option(trim_threshold, 2**31 - 1))
 
 
-# --- threads --------------------------------------------------------------------------------------
-
-
 def set_threads() -> int:
-    """Fix the number of CPU threads; returns it. A fixed number, because it decides the order of sums.
+    """Fix the number of CPU threads and return it. It decides the order of sums, hence the rounding.
 
     One thread per physical core that this process may use, shared between the processes of one machine.
-    `OMP_NUM_THREADS` overrides it, as everywhere.
+    `OMP_NUM_THREADS` overrides it, as usual.
     """
     told = os.environ.get("OMP_NUM_THREADS", "")
     share = max(1, physical_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -156,7 +132,8 @@ def set_threads() -> int:
 
 
 def physical_cores() -> int:
-    """Physical cores that this process may use: affinity and container limits count, hyper-threads do not."""
+    """Return the physical cores that this process may use, by affinity and container limits; hyper-threads do
+    not count."""
     if not hasattr(os, "sched_getaffinity"):  # macOS, Windows
         return torch.get_num_threads()
     allowed = os.sched_getaffinity(0)
@@ -170,15 +147,12 @@ def physical_cores() -> int:
 
 
 def siblings_of(cpu: int) -> str:
-    """The logical processors that share a core with `cpu`, as Linux writes them; else `cpu` itself."""
+    """Return the logical processors that share a core with `cpu`, as Linux writes them; else `cpu` itself."""
     path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
         return path.read_text(encoding="utf-8")
     except OSError:
         return str(cpu)
-
-
-# --- randomness -----------------------------------------------------------------------------------
 
 
 def seed_everything(seed: int) -> None:
@@ -189,7 +163,7 @@ def seed_everything(seed: int) -> None:
 
 
 def random_state() -> dict:
-    """Where all generators stand, as tensors and plain data that a checkpoint may hold."""
+    """Return the state of all random generators, as tensors and plain data that a checkpoint may hold."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = numpy.random.get_state()
     state = {
@@ -205,7 +179,7 @@ def random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """Put all generators back to where `random_state()` found them, as far as their devices are here."""
+    """Restore all generators to a state from `random_state()`, as far as their devices are available."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = state["numpy"]

@@ -1,7 +1,7 @@
-"""How many parameters a model has, part by part, from its settings alone.
+"""Parameter counts of a model, part by part, from its settings alone.
 
-Names and shapes are those of Hugging Face's Qwen3, Dots1 and DeepSeek-V3. The bias of the router is no
-parameter: it is moved by counting, not by a gradient.
+Names and shapes are those of Hugging Face's Qwen3, Dots1 and DeepSeek-V3. The bias of the router is not a
+parameter: counting moves it, not a gradient.
 """
 
 from dataclasses import dataclass, fields
@@ -11,29 +11,29 @@ from config.model import ModelConfig
 
 @dataclass
 class Group:
-    """One part of the model, all layers together. Numbers of parameters."""
+    """Parameter counts of one part of the model, summed over layers."""
 
     total: int = 0
     active: int = 0  # used for one token; less than `total` with a mixture of experts
-    multiplied: int = 0  # used for one token in matrix products: these cost FLOPs
-    adam: int = 0  # what Muon leaves to Adam: gains, biases, tables of vectors
+    multiplied: int = 0  # used for one token in matrix products, which cost FLOPs
+    adam: int = 0  # trained by Adam under Muon: gains, biases, tables of vectors
 
     def __add__(self, other: "Group") -> "Group":
         return Group(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(Group)))
 
 
 def matrices(count: int) -> Group:
-    """Weights that every token is multiplied by."""
+    """Count weights of a matrix product that every token passes."""
     return Group(count, count, count)
 
 
 def vectors(count: int) -> Group:
-    """Gains and biases."""
+    """Count gains and biases."""
     return Group(count, count, 0, count)
 
 
 def head_widths(config: ModelConfig) -> tuple[int, int, int]:
-    """Head dim of queries and keys, head dim of values, and numbers per token in one layer's cache."""
+    """Return head dim of queries and keys, head dim of values, and numbers per token in one layer's cache."""
     if config.attention_kind == "mla":
         scores = config.qk_nope_head_dim + config.qk_rope_head_dim
         return scores, config.v_head_dim, config.kv_lora_rank + config.qk_rope_head_dim
@@ -41,7 +41,7 @@ def head_widths(config: ModelConfig) -> tuple[int, int, int]:
 
 
 def parameter_groups(config: ModelConfig) -> dict[str, Group]:
-    """Parameters by part of the model, all layers together."""
+    """Return the parameters of each part of the model, summed over layers."""
     C, table = config.hidden_size, config.vocab_size * config.hidden_size
     names = ["attention", "feed-forward", "shared experts", "routed experts", "router", "mtp", "norms"]
     groups = {"embedding": Group(table, table, 0, table), **{name: Group() for name in names}}
@@ -51,12 +51,12 @@ def parameter_groups(config: ModelConfig) -> dict[str, Group]:
     groups["norms"] += vectors(C)
     groups["mtp"] = mtp_group(config)
     own_head = 0 if config.tie_word_embeddings else table
-    # tied, its weights are those of the embedding; the product has to be done all the same
+    # a tied head shares the weights of the embedding, but its product is computed all the same
     return groups | {"head": Group(own_head, own_head, table, own_head)}
 
 
 def layer_groups(config: ModelConfig, layer: int) -> dict[str, Group]:
-    """Parameters of one decoder layer."""
+    """Return the parameters of one decoder layer."""
     C, E = config.hidden_size, config.n_routed_experts
     attend = latent_attention if config.attention_kind == "mla" else grouped_attention
     attention, gains = attend(config)
@@ -73,7 +73,7 @@ def layer_groups(config: ModelConfig, layer: int) -> dict[str, Group]:
 
 
 def grouped_attention(config: ModelConfig) -> tuple[Group, int]:
-    """One layer's projections, and how many gains QK-norm has."""
+    """Return one layer's projections, and the number of gains of QK-norm."""
     C, D = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * D, config.num_key_value_heads * D
     biases = queries + 2 * keys + C if config.attention_bias else 0
@@ -81,7 +81,7 @@ def grouped_attention(config: ModelConfig) -> tuple[Group, int]:
 
 
 def latent_attention(config: ModelConfig) -> tuple[Group, int]:
-    """One layer's projections, and how many gains the norms of the latents have."""
+    """Return one layer's projections, and the number of gains of the norms of the latents."""
     C, H = config.hidden_size, config.num_attention_heads
     rank, q_rank = config.kv_lora_rank, config.q_lora_rank or 0
     width, values, cached = head_widths(config)
@@ -92,7 +92,7 @@ def latent_attention(config: ModelConfig) -> tuple[Group, int]:
 
 
 def mtp_group(config: ModelConfig) -> Group:
-    """The second head: active in training only, but multiplied there, and the output head once more."""
+    """Count the second head: used in training only, where it also uses the output head again."""
     C = config.hidden_size
     block = Group()
     if config.mtp == "parallel":

@@ -43,8 +43,7 @@ def plot_curves(log_path: str | Path | list, png_path: str | Path) -> None:
     if not panels:
         raise UserError(f"{paths[0]}: none of the keys {', '.join(panel[2][0] for panel in PANELS)} is in it")
 
-    figure = Figure(figsize=(10, 3.2 * math.ceil(len(panels) / 2)), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, and no state shared with other figures
+    figure = new_figure(10, 3.2 * math.ceil(len(panels) / 2))
     names = run_names(list(logs))
     for place, (title, unit, keys) in enumerate(panels, start=1):
         axes = figure.add_subplot(math.ceil(len(panels) / 2), 2, place)
@@ -57,18 +56,30 @@ def plot_curves(log_path: str | Path | list, png_path: str | Path) -> None:
         if title == "Perplexity":
             axes.set_yscale("log")
         if title == "Throughput":
-            axes.set_ylim(bottom=0)  # else a little noise fills the panel
+            axes.set_ylim(bottom=0)  # otherwise a little noise fills the panel
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=10)
+    save_figure(figure, png_path)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure without a window, and without state shared with others; the size is in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, png: str | Path) -> None:
+    """Write the picture, and the folders above it."""
     try:
-        Path(png_path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(png_path, dpi=130)
+        Path(png).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(png, dpi=130)
     except OSError as error:
-        raise UserError(f"cannot write {png_path}: {error.strerror}") from None
+        raise UserError(f"cannot write {png}: {error.strerror}") from None
 
 
 def draw(axes, rows: list[dict], keys: list[str], name: str, color: str) -> None:
-    """The curves of one run in one panel: what each step measured, and over it what evaluations measured."""
+    """Draw one run in one panel: the values of steps, and over them those of evaluations."""
     for key, style in zip(keys, ({"linewidth": 1.2, "alpha": 0.75}, {"linewidth": 2, "marker": "o"})):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if not points:
@@ -80,7 +91,7 @@ def draw(axes, rows: list[dict], keys: list[str], name: str, color: str) -> None
 
 
 def run_names(paths: list[str]) -> list[str]:
-    """What tells the logs apart: their paths without the parts that all of them share."""
+    """Return the paths of the logs without the parts that all of them share."""
     parts = [Path(path).resolve().parts for path in paths]
     columns = itertools.zip_longest(*parts, fillvalue="")
     differing = [column for column in columns if len(set(column)) > 1]
@@ -88,7 +99,7 @@ def run_names(paths: list[str]) -> list[str]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = Parser("Draw the curves of one or more runs.")
     parser.add_argument("logs", nargs="*", metavar="LOG", help="log files (default: out/pre_train/log.txt)")
     parser.add_argument("--out", metavar="PNG", help="the picture (default: curves.png beside the first log)")

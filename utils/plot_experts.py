@@ -1,4 +1,4 @@
-"""What the experts of a mixture do: their load over training, and which kinds of tokens each one takes.
+"""Pictures of a mixture of experts: their load over training, and the kinds of tokens each one takes.
 
     python utils/plot_experts.py                    # out/pre_train/experts.txt -> experts.png beside it
     python utils/plot_experts.py LOG --out load.png
@@ -14,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from utils.errors import Parser, UserError, run_main
 from utils.log import read_log
+from utils.plot import new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = re.compile(r"L(\d+)E(\d+)")
-TOP = 3.0  # loads from here on have one colour: three times the mean
+TOP = 3.0  # loads of three times the mean and more have one colour
 
 
 def plot_expert_load(log_path: str | Path, png_path: str | Path) -> None:
@@ -50,15 +50,15 @@ def plot_expert_load(log_path: str | Path, png_path: str | Path) -> None:
     bar = figure.colorbar(image, ax=panels, extend="max", ticks=[0, 0.5, 1, 2, TOP], aspect=40)
     bar.set_label("load / mean load (1 is balanced)", fontsize=11)
     figure.suptitle("Load of the experts over training", fontsize=15)
-    save(figure, png_path)
+    save_figure(figure, png_path)
 
 
 def plot_expert_tokens(shares, kinds: list[str], png_path: str | Path, layers=None) -> None:
-    """Draw one heat map per layer: what share of the assignments of each kind of token (y) went to each
+    """Draw one heat map per layer: the share of the assignments of each kind of token (y) that went to each
     expert (x).
 
-    `shares` (layers, kinds, experts): rows add up to 1; a row of NaN, a kind that did not occur, stays grey.
-    `layers`: the layers' numbers, where not 0, 1, 2, ..
+    `shares` (layers, kinds, experts): rows add up to 1; a row of NaN, a kind that did not occur, stays grey,
+    and the caption says so. `layers`: the numbers of the layers, if not 0, 1, 2, ..
     """
     shares = np.asarray(shares, dtype=float)
     count, _, experts = shares.shape
@@ -73,12 +73,15 @@ def plot_expert_tokens(shares, kinds: list[str], png_path: str | Path, layers=No
         axes.set_yticks(range(len(kinds)), kinds)
     bar = figure.colorbar(image, ax=panels, format=lambda share, _: f"{share:.0%}", aspect=40)
     bar.set_label(f"share (even would be {100 / experts:.3g}%)", fontsize=11)
-    figure.suptitle("Which experts each kind of token goes to (each row adds up to 100%)", fontsize=15)
-    save(figure, png_path)
+    caption = "Which experts each kind of token goes to (each row adds up to 100%)"
+    if missing := [kind for row, kind in enumerate(kinds) if np.isnan(shares[:, row]).all()]:
+        caption += f"\ngrey: no tokens of this kind here ({', '.join(missing)})"
+    figure.suptitle(caption, fontsize=15)
+    save_figure(figure, png_path)
 
 
 def read_loads(path: str | Path) -> tuple[list[int], dict[int, np.ndarray]]:
-    """The logged steps, and for each layer the load / mean load, (steps, experts)."""
+    """Return the logged steps, and for each layer the load / mean load, (steps, experts)."""
     rows = [row for row in read_log(path) if "step" in row and any(KEY.fullmatch(key) for key in row)]
     if not rows:
         raise UserError(f"{path}: no expert's load is logged (keys like L0E0), so there is nothing to draw")
@@ -97,30 +100,20 @@ def read_loads(path: str | Path) -> tuple[list[int], dict[int, np.ndarray]]:
 
 
 def make_panels(count: int, width: float, height: float) -> tuple[Figure, list]:
-    """A figure with so many panels of this size in inches, two in a row."""
+    """Return a figure with `count` panels of this size in inches, two in a row."""
     columns = min(count, 2)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(width * columns + 1, height * rows + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, and no state shared with other figures
+    figure = new_figure(width * columns + 1, height * rows + 0.5)
     return figure, [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]
 
 
 def some(count: int, most: int) -> list[int]:
-    """Places 0, n, 2n, .. below `count`, at most `most` of them."""
+    """Return the places 0, n, 2n, .. below `count`, at most `most` of them."""
     return list(range(0, count, math.ceil(count / most)))
 
 
-def save(figure: Figure, path: str | Path) -> None:
-    """Write the picture, and the folders above it."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = Parser("Draw the load of the experts over training.")
     parser.add_argument("log", nargs="?", metavar="LOG", help="log file (default: out/pre_train/experts.txt)")
     parser.add_argument("--out", metavar="PNG", help="the picture (default: experts.png beside the log)")

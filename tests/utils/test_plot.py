@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from utils.errors import UserError
 from utils.log import RunLog
-from utils.plot import plot_curves, run_names
+from utils.plot import main, plot_curves, run_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,9 +74,7 @@ def test_the_command(tmp_path):
     assert (tmp_path / "run" / "curves.png").is_file()
 
 
-def test_the_command_without_a_log(tmp_path):
-    command = [sys.executable, str(ROOT / "utils" / "plot.py"), "nowhere.txt"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: nowhere.txt: cannot read the log")
-    assert done.stderr.count("\n") == 1
+def test_the_command_without_a_log(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plot.py", "nowhere.txt"])
+    with pytest.raises(UserError, match="^nowhere.txt: cannot read the log"):
+        main()

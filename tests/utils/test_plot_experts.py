@@ -1,18 +1,14 @@
 """Pictures of experts: the numbers drawn against numbers computed by hand, and logs that cannot be drawn."""
 
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from utils.errors import UserError
+from utils.errors import UserError, run_main
 from utils.log import RunLog
-from utils.plot_experts import plot_expert_load, plot_expert_tokens
-
-ROOT = Path(__file__).resolve().parents[2]
+from utils.plot_experts import main, plot_expert_load, plot_expert_tokens
 
 
 @pytest.fixture
@@ -130,30 +126,21 @@ def test_shares_of_tokens_are_drawn_as_they_are(tmp_path, drawn):
         assert bottom > top  # the first kind on top
     (bar,) = [axes for axes in drawn[0].axes if not axes.images]
     assert bar.get_ylabel() == "share (even would be 20%)"
+    assert drawn[0].get_suptitle().endswith("\ngrey: no tokens of this kind here (sign)")
 
 
 def test_layers_may_be_named(tmp_path, drawn):
     plot_expert_tokens([[[0.25, 0.75]]], ["word"], tmp_path / "t.png", layers=[3])
     assert [axes.get_title() for axes in panels_of(drawn[0])] == ["Layer 3"]
+    assert "grey" not in drawn[0].get_suptitle()
 
 
-def run(folder, *arguments):
-    """The command's result."""
-    command = [sys.executable, str(ROOT / "utils" / "plot_experts.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
-
-
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
     log = write_log(tmp_path / "run" / "experts.txt", [0, 1])
-    done = run(tmp_path, log)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "experts.png").is_file()
-    assert run(tmp_path, log, "--out", "other.png").returncode == 0
-    assert (tmp_path / "other.png").is_file()
-
-
-def test_the_command_without_a_log(tmp_path):
-    done = run(tmp_path, "nowhere.txt")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: nowhere.txt: cannot read the log")
-    assert done.stderr.count("\n") == 1
+    for arguments, code in (([log], 0), ([log, "--out", tmp_path / "other.png"], 0), (["nowhere.txt"], 2)):
+        monkeypatch.setattr(sys, "argv", ["plot_experts.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            run_main(main)
+        assert ended.value.code == code
+    assert (tmp_path / "run" / "experts.png").is_file() and (tmp_path / "other.png").is_file()
+    assert capsys.readouterr().err.startswith("error: nowhere.txt: cannot read the log")

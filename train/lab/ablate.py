@@ -1,29 +1,27 @@
-"""Which part of the model earns its keep? Against a base, one factor at a time is changed and trained.
+"""Measure the contribution of each part of the model: change one factor of a base at a time, and train.
 
     python train/lab/ablate.py                                       the grid that the README quotes
     python train/lab/ablate.py --cells dense mla --seeds 0 1 --max-steps 200
     python train/lab/ablate.py --config gpu_small --out out/grid --minutes 600 --set train.compile=true
 
-Every cell (`cells_of` lists them) changes one thing and keeps the feed-forward width that a token uses. Every
-run is a `train/pre_train.py` of its own in OUT/<cell>/seed<N>. Seeds are the outer loop, so a grid cut short
-still compares all cells, and a busy hour of the machine hits all of them. Ctrl-C saves the run at hand; the
-same command goes on, and trains nothing twice. OUT (default out/ablate) gets table.md, results.json,
-loss.png and bpb.png, anew after each seed.
+Every cell (see `cells_of`) changes one thing and keeps the feed-forward width that a token uses. Every run is
+a separate `train/pre_train.py` in OUT/<cell>/seed<N>. Seeds are the outer loop, so a grid cut short still
+compares all cells, and a busy hour of the machine affects all of them. Ctrl-C saves the current run; the same
+command continues, and trains nothing twice. After each seed, table.md, results.json, loss.png and bpb.png are
+written to OUT (default out/ablate).
 
-What is equal. All runs take the same number of steps, so the same tokens under the same schedule: the table
-compares loss at equal tokens. A cell may pay for its loss with time or with FLOPs, so the table has both
-beside it, and loss.png draws the curves over tokens, training FLOPs and seconds (median milliseconds of a
-step times steps, without evaluations; machines are noisy). These curves are for reading off roughly: the
-learning rate of a run comes down at its own end, so where one cell is ahead at equal seconds, a run of that
-length could do better still. `--minutes` bounds the grid: its share per run goes along as --max-seconds,
-which is a guard and not the design. A run that it ends early had fewer tokens and an earlier decay; the table
-marks it with a star.
+All runs take the same number of steps, hence the same tokens under the same schedule: the table compares loss
+at equal tokens. A cell may pay for its loss with time or FLOPs, so the table shows both, and loss.png draws
+the curves over tokens, training FLOPs and seconds (median step time times steps, without evaluations;
+machines are noisy). These curves are a rough guide: each run's learning rate decays towards its own end, so a
+shorter run could do better at equal seconds. `--minutes` bounds the grid: each run gets its share as
+--max-seconds, as a safeguard. A run that it ends early had fewer tokens and an earlier decay; the table marks
+it with a star.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
 
 import json
-import math
 import os
 import shlex
 import signal
@@ -33,33 +31,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
+import utils  # noqa: F401  sets OMP_WAIT_POLICY, so it must precede torch
 import torch
 
-from config.load import DEFAULT_PRESET, from_dict, load_config, to_dict
+from config.load import DEFAULT_PRESET, load_config, to_dict
 from config.model import ModelConfig
 from config.schema import RunConfig
 from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint, prune_checkpoints
-from utils.cost import cost_card
 from utils.errors import Parser, UserError, run_main
 from utils.log import read_log
+from train.lab.ablation_table import cost_of, table
 from train.lab.plot_ablation import plot_losses, plot_results
 
 ROOT = Path(__file__).resolve().parents[2]
 PRE_TRAIN = ROOT / "train" / "pre_train.py"
 STAGE, SHORT = "pre_train", "Pre"
 STEPS = 180  # of each run: 30 runs of less than a minute on two cores
-EVALUATIONS = 6  # on the way, on a part of the held-out data
+EVALUATIONS = 6  # during a run, on a part of the held-out data
 START_SECONDS = 15  # of a run, before its first step and after its last evaluation
-LOSS_WEIGHT, BIAS_RATE = 0.01, 0.001  # of a balance that the base does not have (2101.03961, 2408.15664)
+LOSS_WEIGHT, BIAS_RATE = 0.01, 0.001  # of a balance that the base lacks (2101.03961, 2408.15664)
 
 
 def cells_of(base: RunConfig) -> dict[str, tuple[str, dict]]:
-    """Every cell but the base: name -> what changes in words, and the settings that change.
+    """Return every cell but the base: name -> the change in words, and the settings that change.
 
-    Experts in half the number and twice the width, K of them per token halved too, leave K * F as it is. So
-    do shared experts that become routed ones, always chosen before and now up for choice: E + S of which
-    K + S.
+    Half as many experts of twice the width, half as many per token, leave K * F unchanged. So do shared
+    experts that become routed ones: E + S experts, of which K + S are chosen.
     """
     model, balance = base.model, base.balance
     experts, chosen, shared = model.n_routed_experts, model.num_experts_per_tok, model.n_shared_experts
@@ -94,7 +91,7 @@ def cells_of(base: RunConfig) -> dict[str, tuple[str, dict]]:
 
 @dataclass
 class Cell:
-    """One row of the table: what it is called, what it changes, and the configuration it gives."""
+    """One row of the table: its name, the change in words and as settings, and its configuration."""
 
     name: str
     words: str
@@ -103,7 +100,7 @@ class Cell:
 
 
 def main():
-    """Plan, train what is missing, report after each seed."""
+    """Plan, train the missing runs, report after each seed."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--config", default=DEFAULT_PRESET, metavar="NAME|FILE.json", help="the base (default: %(default)s)")
@@ -116,11 +113,11 @@ def main():
         help="a setting of the base, and so of all cells; may be repeated")  # fmt: skip
     args = parser.parse_args()
     if args.minutes <= 0 or args.max_steps < 1 or min(args.seeds) < 0:
-        raise UserError("--minutes and --max-steps must be above 0, and --seeds not below 0")
+        raise UserError("--minutes and --max-steps must be above 0, and --seeds at least 0")
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
-    # evaluations on the way, the last of them close to the end: the final one reads other data, namely all
+    # the last of the partial evaluations is close to the end: the final one reads all held-out data
     common = [f"train.eval_every={max(1, (args.max_steps - 1) // EVALUATIONS)}"]
     common += [f"train.log_every={1 + args.max_steps // 40}", *args.settings]
     cells, left_out = plan(args.config, common, args.max_steps, args.cells)
@@ -153,11 +150,8 @@ def main():
     print(f"saved {out / 'table.md'}, results.json, loss.png and bpb.png beside it")
 
 
-# --------------------------------------------------------------------------------------------------- the plan
-
-
 def plan(name: str, common: list[str], max_steps: int, wanted=None) -> tuple[list[Cell], list[str]]:
-    """The base and the cells to train, and a line for each that is left out. Everything is checked here."""
+    """Return the base and the cells to train, and a line for each cell left out. Check everything here."""
     flags = {"train": {"max_steps": max_steps, "max_seconds": None}}
     base = load_config(name, common, flags=flags)
     known = cells_of(base)
@@ -184,22 +178,19 @@ def plan(name: str, common: list[str], max_steps: int, wanted=None) -> tuple[lis
 
 
 def used_widths(model: ModelConfig) -> list[int]:
-    """Of each layer the feed-forward width that one token uses, over all its experts."""
+    """Return, for each layer, the feed-forward width that one token uses, over all its experts."""
     width = (model.num_experts_per_tok + model.n_shared_experts) * model.moe_intermediate_size
     layers = range(model.num_hidden_layers)
     return [width if model.is_moe_layer(layer) else model.intermediate_size for layer in layers]
 
 
-# ------------------------------------------------------------------------------------------------------- runs
-
-
 def run_folder(out: Path, seed: int, cell: Cell) -> Path:
-    """Where a run writes."""
+    """Return the output folder of a run."""
     return out / cell.name / f"seed{seed}"
 
 
 def is_finished(out: Path, seed: int, cell: Cell) -> bool:
-    """Whether the run is over. Raises `UserError` if its folder holds one with other settings."""
+    """Return True if the run is finished. Raise `UserError` if its folder holds one with other settings."""
     folder = run_folder(out, seed, cell)
     final = folder / final_name(SHORT)
     path = final if final.exists() else latest_checkpoint(folder, SHORT)
@@ -209,8 +200,8 @@ def is_finished(out: Path, seed: int, cell: Cell) -> bool:
 
 
 def check_settings(saved: dict, folder: Path, seed: int, cell: Cell) -> None:
-    """A run of this grid has this grid's settings, number of steps included; where it reads and how often it
-    reports may differ."""
+    """Raise `UserError` unless a run has the settings of this grid, its number of steps included; paths and
+    reporting intervals may differ."""
     free = {"max_seconds", "log_every", "eval_every", "eval_batches", "save_every", "device", "paths"}
     wanted = to_dict(cell.config)
     wanted["train"]["seed"] = seed
@@ -226,9 +217,9 @@ def check_settings(saved: dict, folder: Path, seed: int, cell: Cell) -> None:
 
 
 def train_run(command: list[str], output: Path, where: str) -> None:
-    """Run `command` to its end, its words in the file `output`. Raises `UserError` with its error line.
+    """Run `command`, with its output in the file `output`. Raise `UserError` with its error line.
 
-    Ctrl-C and SIGTERM are passed on, and waited for: the run saves a checkpoint.
+    Ctrl-C and SIGTERM are passed on: the run saves a checkpoint before this returns.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -238,9 +229,9 @@ def train_run(command: list[str], output: Path, where: str) -> None:
             try:
                 code = child.wait()
             except BaseException:
-                if os.name != "nt":  # there, Ctrl-C has reached it, and SIGTERM would not let it save
+                if os.name != "nt":  # on Windows Ctrl-C has reached it, and SIGTERM would not let it save
                     child.send_signal(signal.SIGTERM)
-                print(f"{where}: stopping; the same command goes on from here", flush=True)
+                print(f"{where}: stopping; run the same command to continue", flush=True)
                 child.wait()
                 raise
     finally:
@@ -252,7 +243,7 @@ def train_run(command: list[str], output: Path, where: str) -> None:
 
 
 def read_run(out: Path, seed: int, cell: Cell) -> dict:
-    """The raw numbers of a finished run; `curve` holds (tokens, val_loss) of each evaluation on the way."""
+    """Return the numbers of a finished run; `curve` holds (tokens, val_loss) of each partial evaluation."""
     folder = run_folder(out, seed, cell)
     final = load_checkpoint(folder / final_name(SHORT))
     check_settings(final["config"], folder, seed, cell)
@@ -261,22 +252,14 @@ def read_run(out: Path, seed: int, cell: Cell) -> dict:
     logged = [row["max_vio"] for row in rows if "max_vio" in row]
     evaluation = final["evaluation"]
     return {
-        "seed": seed,
-        "steps": final["step"],
-        "tokens": final["tokens"],
-        "cut": final["step"] < cell.config.train.max_steps,
-        **evaluation,
+        "seed": seed, "steps": final["step"], "tokens": final["tokens"],
+        "cut": final["step"] < cell.config.train.max_steps, **evaluation,
         "max_vio": evaluation.get("val_max_vio", logged[-1] if logged else None),
-        "step_ms": milliseconds,
-        "seconds": milliseconds / 1e3 * final["step"],
+        "step_ms": milliseconds, "seconds": milliseconds / 1e3 * final["step"],
         "tok_s": final["tokens"] / final["step"] / (milliseconds / 1e3),
-        "vocab_size": final["config"]["model"]["vocab_size"],
-        "data_digest": final["data_digest"],
+        "vocab_size": final["config"]["model"]["vocab_size"], "data_digest": final["data_digest"],
         "curve": [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row][:-1],
-    }
-
-
-# ----------------------------------------------------------------------------------------------------- report
+    }  # fmt: skip
 
 
 def report(out: Path, cells: list[Cell], seeds: list[int], command: str) -> None:
@@ -284,8 +267,8 @@ def report(out: Path, cells: list[Cell], seeds: list[int], command: str) -> None
     results = {}
     for cell in cells:
         runs = [read_run(out, seed, cell) for seed in seeds]
-        results[cell.name] = {"words": cell.words, "settings": cell.settings, **cost_of(cell, runs[0])}
-        results[cell.name]["runs"] = runs
+        cost = cost_of(cell.config, runs[0]["vocab_size"])
+        results[cell.name] = {"words": cell.words, "settings": cell.settings, **cost, "runs": runs}
     if len({run["data_digest"] for result in results.values() for run in result["runs"]}) > 1:
         raise UserError(f"{out} holds runs on different data, which cannot be compared: use another --out")
     where = f"{os.cpu_count()} CPU cores"
@@ -297,91 +280,6 @@ def report(out: Path, cells: list[Cell], seeds: list[int], command: str) -> None
     (out / "table.md").write_text(table(about), encoding="utf-8")
     plot_losses(results, out / "loss.png")
     plot_results(results, out / "bpb.png")
-
-
-def cost_of(cell: Cell, run: dict) -> dict:
-    """What the model of a cell costs, from its settings alone."""
-    config = from_dict(to_dict(cell.config), cell.name)
-    config.model.vocab_size = run["vocab_size"]
-    length = config.data.sequence_length
-    card = cost_card(config.model, config.train.batch_size * length, length, config.optim.optimizer)
-    return {
-        "parameters": card.parameters,
-        "active_parameters": card.active_parameters,
-        "train_flops_per_token": card.train_flops(),
-        "cache_bytes_per_token": card.kv_cache_bytes(),
-    }
-
-
-def against(base: list[float], values: list[float]) -> str:
-    """The difference of two medians, and whether it is more than noise (the rule is in the table's foot)."""
-    difference = median(values) - median(base)
-    if min(len(base), len(values)) < 2:
-        return f"{difference:+.4f} (one seed)"
-    overlap = min(values) <= max(base) and min(base) <= max(values)
-    if overlap or abs(difference) <= max(base) - min(base):
-        return f"{difference:+.4f} indistinguishable"
-    return f"{difference:+.4f}"
-
-
-def table(about: dict) -> str:
-    """The results as Markdown: a row for each cell, then what the columns mean."""
-    results = about["cells"]
-    base = [run["val_bpb"] for run in results["base"]["runs"]]
-    head = ["cell", "what changes", "parameters", "active", "MFLOP per token", "val_bpb", "min to max",
-            "against base", "tokens/s", "seconds", "max_vio", "cache bytes per token"]  # fmt: skip
-    rows = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
-    for name, result in results.items():
-        runs = result["runs"]
-        column = {key: [run[key] for run in runs] for key in ("val_bpb", "tok_s", "seconds", "max_vio")}
-        bpb = column["val_bpb"]
-        loads = [value for value in column["max_vio"] if value is not None]
-        rows.append([
-            name + ("*" if any(run["cut"] for run in runs) else ""),
-            result["words"],
-            f"{result['parameters']:,}",
-            f"{result['active_parameters']:,}",
-            f"{result['train_flops_per_token'] / 1e6:.2f}",
-            f"{median(bpb):.4f}",
-            f"{min(bpb):.4f} to {max(bpb):.4f}",
-            "" if name == "base" else against(base, bpb),
-            f"{median(column['tok_s']):,.0f}",
-            f"{median(column['seconds']):.1f}",
-            f"{median(loads):.2f}" if loads else "-",
-            f"{result['cache_bytes_per_token']:,}",
-        ])  # fmt: skip
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n\n" + foot(about) + "\n"
-
-
-def foot(about: dict) -> str:
-    """What a reader of the table has to know."""
-    results, steps, count = about["cells"], about["base"]["train"]["max_steps"], len(about["seeds"])
-    tokens = max(run["tokens"] for run in results["base"]["runs"])
-    lines = [
-        f"`{about['command']}`: {steps} steps ({tokens:,} tokens) in every run; seeds "
-        f"{', '.join(map(str, about['seeds']))}; {about['machine']}.",
-        "val_bpb is bits per byte on all held-out data after the last step: the median over seeds, and their "
-        "range. MFLOP per token is a training step; seconds are the median step times the steps, without "
-        "evaluations; max_vio is (max - mean) / mean of the experts' load in the worst layer; the cache is "
-        "in bf16.",
-        "Rule: a difference of medians is *indistinguishable* when the ranges over seeds overlap, or when it "
-        "is not larger than the range of the base.",
-    ]
-    if count >= 2:
-        chance = 2 / math.comb(2 * count, count)
-        lines[-1] += (
-            f" With {count} seeds each, the ranges of two equal cells miss each other with a probability of "
-            f"2 / {math.comb(2 * count, count)} = {chance:.1%}: among many cells, one such difference proves "
-            "little."
-        )
-    if any(run["cut"] for result in results.values() for run in result["runs"]):
-        lines.append(
-            "\\* ended by --minutes before its last step: fewer tokens and an earlier decay, not comparable."
-        )
-    others = [(name, cell) for name, cell in results.items() if name != "base"]
-    changes = [f"- {name}: `{' '.join(cell['settings'])}`" for name, cell in others]
-    return "\n\n".join([*lines, "\n".join(changes)])
 
 
 if __name__ == "__main__":

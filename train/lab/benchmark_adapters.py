@@ -1,19 +1,19 @@
-"""What does training an adapter save against training the whole model, in memory and in time?
+"""Compare training an adapter with training the whole model, in memory and in time.
 
     python train/lab/benchmark_adapters.py                                        the default model
     python train/lab/benchmark_adapters.py --config gpu_small --steps 5 --set train.batch_size=1
     python train/lab/benchmark_adapters.py --config dense --set lora.r=64
 
 One step is forward, backward, clipping and AdamW, on random tokens and random weights; the contenders take
-turns, step by step. Bytes are those of the tensors that are there:
+turns, step by step. Bytes are those of existing tensors:
 
-    weights, gradients, optimizer     AdamW holds two numbers for each one that learns
-    fixed           what the forward pass keeps for the backward pass, whatever the batch: weights in bf16,
+    weights, gradients, optimizer     AdamW holds two numbers for each trainable one
+    fixed           kept by the forward pass for the backward pass, independent of the batch: weights in bf16,
                     experts with their LoRA added, the gradient of the output head (modules/cross_entropy.py)
-    activations     what it keeps besides: they grow with the rows of the batch
+    activations     kept besides: they grow with the rows of the batch
 
 An adapter needs few gradients and states, but gradients pass through all layers down to its first one, so
-activations stay. Their sum is more than is ever in use at once: gradients come while activations go.
+activations stay. The sum exceeds the peak: gradients appear while activations are freed.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
@@ -21,7 +21,7 @@ import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().par
 import statistics
 from dataclasses import replace
 
-import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
+import utils  # noqa: F401  sets OMP_WAIT_POLICY, so it must precede torch
 import torch
 
 from config.load import load_config
@@ -36,7 +36,7 @@ MB = 1e6
 
 
 def main():
-    """One table."""
+    """Print one table."""
     parser = Parser(__doc__)
     parser.add_argument("--config", default="laptop", metavar="NAME|FILE.json")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", dest="settings")
@@ -57,7 +57,7 @@ def main():
 
 
 def kinds(config) -> dict[str, tuple]:
-    """Name -> adapter (None: the whole model learns) and what its LoRA targets."""
+    """Return name -> adapter (None: the whole model is trained) and the targets of its LoRA."""
     default = config.lora.target_modules
     found = {"full": (None, default), "LoRA, attention": ("Lora", ["attention"])}
     found[f"LoRA, {'+'.join(default)}"] = ("Lora", default)
@@ -72,7 +72,7 @@ def kinds(config) -> dict[str, tuple]:
 
 
 class Contender:
-    """A model, what of it learns, and its optimizer."""
+    """A model, its trainable parameters and its optimizer."""
 
     def __init__(self, config, kind, targets, batch, machine):
         self.machine, self.clip = machine, config.optim.grad_clip or float("inf")
@@ -81,25 +81,25 @@ class Contender:
         if kind:
             lora = replace(config.lora, target_modules=targets)
             self.own = attach(self.model, kind, replace(config, lora=lora))
-        self.learns = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.trainable = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizers = build_optimizers(self.model, replace(config.optim, optimizer="adamw"))
 
     def loss(self, inputs, labels):
-        """(B, T) each -> (), mean over tokens."""
+        """Return the mean over tokens; (B, T) each -> ()."""
         with self.machine.autocast():
             return self.model(inputs, labels).loss_sum / labels.numel()
 
     def step(self, keep: bool = False) -> None:
-        """One optimizer step; `keep` the gradients."""
+        """Take one optimizer step; `keep` the gradients."""
         self.loss(self.inputs, self.labels).backward()
-        torch.nn.utils.clip_grad_norm_(self.learns, self.clip)
+        torch.nn.utils.clip_grad_norm_(self.trainable, self.clip)
         for optimizer in self.optimizers:
             optimizer.step()
             if not keep:
                 optimizer.zero_grad(set_to_none=True)
 
     def measure(self) -> dict[str, int]:
-        """Bytes, and how many numbers learn, of how many."""
+        """Return bytes, and the numbers of all and of trainable parameters."""
         weights = list(self.model.parameters())
         fixed, activations = self.saved()
         self.step(keep=True)
@@ -107,7 +107,7 @@ class Contender:
         saved = [w for name, w in self.model.state_dict().items() if self.own is None or name in self.own]
         found = {
             "numbers": sum(weight.numel() for weight in weights),
-            "learned": sum(weight.numel() for weight in self.learns),
+            "trained": sum(weight.numel() for weight in self.trainable),
             "weights": size(weights),
             "gradients": size([weight.grad for weight in weights if weight.grad is not None]),
             "optimizer": size([part for state in states for part in state.values()]),
@@ -118,12 +118,12 @@ class Contender:
         return found
 
     def saved(self) -> tuple[int, int]:
-        """Bytes that a forward pass keeps for the backward pass beside the parameters: those that would be
-        the same with one row more, and the others. A storage counts once, however many tensors look at it."""
+        """Return the bytes that a forward pass keeps for the backward pass, parameters apart: those that stay
+        the same with one more row, and the others. A storage counts once, however many tensors view it."""
         known = {weight.untyped_storage().data_ptr() for weight in self.model.parameters()}
 
         def kept(*batch) -> list:
-            tensors = []  # held, lest an address be used again
+            tensors = []  # held, so that no address is reused
             with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
                 self.loss(*batch)
             return [t for t in tensors if t.untyped_storage().data_ptr() not in known]
@@ -135,20 +135,20 @@ class Contender:
 
 
 def size(tensors) -> int:
-    """Bytes of all their storages, each once."""
+    """Return the bytes of all their storages, each counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def table(found: dict[str, dict], seconds: dict[str, list[float]]) -> list[str]:
-    """Lines of a table in Markdown. Ratios are to the first contender."""
+    """Return the lines of a Markdown table. Ratios are to the first contender."""
     parts = ("weights", "gradients", "optimizer", "fixed", "activations")
-    heads = ["what learns", "numbers", "share", *parts, "sum", "ratio", "ms/step", "ratio", "checkpoint"]
+    heads = ["trainable", "numbers", "share", *parts, "sum", "ratio", "ms/step", "ratio", "checkpoint"]
     lines, first = [heads], None
     for name, one in found.items():
         total, time = sum(one[part] for part in parts), statistics.median(seconds[name])
         first = first or (total, seconds[name])
         lines.append(
-            [name, f"{one['learned']:,}", f"{one['learned'] / one['numbers']:.1%}"]
+            [name, f"{one['trained']:,}", f"{one['trained'] / one['numbers']:.1%}"]
             + [f"{one[part] / MB:.1f}" for part in parts]
             + [f"{total / MB:.1f}", f"{total / first[0]:.2f}", f"{1000 * time:.0f}"]
             + [f"{ratio(first[1], seconds[name]):.2f}", f"{one['checkpoint'] / MB:.2f}"]

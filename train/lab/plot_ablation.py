@@ -1,4 +1,4 @@
-"""The pictures of an ablation: what each cell has learned, and for how much of what.
+"""The pictures of an ablation: the loss of each cell, and its cost.
 
 Both take `results`: {cell: {"runs": [...], "train_flops_per_token": ...}} as in results.json of
 `train/lab/ablate.py`. A run has `val_bpb`, `seconds`, `tokens` and `curve`, its (tokens, val_loss) pairs.
@@ -7,10 +7,7 @@ Both take `results`: {cell: {"runs": [...], "train_flops_per_token": ...}} as in
 from pathlib import Path
 from statistics import median
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from utils.errors import UserError
+from utils.plot import new_figure, save_figure
 
 BASE_COLOR = "black"
 COLORS = ["tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple",
@@ -18,7 +15,7 @@ COLORS = ["tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple",
 
 
 def plot_losses(results: dict, png: Path) -> None:
-    """Validation loss over tokens, training FLOPs and seconds: median over seeds, and their range."""
+    """Draw validation loss over tokens, training FLOPs and seconds: median over seeds, and their range."""
     figure = new_figure(15, 6)
     panels = figure.subplots(1, 3, sharey=True)
     units = ["tokens (thousands)", "training compute (TFLOP)", "seconds of training steps"]
@@ -40,19 +37,19 @@ def plot_losses(results: dict, png: Path) -> None:
     panels[0].set_ylabel("validation loss (nats per token)", fontsize=12)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=6, fontsize=12)
-    save(figure, png)
+    save_figure(figure, png)
 
 
 def over_seeds(curves: list[list]) -> dict[int, list[float]]:
-    """{tokens: losses of all seeds} where every seed was measured, less the first: an untrained model says
-    nothing, and its loss would flatten all that follows."""
+    """Return {tokens: losses of all seeds} where every seed was measured, without the first: the loss of an
+    untrained model would flatten all that follows."""
     tables = [dict(map(tuple, curve)) for curve in curves]
     shared = sorted(set.intersection(*map(set, tables)))
     return {tokens: [table[tokens] for table in tables] for tokens in shared if tokens > 0}
 
 
 def plot_results(results: dict, png: Path) -> None:
-    """Bits per byte at the end: a row for each cell, a dot for each seed, a bar at the median."""
+    """Draw the final bits per byte: a row for each cell, a dot for each seed, a bar at the median."""
     figure = new_figure(9, 1.5 + 0.45 * len(results))
     axes = figure.subplots()
     base = [run["val_bpb"] for run in results["base"]["runs"]]
@@ -66,24 +63,9 @@ def plot_results(results: dict, png: Path) -> None:
     axes.set_title("Final score; grey is the range of the base", fontsize=13)
     axes.set_xlabel("validation bits per byte, left is better; dots are seeds, bars medians", fontsize=12)
     axes.grid(axis="x", alpha=0.3)
-    save(figure, png)
+    save_figure(figure, png)
 
 
 def colors(results: dict) -> list[str]:
-    """Black for the base, and a color for each other cell."""
+    """Return black for the base, and a color for each other cell."""
     return [BASE_COLOR, *(COLORS * len(results))[: len(results) - 1]]
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure without a window, and without state shared with others."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save(figure: Figure, png: Path) -> None:
-    """Write the picture."""
-    try:
-        figure.savefig(png, dpi=110)
-    except OSError as error:
-        raise UserError(f"cannot write {png}: {error.strerror}") from None

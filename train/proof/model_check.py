@@ -42,9 +42,6 @@ def check_trainable(model: nn.Module, trains: Callable[[str], bool]) -> None:
             raise UserError(f"{wrong}: {describe(model, names)}; check the stage's name filter")
 
 
-# --- hidden tensors -------------------------------------------------------------------------------
-
-
 def check_hidden(model: nn.Module) -> None:
     """Raise `UserError` for a parameter, a module with parameters, or a tensor with a gradient that is not
     registered."""
@@ -97,9 +94,6 @@ def search(value, where: str, seen: set[int], depth: int = 0):
         yield from search(part, place, seen, depth + 1)
 
 
-# --- shared, saved --------------------------------------------------------------------------------
-
-
 def check_shared(model: nn.Module, ties=TIES) -> None:
     """Raise `UserError` if two names outside `ties` share memory. `[Layer()] * n` is one layer n times."""
     names = {}
@@ -133,9 +127,6 @@ def balances(model: nn.Module, name: str) -> bool:
     path, _, last = name.rpartition(".")
     weight = getattr(model.get_submodule(path), "weight", None)
     return last == "e_score_correction_bias" and weight is not None and weight.requires_grad
-
-
-# --- one device -----------------------------------------------------------------------------------
 
 
 def check_one_device(model: nn.Module, batches) -> None:
@@ -174,9 +165,6 @@ def tensors_in(value, where: str) -> Iterator[tuple[str, torch.Tensor]]:
     elif is_dataclass(value):
         for item in fields(value):
             yield from tensors_in(getattr(value, item.name), f"{where}.{item.name}")
-
-
-# --- words ----------------------------------------------------------------------------------------
 
 
 def describe(model: nn.Module, names: list[str]) -> str:

@@ -6,7 +6,6 @@ gradients keep coming until the end.
 """
 
 import hashlib
-from collections.abc import Callable
 
 import torch
 
@@ -25,22 +24,19 @@ class WeightWitness:
     (Decoupled decay, as in AdamW and Muon.) First values are kept on the CPU; of frozen tensors and buffers
     only a fingerprint is kept.
 
-    Args:
-        model: the model that is trained.
-        may_move: selects the buffers that may change, by name; by default the biases of trainable routers.
+    Of the buffers, only the biases of trainable routers may change.
     """
 
-    def __init__(self, model: torch.nn.Module, may_move: Callable[[str], bool] | None = None):
+    def __init__(self, model: torch.nn.Module):
         self.model = model
-        self.start = {}
-        self.fingerprints = {}
-        may_move = may_move or (lambda name: balances(model, name))
+        self.start, self.fingerprints = {}, {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 self.start[name] = parameter.detach().to("cpu", copy=True)
             else:
                 self.fingerprints[name] = fingerprint(parameter)
-        self.buffers = {name: fingerprint(b) for name, b in model.named_buffers() if not may_move(name)}
+        fixed = [(name, buffer) for name, buffer in model.named_buffers() if not balances(model, name)]
+        self.buffers = {name: fingerprint(buffer) for name, buffer in fixed}
         self.decay = {}  # by id of the parameter: the product of (1 - lr * weight_decay)
         self.steps = {}  # by id of the parameter: optimizer steps with a learning rate above zero
         self.states = {}  # by id of the parameter: what its optimizer remembers of past gradients
@@ -63,7 +59,7 @@ class WeightWitness:
             key = tuple(map(id, live))
             self.hits[key] = self.hits.get(key, 0) + hits.long()
 
-    def prove_moved(self, may_be_unreached: Callable[[str], bool] = lambda name: False) -> str:
+    def prove_moved(self) -> str:
         """Return one line about how far the weights moved. Raise `UserError` naming those that misbehaved."""
         if not self.steps:
             return "weights not compared: no step was taken"
@@ -81,7 +77,7 @@ class WeightWitness:
             if self.learned(start, now, id(parameters[name])):
                 first = start.double()
                 relative[name] = ((now - first).norm() / first.norm().clamp_min(1e-12)).item()
-            elif not may_be_unreached(name):
+            else:
                 stuck.setdefault(self.why(parameters[name]), []).append(name)
         zeros = {name for name, start in self.start.items() if not start.any()}
         if max(self.steps.values()) == 1 and zeros and zeros <= relative.keys():
@@ -89,7 +85,7 @@ class WeightWitness:
         if stuck:
             words = [f"{describe(self.model, names)}: {why}" for why, names in stuck.items()]
             raise UserError(f"trainable, yet not moved by training: {'; '.join(words)}")
-        gaps = self.prove_steady(parameters, may_be_unreached)
+        gaps = self.prove_steady(parameters)
         ratios = [ratio for name, ratio in relative.items() if self.start[name].any()] or [0.0]
         return (
             f"weights proven: {len(relative)} trainable tensors moved ({min(ratios):.2g} to {max(ratios):.2g}"
@@ -97,7 +93,7 @@ class WeightWitness:
             f"{len(self.fingerprints)} frozen ones are unchanged{gaps}"
         )
 
-    def prove_steady(self, parameters: dict[str, torch.Tensor], may_be_unreached) -> str:
+    def prove_steady(self, parameters: dict[str, torch.Tensor]) -> str:
         """Raise `UserError` if a tensor had no gradient in over a tenth of the steps: a layer that freezes in
         the middle of a run has moved, and stopped. Return words about rarer gaps.
 
@@ -108,8 +104,7 @@ class WeightWitness:
                 counts[key] = counts.get(key, 0) + count
         steps = {name: self.noted.get(id(parameters[name]), 0) for name in self.start}
         gaps = {name: steps[name] - counts.get(id(parameters[name]), 0) for name in self.start}
-        lost = [name for name, gap in gaps.items() if gap > max(2, steps[name] // 10)]
-        if lost := [name for name in lost if not may_be_unreached(name)]:
+        if lost := [name for name, gap in gaps.items() if gap > max(2, steps[name] // 10)]:
             reached, total = steps[lost[0]] - gaps[lost[0]], steps[lost[0]]
             raise UserError(
                 f"trained in {reached} of {total} steps only: {describe(self.model, lost)}; was it frozen or "

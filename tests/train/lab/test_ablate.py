@@ -15,7 +15,7 @@ from config.load import DEFAULT_PRESET, load_config, to_dict
 from model.tinyseek import TinySeek
 from tests.train.engine.kill_and_resume import wait_for
 from tests.train.tools import ROOT, environment, run
-from train.lab import ablate
+from train.lab import ablate, ablation_table
 from utils.checkpoint import find_checkpoints, save_checkpoint
 from utils.errors import UserError, run_main
 from utils.log import RunLog, read_log
@@ -82,6 +82,8 @@ def trained(tmp_path, monkeypatch):
 
     trained.stop_at, trained.commands = None, commands
     monkeypatch.setattr(ablate, "train_run", train_run)
+    for draw in ("plot_losses", "plot_results"):  # takes longer than all else, and has tests of its own
+        monkeypatch.setattr(ablate, draw, lambda results, png: None)
     return trained
 
 
@@ -186,7 +188,7 @@ def test_a_cell_that_would_change_the_active_width_is_refused(settings, cell):
         (["--cells", "mha", "moa"], "--cells moa: no such cell of tiny; it has base, mtp_parallel"),
         (["--cells", "dense"], "--cells dense: no such cell of tiny"),
         (["--max-steps", "0"], "must be above 0"),
-        (["--seeds", "0", "-1"], "--seeds not below 0"),
+        (["--seeds", "0", "-1"], "--seeds at least 0"),
         (["--minutes", "0"], "must be above 0"),
         (["--set", "model.hidden=3"], "unknown setting"),
         (["--config", "tidy"], "no such preset"),
@@ -306,11 +308,11 @@ def test_the_error_of_a_run_is_passed_on_in_one_line(tmp_path, code, words):
 )
 def test_what_is_told_apart(values, words):
     """The base: 0.9 to 1.1, median 1.05."""
-    assert ablate.against([1.05, 0.9, 1.1], values) == words
+    assert ablation_table.against([1.05, 0.9, 1.1], values) == words
 
 
 def test_one_seed_of_the_base_decides_nothing():
-    assert ablate.against([1.0], [2.0, 2.1]) == "+1.0500 (one seed)"
+    assert ablation_table.against([1.0], [2.0, 2.1]) == "+1.0500 (one seed)"
 
 
 def test_the_table_holds_medians_ranges_and_costs(tmp_path):
@@ -370,7 +372,7 @@ def test_a_whole_table_has_no_star_and_no_load_without_experts(tmp_path):
 def test_a_real_grid_is_stopped_twice_goes_on_and_is_finished_once(tmp_path):
     """Ctrl-C in the first run, SIGTERM in the second, each sent to the grid alone. The run at hand saves a
     checkpoint and ends; the same command goes on from it."""
-    words = [sys.executable, ROOT / "train" / "ablate.py", "--config", "tiny", "--cells", "mha",
+    words = [sys.executable, ROOT / "train" / "lab" / "ablate.py", "--config", "tiny", "--cells", "mha",
              "--seeds", "0", "--max-steps", "400", "--out", tmp_path / "grid", "--set", "train.device=cpu",
              "--set", f"data.cache_dir={tmp_path / 'cache'}", "--set", "train.save_every=1000"]  # fmt: skip
     words = list(map(str, words))
@@ -383,7 +385,7 @@ def test_a_real_grid_is_stopped_twice_goes_on_and_is_finished_once(tmp_path):
         grid.send_signal(number)
         output, _ = grid.communicate(timeout=60)
         assert grid.returncode == 128 + number, output
-        assert f"{name}, seed 0: stopping; the same command goes on" in output and "Traceback" not in output
+        assert f"{name}, seed 0: stopping; run the same command" in output and "Traceback" not in output
         assert "stopped by SIGTERM at step" in (folder / "output.txt").read_text(encoding="utf-8")
         assert find_checkpoints(folder, "Pre") and not (folder / "TinySeek_Pre_final.pkl").exists()
     done = run(*words[1:])

@@ -78,6 +78,13 @@ def test_medians_and_ratios_are_those_of_the_times(capsys):
     assert benchmark.ratio([1.0, 1.0, 10.0], [3.0, 2.0, 10.0]) == 2.0  # that of the medians would be 3
 
 
+def test_one_turn_is_enough(capsys, monkeypatch):
+    benchmark.report({"ours": [2.0], "theirs": [4.0]}, 100, "tokens/s")
+    assert re.search(r"ours +50 tokens/s  \(50 to 50\)  ratio 2.00", capsys.readouterr().out)
+    with pytest.raises(UserError, match="at least 1"):
+        words_of(capsys, monkeypatch, "--steps", "0")
+
+
 def test_contenders_take_turns():
     """Everyone once a turn, after everyone else in some turn, and the first three turns are not counted."""
     calls = []

@@ -37,7 +37,7 @@ def test_full_training_holds_four_numbers_for_each_weight():
     one = contender("full")
     tensors, found = list(one.model.parameters()), one.measure()
     numbers = sum(part.numel() for part in tensors)
-    assert found["numbers"] == found["learned"] == numbers
+    assert found["numbers"] == found["trained"] == numbers
     assert found["weights"] == found["gradients"] == found["checkpoint"] == 4 * numbers
     assert found["optimizer"] == 8 * numbers + 4 * len(tensors)
     assert found["fixed"] >= 4 * 64 * 32  # the output head's gradient
@@ -47,7 +47,7 @@ def test_lora_holds_gradients_and_moments_of_its_factors_only():
     """Per layer: q and o 32 -> 32, k and v 32 -> 16, rank 4; the factors are two per matrix."""
     one, full = contender("LoRA, attention"), contender("full").measure()
     found, factors = one.measure(), 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16))
-    assert found["learned"] == factors
+    assert found["trained"] == factors
     assert found["gradients"] == found["checkpoint"] == 4 * factors
     assert found["optimizer"] == 8 * factors + 4 * 2 * 2 * 4
     assert found["weights"] == full["weights"] + 4 * factors
@@ -120,9 +120,9 @@ def test_the_command_prints_a_table_with_ratios(capsys, monkeypatch, preset, cha
 
 
 def test_ratios_and_medians_are_those_of_the_measurement():
-    one = dict(numbers=100, learned=100, weights=4e6, gradients=4e6, optimizer=8e6)
+    one = dict(numbers=100, trained=100, weights=4e6, gradients=4e6, optimizer=8e6)
     one |= dict(fixed=1e6, activations=3e6, checkpoint=4e6)
-    two = one | dict(learned=5, gradients=0.0, optimizer=0.0, fixed=0.0, activations=1e6, checkpoint=2e4)
+    two = one | dict(trained=5, gradients=0.0, optimizer=0.0, fixed=0.0, activations=1e6, checkpoint=2e4)
     lines = benchmark_adapters.table({"a": one, "b": two}, {"a": [1.0, 2.0, 9.0], "b": [0.5, 0.5, 7.0]})
     first, second = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
     assert first[3:] == ["4.0", "4.0", "8.0", "1.0", "3.0", "20.0", "1.00", "2000", "1.00", "4.00"]

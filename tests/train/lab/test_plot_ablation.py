@@ -76,5 +76,6 @@ def test_a_dozen_cells_have_colors_and_nothing_measured_is_no_error(tmp_path, dr
 
 
 def test_a_picture_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "a file").touch()
     with pytest.raises(UserError, match="cannot write"):
-        plot_results(RESULTS, tmp_path / "no" / "bpb.png")
+        plot_results(RESULTS, tmp_path / "a file" / "bpb.png")

@@ -111,7 +111,6 @@ def test_no_gradient_at_all_is_not_learning_either(batches):
     witness = train(model, batches, adamw(model.parameters()))
     with pytest.raises(UserError, match=r"spare\.weight.*no gradient reached it"):
         witness.prove_moved()
-    assert "1 had no gradient" in witness.prove_moved(may_be_unreached=lambda name: "spare" in name)
 
 
 def test_a_frozen_tensor_that_changed_is_named(batches):
@@ -165,19 +164,11 @@ def test_the_bias_of_a_router_moves_with_it_and_not_without(batches):
                 witness.prove_moved()
 
 
-def test_other_buffers_must_stay_unless_the_stage_says_so(batches):
+def test_other_buffers_must_stay(batches):
     model = routed(True)
     witness = train(model, batches, adamw(model.parameters()))
     model.norm[1].table[1] = 1
     with pytest.raises(UserError, match=r"buffer .*changed.*norm\.1\.table"):
-        witness.prove_moved()
-    model = routed(True)
-    witness = WeightWitness(model, may_move=lambda name: name.endswith("table"))
-    train(model, batches, adamw(model.parameters()), witness=witness)
-    model.norm[1].table[1] = 1
-    witness.prove_moved()
-    model.norm[1].e_score_correction_bias[0] = 1
-    with pytest.raises(UserError, match="e_score"):
         witness.prove_moved()
 
 
@@ -252,7 +243,7 @@ def test_without_a_step_nothing_is_compared():
 
 
 def test_a_tensor_that_stops_training_is_named_and_short_gaps_are_not(batches):
-    """30 steps: a gap of three is a tenth, and reported; four are too many, unless the stage excuses them."""
+    """30 steps: a gap of three is a tenth, and reported; four are too many."""
     words = {}
     for gap in (0, 2, 3, 4):
         model = Toy()
@@ -266,4 +257,3 @@ def test_a_tensor_that_stops_training_is_named_and_short_gaps_are_not(batches):
     assert "without gradient in some steps: first.weight" in words[3].prove_moved()
     with pytest.raises(UserError, match=r"trained in 26 of 30 steps only: first\.weight \(in Linear\)"):
         words[4].prove_moved()
-    words[4].prove_moved(may_be_unreached=lambda name: name.startswith("first"))

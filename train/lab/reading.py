@@ -1,0 +1,62 @@
+"""Count how much of this repository a script calls: what a reader meets who follows it from top to bottom.
+
+    python train/lab/reading.py train/minimal.py
+    python train/lab/reading.py train/pre_train.py --max-steps 20 --out /tmp/reading
+
+Runs the script in this process and lists our files of which a function was called, each with all its lines.
+Statements of modules and class bodies do not count, since an import runs them whether they are used or not.
+Other processes are not seen.
+"""
+
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
+
+import inspect
+import runpy
+import threading
+
+from utils.errors import UserError, run_main
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PARTS = ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>")  # functions of the interpreter's own making
+
+
+def lines_called(script: str, arguments: list[str], root: pathlib.Path = ROOT) -> dict[str, int]:
+    """Run a script; return the lines of each file below `root` that it called into, most lines first."""
+    seen = {script}
+
+    def watch(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_flags & inspect.CO_OPTIMIZED and code.co_name not in PARTS:
+            seen.add(code.co_filename)
+
+    sys.argv, before = [script, *arguments], sys.argv
+    threading.setprofile(watch)
+    sys.setprofile(watch)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+        sys.argv = before
+    paths = [path for path in (pathlib.Path(name).resolve() for name in seen) if path.is_relative_to(root)]
+    ours = {path.relative_to(root).as_posix(): path for path in paths if path.is_file()}
+    counts = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in ours.items()
+              if not name.startswith(".")}  # fmt: skip
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def main():
+    """Print a table of the files, and their sum."""
+    if len(sys.argv) < 2 or not pathlib.Path(sys.argv[1]).is_file():
+        raise UserError("name a script: python train/lab/reading.py train/minimal.py [its flags]")
+    counts = lines_called(sys.argv[1], sys.argv[2:])
+    for name, lines in counts.items():
+        print(f"{lines:7,}  {name}")
+    print(f"{sum(counts.values()):7,}  lines in {len(counts)} files")
+
+
+if __name__ == "__main__":
+    run_main(main)
