@@ -25,7 +25,7 @@ from model.tinyseek import TinySeek
 from utils.errors import Parser, UserError, run_main
 
 B, T, V = 8, 128, 1024
-LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY, LARGEST_NORM = 5e-3, 20, 0.1, 1.0
+LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY, LARGEST_NORM = 1.5e-3, 20, 0.1, 1.0
 
 def read_text(path: str | None) -> str:
     """Return the text of a file, or that of all modules at the top of the standard library."""
