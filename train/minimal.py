@@ -1,6 +1,6 @@
 """Train a small language model in one visible loop: text in, a curve and new text out. Start reading here.
 
-    python train/minimal.py                     the standard library of your Python, 90 seconds of training
+    python train/minimal.py                     the standard library of your Python, 75 seconds of training
     python train/minimal.py --data book.txt     your own text
     python train/minimal.py --steps 300         a fixed number of steps: the same losses on every run
 
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--data", metavar="FILE", help="text to train on (default: the standard library)")
     parser.add_argument("--steps", type=int, metavar="N", default=0, help="train for N steps, however long")
-    parser.add_argument("--seconds", type=float, metavar="S", default=90.0, help="default: 90")
+    parser.add_argument("--seconds", type=float, metavar="S", default=75.0, help="default: 75")
     parser.add_argument("--seed", type=int, metavar="N", default=0, help="of weights, batches and sample")
     args = parser.parse_args(arguments)
     if args.steps < 0 or not 0 < args.seconds < math.inf or not 0 <= args.seed < 2**63:
@@ -141,9 +141,9 @@ def main(arguments: list[str] | None = None) -> None:
           f"{len(held_out):,} held out; losses in bits per byte\n")  # fmt: skip
     print("  step   training   held out  time left  " + "".join(f"{number:<24}" for number in (1, 2, 3, 4)))
     train(model, ids, held_out, bits, args.steps, args.seconds, args.seed)
-    print(f"\nheld-out text: {bits * evaluate(model, held_out, 512):.3f} bits per byte\n\n--- sample ---")
+    print(f"\nheld-out text: {bits * evaluate(model, held_out, 256):.3f} bits per byte\n\n--- sample ---")
     prompt = tokenizer.encode("def " if args.data is None else text[cut : cut + 20]).ids
-    print(tokenizer.decode(sample(model, prompt, 160)))
+    print(tokenizer.decode(sample(model, prompt, 150)))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ STEPS, SEED = 20, 3
 @pytest.fixture
 def small(monkeypatch):
     """Batches of 32 windows of 8 tokens, a warmup that ends within the run, and a limit that clips."""
-    for name, value in {"B": 32, "T": 8, "WARMUP_STEPS": 5, "LARGEST_NORM": 0.8}.items():
+    for name, value in {"B": 32, "T": 8, "LEARNING_RATE": 0.01, "WARMUP_STEPS": 5, "LARGEST_NORM": 0.8}.items():
         monkeypatch.setattr(minimal, name, value)
 
 
