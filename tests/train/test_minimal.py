@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from tests.train.tools import (
-    ROOT, ListLoader, NoEvaluation, TOKENIZER, largest_difference, machine, random_tokens, small_config,
-    small_model, weights_of,
+    ROOT, ListLoader, largest_difference, machine, make_trainer, random_tokens, small_config, small_model,
+    weights_of,
 )  # fmt: skip
 from train import minimal
 from train.engine.language_model_loss import LanguageModelLoss
-from train.engine.stage import Stage
-from train.engine.trainer import Trainer
 from utils.errors import run_main
 from utils.log import read_log
 
@@ -23,7 +21,8 @@ STEPS, SEED = 20, 3
 @pytest.fixture
 def small(monkeypatch):
     """Batches of 32 windows of 8 tokens, a warmup that ends within the run, and a limit that clips."""
-    for name, value in {"B": 32, "T": 8, "LEARNING_RATE": 0.01, "WARMUP_STEPS": 5, "LARGEST_NORM": 0.8}.items():
+    settings = {"B": 32, "T": 8, "LEARNING_RATE": 0.01, "WARMUP_STEPS": 5, "LARGEST_NORM": 0.8}
+    for name, value in settings.items():
         monkeypatch.setattr(minimal, name, value)
 
 
@@ -39,16 +38,9 @@ def engine_losses(out, ids):
     for _ in range(STEPS):
         starts = torch.randint(len(ids) - minimal.T, (minimal.B,), generator=generator)
         steps.append([dict(zip(("input_ids", "labels"), minimal.windows(ids, starts)))])
-    model, place = small_model(config), machine()
-    trainer = Trainer(
-        Stage(
-            name="toy", short="Toy", model=model, loader=ListLoader(steps),
-            loss=LanguageModelLoss(model, config, place), evaluate=NoEvaluation(), tokenizer=TOKENIZER,
-            data_digest="digest",
-        ),
-        config, place, out,
-    )  # fmt: skip
-    trainer.run()
+    model = small_model(config)
+    loss = LanguageModelLoss(model, config, machine())
+    make_trainer(out, config, model, ListLoader(steps), loss).run()
     rows = [row for row in read_log(out / "toy" / "log.txt") if "loss" in row]
     return [row["loss"] for row in rows], [row["grad_norm"] for row in rows], weights_of(model)
 
