@@ -1,74 +1,85 @@
-"""Talk to a model: a line in, its answer out as it is written.
+"""Talk to a model: it writes while you watch.
 
-    python inference/chat.py                               the latest model in out/, line by line
-    python inference/chat.py --prompt ">>> 12 + 7"         one text, then the end
+    python inference/chat.py                               the latest model in out/, message by message
+    python inference/chat.py --prompt ">>> 12 + 7"         answer one text, then exit
     python inference/chat.py --checkpoint FILE --temperature 0
-    python inference/chat.py --adapter out/TinySeek_Lora_final.pkl     a base with an adapter; or with several
-    python inference/chat.py --gate out/TinySeek_Gate_final.pkl         a gate chooses who answers each turn
+    python inference/chat.py --adapter out/TinySeek_Lora_final.pkl     a base with one adapter, or several
+    python inference/chat.py --gate out/TinySeek_Gate_final.pkl        a selector picks a model for each turn
 
-A pre-trained model continues the text that it is given; a fine-tuned one answers it, and remembers the turns
-before. With several adapters, a line `/use 2` lets the second answer from there on, `/use 0` the base alone.
-Standard output holds the text only; what is said about it goes to standard error.
+A pre-trained model continues each text. A fine-tuned model answers and remembers the turns before. A line
+that begins with / is a command; /help lists them. Only the text itself goes to standard output, and remarks
+go to standard error.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
-import contextlib
-import dataclasses
+import signal
 
-import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends without a traceback
+
+import dataclasses
+import re
+
+import utils  # noqa: F401  first: it sets how threads wait, before PyTorch loads
 from inference.generation.conversation import Conversation
 from inference.generation.selector import LoadedSelector
 from inference.generation.generator import Generator
-from inference.generation.load import Loaded, load_adapter, load_base
-from inference.generation.sampling import SamplingParams
+from inference.generation.load import Loaded, load_adapter, load_base, newer_model
+from inference.generation.sampling import SamplingParams, row_seed
 from inference.generation.speculative import SpeculativeGenerator
+from inference.generation.terminal import RED, closed_pipe_ends, edit_lines, open_streams, read_message
+from inference.generation.terminal import show, tell
 from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, run_main
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+HELP = """\
+/help                  list the commands
+/clear                 forget the conversation; the system message stays
+/system TEXT           set the system message; without TEXT remove it
+/params                show the sampling settings
+/params NAME=VALUE     change them, for example /params temperature=0 top_p=1
+/use N                 let adapter N answer; 0 is the base
+/exit                  leave (or Ctrl-D; under Windows Ctrl-Z, Enter)
+Ctrl-C stops an answer. To send a text that looks like a command, put a space before it."""
 
 
 def parse_command():
-    """The flags."""
+    """Return the flags."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--prompt", metavar="TEXT", help="continue or answer this, then end (default: ask for lines)")
+    add("--prompt", metavar="TEXT", help="continue or answer this, then exit (default: ask for messages)")
+    add("--system", metavar="TEXT", default="", help="the system message, for a model that answers")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", metavar="FILE", help="the model (default: the latest stage in --out)")
-    source.add_argument("--out", metavar="DIR", default=ROOT / "out", help="where runs left their models")
+    source.add_argument("--out", metavar="DIR", default=ROOT / "out", help="the folder of the trained models")
     extra = parser.add_mutually_exclusive_group()
     extra.add_argument("--adapter", nargs="+", metavar="FILE", help="results of lora_train, prefix_train, ..")
-    extra.add_argument("--gate", metavar="FILE", help="the result of gate_train: it chooses who answers")
+    extra.add_argument("--gate", metavar="FILE", help="the result of gate_train: a selector of the model")
     add("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
-    add("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default: 0, from all)")
-    add("--top-p", type=float, default=0.9, help="draw from the likeliest that have p (default: %(default)s)")
-    add("--min-p", type=float, default=0.0, help="drop what is less likely than min_p times the likeliest")
-    add("--repetition-penalty", type=float, default=1.0, help="above 1: what was written becomes less likely")
+    add("--top-k", type=int, default=0, help="sample from the k most likely tokens (default: 0, from all)")
+    add("--top-p", type=float, default=0.9, help="sample from the likeliest share p (default: %(default)s)")
+    add("--min-p", type=float, default=0.0, help="drop tokens less than p times as likely as the most likely")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: tokens of the text get less likely")
     add("--max-new-tokens", type=int, default=200, help="longest answer (default: %(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    add("--seed", type=int, default=0, help="same seed, same answers; answer n draws with seed + n")
+    add("--seed", type=int, default=0, help="the same seed gives the same answers (default: %(default)s)")
     add("--draft", type=int, default=0, metavar="N", help="draft N tokens ahead with the model's MTP head")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args()
 
 
-def show(piece: str) -> None:
-    """Standard output, at once."""
-    sys.stdout.write(piece)
-    sys.stdout.flush()
-
-
-def tell(line: str) -> None:
-    """Standard error: about the text, not of it."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def main():
-    """The command."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # a Windows pipe speaks another encoding than UTF-8
-        stream.reconfigure(encoding="utf-8", errors="replace")
-    args = parse_command()
+    """Run the command."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    open_streams()
+    with closed_pipe_ends():
+        run(parse_command())
+
+
+def run(args):
+    """Open the models, then answer the one prompt or each message."""
     names = [field.name for field in dataclasses.fields(SamplingParams)]
     params = SamplingParams(**{name: getattr(args, name) for name in names})
     device = pick_device(args.device)
@@ -79,17 +90,15 @@ def main():
     generators = [Generator(one.model, one.tokenizer.eos_id) for one in models]
     if args.draft:
         generators = [SpeculativeGenerator(models[0].model, models[0].tokenizer.eos_id, args.draft)]
-    conversation = Conversation(models, generators, choose, tuple(args.stop), tell)
-    conversation.use = 1 if args.adapter else 0
-    answers = models[conversation.use].answers
+    chat = Chat(Conversation(models, generators, choose, tuple(args.stop), tell), params)
+    chat.conversation.use = 1 if args.adapter else 0
+    chat.set_system(args.system)
     try:
         if args.prompt is not None:
-            show("" if answers else args.prompt)
-            conversation.say(args.prompt, params, show)
-            show("\n")
+            show("" if chat.model.answers else args.prompt)
+            chat.answer(args.prompt)
         else:
-            tell("Ctrl-C stops an answer; Ctrl-D (Windows: Ctrl-Z, Enter) or an empty line ends.")
-            converse(conversation, params)
+            chat.run()
     except KeyboardInterrupt:
         show("\n")
     generator = generators[0]
@@ -99,10 +108,12 @@ def main():
 
 
 def open_models(args, device):
-    """The models that may answer, and who chooses: the base first where there are adapters."""
+    """Return the models that may answer, the base before its adapters, and the function that chooses."""
     base = load_base(args.checkpoint, device, args.out, args.adapter and args.adapter[0], args.gate)
-    does = "answers" if base.answers else "is pre-trained: it continues the text that it is given"
+    does = "answers" if base.answers else "is pre-trained: it continues each text"
     tell(f"{base.path} ({trained(base)}, {device}) {does}")
+    if not (args.checkpoint or args.adapter or args.gate) and (newer := newer_model(base.path)):
+        tell(f"(note: {newer} is newer, but of an earlier stage; --checkpoint opens it)")
     if args.gate:
         gate = LoadedSelector(args.gate, base)
 
@@ -120,38 +131,106 @@ def open_models(args, device):
 
 
 def trained(model: Loaded) -> str:
-    """The stage that a model comes from, and how many steps it took."""
+    """Return the stage of a model and the number of its steps."""
     return model.about["stage"] + (f", step {model.about['step']:,}" if "step" in model.about else "")
 
 
-def converse(conversation: Conversation, params: SamplingParams) -> None:
-    """Line by line, until an empty one or the end of the input."""
-    while True:
+class Chat:
+    """A conversation at the terminal: messages for the model, and commands."""
+
+    def __init__(self, conversation: Conversation, params: SamplingParams):
+        self.conversation, self.settings, self.answered = conversation, params, 0
+
+    @property
+    def model(self) -> Loaded:
+        """The model that answers next, unless a selector chooses it."""
+        return self.conversation.models[self.conversation.use]
+
+    def run(self) -> None:
+        """Read messages and commands to the end of the input, or to /exit."""
+        at_terminal, interrupted = sys.stdin.isatty(), False
+        edit_lines()
+        if at_terminal:
+            tell("/help lists the commands; Ctrl-C stops an answer; Ctrl-D leaves (Windows: Ctrl-Z, Enter)")
+        while True:
+            try:
+                text = read_message()
+            except EOFError:
+                return show("\n" if at_terminal else "")
+            except KeyboardInterrupt:
+                if interrupted or not at_terminal:
+                    raise
+                interrupted = True
+                tell("\n(Ctrl-C again or Ctrl-D leaves)")
+                continue
+            interrupted, line = False, text.rstrip()
+            if line in ("/exit", "/quit"):
+                return None
+            try:
+                if re.match(r"/[A-Za-z]*(\s|$)", line) and "\n" not in line:
+                    self.obey(line)
+                elif line:
+                    self.answer(text)
+            except UserError as error:
+                tell(f"error: {error}", RED)
+
+    def answer(self, text: str) -> None:
+        """Answer one message. Ctrl-C ends the answer, not the conversation."""
+        seed = row_seed(self.settings.seed, self.answered)  # each answer draws other numbers
+        self.answered += 1
         try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        if not line:
-            return
-        if line.split()[:1] == ["/use"]:  # not /usecase
-            choose_model(conversation, line)
-            continue
-        with contextlib.suppress(KeyboardInterrupt):  # ends the answer, not the conversation
-            conversation.say(line, params, show)
+            self.conversation.say(text, dataclasses.replace(self.settings, seed=seed), show)
+            remark = self.conversation.cut
+        except KeyboardInterrupt:
+            remark = "(stopped)"
         show("\n")
-        params = dataclasses.replace(params, seed=params.seed + 1)
+        if remark:
+            tell(remark)
 
+    def obey(self, line: str) -> None:
+        """Run a command. Raises `UserError` for an unknown one, or for wrong arguments."""
+        name, rest, conversation = *(line.split(maxsplit=1) + [""])[:2], self.conversation
+        if name == "/help":
+            tell(HELP)
+        elif name == "/clear":
+            conversation.messages = []
+            tell("(a new conversation)")
+        elif name == "/system":
+            self.set_system(rest)
+            tell("(system message set)" if rest else "(no system message)")
+        elif name == "/params":
+            self.change(rest.split())
+            tell("  ".join(f"{key}={value}" for key, value in vars(self.settings).items()))
+        elif name != "/use":
+            raise UserError(f"{name}: no such command; /help lists them")
+        elif conversation.choose is not None:
+            raise UserError("there is no /use with a gate: it chooses the model")
+        elif rest not in map(str, range(len(conversation.models))):
+            raise UserError(f"/use takes a number from 0 to {len(conversation.models) - 1}")
+        else:
+            conversation.use = int(rest)
+            tell(f"({self.model.path})")
 
-def choose_model(conversation: Conversation, line: str) -> None:
-    """`/use 2`: the second adapter answers from here on."""
-    number, numbers = line.split()[1:], range(len(conversation.models))
-    if conversation.choose is not None:
-        tell("there is no /use with a gate: it chooses who answers")
-    elif len(number) != 1 or number[0] not in map(str, numbers):
-        tell(f"/use takes a number from 0 to {numbers[-1]}")
-    else:
-        conversation.use = int(number[0])
-        tell(f"({conversation.models[conversation.use].path})")
+    def set_system(self, text: str) -> None:
+        """Set the system message, or remove it if `text` is empty."""
+        if text and not self.model.answers:
+            raise UserError(f"{self.model.path} reads no system message: only fine-tuned models do")
+        self.conversation.system = text
+
+    def change(self, changes: list[str]) -> None:
+        """Change sampling settings by `name=value`."""
+        kinds, new = {field.name: field.type for field in dataclasses.fields(SamplingParams)}, {}
+        for change in changes:
+            name, _, value = change.partition("=")
+            name = name.replace("-", "_")
+            try:
+                new[name] = kinds[name](value)
+            except KeyError:
+                raise UserError(f"/params {change}: write NAME=VALUE for {', '.join(kinds)}") from None
+            except ValueError:
+                raise UserError(f"/params {change}: {value!r} is not {kinds[name].__name__}") from None
+        self.settings = dataclasses.replace(self.settings, **new)
+        self.answered = 0 if "seed" in new else self.answered
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Scores: how many answers of a model are right, on questions that no training has seen.
+"""Score a model: the share of right answers to held-out questions.
 
     python inference/evaluate.py                         every skill of fine-tuning, the latest model in out/
     python inference/evaluate.py --skills arithmetic,lists --count 500
     python inference/evaluate.py --data dialogues.jsonl --score items
     python inference/evaluate.py --adapter out/TinySeek_Lora_final.pkl     a base with an adapter
 
-Answers are greedy. A skill judges its answers itself, most by equality; answers of held-out dialogues must
-equal the true ones (`exact`), or, where an answer is a table `|name|amount|note|name|...|`, count by items
-(`items`, see `table_items`). The last line of the output is for programs: `skill=percent` for each skill.
+Answers are greedy. Each skill judges its own answers, most of them by equality. Answers to held-out
+dialogues must equal the true ones (`exact`), or, where an answer is a table `|name|amount|note|name|...|`,
+its items are compared (`items`, see `table_items`). The last line is for programs: `skill=percent` for each.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
@@ -17,11 +17,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 
-import utils  # noqa: F401  first: it says how threads wait, before PyTorch loads
+import utils  # noqa: F401  first: it sets how threads wait, before PyTorch loads
 from inference.generation.conversation import prompt_within, room_for
 from inference.generation.generator import Generator
-from inference.generation.load import Loaded, load_adapter, load_base
+from inference.generation.load import Loaded, load_adapter, load_base, newer_model
 from inference.generation.sampling import SamplingParams
+from inference.generation.terminal import closed_pipe_ends, open_streams
 from load_data.chat.chat_data import chosen_files, chosen_skills, split_dialogues
 from load_data.skills import SFT_SKILLS, SKILLS, is_right, scored_items, skill_named
 from load_data.corpora.sources import VAL
@@ -31,18 +32,18 @@ from utils.errors import Parser, UserError, run_main
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BATCH = 50  # questions that are answered together
 COLUMNS = 3  # of a table: name, amount, note
-DATA = "data"  # what scores of held-out dialogues are listed under
+DATA = "data"  # the name of the score of held-out dialogues
 
 
 @dataclass(frozen=True)
 class Score:
-    """How well one set of questions was answered.
+    """The result of one set of questions.
 
     Attributes:
-        right: answers, or items of tables.
-        of: questions, or items of the true tables.
-        percent: of right answers; of items their F1, which surplus ones lower too.
-        wrong: the first question answered wrong, the answer, and the true one; None if there is none.
+        right: the number of right answers, or of right items of tables.
+        of: the number of questions, or of items of the true tables.
+        percent: the share of right answers, or the F1 of items, which surplus items lower too.
+        wrong: the first question with a wrong answer, that answer, and the true one; None if there is none.
     """
 
     right: int
@@ -52,9 +53,9 @@ class Score:
 
 
 def score_skills(generator, template, names: Iterable[str], count: int = 100) -> dict[str, Score]:
-    """The score of each skill in `names` on `count` test items, or as many as it has.
+    """Return the score of each skill in `names` on `count` test items, or on all if it has fewer.
 
-    `template`: a `ChatTemplate`. Raises `UserError` for an unknown skill.
+    `template` is a `ChatTemplate`. Raises `UserError` for an unknown skill.
     """
     scores = {}
     for name in names:
@@ -69,7 +70,7 @@ def score_skills(generator, template, names: Iterable[str], count: int = 100) ->
 
 
 def score_dialogues(generator, template, dialogues: Iterable[list[dict]], score: str = "exact") -> Score:
-    """The score on dialogues: every answer in them is predicted, with the true turns before it given.
+    """Return the score on dialogues. Each answer in them is predicted from the true turns before it.
 
     score: `exact`, or `items` for the F1 of the items of tables, over all answers together.
     """
@@ -90,10 +91,10 @@ def score_dialogues(generator, template, dialogues: Iterable[list[dict]], score:
 
 
 def greedy_answers(generator, template, tasks: list[tuple[list[dict], str]]) -> list[str]:
-    """The answer to each (messages, expected answer), many at a time.
+    """Return the answer to each (messages, expected answer), computed in batches.
 
-    The expected answer serves only to bound the time: questions whose answers should be of about the same
-    length go together, and what runs on for half as long again is cut, being wrong by then.
+    The expected answer only saves time: a batch holds questions with answers of similar length, and an answer
+    half as long again as expected is cut, because it is wrong by then.
     """
     tokenizer = template.tokenizer
     lengths = [len(tokenizer.encode(expected)) for _, expected in tasks]
@@ -111,14 +112,14 @@ def greedy_answers(generator, template, tasks: list[tuple[list[dict], str]]) -> 
 
 
 def share_of_right(judged: list[tuple[str, str, str, bool]]) -> Score:
-    """The score by answers, from (question, answer, true answer, is it right?)."""
+    """Return the score by answers, from (question, answer, true answer, is it right?)."""
     right = sum(good for *_, good in judged)
     wrong = next((example for *example, good in judged if not good), None)
     return Score(right, len(judged), percent(right, len(judged)), wrong and tuple(wrong))
 
 
 def f1_of_items(judged: list[tuple[str, str, str, bool]]) -> Score:
-    """The score by items, from the same: micro F1, 2 * right / (given + wanted) over all answers."""
+    """Return the score by items, from the same: micro F1, 2 * right / (given + wanted) over all answers."""
     right = given = wanted = 0
     wrong = None
     for question, answer, expected, _ in judged:
@@ -131,10 +132,10 @@ def f1_of_items(judged: list[tuple[str, str, str, bool]]) -> Score:
 
 
 def table_items(text: str, columns: int = COLUMNS) -> Counter:
-    """The items of `|name|amount|note|name|...|`, in groups of `columns` cells.
+    """Return the items of `|name|amount|note|name|...|`, in groups of `columns` cells.
 
-    Cells left over at the end make one shorter item: no whole item equals it, so that it counts as a wrong
-    one, unless the other table ends in the same way.
+    Cells left over at the end make one shorter item. It equals no whole item, so it counts as wrong unless
+    the other table ends in the same way.
     """
     inner = text.strip().removeprefix("|").removesuffix("|")
     cells = [cell.strip() for cell in inner.split("|")] if inner else []
@@ -142,12 +143,12 @@ def table_items(text: str, columns: int = COLUMNS) -> Counter:
 
 
 def percent(part: float, whole: float) -> float:
-    """`part` in percent of `whole`; of nothing it is 0."""
+    """Return `part` in percent of `whole`, and 0 if `whole` is 0."""
     return 100 * part / whole if whole else 0.0
 
 
 def report(scores: dict[str, Score]) -> str:
-    """A table for people, and a last line for programs."""
+    """Return a table for people, and a last line for programs."""
     lines = [f"{'skill':12} {'right':>6} {'of':>6} {'percent':>8}  a wrong answer"]
     for name, score in scores.items():
         line = f"{name:12} {score.right:6} {score.of:6} {score.percent:8.1f}"
@@ -159,22 +160,22 @@ def report(scores: dict[str, Score]) -> str:
 
 
 def shortened(text: str, most: int = 48) -> str:
-    """A text on one line, in quotes."""
+    """Return a text on one line, in quotes."""
     return repr(text if len(text) <= most else text[: most - 3] + "...")
 
 
 def parse_command():
-    """The flags."""
+    """Return the flags."""
     parser = Parser(__doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", metavar="FILE", help="the model (default: the latest stage in --out)")
-    source.add_argument("--out", metavar="DIR", default=ROOT / "out", help="where runs left their models")
-    add("--adapter", metavar="FILE", help="score the model with this result of lora_train, prefix_train, ..")
+    source.add_argument("--out", metavar="DIR", default=ROOT / "out", help="the folder of the trained models")
+    add("--adapter", metavar="FILE", help="score the base with this result of lora_train, ..")
     add("--skills", metavar="A,B", help=f"some of {','.join(SKILLS)} (default: those of fine-tuning)")
     add("--data", nargs="+", default=[], metavar="FILE", help="score the held-out dialogues of these files")
-    add("--count", type=int, default=100, help="at most this many questions or dialogues each (%(default)s)")
-    add("--score", choices=("exact", "items"), default="exact", help="how answers of --data are judged")
+    add("--count", type=int, default=100, metavar="N", help="questions of each (default: %(default)s)")
+    add("--score", choices=("exact", "items"), default="exact", help="the rule for answers of --data")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args()
     if args.count < 1:
@@ -186,8 +187,8 @@ def parse_command():
 
 
 def held_out(paths: list[str], loaded: Loaded, count: int) -> list[list[dict]]:
-    """The first `count` held-out dialogues of files, divided as the training of `loaded` divides them; for an
-    adapter that is the training of the adapter."""
+    """Return the first `count` held-out dialogues of files, by the split of the training of `loaded` (for an
+    adapter: the training of the adapter)."""
     data = replace(loaded.config.data, paths=paths)
     split = islice(split_dialogues(data, chosen_skills(paths), chosen_files(paths)), data.limit)
     dialogues = list(islice((messages for side, messages in split if side == VAL), count))
@@ -197,16 +198,22 @@ def held_out(paths: list[str], loaded: Loaded, count: int) -> list[list[dict]]:
 
 
 def main():
-    """The command."""
-    for stream in (sys.stdout, sys.stderr):  # a Windows pipe speaks another encoding than UTF-8
-        stream.reconfigure(encoding="utf-8", errors="replace")
-    args = parse_command()
+    """Run the command."""
+    open_streams()
+    with closed_pipe_ends():
+        run(parse_command())
+
+
+def run(args):
+    """Load the model, score it, and print the report."""
     device = pick_device(args.device)
     set_threads()
     loaded = load_base(args.checkpoint, device, args.out, args.adapter)
     if args.adapter:
         loaded = load_adapter(args.adapter, loaded)
     print(f"{loaded.path} ({loaded.about['stage']}, {device})", file=sys.stderr, flush=True)
+    if not (args.checkpoint or args.adapter) and (newer := newer_model(loaded.path)):
+        print(f"(note: {newer} is newer, but of an earlier stage)", file=sys.stderr, flush=True)
     generator = Generator(loaded.model, loaded.tokenizer.eos_id)
     scores = score_skills(generator, loaded.template, args.skills, args.count)
     if args.data:

@@ -98,8 +98,9 @@ def show_samples(model, data, config):
         places = [len(data.val) * part // 4 for part in (1, 2, 3)]
         prompts = [tokenizer.decode(data.val[place : place + 24]) for place in places]
     params = SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=64, seed=0)
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    answers = Generator(model).generate(ids, params, stop_ids={tokenizer.eos_id})
+    generator = Generator(model)
+    ids = [generator.fit(tokenizer.encode(prompt), params.max_new_tokens) for prompt in prompts]
+    answers = generator.generate(ids, params, stop_ids={tokenizer.eos_id})
     for prompt, answer in zip(prompts, answers, strict=True):
         print(f"\n--- sample ---\n{prompt}|{tokenizer.decode(answer)}")
 

@@ -1,39 +1,32 @@
-"""One row, a few tokens at a time, on a CPU: what `TinySeek.forward` computes, in a quarter of its time.
+"""Decode one row on a CPU, a few tokens at a time: what `TinySeek.forward` computes, four times as fast.
 
-A small model spends most of a decoding step not on arithmetic but on the way to it: every PyTorch call costs
-about a microsecond, every module, autograd function and new tensor some more. With experts (4 of 16, hidden
-size 256, 4 layers, fp32, one thread) the plain path makes 600 calls a token and takes 3.0 ms; this one makes
-150, most of them into places that were made once, and takes 0.7 ms. How much longer without each trick:
+A small model spends most of a decoding step not on arithmetic but on overhead: every PyTorch call costs about
+a microsecond, every module, autograd function and new tensor some more. With experts (4 of 16, hidden size
+256, 4 layers, fp32, one thread) the plain path makes 600 calls a token and takes 3.0 ms; this one makes 150,
+most of them into preallocated memory, and takes 0.7 ms. The largest gains are matrices stored (in, out),
+which `torch.mm` reads in order (35 %), QK-norm of q and k together (15 %), RMSNorm with its gain inside the
+next matrix (13 %), rotary tables computed once (10 %), and experts chosen in plain Python (9 %).
 
-    matrices stored (in, out), which `torch.mm` reads in order                   35 %
-    QK-norm of q and k together, in place                                        15 %
-    RMSNorm in three calls, its gain inside the next matrix                      13 %
-    rotary tables for all positions, made once                                   10 %
-    the rotation as one signed exchange, for all heads of q and k together        9 %
-    a token's experts chosen in plain Python                                      9 %
-    gate and up of an expert as one matrix                                        7 %
-    q, k and v as one matrix                                                      5 %
-    the router's weights as factors of `addmm_`                                   4 %
+A bf16 model is computed in fp32, and only its cache is bf16: with one row, PyTorch's bf16 products take two
+to four times as long. The price is an fp32 copy of the weights. Most of the time left goes into matrix
+products. `verify` of 2 or 3 tokens takes 1.4 or 1.8 times a `step`: so small a model gains little by drafts.
 
-A model in bf16 is computed in fp32, and only its cache is bf16: a product of one row takes PyTorch two to
-four times as long in bf16, and a dense model is 1.6 times as fast this way. The price is twice the memory.
-
-What is left are mostly the matrix products, of which one of two rows takes 1.4 to 1.8 times as long as one of
-one row. So `verify` of 2 or 3 tokens takes 1.4 or 1.8 times a `step` (2 shared experts, V = 4096), a `draft`
-0.3 with the sequential head and 0.1 with the parallel one. With the weights of both taking turns in the
-processor's cache, a round with one draft takes 2.0 steps, or 1.6: so small a model gains little by drafts.
-
-A prompt goes through the plain path, which is best at many tokens, and the answer through this one. The
-plain path stays the reference; tests/inference/fast/test_decoder.py holds the two against each other.
+The prompt goes through the plain path, which stays the reference. Before this one is used, both read a few
+tokens and must agree (`agree`); tests/inference/fast/test_decoder.py compares them in depth.
 """
 
-import re
+import copy
+import threading
+import warnings
+import weakref
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from inference.fast.layer import FastLayer, Workspace, gain, joined, prepared
+from inference.generation.drafting import draft
+from model.caches import make_cache, make_draft_cache
 from model.tinyseek import Decoder, DecoderLayer, TinySeek
 from modules.attention.grouped_query import GroupedQueryAttention
 from modules.attention.cache import KVCache
@@ -44,40 +37,89 @@ from modules.norm import RMSNorm
 from modules.rope import RotaryEmbedding, rotate_half, rotate_interleaved
 from modules.experts.router import TopkRouter
 
-# What this file knows how to use, numbers as stars. A model with any other part or weight (adapters, biases,
-# another attention) is left to the plain path.
+# A model with any other part (adapters, another attention) is left to the plain path.
 KNOWN_PARTS = {TinySeek, Decoder, DecoderLayer, GroupedQueryAttention, SwiGLU, RMSNorm, RotaryEmbedding}
 KNOWN_PARTS |= {MoE, TopkRouter, Experts, ParallelMTP, SequentialMTP}
 KNOWN_PARTS |= {nn.ModuleList, nn.Embedding, nn.Linear, nn.Dropout, nn.Identity}
-MLP = {f"{one}_proj.weight" for one in ("gate", "up", "down")}
-LAYER = {f"self_attn.{one}_proj.weight" for one in "qkvo"} | {f"self_attn.{one}_norm.weight" for one in "qk"}
-LAYER |= {f"{one}.weight" for one in ("input_layernorm", "post_attention_layernorm", "mlp.gate")}
-LAYER |= {f"mlp.{one}" for one in MLP} | {f"mlp.shared_experts.{one}" for one in MLP}
-LAYER |= {f"mlp.experts.{one}_proj" for one in ("gate_up", "down")} | {"mlp.gate.e_score_correction_bias"}
-KNOWN_WEIGHTS = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-KNOWN_WEIGHTS |= {f"{where}.{one}" for where in ("model.layers.*", "mtp.layer") for one in LAYER}
-KNOWN_WEIGHTS |= {f"mtp.{one}.weight" for one in ("proj", "norm", "enorm", "hnorm", "eh_proj")}
+COMPARED = 6  # tokens that both paths read before the fast one is trusted
+ROUNDINGS = 2**12  # units in the last place of the largest logit by which they may differ: fp32 5e-4
+decoders = weakref.WeakValueDictionary()  # by fingerprint: the Generators of a model share one copy of it
 
 
 def supports(model) -> bool:
-    """True if `FastDecoder` computes what `model` computes; if not, the plain path has to do it."""
-    return (
-        {type(part) for part in model.modules()} <= KNOWN_PARTS
-        and {re.sub(r"\.\d+\.", ".*.", name) for name in model.state_dict()} <= KNOWN_WEIGHTS
-        and model.config.sliding_window is None
-        and model.config.final_logit_softcapping is None
-        and model.config.n_group == 1
-        and not model.model.rotary_emb.depends_on_length
-        and model.lm_head.weight.device.type == "cpu"  # the router's choice is read: on a GPU that is a wait
+    """Return True if `FastDecoder` is made for models like this one."""
+    return not refusal(model)
+
+
+def refusal(model) -> str:
+    """Return the reason why `model` needs the plain path, or an empty text."""
+    everywhere = nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return "all modules have hooks"
+    for name, part in model.named_modules():
+        if type(part) not in KNOWN_PARTS:
+            return f"{name or 'the model'} is of the unknown type {type(part).__name__}"
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+            return f"{name or 'the model'} has hooks or a forward of its own"
+    for setting in ("attention_bias", "sliding_window", "final_logit_softcapping"):
+        if getattr(model.config, setting):
+            return f"{setting} is not supported"
+    if model.config.n_group != 1 or model.model.rotary_emb.depends_on_length:
+        return "groups of experts, and rotary tables that depend on the length, are not supported"
+    return "" if model.lm_head.weight.device.type == "cpu" else "it is not on a CPU"
+
+
+def fingerprint(model) -> tuple:
+    """Return what changes when a prepared copy of `model` is out of date.
+
+    PyTorch counts the changes to each tensor in place; only changes through `.data` escape it.
+    """
+    weights = (
+        (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        for weight in (*model.parameters(), *model.buffers())
     )
+    return id(model), *weights, *(type(part).forward for part in model.modules())
+
+
+def prepare(model: TinySeek, state: tuple) -> "FastDecoder | None":
+    """Return a decoder for `model`, whose fingerprint is `state`; None, with a warning, if results differ."""
+    decoder = decoders.get(state) or FastDecoder(model)
+    if state not in decoders and not agree(decoder, model):
+        warnings.warn("FastDecoder and the model disagree: the slower plain path is used", stacklevel=4)
+        return None
+    decoders[state] = decoder
+    return decoder
+
+
+@torch.inference_mode()
+def agree(fast: "FastDecoder", model: TinySeek) -> bool:
+    """Run a few tokens through both paths; return True if their logits and drafts are the same.
+
+    `refusal` sees types and settings. This sees a changed `forward`, whatever it does to the result.
+    """
+    if model.lm_head.weight.dtype != fast.dtype:  # compare in the dtype of the fast path
+        model = copy.deepcopy(model).to(fast.dtype)
+    count = min(COMPARED, model.config.max_position_embeddings)
+    tokens = torch.linspace(0, model.config.vocab_size - 1, count).long()
+    expected, cache, ids = model(tokens[None]), make_cache(model, 1, count), tokens.tolist()
+    ours = [fast.verify(ids[: count // 2], cache)[0]] if count > 1 else []
+    ours += [fast.step(token, cache) for token in ids[count // 2 :]]
+    pairs = [(torch.cat(ours), expected.logits[0])]
+    if model.mtp is not None:
+        caches = [make_draft_cache(model, 1, count) for _ in range(2)]
+        plain, _ = draft(model, expected.hidden, tokens[None], caches[0], last_only=True)
+        pairs.append((fast.draft(expected.hidden[0], ids, caches[1])[0], plain[0]))
+    most = ROUNDINGS * torch.finfo(fast.dtype).eps
+    return all(bool((a - b).abs().max() <= most * b.abs().max()) for a, b in pairs)
 
 
 class FastDecoder:
-    """`step(token, cache)` pushes one token through a prepared copy of the model's weights, `verify` a few at
-    once, `draft` the MTP head. What they return is theirs to keep.
+    """A prepared copy of a model: `step` reads one token, `verify` a few, `draft` runs the MTP head.
+
+    The tensors that they return are never overwritten.
 
     Args:
-        model: a `TinySeek` for which `supports(model)` holds. The copy does not follow later training.
+        model: a `TinySeek` that `supports` accepts. The copy does not follow later training.
     """
 
     @torch.no_grad()
@@ -91,8 +133,8 @@ class FastDecoder:
         self.workspaces = {}
         self.prepare_draft(model.mtp)
 
-        # Rotary tables for every position. A turn is a signed exchange of channels, x cos + x[partner] sin,
-        # with the sign kept in the table; the partners are read off a vector of channel numbers, turned.
+        # Rotary tables for every position. A rotation is x cos + x[partner] sin, a permutation of channels
+        # with the sign kept in the table; rotating a vector of channel numbers gives partners and signs.
         turn = rotate_interleaved if self.config.rope_interleaved else rotate_half
         signed = turn(torch.arange(1.0, self.config.head_dim + 1))
         self.partner = signed.abs().long() - 1
@@ -100,8 +142,7 @@ class FastDecoder:
         self.cos, self.sin = cos.to(self.dtype), (sin * signed.sign()).to(self.dtype)  # (positions, 1, D)
 
     def prepare_draft(self, mtp):
-        """The MTP head's matrices. What the sequential one makes of a token before it looks at any hidden
-        state is a table (V, C)."""
+        """Prepare the MTP head. The token's share of the sequential head's input is a table (V, C)."""
         self.draft_layer = None
         if mtp is None:
             return
@@ -117,12 +158,12 @@ class FastDecoder:
         self.draft_layer = FastLayer(mtp.layer, self.config, self.dtype)
 
     def step(self, token: int, cache: KVCache):
-        """Append `token` to the one row of `cache`; returns logits (1, V)."""
+        """Append `token` to the one row of `cache`; return logits (1, V)."""
         return self.verify([token], cache)[0]
 
     @torch.inference_mode()
     def verify(self, tokens: list[int], cache: KVCache):
-        """Append n tokens; returns logits (n, V) after each, and the hidden states (n, C) they come from."""
+        """Append n tokens; return logits (n, V) after each, and the hidden states (n, C) they come from."""
         work = self.workspace(len(tokens))
         for row, token in zip(work.hidden_rows, tokens, strict=True):
             row.copy_(self.embedding[token])
@@ -132,9 +173,10 @@ class FastDecoder:
 
     @torch.inference_mode()
     def draft(self, hidden, following: list[int], cache: KVCache | None = None):
-        """The MTP head reads hidden states (n, C) and the n tokens after them; `cache`: the sequential one's.
+        """Run the MTP head on hidden states (n, C) and the n tokens that follow them.
 
         Returns logits (1, V) of the token after the last, and the hidden state (1, C) that they come from.
+        `cache` belongs to a sequential head.
         """
         work = self.workspace(len(hidden))
         work.hidden.copy_(hidden)
@@ -151,13 +193,14 @@ class FastDecoder:
         return torch.mm(hidden, self.lm_head), hidden
 
     def workspace(self, n: int) -> Workspace:
-        """The places of n tokens, made at the first call."""
-        if n not in self.workspaces:
-            self.workspaces[n] = Workspace(self.config, n, self.dtype)
-        return self.workspaces[n]
+        """Return the places of n tokens. Threads of Python may share a decoder: each has its own."""
+        key = n, threading.get_ident()
+        if key not in self.workspaces:
+            self.workspaces[key] = Workspace(self.config, n, self.dtype)
+        return self.workspaces[key]
 
     def run(self, layers, work: Workspace, cache: KVCache):
-        """`work.hidden` through the layers of `cache` and a norm without its gain, into `work.normed`."""
+        """Run `work.hidden` through `layers` and a norm without its gain, into `work.normed`."""
         start = cache.lengths[0]
         stop = start + len(work.hidden)
         if stop > min(cache.capacity, len(self.cos)):

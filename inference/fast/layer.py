@@ -1,14 +1,14 @@
-"""One prepared decoder layer, for n tokens of one row: what `inference/fast/decoder.py` is made of.
+"""One decoder layer of `inference/fast/decoder.py`, prepared for n tokens of one row.
 
     hidden (n, C) += attention(norm(hidden))        hidden (n, C) += feed_forward(norm(hidden))
 
-All intermediate results have a place in a `Workspace`, which all layers share. Matrices that read the same
-input are one, stored (in, out), with the gain of the norm before them inside.
+A `Workspace`, shared by all layers, holds memory for every intermediate result. Matrices with the same input
+are stored as one, (in, out), multiplied by the gain of the norm before them.
 
-An expert is two products, whoever chose it: its gate and up into a row of its own, then its down matrix from
-there into the token's row of `hidden`, with the router's weight as the factor that `addmm_` has anyway. That
-goes pair by pair of token and expert: one product for all who share an expert was no faster with 2 to 5
-tokens. The choice itself is made in plain Python: sorting E numbers takes less time than PyTorch's calls.
+Each pair of a token and one of its experts is two products: gate and up into a row of their own, then the
+down matrix from there into the token's row of `hidden`, with the router's weight as the factor of `addmm_`.
+One product for all tokens of an expert was no faster with 2 to 5 tokens. Experts are chosen in plain Python:
+sorting E numbers takes less time than PyTorch's calls.
 """
 
 import math
@@ -20,12 +20,12 @@ from modules.experts.moe import MoE
 
 
 class Workspace:
-    """A place for every intermediate result of n tokens, made once, and so are the views into it.
+    """Preallocated memory for every intermediate result of n tokens, with all views into it.
 
     Args:
-        config: of the model.
-        n: how many tokens are read at a time.
-        dtype: of the computation.
+        config: the `ModelConfig`.
+        n: the number of tokens that are read at a time.
+        dtype: the dtype of the computation.
     """
 
     def __init__(self, config, n: int, dtype):
@@ -44,17 +44,17 @@ class Workspace:
         self.qk, self.turned = heads[:, : H + G], turned[:, : H + G]  # (n, H+G, D)
         self.kv = heads[:, H:].view(n, 2, G, D).permute(1, 2, 0, 3)  # (2, G, n, D)
         self.rows, self.turned_rows = self.qkv.view(-1, D), turned.view(-1, D)  # (n*(H+2G), D)
-        # The last of n tokens sees all keys, the one before it all but one: the right end of this, whatever
-        # the number of keys.
+        # The last of n tokens attends to all keys, the one before it to all but one: whatever the number of
+        # keys, the mask is the right end of this.
         self.mask = torch.zeros(n, n + config.max_position_embeddings, dtype=dtype)
         self.mask[:, -n:] = torch.full((n, n), -torch.inf).triu(1)
 
     def place(self, *shape):
-        """Memory for one result."""
+        """Return memory for one result."""
         return torch.empty(shape, dtype=self.dtype)
 
     def gate_up(self, rows: int, width: int):
-        """A place (rows, 2F), its halves gate and up (rows, F), and the whole and gate row by row."""
+        """Return memory (rows, 2F), its halves gate and up (rows, F), and the whole and gate row by row."""
         if (rows, width) not in self.halves:
             both = self.place(rows, 2 * width)
             gate, up = both.chunk(2, dim=1)
@@ -62,31 +62,31 @@ class Workspace:
         return self.halves[rows, width]
 
     def normalise(self):
-        """`normed` = `hidden` / (its norm^2 + C eps)^0.5: RMSNorm but for sqrt(C), which the next matrix has,
-        with the gain. `hypot` is the root of a sum of squares."""
+        """Write `hidden` / (its norm^2 + C eps)^0.5 to `normed`: RMSNorm without gain and sqrt(C), which are
+        in the next matrix. `hypot` is the root of a sum of squares."""
         torch.linalg.vector_norm(self.hidden, 2, 1, True, out=self.norms)
         torch.div(self.hidden, self.norms.hypot_(self.root_eps), out=self.normed)
 
 
 def joined(linears, dtype, norm=None):
-    """Linear layers (out, in) that read the same, as one matrix (in, sum of outs) with the gain of `norm`."""
+    """Return linear layers (out, in) with one input as a matrix (in, sum of outs) with the gain of `norm`."""
     return prepared(torch.cat([linear.weight.to(dtype) for linear in linears]), norm)
 
 
 def prepared(weight, norm=None):
-    """weight (.., out, in) -> (.., in, out), with what `Workspace.normalise` leaves for it to do."""
+    """Return weight (.., out, in) as (.., in, out), with the factors that `Workspace.normalise` omits."""
     if norm is not None:
         weight = weight * gain(norm, weight.dtype)
     return weight.mT.contiguous()
 
 
 def gain(norm, dtype):
-    """(C,), the gain of a norm and the factor that `Workspace.normalise` has left out."""
+    """Return (C,), the gain of a norm times the factor sqrt(C) that `Workspace.normalise` omits."""
     return norm.weight.to(dtype) * len(norm.weight) ** 0.5
 
 
 class FastAttention:
-    """Grouped-query attention: `forward(work, rotary, slot, seen)` adds its answer to `work.hidden`."""
+    """Grouped-query attention; `forward` adds its output to `work.hidden`."""
 
     def __init__(self, attention, norm, config, dtype):
         self.qkv = joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype, norm)
@@ -98,15 +98,18 @@ class FastAttention:
             self.gains = torch.cat([queries, keys])
 
     def forward(self, work: Workspace, rotary, slot, seen):
-        """rotary: partners (D,), cos and sin (n, 1, D); slot (2, G, n, D): where the new keys and values go;
-        seen (2, 1, G, S, D): all that may be looked at, the new ones included."""
+        """Attend.
+
+        rotary: partners (D,), cos and sin (n, 1, D); slot (2, G, n, D): memory for the new keys and values;
+        seen (2, 1, G, S, D): all keys and values, the new ones included.
+        """
         partner, cos, sin = rotary
         work.normalise()
         torch.mm(work.normed, self.qkv, out=work.qkv)
         if self.gains is not None:
             torch.linalg.vector_norm(work.qk, 2, 2, True, out=work.head_norms)
             work.qk.div_(work.head_norms.hypot_(work.head_root_eps)).mul_(self.gains)
-        # Of values, too, which nobody reads: rows of a matrix are three times as fast as three dimensions.
+        # Values are permuted too, in vain: rows of a matrix are three times as fast as three dimensions.
         torch.index_select(work.rows, 1, partner, out=work.turned_rows)
         work.qk.mul_(cos).addcmul_(work.turned, sin)
         slot.copy_(work.kv)
@@ -117,21 +120,21 @@ class FastAttention:
 
 
 class FastMLP:
-    """SwiGLU: `forward(work)` adds its answer for `work.normed` to `work.hidden`."""
+    """SwiGLU; `forward` adds its output for `work.normed` to `work.hidden`."""
 
     def __init__(self, mlp, norm, dtype):
         self.gate_up = joined([mlp.gate_proj, mlp.up_proj], dtype, norm)
         self.down = joined([mlp.down_proj], dtype)
 
     def forward(self, work: Workspace):
-        """Three products as two."""
+        """Compute three products as two."""
         both, gate, up, _, _ = work.gate_up(len(work.hidden), len(self.down))
         torch.mm(work.normed, self.gate_up, out=both)
         work.hidden.addmm_(F.silu(gate, inplace=True).mul_(up), self.down)
 
 
 class FastMoE:
-    """Mixture of experts: `forward(work)` adds its answer for `work.normed` to `work.hidden`."""
+    """Mixture of experts; `forward` adds its output for `work.normed` to `work.hidden`."""
 
     def __init__(self, moe, norm, config, dtype):
         self.softmax, self.normed = config.scoring_func == "softmax", config.norm_topk_prob
@@ -143,7 +146,7 @@ class FastMoE:
         self.shared = FastMLP(moe.shared_experts, norm, dtype) if moe.shared_experts is not None else None
 
     def route(self, normed):
-        """(n, C) -> n*K times (token, expert, weight), as modules/experts/router.py would choose."""
+        """Return n*K times (token, expert, weight) for (n, C), chosen as in modules/experts/router.py."""
         logits, pairs = torch.mm(normed, self.router), []
         scores = logits.softmax(1) if self.softmax else logits.sigmoid()
         for token, row in enumerate(scores.tolist()):
@@ -154,7 +157,7 @@ class FastMoE:
         return pairs
 
     def forward(self, work: Workspace):
-        """One product per pair into the experts, one out of them."""
+        """Compute two products for each pair of token and expert."""
         pairs = self.route(work.normed)
         if self.shared is not None:
             self.shared.forward(work)
@@ -167,7 +170,7 @@ class FastMoE:
 
 
 class FastLayer:
-    """A `DecoderLayer`: `forward(work, rotary, slot, seen)`, arguments as for `FastAttention`."""
+    """A `DecoderLayer`; arguments of `forward` as for `FastAttention`."""
 
     def __init__(self, layer, config, dtype):
         self.attention = FastAttention(layer.self_attn, layer.input_layernorm, config, dtype)
@@ -178,7 +181,7 @@ class FastLayer:
             self.mlp = FastMLP(layer.mlp, norm, dtype)
 
     def forward(self, work: Workspace, rotary, slot, seen):
-        """Both blocks, each on top of `work.hidden`."""
+        """Add the outputs of both blocks to `work.hidden`."""
         self.attention.forward(work, rotary, slot, seen)
         work.normalise()
         self.mlp.forward(work)

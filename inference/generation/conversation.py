@@ -1,8 +1,8 @@
-"""A conversation: what was said so far, and how the next text is put to a model, or to one of several.
+"""A conversation: the turns so far, and how the next text is put to one model or to one of several.
 
-A model that was pre-trained only continues each text. One trained on dialogues answers, and reads the turns
-before; the oldest are dropped when they would not fit. Past turns are kept as text and written anew by the
-template each time, so that models with different templates can take turns, and nothing that a user types can
+A pre-trained model only continues each text. A model trained on dialogues answers, and reads the turns
+before; the oldest are dropped when they no longer fit. Past turns are kept as text, and the template writes
+them anew each time: so models with different templates can take turns, and nothing that a user types can
 become a role marker.
 """
 
@@ -18,13 +18,20 @@ Message = dict[str, str]
 
 
 class Conversation:
-    """`say(text, params, show)` for each line.
+    """The state of a chat; call `say(text, params, show)` for each message.
 
     Args:
-        models: they answer in turn, as `choose` or `use` says; all answer, or there is one that continues.
+        models: the models that may answer. Either all of them answer, or there is one that continues.
         generators: one for each model.
-        choose: the messages so far -> number of the model that answers; None: always `use`, at first 0.
-        tell: gets remarks about the text, of one line.
+        choose: a function from the messages so far to the number of the model that answers; None: `use`.
+        stop: texts that end an answer.
+        tell: a function that gets remarks of one line.
+
+    Attributes:
+        messages: the turns that the next answer can read, without the system message.
+        system: the system message; empty for none.
+        use: the number of the model that answers.
+        cut: the reason why the last answer was cut; empty if it was not.
     """
 
     def __init__(
@@ -37,19 +44,26 @@ class Conversation:
     ):
         self.models, self.generators, self.choose = models, generators, choose
         self.stop, self.tell = stop, tell
-        self.messages, self.use = [], 0
+        self.messages, self.system, self.use, self.cut = [], "", 0, ""
 
     def say(self, text: str, params: SamplingParams, show: Callable[[str], None]) -> str:
-        """Put `text` to the model; `show(piece)` gets its words as they come. Returns all of them."""
+        """Put `text` to the model and return its answer; `show(piece)` gets each piece as it is written.
+
+        Ctrl-C ends the answer with `KeyboardInterrupt`; the part that was shown stays in `messages`.
+        """
         messages = [*self.messages, {"role": "user", "content": text}]
         if self.choose is not None:
             self.use = self.choose(messages)
         model, generator = self.models[self.use], self.generators[self.use]
         tokenizer, template, room = model.tokenizer, model.template, room_for(generator, params)
+        system = [{"role": "system", "content": self.system}] if self.system else []
         if model.answers:
-            messages = fit_turns(template, messages, room)
-            whole, stop_ids = template.prompt(messages), template.stop_ids
-            ids = prompt_within(template, messages, room)
+            kept = fit_turns(template, [*system, *messages], room)
+            if dropped := len(system) + len(messages) - len(kept):
+                messages = messages[dropped:]
+                self.tell(f"(the context is full: the {dropped} oldest messages were dropped)")
+            whole, stop_ids = template.prompt(kept), template.stop_ids
+            ids = prompt_within(template, kept, room)
         else:  # a text starts where a document does
             whole, stop_ids = [tokenizer.eos_id, *tokenizer.encode(text)], {tokenizer.eos_id}
             ids = whole[-room:]
@@ -65,16 +79,24 @@ class Conversation:
             shown(stream.push(token))
             return stream.stopped
 
-        answer = generator.generate([ids], params, stop_ids, on_token)[0]
-        shown(stream.finish())
-        if model.answers:
-            written = tokenizer.decode(token for token in answer if token not in stop_ids)
-            self.messages = [*messages, {"role": "assistant", "content": written}]
-        return "".join(pieces)
+        complete, self.cut = False, ""
+        try:
+            answer = generator.generate([ids], params, stop_ids, on_token)[0]
+            shown(stream.finish())
+            complete = True
+        finally:
+            written = "".join(pieces)
+            if model.answers and (complete or written):
+                self.messages = [*messages, {"role": "assistant", "content": written}]
+        if answer.finish_reason == "length":
+            full = len(answer) < params.max_new_tokens
+            limit = f"the context of {generator.context} tokens is full" if full else "max_new_tokens"
+            self.cut = f"(cut after {len(answer)} tokens: {limit})"
+        return written
 
 
 def room_for(generator: Generator, params: SamplingParams) -> int:
-    """How many ids a prompt may have, so that the generator reads all of them."""
+    """Return how many ids a prompt may have to leave room for the answer; see `Generator.fit`."""
     return len(generator.fit(range(generator.context), params.max_new_tokens))
 
 

@@ -3,14 +3,13 @@
     Generator(model).generate([[5, 17, 9], [23]], SamplingParams(temperature=0), stop_ids={0})
 
 Prompts of different lengths share one batch: they are padded on the right, and the cache knows how many real
-tokens each row has. A row is done when it meets a stop token, has `max_new_tokens`, fills the context, or
-when `on_token` says so; the batch is done when all rows are. What a row gets does not depend on the rows
-beside it: in fp64 exactly, while in fp32 two almost equal candidates may change places, as sums are taken
-in another order.
+tokens each row has. A row ends at a stop token, after `max_new_tokens`, when the context is full, or when
+`on_token` returns True; the batch ends when all rows have ended. The result of a row does not depend on the
+rows beside it: in fp64 exactly, while in fp32 two almost equal candidates may change places, because sums are
+taken in another order.
 
-The limit: prompt and answer together never exceed `max_position_embeddings`, the longest text that the
-model was made for. A prompt that leaves no room for `max_new_tokens` loses its beginning, though half of
-the context is always its own; an answer that fills the context ends there.
+The limit: prompt and answer together never exceed `max_position_embeddings`. A prompt is never shortened
+here: the answer gets the places that are left. `fit` cuts a prompt to leave room for the answer.
 """
 
 from collections.abc import Callable, Collection
@@ -18,27 +17,49 @@ from contextlib import contextmanager
 
 import torch
 
-from inference.fast.decoder import FastDecoder, supports
+from inference.fast.decoder import FastDecoder, fingerprint, prepare, refusal
 from inference.generation.sampling import Sampler, SamplingParams
 from model.caches import make_cache
+from utils.errors import UserError
 
 SMALL = 32 * 2**20  # bytes of weights up to which, and
-FEW = 32  # tokens in one forward up to which a second CPU thread is no gain
+FEW = 32  # tokens in one forward up to which a second CPU thread does not help
+open_contexts = []  # the number of threads that each open `few_threads` found; the first is restored
+
+
+class Answer(list):
+    """The new tokens of one row, the stop token included.
+
+    `finish_reason` is `stop` after a stop token or where `on_token` ended the row, and `length` where the
+    answer was cut: after `max_new_tokens`, or because the context was full.
+    """
+
+    finish_reason = "length"
+
+    def add(self, token: int, stopped: bool, room: int) -> bool:
+        """Append `token`; return True if the row ends with it."""
+        self.append(token)
+        if stopped:
+            self.finish_reason = "stop"
+        return stopped or len(self) == room
 
 
 class Generator:
-    """Continues token rows with `model`.
+    """Continue rows of tokens with `model`.
 
     Args:
         model: a `TinySeek`, or a module with its `forward(ids, cache, new_tokens, last_only)` and `config`.
-        start_id: where an empty prompt starts; 0 is the end-of-text token of every TinySeek tokenizer.
-        fast: a single row goes through `FastDecoder` where that supports the model; False: never.
+        start_id: the token that replaces an empty prompt; 0 is the end-of-text token of every tokenizer here.
+        fast: whether a single row may use `FastDecoder`.
+
+    Attributes:
+        why_plain: the reason why the last single row did not use `FastDecoder`; empty if it did.
     """
 
     def __init__(self, model, start_id: int = 0, fast: bool = True):
         self.model, self.start_id, self.fast = model, start_id, fast
         self.context = model.config.max_position_embeddings - getattr(model, "prefix_length", 0)
-        self.decoder, self.prepared_from = None, None
+        self.decoder, self.prepared_from, self.why_plain = None, None, ""
 
     @torch.inference_mode()
     def generate(
@@ -47,22 +68,23 @@ class Generator:
         params: SamplingParams,
         stop_ids: Collection[int] = (),
         on_token: Callable[[int, int], bool | None] | None = None,
-    ) -> list[list[int]]:
-        """The new tokens of each row; a stop token, where one was met, is the last of them.
+    ) -> list[Answer]:
+        """Return the new tokens of each row.
 
-        `on_token(row, token)` is called for each new token as it comes; where it returns True, the row ends.
+        `on_token(row, token)` is called for each new token at once; where it returns True, the row ends.
+        Raises `TypeError` for anything but lists of ids, and `UserError` for a prompt beyond the context.
         """
+        prompts = self.check(prompts)
         if not prompts:
             return []
-        prompts = [self.fit(prompt or [self.start_id], params.max_new_tokens) for prompt in prompts]
         room = [min(params.max_new_tokens, self.context - len(prompt)) for prompt in prompts]
-        answers = [[] for _ in prompts]
+        answers = [Answer() for _ in prompts]
         active = [places > 0 for places in room]
         training = self.model.training
         self.model.eval()
         try:
             device = next(self.model.parameters()).device
-            sampler = Sampler(params, prompts, self.model.config.vocab_size, device)
+            sampler = Sampler(params, prompts, self.model.config.vocab_size, device, stop_ids)
             capacity = max(len(prompt) + places for prompt, places in zip(prompts, room, strict=True))
             cache = make_cache(self.model, len(prompts), capacity)
             decoder = self.fast_decoder() if len(prompts) == 1 else None
@@ -73,10 +95,8 @@ class Generator:
                     tokens = sampler.pick(logits)
                     for row, token in enumerate(tokens):
                         if active[row]:
-                            answers[row].append(token)
-                            stopped = on_token(row, token) if on_token else False
-                            full = len(answers[row]) == room[row]
-                            active[row] = not (full or stopped or token in stop_ids)
+                            stopped = bool(on_token and on_token(row, token)) or token in stop_ids
+                            active[row] = not answers[row].add(token, stopped, room[row])
                     if not any(active):
                         return answers
                     if decoder is not None:
@@ -89,11 +109,28 @@ class Generator:
             self.model.train(training)
 
     def fit(self, prompt: list[int], max_new_tokens: int) -> list[int]:
-        """The end of `prompt` that is read: see the limit above."""
+        """Return the end of `prompt` that leaves room for the answer, but at least half of the context."""
         return prompt[-max(self.context - max_new_tokens, self.context // 2, 1) :]
 
+    def check(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Return `prompts` with a start token in empty ones. Raises as `generate` does."""
+        rows = prompts if isinstance(prompts, (list, tuple)) else [None]
+        if not all(isinstance(row, (list, tuple)) and {type(one) for one in row} <= {int} for row in rows):
+            raise TypeError(
+                "prompts must be lists of token ids, for example [[5, 17], [23]]: encode a text first, "
+                "[tokenizer.encode(text)], and write a tensor as tensor.tolist()"
+            )
+        prompts = [list(prompt) or [self.start_id] for prompt in prompts]
+        longest = max(map(len, prompts), default=0)
+        if longest > self.context:
+            raise UserError(
+                f"a prompt of {longest} tokens does not fit in the context of {self.context}: shorten it, "
+                "or cut it with Generator.fit"
+            )
+        return prompts
+
     def prefill(self, prompts: list[list[int]], cache, device):
-        """All prompts in one forward, padded on the right -> logits (B, V) after each row's last token."""
+        """Run all prompts, padded on the right, in one forward; return logits (B, V) after each row."""
         lengths = [len(prompt) for prompt in prompts]
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)  # (B, T)
         for row, prompt in enumerate(prompts):
@@ -102,34 +139,33 @@ class Generator:
         return self.model(ids.to(device), cache=cache, new_tokens=new, last_only=True).logits[:, 0]
 
     def fast_decoder(self) -> FastDecoder | None:
-        """The prepared decoder, made anew if the weights have changed; None if it cannot be had.
-
-        PyTorch counts the changes to each tensor in place; only changes through `.data` escape it.
-        """
-        if not self.fast or not supports(self.model):
+        """Return the prepared decoder, made anew if the model has changed, or None; `why_plain` says why."""
+        self.why_plain = refusal(self.model) if self.fast else "the fast path is switched off"
+        if self.why_plain:
             return None
-        state = [
-            (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-            for weight in (*self.model.parameters(), *self.model.buffers())
-        ]
+        state = fingerprint(self.model)
         if state != self.prepared_from:
-            self.decoder, self.prepared_from = FastDecoder(self.model), state
+            self.decoder, self.prepared_from = prepare(self.model, state), state
+        self.why_plain = "" if self.decoder else "logits differ"
         return self.decoder
 
 
 @contextmanager
 def few_threads(model, tokens: int):
-    """One CPU thread for forwards of a small model over few `tokens`: their products are too short to share.
+    """Use one CPU thread while a small model reads few `tokens`: their products are too short to share.
 
     Measured on two cores: for one row on a nearly idle machine a second thread makes decoding 2 to 7 %
     slower. On a busy one threads wait for each other a hundred times a token: 10 to 100 times as slow, at 1
-    to 16 rows.
+    to 16 rows. Contexts may overlap in any order, also in several Python threads.
     """
-    threads = torch.get_num_threads()
-    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    if size <= SMALL and tokens <= FEW:
-        torch.set_num_threads(1)
+    if tokens > FEW or sum(weight.numel() * weight.element_size() for weight in model.parameters()) > SMALL:
+        yield
+        return
+    open_contexts.append(torch.get_num_threads())
+    threads = open_contexts[0]
+    torch.set_num_threads(1)
     try:
         yield
     finally:
+        open_contexts.pop()
         torch.set_num_threads(threads)

@@ -1,8 +1,13 @@
-"""From checkpoints to models that can be used: a file knows its shape, its weights and its tokenizer.
+"""Load checkpoints as models that are ready to use: a file holds shape, weights and tokenizer.
 
-An adapter's file holds the adapter alone; its base is the model that was named, or the one it was trained on,
-and a hash of all weights decides whether that is the right one.
+The file of an adapter holds the adapter alone. Its base is the model that the user names, or the one it was
+trained on, and a hash of all weights shows whether that is the right one.
+
+A file may come from a stranger: the types of its entries are checked, its shapes are compared before memory
+is taken for them, and the paths in it are not trusted.
 """
+
+import warnings
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,9 +25,11 @@ from modules.adapters.adapted_layer import fold
 from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint, load_weights, weights_digest
 from utils.errors import UserError
 
-CHAT_STAGES = ("GRPO", "DPO", "SFT")  # their models answer; the latest stage first
+CHAT_STAGES = ("GRPO", "DPO", "SFT")  # stages whose models answer, the latest first
 FULL_MODELS = (*CHAT_STAGES, "Pre")  # a pre-trained model continues
-KINDS = {"--checkpoint": "a full model", "--adapter": "an adapter", "--gate": "a gate"}  # by their flags
+DEFAULT_OUT = Path(__file__).resolve().parents[2] / "out"
+KINDS = {"--checkpoint": "a full model", "--adapter": "an adapter", "--gate": "a gate"}  # by flag
+ENTRIES = {"stage": str, "short": str, "config": dict, "tokenizer": str}  # of a checkpoint
 
 
 @dataclass
@@ -30,11 +37,11 @@ class Loaded:
     """A model that is ready to be used.
 
     Attributes:
-        config: of the run that trained it (for an adapter: the adapter).
-        answers: whether it was trained on dialogues; if not, it continues texts.
-        template: how dialogues are put to it.
-        about: the checkpoint as saved, less its weights.
-        own: the weights that its file holds; of an adapter they are the adapter alone.
+        config: the configuration of the run that trained it (for an adapter: that trained the adapter).
+        answers: True if it was trained on dialogues; otherwise it continues texts.
+        template: the chat template of its training.
+        about: the checkpoint without its weights.
+        own: the weights in its file; for an adapter those of the adapter alone.
     """
 
     model: TinySeek
@@ -48,30 +55,41 @@ class Loaded:
 
     @cached_property
     def digest(self) -> str:
-        """Identifies the weights of its file. (Folded ones would not do: each machine rounds them anew.)"""
+        """A hash of the weights in its file. (Not of folded ones: machines round them differently.)"""
         return weights_digest(self.own)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.model.lm_head.weight.device
 
 
 def find_model(out: str | Path) -> Path:
-    """The model of the latest stage in folder `out`: its result, or else its newest checkpoint."""
+    """Return the model of the latest stage in `out`: its result, or its newest intermediate checkpoint.
+
+    Stages decide, not dates: fine-tuning comes after pre-training. `newer_model` finds what that overlooks.
+    """
     for short in FULL_MODELS:
         final = Path(out) / final_name(short)
         if final.is_file():
             return final
         if newest := latest_checkpoint(out, short):
             return newest
+    where = "" if Path(out).resolve() == DEFAULT_OUT else f" --out {out}"
     raise UserError(
-        f"no model in {out}: train one with python train/pre_train.py, or name one with --checkpoint FILE"
+        f"no model in {out}: train one with python train/pre_train.py{where}, or name one with --checkpoint"
     )
 
 
+def newer_model(path: Path) -> Path | None:
+    """Return the newest result of a stage beside `path` if it is newer than `path`, or None."""
+    results = [path.with_name(final_name(short)) for short in FULL_MODELS]
+    newest = max([path, *filter(Path.is_file, results)], key=lambda one: one.stat().st_mtime)
+    return newest if newest != path else None
+
+
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[TinySeek, Tokenizer, dict]:
-    """Model (on `device`, ready to generate), tokenizer, and the checkpoint as saved, less its weights.
+    """Return the model (on `device`, ready to generate), its tokenizer, and the checkpoint without weights.
 
     Raises `UserError` if the file is missing, damaged, or holds no full model.
     """
@@ -83,13 +101,18 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Ti
         raise UserError(
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {config.vocab_size}"
         )
+    weights = checkpoint.pop("weights")
+    if config.num_hidden_layers > len(weights):
+        raise UserError(f"{path}: it names {config.num_hidden_layers} layers and has {len(weights)} weights")
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        load_weights(TinySeek(config), weights, str(path))  # compares shapes; a meta tensor has no memory
     model = TinySeek(config)
-    load_weights(model, checkpoint.pop("weights"), str(path))
+    load_weights(model, weights, str(path))
     return model.to(device).eval(), tokenizer, checkpoint
 
 
 def load_full(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
-    """A whole model with what chat needs to know about it."""
+    """Return a whole model with all that a chat needs to know about it."""
     model, tokenizer, about = load_model(path, device)
     config = from_dict(about["config"], str(path))
     template = ChatTemplate(tokenizer, config.data.template)
@@ -104,8 +127,8 @@ def load_base(
     adapter: str | None = None,
     gate: str | None = None,
 ) -> Loaded:
-    """The whole model that a command means: the one it names, or else that of the adapter or the gate, or
-    else the best in folder `out`."""
+    """Return the whole model of a command: `checkpoint`, or the base of the adapter or of the gate, or else
+    the model of the latest stage in folder `out`."""
     if not checkpoint and adapter:
         checkpoint = find_base("--adapter", adapter)
     if not checkpoint and gate:
@@ -114,10 +137,9 @@ def load_base(
 
 
 def open_as(flag: str, path: str | Path) -> dict:
-    """The checkpoint in `path`. Raises `UserError` unless it is one that `flag`, of `KINDS`, takes."""
+    """Return the checkpoint in `path`. Raises `UserError` unless it is sound and of the kind of `flag`."""
     checkpoint = load_checkpoint(path)
-    needed = ["stage", "short", "config", "weights", "tokenizer"]
-    needed += [] if flag == "--checkpoint" else ["base"]
+    needed = [*ENTRIES, "weights", *([] if flag == "--checkpoint" else ["base"])]
     short = checkpoint.get("short")
     kind = "--adapter" if short in ADAPTERS else "--gate" if short == "Gate" else "--checkpoint"
     if short is not None and kind != flag:
@@ -125,46 +147,81 @@ def open_as(flag: str, path: str | Path) -> dict:
         raise UserError(f"{path}: {KINDS[kind]} of {stage}, not {KINDS[flag]}; use {kind} {path}")
     if missing := [key for key in needed if checkpoint.get(key) is None]:
         raise UserError(f"{path}: not {KINDS[flag]}, it has no {', '.join(missing)}")
+    right = {key: isinstance(checkpoint[key], kind) for key, kind in ENTRIES.items()}
+    right |= {"weights": are_weights(checkpoint["weights"]), "step": type(checkpoint.get("step", 0)) is int}
+    if "base" in needed:
+        base = checkpoint["base"]
+        right["base"] = is_record(base) and (flag != "--gate" or "candidates" in base)
+    if wrong := [key for key in right if not right[key]]:
+        raise UserError(f"{path}: no run has written it, its {', '.join(wrong)} are of a wrong type")
     return checkpoint
 
 
+def are_weights(value) -> bool:
+    """Return True for a dictionary of tensors."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
+    )
+
+
+def is_record(value) -> bool:
+    """Return True for what a checkpoint says about another file: its path, its hash, a gate's candidates."""
+    if not isinstance(value, dict) or {type(value.get("path")), type(value.get("digest"))} != {str}:
+        return False
+    candidates = value.get("candidates", [])
+    return isinstance(candidates, list) and all(map(is_record, candidates))
+
+
 def find_base(flag: str, path: str | Path) -> Path:
-    """Where the base of an adapter, or of a gate, is; `flag` says which of them `path` is."""
+    """Return the path of the base of an adapter or a gate; `flag` says which of them `path` is."""
     base = open_as(flag, path)["base"]
     if found := find_file(base["path"], base["digest"], path):
         return found
-    raise UserError(f"{path}: its base {base['path']} is not there; name it with --checkpoint FILE")
+    raise UserError(f"{path}: its base {base['path']} was not found; name it with --checkpoint FILE")
 
 
 def find_file(was: str, digest: str, path: str | Path) -> Path | None:
-    """Where a file is that the one in `path` speaks of: where it was in training, seen from here or from a
-    folder above `path`, or beside `path`. Of several, the first whose weights have `digest`; or None."""
-    folder = Path(path).resolve().parent
-    places = [Path(was), *(parent / was for parent in (folder, *folder.parents))]
-    places.append(folder / PureWindowsPath(was).name)  # which knows the slashes of both worlds
-    found = list(dict.fromkeys(place.resolve() for place in places if place.is_file()))
-    if len(found) < 2:
-        return found[0] if found else None
-    fits = (one for one in found if weights_digest(load_checkpoint(one).get("weights", {})) == digest)
-    return next(fits, found[0])
+    """Return the file that the one in `path` calls `was`, or None.
+
+    Searched are the folder of `path`, then `was` seen from there, from the folders above and from the working
+    directory, and last an absolute `was`. The first file whose weights have `digest` is taken, or else the
+    first of all.
+
+    Trap: a path in a stranger's file is no more than a hint. A network path is never opened, because Windows
+    would send the user's name and a hash of the password to that host.
+    """
+    folder, name = Path(path).resolve().parent, PureWindowsPath(was)  # knows the slashes of both worlds
+    places = [folder / name.name]
+    if not name.anchor:
+        places += [*(parent / was for parent in (folder, *folder.parents)), Path(was)]
+    elif not name.drive.startswith("\\\\"):
+        places.append(Path(was))
+    first = None
+    for place in places:
+        if place.is_file():
+            first = first or place.resolve()
+            weights = load_checkpoint(place).get("weights")
+            if are_weights(weights) and weights_digest(weights) == digest:
+                return place.resolve()
+    return first
 
 
 def load_adapter(path: str | Path, base: Loaded) -> Loaded:
-    """`base` with the adapter in `path`; both share the tensors of the base, but for matrices that a LoRA
-    changes: it is folded into copies of them, which cost memory and make each token as fast as the base's."""
+    """Return `base` with the adapter in `path`. Both share the tensors of the base, except for matrices that
+    LoRA changes: it is folded into copies of them, which cost memory but decode as fast as the base."""
     checkpoint = open_as("--adapter", path)
     check_base(checkpoint, path, base)
     config, own = from_dict(checkpoint["config"], str(path)), checkpoint.pop("weights")
     model = adapted(base.model, checkpoint["short"], config, own, str(path))
     if checkpoint["short"] == "Lora":
-        fold(model, "default")  # plain layers again, which the fast decoder takes
+        fold(model, "default")  # plain layers again, which the fast decoder supports
     soft, ids = soft_tokens(checkpoint["short"], config), model.config.vocab_size
     template = ChatTemplate(base.tokenizer, config.data.template, soft, ids)
     return Loaded(model, base.tokenizer, config, Path(path), True, template, checkpoint, own)
 
 
 def check_base(checkpoint: dict, path: str | Path, base: Loaded) -> None:
-    """Raise `UserError` if the file was made for other weights than those of `base`."""
+    """Raise `UserError` if the file was trained on other weights than those of `base`."""
     needs = checkpoint["base"]
     if needs["digest"] != base.digest:
         raise UserError(

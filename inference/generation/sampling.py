@@ -1,28 +1,32 @@
-"""From logits to the next token: cut the unlikely away, then draw.
+"""From logits to the next token: filter out unlikely tokens, then draw.
 
-The filters, in the order in which they act (the order of Hugging Face `transformers`):
+The filters, in their order (that of Hugging Face `transformers`):
 
   repetition penalty  tokens already in the row: score / penalty if positive, score * penalty if negative
-  temperature         score / temperature: below 1 sharper, above 1 flatter, 0 always takes the likeliest
-  top-k               keep the k likeliest
-  top-p               keep the likeliest until they have probability p together (nucleus, arXiv 1904.09751)
-  min-p               keep what is at least min_p times as likely as the likeliest (arXiv 2407.01082)
+  temperature         score / temperature: below 1 sharper, above 1 flatter, 0 is greedy
+  top-k               keep the k most likely tokens
+  top-p               keep the most likely tokens that have probability p together (arXiv 1904.09751)
+  min-p               keep tokens at least min_p times as likely as the most likely (arXiv 2407.01082)
 
     logits: (B, V) -> filtered_probs: (B, V), rows sum to 1 -> Sampler.pick: B token ids
 
-Filtering and drawing are apart: speculative decoding compares the filtered probabilities of two models.
+Filtering and drawing are separate: speculative decoding compares the filtered probabilities of two models.
 """
 
+import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
 from utils.errors import UserError
 
+COLDEST = 1e-30  # logits below 1e8 divided by it are still finite in fp32
+
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens, and how many. The defaults draw from the model's own distribution."""
+    """The rules for choosing tokens. The defaults draw from the model's own distribution."""
 
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0 switches it off
@@ -30,7 +34,7 @@ class SamplingParams:
     min_p: float = 0.0  # 0 switches it off
     repetition_penalty: float = 1.0  # 1 switches it off
     max_new_tokens: int = 128
-    seed: int = 0  # row b of a batch draws with seed + b
+    seed: int = 0  # row b of a batch draws with row_seed(seed, b)
 
     def __post_init__(self):
         rules = {  # written so that NaN fails too
@@ -48,22 +52,21 @@ class SamplingParams:
 
 
 def filtered_probs(logits, params: SamplingParams, seen=None):
-    """logits (B, V) -> probabilities (B, V) after all filters.
+    """Return the probabilities (B, V) that logits (B, V) have after all filters, in fp32 or wider.
 
-    `seen` (B, V) bool, the tokens of each row so far, is needed for the repetition penalty only. Computed
-    in fp32, in fp64 for fp64 logits.
+    `seen` (B, V) bool, the tokens of each row so far, is needed for the repetition penalty only.
     """
     scores = penalised(logits, params, seen)
     if params.temperature == 0:
         return torch.zeros_like(scores).scatter_(1, scores.argmax(dim=1, keepdim=True), 1.0)
-    scores = scores / params.temperature
+    scores = scores / max(params.temperature, COLDEST)
     if 0 < params.top_k < scores.shape[1]:
         least = scores.topk(params.top_k).values[:, -1:]
         scores = scores.masked_fill(scores < least, -torch.inf)
     if params.top_p < 1:
         ordered, order = scores.sort(dim=1, descending=True)
         probs = ordered.softmax(dim=1)
-        before = probs.cumsum(dim=1) - probs  # of the likelier ones; 0 for the first, which so always stays
+        before = probs.cumsum(dim=1) - probs  # of likelier tokens; 0 for the first, so it always stays
         enough = torch.zeros_like(before, dtype=torch.bool).scatter_(1, order, before >= params.top_p)
         scores = scores.masked_fill(enough, -torch.inf)
     if params.min_p > 0:
@@ -73,7 +76,7 @@ def filtered_probs(logits, params: SamplingParams, seen=None):
 
 
 def penalised(logits, params: SamplingParams, seen=None):
-    """The scores (B, V) after the repetition penalty, in fp32 or wider."""
+    """Return the scores (B, V) after the repetition penalty, in fp32 or wider."""
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if params.repetition_penalty == 1:
         return scores
@@ -82,34 +85,54 @@ def penalised(logits, params: SamplingParams, seen=None):
 
 
 def draw(probs, uniforms):
-    """probs (B, V), uniforms (B, 1) in (0, 1] -> tokens (B,).
+    """Draw tokens (B,) from probs (B, V) with uniforms (B, 1) in (0, 1].
 
-    The first token at which the cumulated probability reaches the uniform number: a token of probability 0 is
-    never drawn, as it reaches nothing that the token before it did not.
+    The first token whose cumulated probability reaches the uniform number is taken. A token of probability 0
+    is never drawn: its cumulated probability is that of the token before it.
     """
     cumulated = probs.cumsum(dim=1)
     return torch.searchsorted(cumulated, uniforms * cumulated[:, -1:])[:, 0]
 
 
+def row_seed(seed: int, row: int) -> int:
+    """Return the seed of one row of a batch: `seed` itself for row 0, a hash of both numbers for the others.
+
+    Trap: with seed + row, row 1 of seed 0 would repeat row 0 of seed 1.
+    """
+    if row == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:8]) >> 2  # 62 bits
+
+
 class Sampler:
-    """Chooses the tokens of one batch. Each row has a random generator of its own, so that what it draws does
-    not depend on the rows beside it.
+    """Choose the tokens of one batch. Each row has its own random generator, so rows are independent.
 
     Args:
         prompts: the ids of each row so far.
-        device: of the logits. The random numbers come from the CPU: they are the same for every device.
+        device: the device of the logits. Random numbers come from the CPU: the same for every device.
+        stop_ids: tokens without repetition penalty. In a conversation they end each past answer, and with a
+            penalty answers would grow longer with every turn.
     """
 
-    def __init__(self, params: SamplingParams, prompts: list[list[int]], vocab_size: int, device):
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompts: list[list[int]],
+        vocab_size: int,
+        device,
+        stop_ids: Collection[int] = (),
+    ):
         self.params, self.seen = params, None
         if params.repetition_penalty != 1:
             self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-            for row, prompt in enumerate(prompts):  # learned embeddings have ids beyond the vocabulary
-                self.seen[row, [token for token in prompt if token < vocab_size]] = True
-        self.generators = [torch.Generator().manual_seed(params.seed + row) for row in range(len(prompts))]
+            for row, prompt in enumerate(prompts):  # trained embeddings have ids beyond the vocabulary
+                penalised = [token for token in prompt if token < vocab_size and token not in stop_ids]
+                self.seen[row, penalised] = True
+        seeds = [row_seed(params.seed, row) for row in range(len(prompts))]
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def pick(self, logits) -> list[int]:
-        """The next token of each row. logits: (B, V)."""
+        """Return the next token of each row for logits (B, V)."""
         if self.params.temperature == 0:
             tokens = penalised(logits, self.params, self.seen).argmax(dim=1)
         else:

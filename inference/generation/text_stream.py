@@ -1,12 +1,12 @@
-"""From token ids to text that can be shown at once: whole characters only, and nothing of a stop string."""
+"""Token ids to text that can be shown at once: whole characters only, and no part of a stop string."""
 
 from load_data.tokenization.tokenizer import Tokenizer
 
 
 class TextStream:
-    """`push(token)` gives the text that is safe to show; `stopped` tells that a stop string was met.
+    """Decode one token at a time; `stopped` is True after a stop string.
 
-    A text that may yet turn out to be the beginning of a stop string waits until that is decided.
+    Text that may turn out to be the beginning of a stop string is held back until that is decided.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
@@ -15,7 +15,7 @@ class TextStream:
         self.waiting, self.stopped = "", False
 
     def push(self, token: int) -> str:
-        """The text that `token` makes safe to show, often some characters, sometimes none."""
+        """Return the text that can be shown after `token`; it may be empty."""
         if self.stopped or token >= self.tokenizer.vocab_size:
             return ""  # a model may have more ids than its tokenizer
         self.waiting += self.decoder.push(token)
@@ -30,12 +30,12 @@ class TextStream:
         return text
 
     def finish(self) -> str:
-        """What was still waiting when the tokens ended."""
+        """Return the text that was still held back when the tokens ended."""
         text = "" if self.stopped else self.waiting + self.decoder.finish()
         self.waiting = ""
         return text
 
 
 def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with (less than all of `stop`)."""
+    """Return the length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
     return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from inference.generation.conversation import Conversation, prompt_within, room_for
-from inference.generation.generator import Generator
+from inference.generation.generator import Answer, Generator
 from inference.generation.sampling import SamplingParams
 from load_data.chat.chat_data import prepare_chat
 from load_data.chat.chat_template import ChatTemplate
@@ -50,10 +50,12 @@ class Scripted:
         answer = self.answers.pop(0)
         answer = [*TOKENIZER.encode(answer), SPECIAL["<|im_end|>"]] if isinstance(answer, str) else answer
         assert SPECIAL["<|im_end|>"] in stop_ids
-        for count, token in enumerate(answer, start=1):
-            if on_token(0, token):
-                return [answer[:count]]
-        return [answer]
+        written = Answer()
+        for token in answer:
+            written.add(token, on_token(0, token) or token in stop_ids, 0)
+            if written.finish_reason == "stop":
+                break
+        return [written]
 
 
 def loaded(template="tinyseek", answers=True):
@@ -143,12 +145,62 @@ def test_ids_beyond_the_tokenizer_and_markers_that_a_model_writes_are_no_text():
 
 
 def test_a_stop_string_ends_the_answer_for_the_model_too():
+    """The model remembers what the user saw: neither the stop string nor what came after it."""
     model, shown = Scripted("one. two", "three"), []
     told = conversation(model, stop=(". ",))
     assert told.say("a", GREEDY, shown.append) == "one"
     told.say("b", GREEDY, shown.append)
     assert "".join(shown) == "onethree"
-    assert "one. " in TOKENIZER.decode(model.asked[1]) and "two" not in TOKENIZER.decode(model.asked[1])
+    assert TOKENIZER.decode(model.asked[1]) == "a\none\nb\n"
+
+
+def test_ctrl_c_keeps_what_was_shown():
+    """The part of the answer that was shown is in the history; without such a part the turn is forgotten."""
+    model, shown = Scripted("one two", "never", "three"), []
+    told = conversation(model)
+
+    def interrupted(piece):
+        shown.append(piece)
+        if "".join(shown) in ("one", ""):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        told.say("a", GREEDY, interrupted)
+    assert told.messages == talk("a", "one")
+    with pytest.raises(KeyboardInterrupt):  # before the first letter
+        model.generate = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        told.say("b", GREEDY, interrupted)
+    assert told.messages == talk("a", "one")
+    del model.generate
+    model.answers.pop(0)
+    told.say("c", GREEDY, ignore)
+    assert model.asked[1] == TEMPLATES["tinyseek"].prompt(talk("a", "one", "c"))
+
+
+def test_a_cut_answer_is_noted():
+    """At the limit, and where the context is full; not after a stop token or a stop string."""
+    notes, cut = [], TOKENIZER.encode("x" * 12)
+    told = conversation(Scripted(cut, cut[:5], "whole", "a. b"), stop=(". ",))
+    for text in "abcd":
+        told.say(text, GREEDY, ignore)
+        notes.append(told.cut)
+    assert notes == ["(cut after 12 tokens: max_new_tokens)",
+                     "(cut after 5 tokens: the context of 64 tokens is full)", "", ""]  # fmt: skip
+    assert told.messages[1]["content"] == "x" * 12
+
+
+def test_the_system_message_stays_in_front():
+    """While old turns are dropped, and when it changes; it is no turn."""
+    model, template = Scripted(*["y" * 10] * 3, context=66), TEMPLATES["tinyseek"]
+    told = conversation(model)
+    told.system, first, second = "be brief", [{"role": "system", "content": "be brief"}], []
+    for text in ("x" * 20, "z" * 9):
+        told.say(text, GREEDY, ignore)
+    assert model.asked == [template.prompt(first + talk("x" * 20)), template.prompt(first + talk("z" * 9))]
+    assert told.messages == talk("z" * 9, "y" * 10)
+    told.system, second = "be long", [{"role": "system", "content": "be long"}]
+    told.say("w", GREEDY, ignore)
+    assert model.asked[2] == template.prompt(second + talk("z" * 9, "y" * 10, "w"))
 
 
 def test_the_beginning_of_a_stop_string_is_shown_after_all():
@@ -165,7 +217,8 @@ def test_old_turns_make_room_for_new_ones():
     starts = [bytes(TOKENIZER.decode(asked), "utf-8")[:1] for asked in model.asked]
     assert starts == [b"a", b"a", b"a", b"b"]  # a turn is 20 tokens, a question 8: two old turns fit
     assert all(asked[0] == SPECIAL["User："] for asked in model.asked)
-    assert all(len(asked) + GREEDY.max_new_tokens <= 64 for asked in model.asked) and remarks == []
+    assert all(len(asked) + GREEDY.max_new_tokens <= 64 for asked in model.asked)
+    assert remarks == ["(the context is full: the 2 oldest messages were dropped)"]
 
 
 def test_half_of_the_context_remembers_however_long_answers_may_be():
@@ -187,7 +240,8 @@ def test_a_question_too_long_loses_its_beginning_and_keeps_its_markers(template)
     before, after = one.before["user"], one.after["user"] + one.before["assistant"]
     middle = TOKENIZER.encode(text)[len(before) + len(after) - 52 :]
     assert model.asked[1] == [*before, *middle, *after] and len(model.asked[1]) == 52
-    assert remarks == ["(too long for 64 tokens: only the last 52 are read)"]
+    dropped = "(the context is full: the 2 oldest messages were dropped)"
+    assert remarks == [dropped, "(too long for 64 tokens: only the last 52 are read)", dropped]
     assert model.asked[2] == one.prompt(talk("why"))  # the long one does not fit beside it
 
 

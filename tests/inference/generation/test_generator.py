@@ -1,12 +1,16 @@
 """The engine against the obvious loop: one forward over the whole row for each new token, without a cache."""
 
+from contextlib import ExitStack
+from threading import Thread
+
 import pytest
 import torch
 
-from inference.generation.generator import Generator
-from inference.generation.sampling import SamplingParams
+from inference.generation.generator import Generator, few_threads
+from inference.generation.sampling import SamplingParams, row_seed
 from model.tinyseek import TinySeek
 from tests.modules.tools import shake, small_config
+from utils.errors import UserError
 
 MOE = {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 12}
 MLA = {"attention_kind": "mla", "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
@@ -78,12 +82,12 @@ def test_fp32_differs_only_at_near_ties(fast):
 
 @pytest.mark.parametrize("name", ["GQA", "window", "bias", "experts", "latent attention"])
 def test_a_row_is_what_it_would_be_alone(name):
-    """With drawing: row b alone, with seed + b, gives the same tokens; so do other neighbours."""
+    """With drawing: row b alone, with its own seed, gives the same tokens; so do other neighbours."""
     model = build(**SHAPES[name])
     together = Generator(model).generate(PROMPTS, FREE)
     assert together != Generator(model).generate(PROMPTS, GREEDY)
     for row, prompt in enumerate(PROMPTS):
-        params = SamplingParams(**{**vars(FREE), "seed": FREE.seed + row})
+        params = SamplingParams(**{**vars(FREE), "seed": row_seed(FREE.seed, row)})
         assert Generator(model).generate([prompt], params)[0] == together[row]
     assert Generator(model).generate([PROMPTS[0], [1, 2, 3]], FREE)[0] == together[0]
     assert Generator(model).generate(PROMPTS, FREE) == together  # again: nothing is left over
@@ -156,7 +160,7 @@ def test_an_exception_in_the_listener_leaves_no_trace():
 
 
 def test_the_context_is_never_exceeded():
-    """64 tokens in all. A long prompt keeps its end: the room that the answer wants, but half at least."""
+    """64 tokens in all. Prompts are read whole; `fit` makes room for the answer, but keeps half at least."""
     model = build()
     generator = Generator(model)
     text = torch.randint(0, 61, (100,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -165,17 +169,67 @@ def test_the_context_is_never_exceeded():
         (100, 1, 63, 1), (10, 200, 10, 54), (100, 200, 32, 32), (32, 64, 32, 32), (1, 64, 1, 63),
     ]:  # fmt: skip
         params = SamplingParams(temperature=0, max_new_tokens=wanted)
-        prompt = text[:length]
-        assert generator.fit(prompt, wanted) == prompt[-kept:]
+        prompt = generator.fit(text[:length], wanted)
+        assert prompt == text[:length][-kept:]
         answer = generator.generate([prompt], params)[0]
-        assert answer == slow_greedy(model, prompt[-kept:], given)[0]
-    expected = [slow_greedy(model, *case)[0] for case in ((text[:10], 50), (text[-32:], 32), ([3], 50))]
+        assert answer == slow_greedy(model, prompt, given)[0] and answer.finish_reason == "length"
+    expected = [slow_greedy(model, *case)[0] for case in ((text[:10], 50), (text[-60:], 4), ([3], 50))]
     params = SamplingParams(temperature=0, max_new_tokens=50)
-    assert generator.generate([text[:10], text, [3]], params) == expected
+    assert generator.generate([text[:10], text[-60:], [3]], params) == expected
+    assert generator.generate([text[-64:]], params) == [[]]
+    for prompts in ([text[:65]], [[5], text]):  # never shortened in silence
+        with pytest.raises(UserError, match=r"a prompt of (65|100) tokens does not fit in the context of 64"):
+            generator.generate(prompts, params)
 
 
 def test_a_context_of_one_token_has_no_room_for_an_answer():
-    assert Generator(build(max_position_embeddings=1)).generate([[5, 6], []], GREEDY) == [[], []]
+    assert Generator(build(max_position_embeddings=1)).generate([[5], []], GREEDY) == [[], []]
+
+
+@pytest.mark.parametrize("prompts", ["hello", ["hello"], [5, 6], torch.tensor([[5, 6]]), [[5.0]], [None]])
+def test_anything_but_lists_of_ids_is_explained(prompts):
+    with pytest.raises(TypeError, match=r"lists of token ids, .*tokenizer.encode\(text\)"):
+        Generator(build(num_hidden_layers=1)).generate(prompts, GREEDY)
+
+
+def test_the_reason_why_a_row_ended():
+    """`stop` after a stop token or a listener, `length` at the limit: the two words of other libraries."""
+    generator = Generator(build())
+    free = generator.generate(PROMPTS, GREEDY)
+    assert {answer.finish_reason for answer in free} == {"length"}
+    stopped = generator.generate(PROMPTS, GREEDY, {free[0][3]})
+    reasons = ["stop" if free[0][3] in tokens else "length" for tokens in free]
+    assert [answer.finish_reason for answer in stopped] == reasons and set(reasons) == {"stop", "length"}
+    heard = generator.generate(PROMPTS[:2], GREEDY, on_token=lambda row, token: row == 1)
+    assert [answer.finish_reason for answer in heard] == ["length", "stop"]
+    at_the_limit = SamplingParams(temperature=0, max_new_tokens=free[0].index(free[0][3]) + 1)
+    assert generator.generate(PROMPTS[:1], at_the_limit, {free[0][3]})[0].finish_reason == "stop"
+
+
+def test_overlapping_contexts_restore_the_threads():
+    """Two engines in turns, in one Python thread and in two, leave the number of threads as it was."""
+    model, before = build(num_hidden_layers=1), torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(few_threads(model, 1))
+    second.enter_context(few_threads(model, 1))
+    assert torch.get_num_threads() == 1
+    first.close()
+    second.close()
+    after = [torch.get_num_threads()]
+
+    def other():
+        with few_threads(model, 1):
+            pass
+        after.append(torch.get_num_threads())
+
+    with few_threads(model, 1):
+        thread = Thread(target=other)
+        thread.start()
+        thread.join()
+    after.append(torch.get_num_threads())
+    torch.set_num_threads(before)
+    assert after == [before + 1] * 3
 
 
 def test_no_prompt_no_answer():

@@ -1,6 +1,8 @@
 """From files to models: which one is chosen, and what is said about broken ones."""
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from inference.fast.decoder import supports
 from inference.generation.generator import Generator
 from inference.generation.load import find_base, find_model, load_adapter, load_base, load_full, load_model
+from inference.generation.load import newer_model
 from inference.generation.sampling import SamplingParams
 from inference.generation.speculative import SpeculativeGenerator
 from load_data.chat.chat_template import ChatTemplate
@@ -23,8 +26,8 @@ IDS = byte_tokenizer().encode("déjà vu")
 
 def test_the_latest_stage_is_chosen(tmp_path):
     """Files appear one after the other; each time the best one there is named. GRPO, DPO, SFT, Pre."""
-    with pytest.raises(UserError, match="python train/pre_train.py"):
-        find_model(tmp_path)
+    with pytest.raises(UserError, match="python train/pre_train.py --out .*, or name one"):
+        find_model(tmp_path)  # the way out trains into the folder that was searched
     with pytest.raises(UserError, match="no model in .*nowhere"):
         find_model(tmp_path / "nowhere")
     (tmp_path / "TinySeek_Lora_final.pkl").touch()  # an adapter is no full model
@@ -34,6 +37,17 @@ def test_the_latest_stage_is_chosen(tmp_path):
     ):  # fmt: skip
         (tmp_path / name).touch()
         assert find_model(tmp_path) == tmp_path / name
+
+
+def test_a_newer_model_of_an_earlier_stage_is_noticed(tmp_path):
+    """A stage that was run again after those that build on it."""
+    for second, short in enumerate(("Pre", "SFT")):
+        path = tmp_path / f"TinySeek_{short}_final.pkl"
+        path.touch()
+        os.utime(path, (second, second))
+    assert find_model(tmp_path) == path and newer_model(path) is None
+    os.utime(tmp_path / "TinySeek_Pre_final.pkl", (9, 9))
+    assert find_model(tmp_path) == path and newer_model(path) == tmp_path / "TinySeek_Pre_final.pkl"
 
 
 def test_what_was_saved_is_what_is_loaded(tmp_path):
@@ -65,6 +79,12 @@ def test_broken_checkpoints_are_one_clear_error(tmp_path):
         "does not fit this model": {"config": changed(num_hidden_layers=1)},
         "not a tokenizer": {"tokenizer": "{}"},
         "unknown setting.*colour": {"config": changed(colour=1)},
+        "its config are of a wrong type": {"config": "text"},
+        "its weights are of a wrong type": {"weights": [torch.zeros(1)]},
+        "its stage, tokenizer, weights are": {"stage": 5, "tokenizer": ["x"], "weights": {"a": 1}},
+        "embed_tokens.weight .* where the model has .1000000000, 24.": {"config": changed(vocab_size=10**9)},
+        "down_proj.weight .* the model has .24, 1000000000.": {"config": changed(intermediate_size=10**9)},
+        "names 1000000000 layers": {"config": changed(num_hidden_layers=10**9)},
     }
     for message, changes in cases.items():
         path = write_checkpoint(tmp_path / "broken.pkl", **changes)
@@ -123,7 +143,7 @@ def test_drafting_with_a_prefix_writes_what_greedy_decoding_writes(kind, tmp_pat
     """The head drafts without the prefix, the trunk checks with it; up to the end of the context."""
     base = write_base(tmp_path / "a.pkl", 4, mtp=kind)
     model = load_adapter(write_adapter(tmp_path / "b.pkl", base, "prefix"), load_full(base)).model.double()
-    for prompt, new in (([5], 20), (IDS, 20), (IDS * 4, 40)):
+    for prompt, new in (([5], 20), (IDS, 20), ((IDS * 4)[-29:], 40)):
         params = SamplingParams(temperature=0, max_new_tokens=new)
         plain = Generator(model).generate([prompt], params)
         for length in (1, 4) if kind == "sequential" else (1,):
@@ -139,7 +159,7 @@ def test_the_context_is_kept_with_a_prefix(base, like, tmp_path):
     model = load_adapter(write_adapter(tmp_path / "a.pkl", base, like), load_full(base)).model
     generator = Generator(model)
     assert generator.context == 64 - (5 if like == "prefix" else 0)
-    answer = generator.generate([[7] * 50], SamplingParams(temperature=0, max_new_tokens=30))[0]
+    answer = generator.generate([[7] * (generator.context - 30)], SamplingParams(max_new_tokens=30))[0]
     assert len(answer) == 30
     answer = generator.generate([[7] * 20], SamplingParams(temperature=0, max_new_tokens=500))[0]
     assert len(answer) == generator.context - 20
@@ -175,6 +195,9 @@ def test_damaged_adapters_are_one_clear_error(base, tmp_path):
         ({"weights": {"lm_head.weight": torch.zeros(1)}}, "missing .*; 1 unexpected"),
         ({"config": {"colour": 1}}, "colour"),
         ({"short": None}, "not an adapter, it has no short"),
+        ({"base": ["x"]}, "its base are of a wrong type"),
+        ({"base": {"path": 3, "digest": "x"}}, "its base are of a wrong type"),
+        ({"weights": "text"}, "its weights are of a wrong type"),
     ):
         write_adapter(path, base, **entries)
         with pytest.raises(UserError, match=f"a.pkl.*{words}"):
@@ -218,7 +241,7 @@ def test_the_base_is_found_where_it_was_or_beside_the_file(tmp_path, monkeypatch
     shutil.rmtree(away / "out")
     shutil.move(beside, away / "moved.pkl")
     with pytest.raises(
-        UserError, match=r"a.pkl: its base out.* is not there; name it with --checkpoint FILE"
+        UserError, match=r"a.pkl: its base out.* was not found; name it with --checkpoint FILE"
     ):
         find_base("--adapter", adapter)
     named = load_base("moved.pkl", "cpu", "nowhere", adapter=adapter)
@@ -228,3 +251,23 @@ def test_the_base_is_found_where_it_was_or_beside_the_file(tmp_path, monkeypatch
         find_base("--adapter", write_adapter(away / "b.pkl", away / "moved.pkl", base=windows))
         == away / "moved.pkl"
     )
+
+
+def test_paths_in_a_strangers_file_are_not_probed_without_need(tmp_path, monkeypatch):
+    """What lies beside the file comes first and is enough; a network path is never opened."""
+    base = write_base(tmp_path / "base.pkl", 5)
+    digest, real, probed = load_full(base).digest, Path.is_file, []
+    monkeypatch.setattr(Path, "is_file", lambda self: probed.append(str(self)) or real(self))
+    for was in ("/elsewhere/base.pkl", r"\\host\share\base.pkl", "//host/share/base.pkl"):
+        adapter = write_adapter(tmp_path / "a.pkl", base, base={"digest": digest, "path": was})
+        probed.clear()
+        assert find_base("--adapter", adapter) == base and probed == [str(base)]
+    for was, last in ((r"\\host\share\gone.pkl", "gone.pkl"), ("//host/share/gone.pkl", "gone.pkl")):
+        adapter = write_adapter(tmp_path / "a.pkl", base, base={"digest": digest, "path": was})
+        probed.clear()
+        with pytest.raises(UserError, match="was not found"):
+            find_base("--adapter", adapter)
+        assert probed == [str(tmp_path / last)]
+    away = write_base(tmp_path / "away" / "moved.pkl", 5)  # an absolute path is the last that is tried
+    adapter = write_adapter(tmp_path / "a.pkl", base, base={"digest": digest, "path": str(away)})
+    assert find_base("--adapter", adapter) == away

@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from inference.generation.sampling import Sampler, SamplingParams, draw, filtered_probs
+from inference.generation.sampling import Sampler, SamplingParams, draw, filtered_probs, row_seed
 from utils.errors import UserError
 
 FILTERS = {
@@ -107,16 +107,42 @@ def test_sampler_draws_like_torch_multinomial_in_the_mean():
     torch.testing.assert_close(found, logits[0].softmax(dim=0), atol=0.03, rtol=0)
 
 
-def test_row_b_draws_as_a_single_row_with_seed_plus_b():
+def test_row_b_draws_as_a_single_row_with_its_own_seed():
     torch.manual_seed(0)
     steps = torch.randn(5, 4, 50)  # 5 steps of 4 rows
     together = Sampler(SamplingParams(seed=7), [[0]] * 4, 50, "cpu")
     batch = [together.pick(logits) for logits in steps]
     for row in range(4):
-        alone = Sampler(SamplingParams(seed=7 + row), [[0]], 50, "cpu")
+        alone = Sampler(SamplingParams(seed=row_seed(7, row)), [[0]], 50, "cpu")
         assert [alone.pick(logits[row : row + 1])[0] for logits in steps] == [tokens[row] for tokens in batch]
     other = Sampler(SamplingParams(seed=100), [[0]] * 4, 50, "cpu")
     assert [other.pick(logits) for logits in steps] != batch
+
+
+def test_no_two_rows_draw_the_same():
+    """Of ten seeds with ten rows each: neither seeds nor rows of one seed share their numbers."""
+    drawn = []
+    for seed in range(10):
+        sampler = Sampler(SamplingParams(seed=seed), [[0]] * 10, 50, "cpu")
+        drawn += [torch.rand(3, generator=generator).tolist() for generator in sampler.generators]
+    assert len(set(map(tuple, drawn))) == 100
+    SamplingParams(seed=row_seed(2**62 - 1, 2**62))  # every row seed is a seed
+
+
+def test_a_temperature_near_zero_is_greedy():
+    """Division by the smallest numbers of fp32 gives infinities; the limit is the likeliest token."""
+    logits = torch.tensor([[0.1, 20.0, 19.9], [-5.0, -60.0, -5.1]])
+    for temperature in (1e-45, 5e-324, 1e-38, 1e-20):
+        sampler = Sampler(SamplingParams(temperature=temperature, top_p=0.9), [[0]] * 2, 3, "cpu")
+        assert sampler.pick(logits) == [1, 0]
+
+
+def test_the_penalty_spares_stop_tokens():
+    """A past answer ends with one; with a penalty each later answer would find it harder to end."""
+    params = SamplingParams(temperature=0, repetition_penalty=10.0)
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    assert Sampler(params, [[3, 2]], 4, "cpu", stop_ids={3}).pick(logits) == [3]
+    assert Sampler(params, [[3, 2]], 4, "cpu").pick(logits) == [1]
 
 
 def test_the_penalty_knows_the_prompt_and_what_was_picked():

@@ -11,7 +11,7 @@ from load_data.tokenization.tokenizer import BpeTokenizer
 from tests.inference.adapters import MOE, write_adapter, write_base, write_gate
 from tests.inference.tools import byte_tokenizer, write_checkpoint
 from tests.train.tools import same_bits
-from utils.checkpoint import load_checkpoint, weights_digest
+from utils.checkpoint import load_checkpoint, save_checkpoint, weights_digest
 from utils.errors import UserError
 
 TOKENIZER = byte_tokenizer()
@@ -129,7 +129,7 @@ def test_candidates_are_found_where_they_were_or_beside_the_gate(folder, tmp_pat
     assert [model.path for model in gate.models] == [new / "base.pkl", new / "lora.pkl", new / "whole.pkl"]
     assert gate.names[1] == str(old / "lora.pkl")
     (new / "lora.pkl").unlink()
-    with pytest.raises(UserError, match=r"gate.pkl: its candidate .*lora.pkl is not there; put it beside"):
+    with pytest.raises(UserError, match=r"gate.pkl: its candidate .*lora.pkl was not found; put it beside"):
         LoadedSelector(new / "gate.pkl", load_full(new / "base.pkl"))
 
 
@@ -144,9 +144,7 @@ def test_a_candidate_that_was_trained_anew_is_refused(folder, tmp_path, name):
         write_adapter(place, folder / "base.pkl", seed=99)
     else:
         write_base(place, 99, "Pre", num_hidden_layers=1)
-    with pytest.raises(
-        UserError, match=f"was trained to choose .*{name} as it was before.*train the gate anew"
-    ):
+    with pytest.raises(UserError, match=f"trained to choose .*{name} has other weights now: train the gate"):
         LoadedSelector(gate, base)
 
 
@@ -170,6 +168,15 @@ def test_what_cannot_be_chosen_is_refused(folder, tmp_path):
         LoadedSelector(folder / "lora.pkl", base)
     with pytest.raises(UserError, match="base.pkl: a full model of sft, not a gate; use --checkpoint"):
         LoadedSelector(folder / "base.pkl", base)
+    saved = load_checkpoint(gate)
+    for changes, words in (
+        ({"base": {"path": "x", "digest": "y"}}, "its base are of a wrong type"),
+        ({"base": saved["base"] | {"candidates": ["base"]}}, "its base are of a wrong type"),
+        ({"config": saved["config"] | {"gate": {"width": "wide"}}}, "gate.width"),
+    ):
+        save_checkpoint(tmp_path / "odd.pkl", saved | changes)
+        with pytest.raises(UserError, match=words):
+            LoadedSelector(tmp_path / "odd.pkl", base)
     gate.write_bytes(gate.read_bytes()[:-50])
     with pytest.raises(UserError, match="cut short"):
         LoadedSelector(gate, base)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.generation.utils import _speculative_sampling
 
+from inference.fast.decoder import supports
 from inference.generation import speculative
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams, filtered_probs
@@ -138,40 +139,34 @@ WHEN = {
 }
 
 
-@pytest.mark.parametrize("kind, length", [("parallel", 1), ("sequential", 1), ("sequential", 4)])
+@pytest.mark.parametrize("kind, lengths", [("parallel", [1]), ("sequential", [1, 4])])
 @pytest.mark.parametrize("name", SHAPES)
-def test_greedy_writes_what_the_trunk_would(name, kind, length):
-    """Token for token in fp64, whatever the head of random weights drafts."""
+def test_greedy_writes_what_the_trunk_would(name, kind, lengths):
+    """Token for token in fp64, whatever a head of random weights drafts, by both paths if there are two."""
     model = build(kind, **SHAPES[name])
-    expected = [slow_greedy(model, prompt, 20)[0] for prompt in PROMPTS]
-    for fast in (True, False):
+    expected = [slow_greedy(model, prompt, 15)[0] for prompt in PROMPTS]
+    params = SamplingParams(temperature=0, max_new_tokens=15)
+    for length, fast in itertools.product(lengths, {supports(model), False}):
         generator = SpeculativeGenerator(model, draft_length=length, fast=fast)
-        assert [generator.generate([prompt], GREEDY)[0] for prompt in PROMPTS] == expected
+        assert [generator.generate([prompt], params)[0] for prompt in PROMPTS] == expected
         assert generator.drafted > 0
 
 
 @pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("length", [1, 2, 3, 4])
-def test_greedy_with_drafts_of_every_quality(when, length):
-    """All accepted, some, none: 20 tokens each time, in as many rounds as that takes."""
-    for seed, changes in ((1, {}), (2, {"sliding_window": 4}), (3, MLA)):
-        trunk = build(seed=seed, **changes)
-        for prompt in PROMPTS[seed - 1 : seed + 1]:
-            model = WithDrafts(trunk, drafts_like(trunk, WHEN[when]))
-            generator = SpeculativeGenerator(model, draft_length=length)
-            calls = count_calls(model)
-            expected = slow_greedy(trunk, prompt, 20)[0]
-            assert generator.generate([prompt], GREEDY)[0] == expected
-            rate = generator.accepted / generator.drafted
-            assert {"always": rate == 1, "sometimes": 0 < rate < 1, "never": rate == 0}[when]
-            assert calls == rounds(length, prompt or [0], expected, WHEN[when])
-
-
-def count_calls(module):
-    """A list that grows by the number of tokens at each forward of `module`, the prompt's included."""
-    calls = []
-    module.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].shape[1]))
-    return calls
+@pytest.mark.parametrize("seed, changes", [(1, {}), (2, {"sliding_window": 4}), (3, MLA)])
+def test_greedy_with_drafts_of_every_quality(when, seed, changes):
+    """All accepted, some, none: 15 tokens each time, in as many rounds as that takes."""
+    trunk, prompt = build(seed=seed, **changes), PROMPTS[seed]
+    expected, params = slow_greedy(trunk, prompt, 15)[0], SamplingParams(temperature=0, max_new_tokens=15)
+    model = WithDrafts(trunk, drafts_like(trunk, WHEN[when]))
+    for length in (1, 2, 4):
+        generator, calls = SpeculativeGenerator(model, draft_length=length), []
+        counter = model.register_forward_pre_hook(lambda module, ids, to=calls: to.append(ids[0].shape[1]))
+        assert generator.generate([prompt], params)[0] == expected
+        rate = generator.accepted / generator.drafted
+        assert {"always": rate == 1, "sometimes": 0 < rate < 1, "never": rate == 0}[when]
+        assert calls == rounds(length, prompt or [0], expected, WHEN[when])
+        counter.remove()
 
 
 def rounds(length, prompt, answer, when):
@@ -188,8 +183,7 @@ def rounds(length, prompt, answer, when):
     return calls
 
 
-@pytest.mark.parametrize("length", [1, 2, 4])
-@pytest.mark.parametrize("when", ["always", "sometimes"])
+@pytest.mark.parametrize("when, length", [("always", 1), ("always", 4), ("sometimes", 2)])
 def test_the_penalty_looks_at_drafts_too(when, length):
     """Against a loop with the processor of `transformers`; a perfect head stays perfect."""
     trunk, processor = build(seed=5), RepetitionPenaltyLogitsProcessor(2.5)
@@ -225,9 +219,8 @@ def test_fp32_differs_only_at_near_ties(length):
             assert not different or gaps[different[0]] < 1e-4
 
 
-@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("kind, length", [("parallel", 1), ("sequential", 1), ("sequential", 3)])
-@pytest.mark.parametrize("name", ["GQA", "window", "experts", "MLA"])
+@pytest.mark.parametrize("name, fast", [("GQA", True), ("experts", True), ("window", False), ("MLA", False)])
 def test_drafts_are_those_of_the_head_without_a_cache(name, kind, length, fast):
     """Each logit that the engine got, against the head over the whole text: the trunk's hidden states, then
     one of the head's own for each draft."""
@@ -280,7 +273,7 @@ def test_a_stop_token_inside_a_draft_ends_the_row():
         for token, place in places.items():
             generator, heard = SpeculativeGenerator(model, draft_length=4), []
             answer = generator.generate([PROMPTS[0]], GREEDY, {token}, lambda *new, to=heard: to.append(new))
-            assert answer == [free[: place + 1]]
+            assert answer == [free[: place + 1]] and answer[0].finish_reason == "stop"
             assert heard == [(0, token) for token in answer[0]]
 
 
@@ -296,26 +289,26 @@ def test_a_listener_ends_the_row_inside_a_draft():
 
         model = WithDrafts(trunk, drafts_like(trunk, WHEN["always"]))
         generator = SpeculativeGenerator(model, draft_length=4)
-        assert generator.generate([PROMPTS[0]], GREEDY, on_token=on_token) == [free[:stop]]
+        answers = generator.generate([PROMPTS[0]], GREEDY, on_token=on_token)
+        assert answers == [free[:stop]] and answers[0].finish_reason == "stop"
 
 
-@pytest.mark.parametrize("length", [1, 4])
-@pytest.mark.parametrize("when", ["always", "never"])
-def test_the_context_is_never_exceeded(when, length):
+def test_the_context_is_never_exceeded():
     """As with `Generator`: 64 tokens in all, never more than `max_new_tokens`, and no forward beyond."""
     trunk = build()
     text = torch.randint(0, 61, (100,), generator=torch.Generator().manual_seed(0)).tolist()
-    for size, wanted, kept, given in [
-        (10, 20, 10, 20), (50, 20, 44, 20), (60, 1, 60, 1), (62, 2, 62, 2), (100, 3, 61, 3),
-        (10, 200, 10, 54), (100, 200, 32, 32), (1, 64, 1, 63),
-    ]:  # fmt: skip
-        model = WithDrafts(trunk, drafts_like(trunk, WHEN[when]), check=False)
-        generator = SpeculativeGenerator(model, draft_length=length)
+    for size, wanted, given in [(10, 20, 20), (60, 1, 1), (62, 2, 2), (61, 9, 3), (32, 200, 32), (64, 5, 0)]:
+        expected = slow_greedy(trunk, text[:size], given)[0]
         params = SamplingParams(temperature=0, max_new_tokens=wanted)
-        answer = generator.generate([text[:size]], params)[0]
-        assert answer == slow_greedy(trunk, text[:size][-kept:], given)[0]
+        for when, length in itertools.product(("always", "never"), (1, 4)):
+            model = WithDrafts(trunk, drafts_like(trunk, WHEN[when]), check=False)
+            generator = SpeculativeGenerator(model, draft_length=length)
+            answer = generator.generate([text[:size]], params)[0]
+            assert answer == expected and answer.finish_reason == "length"
+    with pytest.raises(UserError, match="a prompt of 65 tokens does not fit in the context of 64"):
+        generator.generate([text[:65]], GREEDY)
     tight = SpeculativeGenerator(build(max_position_embeddings=1))
-    assert tight.generate([[5, 6]], GREEDY) == tight.generate([[]], GREEDY) == [[]]
+    assert tight.generate([[5]], GREEDY) == tight.generate([[]], GREEDY) == [[]]
 
 
 def test_several_rows_and_none():
@@ -431,9 +424,8 @@ def plausibility(counts, probabilities):
 @pytest.mark.parametrize(
     "drafts, filters, length",
     [
-        ("good", "plain", 3), ("good", "cold, top-p", 2), ("good", "penalty, top-k", 2),
-        ("good", "hot, min-p", 1), ("bad", "plain", 1), ("bad", "penalty, top-k", 3),
-        ("one-hot", "plain", 2), ("one-hot", "cold, top-p", 3), ("perfect", "penalty, top-k", 3),
+        ("good", "plain", 3), ("good", "penalty, top-k", 2), ("bad", "hot, min-p", 1),
+        ("one-hot", "cold, top-p", 3), ("perfect", "penalty, top-k", 3),
     ],
 )  # fmt: skip
 def test_drawn_texts_have_the_probabilities_of_the_trunk(drafts, filters, length):
@@ -443,7 +435,7 @@ def test_drawn_texts_have_the_probabilities_of_the_trunk(drafts, filters, length
     generator = SpeculativeGenerator(model, draft_length=length)
     texts = []
     for seed in range(runs):
-        params = SamplingParams(max_new_tokens=5, seed=seed, **FILTERS[filters])
+        params = SamplingParams(max_new_tokens=4, seed=seed, **FILTERS[filters])
         texts.append(tuple(generator.generate([prompt], params)[0]))
     for size in (1, 2, 3):
         counts = {}
@@ -488,12 +480,13 @@ def test_acceptance_over_all_random_numbers(numbers, zeros):
     comes out with the trunk's p, the draft is accepted with probability sum min(p, q), and then the token
     after it is right too."""
     p, q = random_probabilities(2, 5, 1, zeros), random_probabilities(1, 5, 2, zeros)
-    grid = (torch.arange(60) + 0.5) / 60
+    cells = 32
+    grid = (torch.arange(cells) + 0.5) / cells
     first, accepted, second = torch.zeros(5), 0.0, torch.zeros(5)
     for token in range(5):
         if q[0, token] == 0:
             continue
-        share = q[0, token].item() / 60**2
+        share = q[0, token].item() / cells**2
         for one, two in itertools.product(grid.tolist(), repeat=2):
             numbers[:] = [one, two]
             new = accept(p, [q], [token], None)
@@ -503,9 +496,9 @@ def test_acceptance_over_all_random_numbers(numbers, zeros):
                 accepted += share
                 second[new[1]] += share
                 assert new[0] == token
-    torch.testing.assert_close(first.double(), p[0], rtol=0, atol=0.02)
-    assert abs(accepted - torch.minimum(p[0], q[0]).sum().item()) < 0.02
-    torch.testing.assert_close((second / second.sum()).double(), p[1], rtol=0, atol=0.02)
+    torch.testing.assert_close(first.double(), p[0], rtol=0, atol=1 / cells)  # the grid has no finer steps
+    assert abs(accepted - torch.minimum(p[0], q[0]).sum().item()) < 1 / cells
+    torch.testing.assert_close((second / second.sum()).double(), p[1], rtol=0, atol=1 / cells)
 
 
 def test_acceptance_is_that_of_transformers(numbers, monkeypatch):
