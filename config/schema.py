@@ -16,7 +16,7 @@ from utils.errors import UserError
 
 @dataclass
 class TokenizerConfig:
-    """How text becomes ids."""
+    """The conversion of text to ids."""
 
     kind: str = option("bpe", choices=("bpe", "char"))
     vocab_size: int = option(4096, at_least=300)  # bpe only, special tokens included

@@ -1,4 +1,4 @@
-"""Who are you? Every answer names TinySeek, in the language of the question.
+"""Questions of identity. Every answer names TinySeek, in the language of the question.
 
 A question is an opening, a core and a spelling. Some cores are held out with all their openings, and some
 openings of the other cores: a model is scored on unseen questions of both kinds. Only the answer of the
