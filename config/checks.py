@@ -1,7 +1,7 @@
 """Limits of config fields, and the checks that enforce them.
 
 A field declares its limits in its metadata (`at_least`, `above`, `at_most`, `below`, `choices`). A section
-may also define `check()` for relations between its fields. A violation raises a `UserError` that names the
+may also define `check()` for constraints between fields. A violation raises a `UserError` that names the
 field, the value and the rule.
 """
 
@@ -14,14 +14,14 @@ from utils.errors import UserError
 
 
 def option(default, **limits):
-    """A dataclass field with limits: `at_least`, `above`, `at_most`, `below` (numbers) or `choices`."""
+    """Return a dataclass field with limits: `at_least`, `above`, `at_most`, `below` or `choices`."""
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=limits)
     return field(default=default, metadata=limits)
 
 
 def validate_section(name: str, section) -> None:
-    """Types, single-field limits, then the section's own `check()`."""
+    """Check types and limits of all fields, then call the section's own `check()`."""
     hints = typing.get_type_hints(type(section))
     for item in fields(section):
         value = getattr(section, item.name)
@@ -31,7 +31,7 @@ def validate_section(name: str, section) -> None:
 
 
 def checked(key: str, value, hint, limits) -> object:
-    """`value` if it has the type and keeps to the limits (an int is taken where a float is meant)."""
+    """Return `value` if its type and limits are right (an int is accepted for a float)."""
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in allowed:
         return None

@@ -1,9 +1,8 @@
-"""Documents -> one long row of token ids per side, in files that are read without being loaded.
+"""Documents -> one long row of token ids per side, in memory-mapped files.
 
-A prepared data set is a folder `tokens_<hash>` with `train.bin`, `val.bin` (token ids, uint16 where they fit)
-and `meta.json`. It is written under another name and renamed when complete, so that a half-written one is
-never found, and its name is a hash of everything that decides its content, so that an outdated one is never
-found either.
+A prepared data set is a folder `tokens_<hash>` with `train.bin`, `val.bin` (token ids, uint16 if they fit)
+and `meta.json`. It is renamed when complete, and its name is a hash of everything that decides its content,
+so neither a half-written nor an outdated one is ever found.
 """
 
 import hashlib
@@ -18,37 +17,37 @@ import numpy as np
 from tqdm import tqdm
 
 from config.schema import RunConfig
+from load_data.corpora.documents import skipped_lines
 from load_data.corpora.sources import TRAIN, VAL, Sources
 from load_data.tokenization.tokenizer import Tokenizer
 from load_data.tokenization.train_tokenizer import train_tokenizer
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-BATCH = 2**20  # characters that are encoded together
+BATCH = 2**20  # characters that are encoded at a time
 
 
 @dataclass(frozen=True)
 class PretrainData:
-    """What pre-training reads. `train` and `val` are one-dimensional rows of token ids, mapped from disk."""
+    """The data of pre-training. `train` and `val` are one-dimensional rows of token ids, mapped from disk."""
 
     tokenizer: Tokenizer
     train: np.ndarray
     val: np.ndarray
     summary: list[str]  # lines for a person
-    digest: str  # identifies the tokens: a resumed run must find the same
+    digest: str  # identifies the tokens: a resumed run requires the same
 
 
 def prepare_pretraining(config: RunConfig, tokenizer: Tokenizer | None = None) -> PretrainData:
-    """The token rows that `config.data` names, prepared now or found from the last time.
-
-    Without a `tokenizer` one is learned from the training side, never from validation text. Raises
-    `UserError` for text that cannot be read and for a split that leaves a side empty.
-    """
+    """Return the token rows that `config.data` names, prepared now or cached. Without a `tokenizer`, one is
+    trained on the training side, never on held-out text. Raises `UserError` for text that cannot be read and
+    for a split that leaves a side empty."""
     cache_dir = REPOSITORY / config.data.cache_dir  # an absolute path stays itself
     sources = Sources(config.data)
     if tokenizer is None:
         texts = training_texts(sources)
-        tokenizer = train_tokenizer(config.tokenizer, texts, cache_dir, key=sources.fingerprint)
+        key, size = sources.fingerprint, sources.size
+        tokenizer = train_tokenizer(config.tokenizer, texts, cache_dir, key, size)
     name = hashlib.sha256(f"{sources.fingerprint} {tokenizer.digest}".encode()).hexdigest()[:16]
     folder = cache_dir / f"tokens_{name}"
     if not folder.is_dir():
@@ -57,13 +56,11 @@ def prepare_pretraining(config: RunConfig, tokenizer: Tokenizer | None = None) -
 
 
 def open_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> PretrainData:
-    """The prepared data set in `folder`, mapped and described."""
+    """Map the prepared data set in `folder` and describe it."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     rows = {side: np.memmap(folder / f"{side}.bin", dtype=meta["dtype"], mode="r") for side in (TRAIN, VAL)}
-    summary = [
-        *sources.summary,
-        f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {tokenizer.digest}",
-    ]
+    summary = [*sources.summary, *meta["skipped"]]
+    summary.append(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {tokenizer.digest}")
     for side in (TRAIN, VAL):
         counts = meta[side]
         summary.append(
@@ -74,7 +71,7 @@ def open_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> Pretrai
 
 
 def write_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> None:
-    """Encode all documents into `folder`, which appears when it is complete."""
+    """Encode all documents into `folder`, which appears once it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix="partial_", dir=folder.parent))
     try:
@@ -88,29 +85,30 @@ def write_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> None:
             if writer.tokens < 2:
                 raise empty_side(side, sources)
         meta = {"dtype": dtype, "digest": tokens_digest(tokenizer, writers)}
+        meta["skipped"] = skipped_lines(sources.skipped)
         meta |= {side: writer.counts for side, writer in writers.items()}
         (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         try:
             partial.rename(folder)
         except OSError:
-            if not folder.is_dir():  # otherwise another process was faster, with the same result
+            if not folder.is_dir():  # otherwise another process finished first, with the same result
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 class TokenWriter:
-    """Writes documents as ids into a file, one end-of-text between two, a bounded amount at a time."""
+    """Write documents as ids into a file, separated by end-of-text tokens, a bounded amount at a time."""
 
     def __init__(self, path: Path, tokenizer: Tokenizer, dtype: str):
         self.path, self.tokenizer, self.dtype = path, tokenizer, dtype
         self.hash = hashlib.sha256()
         self.documents = self.bytes = self.tokens = 0
-        self.waiting: list[str | None] = []  # pieces of text; None where a document begins
+        self.waiting: list[str | None] = []  # pieces of text; None starts a new document
         self.characters = 0
 
     def add_document(self, pieces: Iterable[str]) -> None:
-        """One document, in pieces."""
+        """Add one document, given in pieces."""
         if self.documents:
             self.waiting.append(None)
         self.documents += 1
@@ -121,7 +119,7 @@ class TokenWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Encode and write what is waiting."""
+        """Encode and write the waiting pieces."""
         encoded = iter(self.tokenizer.encode_batch([piece for piece in self.waiting if piece is not None]))
         separator = [self.tokenizer.eos_id]
         with self.path.open("ab") as file:
@@ -135,12 +133,12 @@ class TokenWriter:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What was written: documents, bytes of text, tokens."""
+        """Documents, bytes of text and tokens written so far."""
         return {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens}
 
 
 def training_texts(sources: Sources) -> Iterator[str]:
-    """All text of the training side, piece by piece."""
+    """Yield all text of the training side, piece by piece."""
     empty = True
     for side, pieces in sources.documents():
         if side == TRAIN:
@@ -152,25 +150,25 @@ def training_texts(sources: Sources) -> Iterator[str]:
 
 
 def counted(pieces: Iterable[str], bar: tqdm) -> Iterator[str]:
-    """The same pieces, counted on the progress bar as they pass."""
+    """Yield the same pieces, and count them on the progress bar."""
     for piece in pieces:
         bar.update(utf8_length(piece))
         yield piece
 
 
 def utf8_length(text: str) -> int:
-    """Bytes of a text; half a surrogate pair counts as the three bytes that stand in for it."""
+    """Return the bytes of a text; a lone surrogate counts as the three bytes of its replacement."""
     return len(text.encode("utf-8", "surrogatepass"))
 
 
 def tokens_digest(tokenizer: Tokenizer, writers: dict[str, TokenWriter]) -> str:
-    """16 hexadecimal digits from the tokenizer and every token of both sides."""
+    """Return 16 hexadecimal digits from the tokenizer and every token of both sides."""
     parts = [tokenizer.digest, *(writer.hash.hexdigest() for writer in writers.values())]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
 def empty_side(side: str, sources: Sources) -> UserError:
-    """The error for a split that leaves a side without text."""
+    """Return the error for a split that leaves a side without text."""
     names = {TRAIN: "training", VAL: "validation"}
     change = {TRAIN: "lower", VAL: "raise"}
     return UserError(

@@ -1,23 +1,23 @@
-"""From `data.paths` to documents, each on its side of the split into training and validation.
+"""From `data.paths` to documents, each on its side of the split into training and held-out text.
 
 The split is made before anything is learned from the text:
 
 - the word `python`: by file of the standard library (see `load_data/corpora/python_corpus.py`);
-- a single `.txt` file: its last `data.val_fraction` of characters is held out, as usual for tinyshakespeare;
-- otherwise: by a hash of each document's content, of a conversation its first question, so that two copies
-  are always on the same side.
-  Of several `.txt` files at least one is held out.
+- a `.txt` file: its last `data.val_fraction` of characters is held out, as is usual for tinyshakespeare;
+- a record of a `.jsonl` file: by a hash of its text, or if it is a conversation of its questions, so that
+  two copies are always on the same side.
 """
 
 import hashlib
 import random
 from collections.abc import Iterable, Iterator
-from functools import cached_property
-from itertools import islice
+from functools import cached_property, partial
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 from config.schema import DataConfig
-from load_data.corpora.documents import HASHED_WHOLE, file_identity, find_files, read_documents, read_pieces
+from load_data.corpora.documents import HASHED_WHOLE, as_document, file_identity, find_files
+from load_data.corpora.documents import read_pieces, read_records
 from load_data.corpora.python_corpus import PythonCorpus, docstring_documents, read_python_corpus
 from load_data.corpora.reserved import unit_hash
 from load_data.corpora.worked_examples import worked_examples
@@ -28,20 +28,24 @@ SPLIT_DOCUMENT = tuple[str, Iterable[str]]  # its side, and its text in pieces
 
 
 class Sources:
-    """The text that a `DataConfig` names. Errors in paths show at once, errors in files when read."""
+    """The text that a `DataConfig` names. Errors in paths show at once, errors in files when read.
+
+    Attributes:
+        skipped: errors of the bad records that the last reading of `documents` left out.
+    """
 
     def __init__(self, data: DataConfig):
-        self.data = data
+        self.data, self.skipped = data, []
         self.files = find_files([path for path in data.paths if path != PYTHON])
 
     @cached_property
     def corpus(self) -> PythonCorpus | None:
-        """The standard library, if it was asked for."""
+        """The standard library, if `data.paths` names it."""
         return read_python_corpus(self.data.val_fraction) if PYTHON in self.data.paths else None
 
     @property
     def size(self) -> int:
-        """Bytes to read, roughly; for the progress bar."""
+        """Bytes to read, roughly: for the progress bar, and for sampling."""
         python = sum(len(text) for _, (text,) in self.python_documents) if self.corpus else 0
         return python + sum(file.stat().st_size for file in self.files)
 
@@ -53,13 +57,11 @@ class Sources:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that decides the documents: contents, split, limit, and the code that makes them.
-
-        A file above `HASHED_WHOLE` bytes is known by its beginning, path, size and time of change instead of
-        its content: reading it twice would cost more than it is worth.
-        """
+        """A hash of everything that decides the documents: contents, split, limit, and the code used. A file
+        above `HASHED_WHOLE` bytes is identified by beginning, path, size and modification time: reading it
+        twice would cost too much."""
         data = self.data
-        parts = [code_hash(), str(data.val_fraction), str(data.limit)]
+        parts = [code_hash(), str(data.val_fraction), str(data.limit), data.same_question]
         if self.corpus:
             parts += [self.corpus.digest, str(data.worked_examples)]
         for file in self.files:
@@ -69,33 +71,29 @@ class Sources:
         return hashlib.sha256("\n".join(parts).encode("utf-8")).hexdigest()
 
     def documents(self) -> Iterator[SPLIT_DOCUMENT]:
-        """Every document once: its side and its pieces, at most `data.limit` of them."""
-        if not self.corpus and len(self.files) == 1 and self.files[0].suffix.lower() == ".txt":
-            return self.halves_of(self.files[0])
-        return islice(self.all_documents(), self.data.limit)
+        """Yield every document once: its side and its pieces. Of at most `data.limit` documents, every source
+        gives an equal share, or all it has; the head and the tail of a `.txt` file count as one."""
+        self.skipped.clear()
+        sources = [([one] for one in self.python_documents)] if self.corpus else []
+        sources += map(self.documents_of, self.files)
+        return chain.from_iterable(limited(sources, self.data.limit))
 
-    def all_documents(self) -> Iterator[SPLIT_DOCUMENT]:
-        """Every document, without the limit."""
-        if self.corpus:
-            yield from self.python_documents
-        texts = {file_identity(file) for file in self.files if file.suffix.lower() == ".txt"}
-        always_held_out = min(texts, key=unit_hash) if len(texts) > 1 and not self.corpus else None
-        for file in self.files:
-            for document in read_documents(file):
+    def documents_of(self, file: Path) -> Iterator[list[SPLIT_DOCUMENT]]:
+        """Yield each record of a `.jsonl` file, or the two parts of a `.txt` file together."""
+        if file.suffix.lower() == ".jsonl":
+            parse = partial(as_document, same_question=self.data.same_question)
+            for document in read_records(file, parse, self.skipped):
                 held_out = unit_hash(document.identity) < self.data.val_fraction
-                held_out = held_out or document.identity == always_held_out
-                yield (VAL if held_out else TRAIN), document.pieces
-
-    def halves_of(self, file: Path) -> Iterator[SPLIT_DOCUMENT]:
-        """The beginning of a file for training, its last `data.val_fraction` of characters for validation."""
-        characters = sum(map(len, read_pieces(file)))
-        boundary = int(characters * (1 - self.data.val_fraction))
-        yield TRAIN, part_of(read_pieces(file), 0, boundary)
-        yield VAL, part_of(read_pieces(file), boundary, characters)
+                yield [(VAL if held_out else TRAIN, document.pieces)]
+        else:
+            characters = sum(map(len, read_pieces(file)))
+            boundary = int(characters * (1 - self.data.val_fraction))
+            parts = ((TRAIN, 0, boundary), (VAL, boundary, characters))
+            yield [(side, part_of(read_pieces(file), *part)) for side, *part in parts if part[0] < part[1]]
 
     @cached_property
     def python_documents(self) -> list[SPLIT_DOCUMENT]:
-        """Held-out sources; then the other sources, their docstrings and worked examples, well mixed."""
+        """Held-out sources; then the other sources, their docstrings and worked examples, shuffled."""
         train = [file.text for file in self.corpus.train]
         train += [text for file in self.corpus.train for text in docstring_documents(file)]
         train += worked_examples(self.data.worked_examples)
@@ -103,12 +101,22 @@ class Sources:
         held_out = [file.text for file in self.corpus.val]
         if self.data.limit:
             # Held-out files come first below, so a limit would otherwise leave nothing to train on.
-            held_out = held_out[: max(1, round(self.data.limit * self.data.val_fraction))]
+            share = self.data.limit / (1 + len(self.files))
+            held_out = held_out[: max(1, round(share * self.data.val_fraction))]
         return [(VAL, (text,)) for text in held_out] + [(TRAIN, (text,)) for text in train]
 
 
+def limited(sources: list[Iterator], limit: int | None) -> Iterator:
+    """Chain `sources`; with a `limit`, take that many items from them in turn, so that none is starved."""
+    if limit is None:
+        return chain.from_iterable(sources)
+    missing = object()
+    in_turn = chain.from_iterable(zip_longest(*sources, fillvalue=missing))
+    return islice((one for one in in_turn if one is not missing), limit)
+
+
 def part_of(pieces: Iterable[str], start: int, stop: int) -> Iterator[str]:
-    """Characters `start` to `stop` of a text that comes in pieces."""
+    """Yield characters `start` to `stop` of a text given in pieces."""
     position = 0
     for piece in pieces:
         part = piece[max(0, start - position) : max(0, stop - position)]
@@ -118,7 +126,7 @@ def part_of(pieces: Iterable[str], start: int, stop: int) -> Iterator[str]:
 
 
 def code_hash() -> str:
-    """A hash of the code of load_data/, so that nothing prepared by another version of it is used."""
+    """Return a hash of the code of load_data/, so that data prepared by another version is not used."""
     total = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         total.update(file.read_bytes())

@@ -1,8 +1,7 @@
 """Small Python expressions and their values: ``What is `len('apple')`?`` -> `5`.
 
-The expressions of `load_data/corpora/worked_examples.py`, with their own reserved items, less the sums of
-two small
-numbers, which are `arithmetic`. The value comes from the expression's tree; nothing is evaluated from text.
+The expressions of `load_data/corpora/worked_examples.py`, with their own reserved items, except for sums of
+two small numbers, which belong to `arithmetic`. Values come from the tree; text is never evaluated.
 """
 
 import random
@@ -17,7 +16,7 @@ OTHER_KINDS = [(weight, kind) for weight, kind in KINDS if kind is not small_sum
 
 
 def make(rng: random.Random) -> Sample:
-    """One expression in one of its forms."""
+    """Draw an expression in one of the forms of a question."""
     weights, kinds = zip(*OTHER_KINDS, strict=True)
     expression = rng.choices(kinds, weights)[0](rng)
     while not expression.items or ARITHMETIC.fullmatch(expression.text):

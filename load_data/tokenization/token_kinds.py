@@ -1,16 +1,16 @@
-"""What kind of text each token is: to see whether experts specialise (`utils/plot_experts.py`).
+"""The kind of text of each token, to see whether experts specialise (`utils/plot_experts.py`).
 
     kind         tokens                                          in Python source
     white space  spaces, tabs and line breaks only               indentation, ends of lines
     keyword      a word of Python's grammar                      `def`, ` if`, `(not`
-    name piece   letters that follow on something                `self`, `.append`, `ing`
+    name piece   letters without a space before them                `self`, `.append`, `ing`
     spaced word  letters after a space                           ` the`, ` x`
     number       digits                                          `7`
     sign         operators, brackets, punctuation and quotes     ` =`, `):\\n    `, `#`, three quotes
     CJK          Chinese, Japanese and Korean writing
     other        special tokens, parts of characters, emoji
 
-The token's own text decides, whatever stands around it: `in` is a keyword inside a comment too.
+Only the token's own text counts, not its context: `in` is a keyword inside a comment too.
 """
 
 import keyword
@@ -21,17 +21,17 @@ import numpy as np
 from load_data.tokenization.tokenizer import Tokenizer
 
 KINDS = ["white space", "keyword", "name piece", "spaced word", "number", "sign", "CJK", "other"]
-CJK_SCRIPTS = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO")  # how the names of their letters begin
+CJK_SCRIPTS = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO")  # prefixes of Unicode names
 
 
 def token_kinds(tokenizer: Tokenizer) -> tuple[list[str], np.ndarray]:
-    """The names of the kinds, and the number (V,) of the kind of each id."""
+    """Return the names of the kinds, and the index (V,) of the kind of each id."""
     texts = (tokenizer.decode([one]) for one in range(tokenizer.vocab_size))
     return KINDS, np.array([KINDS.index(kind_of(text)) for text in texts])
 
 
 def kind_of(text: str) -> str:
-    """The kind of one token, from its text; '' is a special token, U+FFFD a part of a character."""
+    """Return the kind of one token from its text; '' is a special token, U+FFFD a part of a character."""
     core = text.strip()
     if not text or "\ufffd" in text:
         return "other"
@@ -51,11 +51,11 @@ def kind_of(text: str) -> str:
 
 
 def is_cjk(letter: str) -> bool:
-    """Whether this is a letter of a CJK script (their punctuation is punctuation)."""
+    """Return whether this is a letter of a CJK script (their punctuation counts as punctuation)."""
     return letter.isalpha() and unicodedata.name(letter, "").startswith(CJK_SCRIPTS)
 
 
 def is_sign(letter: str) -> bool:
-    """Punctuation, or a symbol of the kinds used in operators and prices; not a picture."""
+    """Return whether this is punctuation, or a symbol of operators and prices; emoji are not."""
     category = unicodedata.category(letter)
     return category[0] == "P" or category in ("Sm", "Sc", "Sk")

@@ -85,6 +85,20 @@ def test_mistakes_on_the_command_line(setting, words):
     assert all(word in line for word in words), line
 
 
+def test_no_stage_scores_what_its_base_trained_on():
+    """A fraction is inherited; a larger one is refused, a smaller one holds out a part of the same (D1)."""
+    base = {"data": {"val_fraction": 0.1}}
+    assert load_config("tiny", inherited=base).data.val_fraction == 0.1
+    assert load_config("shakespeare", inherited={"data": {"val_fraction": 0.02}}).data.val_fraction == 0.02
+    assert load_config("tiny", ["data.val_fraction=0.05"], base).data.val_fraction == 0.05
+    with pytest.raises(UserError, match=r"^data.val_fraction=0.2 is more than the 0.1 .*omit the setting"):
+        load_config("tiny", ["data.val_fraction=0.2"], base)
+    for broken in ("a lot", 2.0, None):
+        with pytest.raises(UserError, match="^data.val_fraction"):
+            load_config("tiny", ["data.val_fraction=0.2"], {"data": {"val_fraction": broken}})
+    assert load_config("tiny", ["data.val_fraction=0.2"]).data.val_fraction == 0.2
+
+
 def test_settings_are_read_as_what_their_field_is():
     settings = ["optim.lr=1", "train.max_seconds=null", "data.paths=[\"a.txt\"]", "train.compile=true",
                 "data.cache_dir=123", "model.rope_scaling={\"type\": \"linear\", \"factor\": 2}"]  # fmt: skip

@@ -91,9 +91,9 @@ def test_the_good_case_is_good(old_run, monkeypatch):
         ("blank.jsonl", b"\n\n", "no training text"),
         ("binary.txt", b"text\nmore\n\x00\x01", "binary.txt, line 3: a NUL byte"),
         ("latin.txt", "one\ntwo\ncaf\u00e9".encode("latin-1"), "latin.txt, line 3: not UTF-8"),
-        ("torn.jsonl", b'{"text": "a"}\n{"text": "b\n', "torn.jsonl, line 2: not valid JSON"),
-        ("list.jsonl", b'{"text": "a"}\n\n["b"]\n', "list.jsonl, line 3: each line must hold"),
-        ("shape.jsonl", b'{"text": "a"}\n{"content": "b"}\n', "shape.jsonl, line 2: a record of unknown"),
+        ("torn.jsonl", b'\n{"text": "b\n', "torn.jsonl, line 2: not valid JSON"),
+        ("list.jsonl", b'\n\n["b"]\n', "list.jsonl, line 3: each line must hold"),
+        ("shape.jsonl", b'\n{"content": "b"}\n', "shape.jsonl, line 2: a record of unknown"),
         ("number.jsonl", b'{"text": 5}\n', "number.jsonl, line 1: text must be a text, not 5"),
         ("role.jsonl", b'{"messages": [{"role": "god", "content": "x"}]}\n', "line 1: message 1 of mess"),
         ("turns.jsonl", b'{"conversations": "hello"}\n', "line 1: conversations must be a list"),
@@ -111,7 +111,7 @@ def test_bad_data(refused, tmp_path, name, content, words):
 def test_an_empty_folder_and_a_bad_file_in_a_folder(refused, tmp_path):
     assert "no file with text in this folder" in refused("--data", tmp_path)
     (tmp_path / "good.jsonl").write_text('{"text": "fine"}\n' * 5, encoding="utf-8")
-    (tmp_path / "torn.jsonl").write_text('{"text": "fine"}\n{"te', encoding="utf-8")
+    (tmp_path / "torn.jsonl").write_text('\n{"te', encoding="utf-8")
     assert "torn.jsonl, line 2: not valid JSON" in refused("--data", tmp_path)
 
 

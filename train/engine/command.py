@@ -89,8 +89,8 @@ def default_base(stage: str, bases: tuple, out: Path) -> Path:
 
 
 def inherited_sections(init: dict, path: str) -> dict:
-    """The settings that a checkpoint decides: its model and its tokenizer; of one that was trained on
-    dialogues the template too, as it reads no other."""
+    """Return the settings that a checkpoint decides: its model and tokenizer; the held-out fraction, since a
+    later stage must not score what this one trained on; and after dialogues their template."""
     if init.get("base"):
         raise UserError(
             f"--init {path} holds an adapter, not a whole model: name its base ({init['base'].get('path')})"
@@ -103,9 +103,12 @@ def inherited_sections(init: dict, path: str) -> dict:
         raise UserError(
             f"--init {path}: a checkpoint without {', '.join(missing)}; name one of a training run"
         )
-    if init.get("short") != "Pre" and "template" in init["config"].get("data", {}):
-        sections["data"] = {"template": init["config"]["data"]["template"]}
-    return sections
+    data = init["config"].get("data") or {}
+    names = ["same_question"] + ["template"] * (init.get("short") != "Pre")
+    if not all(str(path).lower().endswith(".txt") for path in data.get("paths") or [""]):
+        names.append("val_fraction")  # plain text shares no held-out question with a later stage
+    old = {"same_question": "exact"}  # the split of checkpoints that do not name theirs
+    return sections | {"data": old | {name: data[name] for name in names if name in data}}
 
 
 def flag_settings(args) -> dict:

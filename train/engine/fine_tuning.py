@@ -159,10 +159,10 @@ def scores(model: TinySeek, data: ChatData, command: Command, machine: Machine) 
     skills = chosen_skills(command.config.data.paths)
     if skills:
         names = dict.fromkeys((*SFT_SKILLS, *skills))
-        found = score_skills(generator, data.template, names, SCORED)
+        found = score_skills(generator, data.template, names, SCORED, command.config.data.val_fraction)
     if any(not path.startswith(SKILL_WORD) for path in command.config.data.paths):
         some = data.val_dialogues[-SCORED_DIALOGUES:]  # those of files are behind those of skills
         tables = all(message["content"].startswith("|") for messages in some for message in messages[-1:])
         for kind in ("exact", "items") if tables else ("exact",):
-            found[kind] = score_dialogues(generator, data.template, some, kind)
+            found[kind] = score_dialogues(generator, data.template, some, kind, command.config.data)
     return {name: score.percent for name, score in found.items()}

@@ -156,6 +156,15 @@ def test_char_gives_one_id_per_character():
     assert tokenizer.token_bytes[8:].tolist() == [1, 1, 1, 2, 3]
 
 
+def test_char_counts_the_bytes_of_what_it_does_not_know():
+    """Unknown characters once vanished, and bits per byte with them (D20)."""
+    tokenizer, text = CharTokenizer("abc"), "aéb😀c\ud800"
+    ids = tokenizer.encode(text)
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode("utf-8", "surrogatepass")) == 12
+    assert ids.count(tokenizer.special_ids[UNKNOWN]) == 9
+    assert tokenizer.decode(ids) == "a��b����c���" == "".join(map(tokenizer.stream_decoder().push, ids))
+
+
 def test_json_keeps_everything(bpe, source_text):
     for tokenizer in (bpe, CharTokenizer("\0\n aé你🙂")):
         copy = Tokenizer.from_json(tokenizer.to_json())

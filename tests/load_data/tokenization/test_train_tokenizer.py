@@ -13,7 +13,7 @@ import regex
 from config.schema import TokenizerConfig
 from load_data.tokenization import train_tokenizer as module
 from load_data.tokenization.tokenizer import SPLIT_PATTERN
-from load_data.tokenization.train_tokenizer import first_bytes, learn_merges, train_tokenizer
+from load_data.tokenization.train_tokenizer import learn_merges, sampled, train_tokenizer
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -87,9 +87,20 @@ def test_a_broken_cache_file_is_named(tmp_path):
 
 
 def test_training_reads_no_more_than_its_limit():
-    assert list(first_bytes(["abc", "defg", "h"], 5)) == ["abc", "de"]
-    assert list(first_bytes(["你好"], 5)) == ["你"]
-    assert "".join(first_bytes(["a"] * 10, 100)) == "a" * 10
+    assert list(sampled(["abc", "defg", "h"], 5, 5)) == ["abc", "de"]
+    assert list(sampled(["你好"], 5, 5)) == ["你"]
+    assert "".join(sampled(["a"] * 10, 100, 10)) == "a" * 10
+
+
+def test_a_tokenizer_sees_every_file_not_only_the_first(tmp_path):
+    """Of 90 + 10 kB in two languages, a sample of 20 kB has both, in about these shares (D21)."""
+    for texts in (["abc" * 30_000, "xyz" * 3_333], ["abc" * 30] * 1000 + ["xyz" * 30] * 111):
+        size = sum(map(len, texts))
+        text = "".join(sampled(texts, 20_000, size))
+        assert 18_000 < len(text) <= 20_000 and 1_500 < sum(map(text.count, "xyz")) < 2_500
+    config = TokenizerConfig(vocab_size=300, train_bytes=1000)
+    merges = train_tokenizer(config, ["abc " * 5_000, "xyz " * 5_000], tmp_path).merges
+    assert {"Ġabc", "Ġxyz"} <= {"".join(pair) for pair in merges}
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
