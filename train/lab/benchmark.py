@@ -1,4 +1,4 @@
-"""How fast does a model train and write, and how fast is its Hugging Face twin on the same machine?
+"""Measure training and decoding speed, against Hugging Face transformers of the same shape on this machine.
 
     python train/lab/benchmark.py                                     the shape that the README quotes
     python train/lab/benchmark.py --config benchmark_moe              with experts, also against dense

@@ -138,7 +138,7 @@ def group_of(name: str) -> str:
 
 
 def count_by_group(parameters: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Number of parameters of each group, in the order of the model."""
+    """Count the parameters of each group, in the order of the model."""
     counts = {}
     for name, parameter in parameters.items():
         counts[group_of(name)] = counts.get(group_of(name), 0) + parameter.numel()

@@ -232,7 +232,7 @@ class Trial:
         return isinstance(module, nn.Embedding) or bool(TABLE.search(name))
 
     def explain(self, cut_off: list[str]) -> None:
-        """Raise the error with its cause: zeros that hold each other, frozen zeros, or a cut on the way. To
+        """Raise the error with its cause: zeros that block each other, frozen zeros, or a cut in between. To
         tell them apart, the former are filled, then the latter."""
         generator = torch.Generator().manual_seed(0)
         zeros = [name for name, parameter in self.parameters.items() if not parameter.any()]
@@ -252,7 +252,7 @@ class Trial:
             )
         raise UserError(
             f"cut off from the loss, so never trained: {describe(self.model, cut_off)}; is it used in the "
-            "forward, or is there a detach(), a no_grad(), an .item() or a multiplication by zero on the way?"
+            "forward, or is there a detach(), a no_grad(), an .item() or a multiplication by zero in between?"
         )
 
 
