@@ -112,3 +112,20 @@ def test_casting_a_model_does_not_round_the_angles():
     meta = RotaryEmbedding(64).to("meta").to_empty(device="cpu")
     assert torch.equal(meta(positions)[0], cos)
     assert not RotaryEmbedding(64).state_dict()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_in_bf16_only_the_result_is_rounded(interleaved):
+    """Half a unit in the last place (2^-8), and 1e-4 for fp32 angles of up to 500: tables in bf16 are off by
+    more."""
+    torch.manual_seed(0)
+    x, positions = torch.randn(2, 3, 7, 64).bfloat16().requires_grad_(), odd_positions(2, 7)
+    rope = RotaryEmbedding(64, interleaved=interleaved)
+    exact_x = x.detach().double().requires_grad_()
+    exact = apply_rotary(exact_x, *rope.double()(positions), interleaved)
+    ours = apply_rotary(x, *rope.float()(positions), interleaved)
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.double(), exact, rtol=2**-8, atol=1e-4)
+    upstream = torch.randn_like(x)
+    ours.backward(upstream), exact.backward(upstream.double())
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=2**-8, atol=1e-4)
