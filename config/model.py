@@ -117,10 +117,10 @@ class ModelConfig:
         )
         yield E % groups, f"model.n_routed_experts={E} is not divisible by model.n_group={groups}: change one"
         yield best > groups, f"model.topk_group={best} is more than model.n_group={groups}: lower it"
-        yield K > best * E // groups, (
+        yield best * E // groups < K, (
             f"model.num_experts_per_tok={K} is more than the experts in model.topk_group={best} groups of "
             f"{E // groups}: raise model.topk_group"
         )
-        yield 1 < groups and E // groups < 2, (
-            f"model.n_group={groups} leaves one expert per group: lower it (groups are ranked by their best two)"
+        yield groups > 1 and E // groups < 2, (
+            f"model.n_group={groups} leaves one expert per group, and groups are ranked by two: lower it"
         )
