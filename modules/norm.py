@@ -76,22 +76,15 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 def lesson():
-    """Show that a token and its hundredfold come out the same size, and that the gain scales channels."""
+    """Show that a token and its hundredfold come out the same size, and why statistics need fp32."""
     torch.manual_seed(0)
-    small = torch.randn(1, 6)
-    x = torch.cat([small, 100 * small])
-    norm = RMSNorm(6)
-    print("RMSNorm: the second row is 100 times the first")
-    print("  in :", *[f"rms {row.pow(2).mean().sqrt():7.2f}" for row in x])
-    print("  out:", *[f"rms {row.pow(2).mean().sqrt():7.2f}" for row in norm(x)])
-    print("  first row :", [round(v, 2) for v in norm(x)[0].tolist()])
-    print("  second row:", [round(v, 2) for v in norm(x)[1].tolist()], "(the direction is kept)")
-    with torch.no_grad():
-        norm.weight[0] = 3.0
-    print("  gain 3 on channel 0:", [round(v, 2) for v in norm(x)[0].tolist()])
-    many = torch.ones(4096, dtype=torch.bfloat16)
+    small, norm = torch.randn(1, 6), RMSNorm(6)
+    print("RMSNorm of a token and of 100 times that token")
+    for x in (small, 100 * small):
+        size, values = x.square().mean().sqrt(), [round(value, 2) for value in norm(x)[0].tolist()]
+        print(f"  root mean square {size:6.2f}  ->  {values}")
     total = torch.zeros((), dtype=torch.bfloat16)
-    for value in many:
+    for value in torch.ones(4096, dtype=torch.bfloat16):
         total += value
     print(f"  why fp32: 4096 ones added one by one in bf16 give {total.item():.0f}")
 

@@ -10,7 +10,8 @@ distance, not position. Pairs with small i rotate fast (near neighbours differ),
 There are two conventions for the pairs, the best-known trap when weights are converted:
   half-split  (Hugging Face Llama, Qwen): channel i with channel i + D/2
   interleaved (the paper, GPT-J, DeepSeek): channel 2i with channel 2i + 1
-Both give the same scores once the rows of the query and key projections are permuted (`interleaved_to_half`).
+Both give the same scores once the rows of the query and key projections, their biases and the gains of
+QK-norm are permuted: `rows.view(H, D/2, 2, C).transpose(1, 2)` turns interleaved rows into half-split ones.
 
     q: (B, H, T, D)   cos, sin: (B or 1, T, D)   ->   (B, H, T, D)
 
@@ -102,34 +103,19 @@ class Rotate(torch.autograd.Function):
         return (grad * cos).addcmul_(ctx.rotate(grad), sin, value=-1).to(grad.dtype), None, None, None
 
 
-def interleaved_to_half(weight, num_heads):
-    """Reorder the rows of a q or k projection (H*D, C), or its bias (H*D,), from interleaved to half-split.
-
-    The gains of QK-norm (D,) need the same permutation: pass them with num_heads=1.
-    """
-    rows = weight.reshape(num_heads, -1, 2, *weight.shape[1:])  # (H, D/2, 2, ...)
-    return rows.transpose(1, 2).reshape(weight.shape)
-
-
 def lesson():
     """Print how the score of a vector with its rotated copy falls with distance, and only with distance."""
     torch.manual_seed(0)
-    head_dim = 64
-    x = torch.ones(1, 1, 1, head_dim) / head_dim**0.5
-    print("RoPE: score of a vector with its own copy, `distance` positions away")
+    x, q, k = torch.ones(1, 1, 1, 64) / 8, *torch.randn(2, 1, 1, 1, 64)
+    places = torch.tensor([[0, 1, 4, 16, 64, 256, 1024]])
+    print("RoPE: score of a vector with its own copy, at a distance of", *places[0].tolist())
     for theta in (100.0, 10000.0, 1000000.0):
-        rope = RotaryEmbedding(head_dim, theta)
-        cos, sin = rope(torch.tensor([[0, 1, 4, 16, 64, 256, 1024]]))
-        rotated = apply_rotary(x.expand(1, 1, 7, head_dim), cos, sin)[0, 0]
-        scores = rotated @ rotated[0]
-        print(f"  theta {theta:9.0f}:", *[f"{s:6.2f}" for s in scores.tolist()])
-    print("  distance        :      0      1      4     16     64    256   1024")
-    q, k = torch.randn(2, 1, 1, 1, head_dim)
-    rope = RotaryEmbedding(head_dim)
+        rotated = apply_rotary(x.expand(1, 1, 7, 64), *RotaryEmbedding(64, theta)(places))[0, 0]
+        print(f"  theta {theta:9.0f}:", *[f"{score:6.2f}" for score in (rotated @ rotated[0]).tolist()])
     for a, b in ((5, 2), (105, 102), (1005, 1002)):
-        cos, sin = rope(torch.tensor([[a, b]]))
+        cos, sin = RotaryEmbedding(64)(torch.tensor([[a, b]]))
         score = (apply_rotary(q, cos[:, :1], sin[:, :1]) * apply_rotary(k, cos[:, 1:], sin[:, 1:])).sum()
-        print(f"  q at {a:4d}, k at {b:4d}: score {score.item():.4f} (only the distance counts)")
+        print(f"  q at {a:4d}, k at {b:4d}: score {score.item():.3f} (only the distance counts)")
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
         grad.sum().backward()
 
 
+@pytest.mark.slow
 def test_compiled_under_autocast_the_gradient_is_as_exact():
     """AOTAutograd traces the backward pass under the forward's autocast, where matrix products run in bf16.
     Sums of 512 rows in fp32 stay within 1e-5 of fp64; products in bf16 were off by 3e-3."""

@@ -7,13 +7,22 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from modules.norm import rms_norm
-from modules.rope import RotaryEmbedding, apply_rotary, interleaved_to_half
+from modules.rope import RotaryEmbedding, apply_rotary
 from tests.modules.tools import slow_rotation
 
 
 def odd_positions(B, T):
     """Positions that neither start at zero nor rise by one."""
     return torch.randint(0, 500, (B, T), generator=torch.Generator().manual_seed(3))
+
+
+def interleaved_to_half(weight, num_heads):
+    """Reorder the rows of a q or k projection (H*D, C), or its bias (H*D,), from interleaved to half-split.
+
+    The gains of QK-norm (D,) need the same permutation: pass them with num_heads=1.
+    """
+    rows = weight.reshape(num_heads, -1, 2, *weight.shape[1:])  # (H, D/2, 2, ...)
+    return rows.transpose(1, 2).reshape(weight.shape)
 
 
 @pytest.mark.parametrize("head_dim, theta", [(2, 10000.0), (8, 10000.0), (64, 5e5), (128, 1e6)])

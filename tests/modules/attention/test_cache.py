@@ -115,16 +115,15 @@ def test_greedy_text_is_the_same(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("seed", range(3))
 @torch.no_grad()
-def test_rejected_drafts_leave_no_trace(name, seed):
+def test_rejected_drafts_leave_no_trace(name):
     """Drafts of random sizes are written, looked at, and cropped again, by a different number in every
     row."""
     model, text = model_of(name), ids(2, 40, seed=7)
     expected = model(text).logits
     for cache in caches(model, 2, 50):
         most = min(8, getattr(cache, "margin", 8))  # a ring takes back as many as its margin
-        dice, done = random.Random(seed), [0, 0]
+        dice, done = random.Random(len(name)), [0, 0]
         while min(done) < 30:
             size = dice.randint(1, most)
             good = [
