@@ -38,9 +38,9 @@ def test_compiled_training_equals_plain_training(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_under_autocast_every_gradient_is_the_plain_one():
-    """AOTAutograd traces the backward pass under the forward's autocast. A backward pass that leaves its dtype
-    open then runs in bf16: that of norms did, and every gradient was off by 0.2 to 0.9 %. This backend runs the
-    traced operations one by one, so that nothing but their dtype can differ."""
+    """AOTAutograd traces the backward pass under the forward's autocast. A backward pass that leaves its
+    dtype open then runs in bf16: that of norms did, and every gradient was off by 0.2 to 0.9 %. This backend
+    runs the traced operations one by one, so that nothing but their dtype can differ."""
     torch.manual_seed(0)
     tokens = 150  # attention by blocks of queries
     config = tools.small_config(num_hidden_layers=1, max_position_embeddings=160)
