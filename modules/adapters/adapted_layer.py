@@ -63,7 +63,7 @@ class Adapted(nn.Module):
 
     @property
     def idle(self) -> bool:
-        """Whether the layer is the product with its weights alone: no adapter is selected, or one is merged."""
+        """Whether the weights alone are the layer now: no adapter is selected, or one is merged."""
         return self.switch.merged is not None or self.switch.choice is None
 
     def plain(self) -> nn.Module:
