@@ -61,6 +61,11 @@ class Adapted(nn.Module):
         self.lora_A, self.lora_B, self.lora_magnitude_vector = (self.empty_store() for _ in range(3))
         self.train(layer.training)
 
+    @property
+    def idle(self) -> bool:
+        """Whether the weights alone are the layer now: no adapter is selected, or one is merged."""
+        return self.switch.merged is not None or self.switch.choice is None
+
     def plain(self) -> nn.Module:
         """Return a plain layer with the present weights."""
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced

@@ -171,6 +171,23 @@ def test_head_dim_follows_the_heads():
     assert explicit.head_dim == 16
 
 
+def test_latent_attention_does_not_read_the_heads_of_the_other_kind():
+    config = ModelConfig(hidden_size=100, num_attention_heads=6, num_key_value_heads=4, attention_kind="mla")
+    validate_section("model", config)
+    assert config.head_dim == 16 and config.rotary_dim == config.qk_rope_head_dim
+    validate_section("model", ModelConfig(attention_kind="mla", head_dim=33))
+    assert "odd" in line_of("model.attention_kind=mla", "model.qk_rope_head_dim=3")
+
+
+def test_experts_in_no_layer_at_all_are_refused():
+    """It would silently be a dense model. With sequential MTP the layer of the second head may have them."""
+    settings = ["model.num_hidden_layers=2", "model.n_routed_experts=8", "model.first_k_dense_replace=2"]
+    line = line_of(*settings)
+    assert "model.first_k_dense_replace=2" in line and "model.n_routed_experts=0" in line
+    load_config("tiny", [*settings, "model.mtp=sequential"])
+    assert "3 layers" in line_of(*settings[:2], "model.mtp=sequential", "model.first_k_dense_replace=3")
+
+
 def test_an_error_is_one_line_and_exit_code_two(capsys):
     def fail():
         raise UserError("first\n  second")

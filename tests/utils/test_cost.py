@@ -45,7 +45,7 @@ VARIANTS = {  # by the class in transformers that has such layers
     "Dots1": [
         EXPERTS,
         EXPERTS | {"first_k_dense_replace": 0, "n_shared_experts": 1, "tie_word_embeddings": False},
-        EXPERTS | {"first_k_dense_replace": 3, "num_experts_per_tok": 6},
+        EXPERTS | {"first_k_dense_replace": 2, "num_experts_per_tok": 6},
     ],
     "DeepseekV3": [
         EXPERTS | LATENT,
