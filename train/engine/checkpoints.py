@@ -16,9 +16,10 @@ from utils import distributed
 from utils.errors import UserError
 from utils.lock import FolderLock
 
-# Settings that a resumed run may change: its end, reporting, and where it computes or reads.
+# Settings that a resumed run may change: its end, reporting, where it computes or reads, and the rule of the
+# split, which the digest of the data knows.
 MAY_CHANGE = {"max_steps", "max_seconds", "log_every", "eval_every", "eval_batches", "save_every", "device",
-              "paths", "cache_dir", "same_question"}  # fmt: skip  (the digest of the data knows the last)
+              "paths", "cache_dir", "same_question"}  # fmt: skip
 SIZES = ("batch_size", "accumulation_steps")  # may change if their product, times the processes, does not
 OLD = ".old"  # is appended to the name of a checkpoint that was moved aside
 

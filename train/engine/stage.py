@@ -26,7 +26,7 @@ class Step(NamedTuple):
 
 
 class Source(Protocol):
-    """Where training data come from.
+    """The training data of a stage.
 
     `next_step` is called with the random generators seeded for the step, and may generate text with the
     models: a resumed run repeats it. `sample` returns data for the gradient proof and consumes none.

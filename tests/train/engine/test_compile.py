@@ -26,8 +26,8 @@ def test_compiled_training_equals_plain_training(tmp_path, monkeypatch):
     for compiled in ("false", "true"):
         config = small_config("model.num_hidden_layers=1", f"train.compile={compiled}", steps=4)
         trainer = make_trainer(tmp_path / compiled, config)
-        assert (trainer.runner is trainer.model) == (compiled == "false")
         trainer.run()
+        assert (trainer.runner is trainer.model) == (compiled == "false")
         weights.append(weights_of(trainer.model))
         losses.append(
             [row["loss"] for row in read_log(tmp_path / compiled / "toy" / "log.txt") if "loss" in row]
