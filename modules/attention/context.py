@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 @dataclass
 class AttentionContext:
-    """What attention needs to know besides q, k and v.
+    """The positions and masks of one forward pass, which all layers share.
 
     Attributes:
         positions: (B or 1, T), the position of each query for rotary embeddings; 0 for padding.
