@@ -6,7 +6,7 @@ amounts, so a scored combination was in no training text, in any order or reques
 
 import random
 
-from load_data.skills.common import Sample, Skill, by_side, is_exact
+from load_data.skills.common import Sample
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 UNITS = {  # singular, plural, and the goods sold in it
@@ -42,6 +42,3 @@ def make(rng: random.Random) -> Sample:
     question = rng.choice(REQUESTS).format(" and ".join(filter(None, (", ".join(spoken[:-1]), spoken[-1]))))
     table = "".join(f"|{good}|{amount}" for good, amount in rows) + "|"
     return Sample("shopping: " + ", ".join(sorted(spoken)), question, table)
-
-
-SKILL = Skill(by_side(make), is_exact)
