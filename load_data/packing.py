@@ -18,10 +18,9 @@ from tqdm import tqdm
 
 from config.schema import RunConfig
 from load_data.corpora.documents import skipped_lines
-from load_data.corpora.sources import TRAIN, VAL, Sources
+from load_data.corpora.sources import TRAIN, VAL, Sources, empty_side
 from load_data.tokenization.tokenizer import Tokenizer
 from load_data.tokenization.train_tokenizer import train_tokenizer
-from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BATCH = 2**20  # characters that are encoded at a time
@@ -45,7 +44,7 @@ def prepare_pretraining(config: RunConfig, tokenizer: Tokenizer | None = None) -
     cache_dir = REPOSITORY / config.data.cache_dir  # an absolute path stays itself
     sources = Sources(config.data)
     if tokenizer is None:
-        texts = training_texts(sources)
+        texts = (piece for side, pieces in sources.documents() if side == TRAIN for piece in pieces)
         key, size = sources.fingerprint, sources.size
         tokenizer = train_tokenizer(config.tokenizer, texts, cache_dir, key, size)
     name = hashlib.sha256(f"{sources.fingerprint} {tokenizer.digest}".encode()).hexdigest()[:16]
@@ -83,7 +82,7 @@ def write_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> None:
         for side, writer in writers.items():
             writer.flush()
             if writer.tokens < 2:
-                raise empty_side(side, sources)
+                raise empty_side(side, sources.data)
         meta = {"dtype": dtype, "digest": tokens_digest(tokenizer, writers)}
         meta["skipped"] = skipped_lines(sources.skipped)
         meta |= {side: writer.counts for side, writer in writers.items()}
@@ -137,18 +136,6 @@ class TokenWriter:
         return {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens}
 
 
-def training_texts(sources: Sources) -> Iterator[str]:
-    """Yield all text of the training side, piece by piece."""
-    empty = True
-    for side, pieces in sources.documents():
-        if side == TRAIN:
-            for piece in pieces:
-                empty = False
-                yield piece
-    if empty:
-        raise empty_side(TRAIN, sources)
-
-
 def counted(pieces: Iterable[str], bar: tqdm) -> Iterator[str]:
     """Yield the same pieces, and count them on the progress bar."""
     for piece in pieces:
@@ -165,13 +152,3 @@ def tokens_digest(tokenizer: Tokenizer, writers: dict[str, TokenWriter]) -> str:
     """Return 16 hexadecimal digits from the tokenizer and every token of both sides."""
     parts = [tokenizer.digest, *(writer.hash.hexdigest() for writer in writers.values())]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
-
-
-def empty_side(side: str, sources: Sources) -> UserError:
-    """Return the error for a split that leaves a side without text."""
-    names = {TRAIN: "training", VAL: "validation"}
-    change = {TRAIN: "lower", VAL: "raise"}
-    return UserError(
-        f"--data {' '.join(sources.data.paths)}: after the split there is no {names[side]} text; "
-        f"{change[side]} data.val_fraction (now {sources.data.val_fraction}), or give more text"
-    )

@@ -7,6 +7,7 @@ skipped and reported; a file without any good record is an error.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from utils.errors import UserError
 
 SUFFIXES = (".txt", ".jsonl")
 PIECE = 2**20  # characters of a .txt file that are read at a time
-HASHED_WHOLE = 2**28  # bytes; a larger file is identified by its size and its first part
 SKIPPED_SHOWN = 3  # skipped records that a summary quotes
 
 
@@ -32,29 +32,21 @@ class Document:
 def find_files(paths: list[str]) -> list[Path]:
     """Return the `.txt` and `.jsonl` files that `paths` name. Folders are searched recursively, in sorted
     order, and empty files in them ignored. Raises `UserError` for a path with nothing to read."""
-    known = " and ".join(SUFFIXES)
     files = []
     for path in map(Path, paths):
-        if path.is_dir():
-            found = [
-                file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()
-            ]
-            found = [file for file in found if file.stat().st_size]
-            if not found:
-                raise UserError(f"--data {path}: no file with text in this folder; {known} files are read")
-            files += found
-        elif not path.exists():
+        if not path.exists():
             raise UserError(
-                f"--data {path}: no such file or folder; the word python means the standard library"
+                f"--data {path}: no such file or folder; embedded are python (pre-training) and skills (chat)"
             )
-        elif path.suffix.lower() not in SUFFIXES:
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found = [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file()]
+        found = [file for file in found if file.stat().st_size]
+        if not found:
             raise UserError(
-                f"--data {path}: {known} files are read; convert the file, or rename it if it is text"
+                f"--data {path}: nothing to read; {' and '.join(SUFFIXES)} files with text are read: "
+                "convert other files, or rename them if they are text"
             )
-        elif not path.stat().st_size:
-            raise UserError(f"--data {path}: the file is empty; put text into it or leave it out")
-        else:
-            files.append(path)
+        files += found
     for file in files:
         try:
             file.open("rb").close()
@@ -139,30 +131,11 @@ def parse_record(line: str, where: str) -> dict:
 
 def not_utf8(file: Path) -> UserError:
     """Return the error for a file that is not UTF-8; read it again to find the line."""
-    with open(file, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return UserError(
-                    f"{file}, line {number}: not UTF-8 text; convert the file to UTF-8 or leave it out"
-                )
-    return UserError(f"{file}: not UTF-8 text")
+    with open(file, encoding="utf-8", errors="surrogateescape") as stream:
+        number = next(n for n, line in enumerate(stream, start=1) if re.search("[\udc80-\udcff]", line))
+    return UserError(f"{file}, line {number}: not UTF-8 text; convert the file to UTF-8 or leave it out")
 
 
 def text_identity(text: str) -> str:
     """Return a hash that identifies a text."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def file_identity(file: Path) -> str:
-    """Return a hash of the content of a file, or for a very large file of its size and beginning."""
-    size = file.stat().st_size
-    total = hashlib.sha256()
-    with open(file, "rb") as stream:
-        if size > HASHED_WHOLE:
-            total.update(str(size).encode() + stream.read(PIECE))
-        else:
-            while block := stream.read(PIECE):
-                total.update(block)
-    return total.hexdigest()

@@ -123,12 +123,12 @@ def test_bad_records_are_skipped_and_reported(write):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("missing.txt", None, r"missing.txt: no such file or folder; the word python"),
-        ("empty.txt", "", r"empty.txt: the file is empty; put text into it"),
-        ("empty.jsonl", "", r"empty.jsonl: the file is empty"),
-        ("picture.png", b"\x89PNG", r"picture.png: .txt and .jsonl files are read; convert"),
-        ("nothing", "text", r"nothing: .txt and .jsonl files are read"),
-        ("folder/a.md", "text", r"folder: no file with text in this folder; .txt and .jsonl"),
+        ("missing.txt", None, r"missing.txt: no such file or folder; embedded are python"),
+        ("empty.txt", "", r"empty.txt: nothing to read; .txt and .jsonl files with text"),
+        ("empty.jsonl", "", r"empty.jsonl: nothing to read"),
+        ("picture.png", b"\x89PNG", r"picture.png: nothing to read; .txt and .jsonl files .*: convert"),
+        ("nothing", "text", r"nothing: nothing to read; .txt and .jsonl"),
+        ("folder/a.md", "text", r"folder: nothing to read; .txt and .jsonl"),
     ],
 )
 def test_paths_that_give_nothing(write, tmp_path, name, content, message):
