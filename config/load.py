@@ -9,7 +9,6 @@ import difflib
 import json
 import types
 import typing
-from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -101,7 +100,7 @@ def read_json(path: Path) -> dict:
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
     except (OSError, ValueError) as error:  # not readable, not UTF-8, or not JSON
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+        raise UserError(f"{path}: cannot be read as JSON in UTF-8 ({error})") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object with sections, found a {type(data).__name__}")
     return data
@@ -109,9 +108,10 @@ def read_json(path: Path) -> dict:
 
 def without_repeats(pairs: list[tuple[str, object]]) -> dict:
     """Return a JSON object as a dictionary. Raise `ValueError` for a repeated key (`json` keeps the last)."""
-    for key, count in Counter(key for key, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"{key} occurs {count} times in one object: keep one")
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"{key} occurs twice in one object: keep one")
     return dict(pairs)
 
 

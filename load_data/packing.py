@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,12 +75,14 @@ def write_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> None:
     partial = Path(tempfile.mkdtemp(prefix="partial_", dir=folder.parent))
     try:
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        writers = {side: TokenWriter(partial / f"{side}.bin", tokenizer, dtype) for side in (TRAIN, VAL)}
         with tqdm(total=sources.size, desc="encoding", unit="B", unit_scale=True, disable=None) as bar:
+            paths = {side: partial / f"{side}.bin" for side in (TRAIN, VAL)}
+            writers = {side: TokenWriter(path, tokenizer, dtype, bar) for side, path in paths.items()}
             for side, pieces in sources.documents():
-                writers[side].add_document(counted(pieces, bar))
+                writers[side].add_document(pieces)
+            for writer in writers.values():
+                writer.flush()
         for side, writer in writers.items():
-            writer.flush()
             if writer.tokens < 2:
                 raise empty_side(side, sources.data)
         meta = {"dtype": dtype, "digest": tokens_digest(tokenizer, writers)}
@@ -99,8 +101,8 @@ def write_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> None:
 class TokenWriter:
     """Write documents as ids into a file, separated by end-of-text tokens, a bounded amount at a time."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, dtype: str):
-        self.path, self.tokenizer, self.dtype = path, tokenizer, dtype
+    def __init__(self, path: Path, tokenizer: Tokenizer, dtype: str, bar: tqdm):
+        self.path, self.tokenizer, self.dtype, self.bar = path, tokenizer, dtype, bar
         self.hash = hashlib.sha256()
         self.documents = self.bytes = self.tokens = 0
         self.waiting: list[str | None] = []  # pieces of text; None starts a new document
@@ -127,25 +129,15 @@ class TokenWriter:
                 file.write(ids.tobytes())
                 self.hash.update(ids.tobytes())
                 self.tokens += len(ids)
-                self.bytes += 0 if piece is None else utf8_length(piece)
+                size = len((piece or "").encode("utf-8", "surrogatepass"))  # 3 bytes for a lone surrogate
+                self.bytes += size
+                self.bar.update(size)
         self.waiting, self.characters = [], 0
 
     @property
     def counts(self) -> dict[str, int]:
         """Documents, bytes of text and tokens written so far."""
         return {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens}
-
-
-def counted(pieces: Iterable[str], bar: tqdm) -> Iterator[str]:
-    """Yield the same pieces, and count them on the progress bar."""
-    for piece in pieces:
-        bar.update(utf8_length(piece))
-        yield piece
-
-
-def utf8_length(text: str) -> int:
-    """Return the bytes of a text; a lone surrogate counts as the three bytes of its replacement."""
-    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def tokens_digest(tokenizer: Tokenizer, writers: dict[str, TokenWriter]) -> str:

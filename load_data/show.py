@@ -19,7 +19,7 @@ from dataclasses import replace
 from config.load import from_dict
 from config.schema import DataConfig, RunConfig
 from load_data.chat.chat_data import Sample, chosen_files, chosen_skills, encode, split_dialogues
-from load_data.chat.chat_loader import ChatLoader, DialogueRows
+from load_data.chat.chat_loader import ChatLoader
 from load_data.chat.chat_template import ChatTemplate
 from load_data.corpora.documents import skipped_lines
 from load_data.corpora.sources import TRAIN
@@ -42,7 +42,6 @@ def parse_command():
     add("--index", nargs="+", type=int, metavar="N", help="which dialogues, or rows (default: 0 1 2, or 0)")
     add("--template", choices=("tinyseek", "chatml"), help="default: the checkpoint's, or tinyseek")
     add("--packed", action="store_true", help="show rows of the first epoch, with several dialogues in each")
-    add("--plain", action="store_true", help="print without colours")
     return parser.parse_args()
 
 
@@ -67,25 +66,20 @@ def main():
     tokenizer, saved, name = open_tokenizer(args.checkpoint)
     length, template = saved.data.sequence_length, args.template or saved.data.template
     samples = training_samples(args, ChatTemplate(tokenizer, template), saved.data)
-    marks = PLAIN if args.plain or not sys.stdout.isatty() else GREEN
-    count = len(samples)
-    if args.packed:
-        loader = ChatLoader(samples, length, 1, pad_id=tokenizer.pad_id)
-        table, rows, what = loader.rows, list(loader.starts), "row"
-    else:
-        table = DialogueRows(samples, length, False, tokenizer.pad_id)
-        rows, what = table.arrange(range(count)), "dialogue"
+    marks, count = GREEN if sys.stdout.isatty() else PLAIN, len(samples)
+    loader = ChatLoader(samples, length, 1, packing=args.packed, pad_id=tokenizer.pad_id)
+    rows, what = (loader.starts, "row") if args.packed else ([[n] for n in range(count)], "dialogue")
     print(f"{name}; template {template}; {count:,} dialogues for training")
     for number in args.index or ([0] if args.packed else range(min(3, count))):
         if not 0 <= number < len(rows):
             raise UserError(f"--index {number}: there are {what}s 0 to {len(rows) - 1}")
-        used = sum(int(table.lengths[one]) for one in rows[number])
+        used = sum(len(samples[one].ids) - 1 for one in rows[number])
         room = f" of {length}, {len(rows[number])} dialogues" if args.packed else ""
         print(f"\n{what} {number}: {used} positions{room}\n")
         for one in rows[number]:
             print(marked_text(tokenizer, samples[one], marks), end="")
         print()
-        print("\n".join(table_lines(tokenizer, table.batch([rows[number]]), args.packed)))
+        print("\n".join(table_lines(tokenizer, loader.rows.batch([rows[number]]), args.packed)))
 
 
 def training_samples(args, template: ChatTemplate, saved: DataConfig) -> list[Sample]:

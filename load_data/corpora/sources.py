@@ -108,9 +108,7 @@ def limited(sources: list[Iterator], limit: int | None) -> Iterator:
     """Chain `sources`; with a `limit`, take that many items from them in turn, so that none is starved."""
     if limit is None:
         return chain.from_iterable(sources)
-    missing = object()
-    in_turn = chain.from_iterable(zip_longest(*sources, fillvalue=missing))
-    return islice((one for one in in_turn if one is not missing), limit)
+    return islice(filter(None, chain.from_iterable(zip_longest(*sources))), limit)
 
 
 def part_of(pieces: Iterable[str], start: int, stop: int) -> Iterator[str]:

@@ -47,3 +47,8 @@ def by_side(make: Callable[[random.Random], Sample]) -> Callable[[random.Random,
         return drawn
 
     return sample
+
+
+def joined(things: list[str], comma: str, last: str) -> str:
+    """Return `things` as an enumeration in words."""
+    return last.join(filter(None, (comma.join(things[:-1]), things[-1])))

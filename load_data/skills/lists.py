@@ -7,7 +7,7 @@ counts as a combination.
 
 import random
 
-from load_data.skills.common import Sample
+from load_data.skills.common import Sample, joined
 
 COUNTS, COUNT_WEIGHTS = (1, 2, 3, 4, 5), (1, 3, 4, 2, 1)
 FILLERS = {  # other words of the sentence
@@ -67,11 +67,6 @@ CHINESE = {
         "火车经过{}。|{谁}去过{}。|我们{何时}飞往{}。|{谁}在{}有朋友。|{何时}{}都会下雨。",
     ),
 }
-
-
-def joined(things: list[str], comma: str, last: str) -> str:
-    """Return `things` as an enumeration in words."""
-    return last.join(filter(None, (comma.join(things[:-1]), things[-1])))
 
 
 def make(rng: random.Random) -> Sample:

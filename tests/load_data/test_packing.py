@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from load_data import packing
 from load_data.corpora import documents as documents_module
@@ -102,7 +103,7 @@ def test_a_limit_is_shared_by_all_sources(run_config, write, tmp_path):
 def test_validation_text_does_not_reach_the_tokenizer(run_config, write):
     text = "abcde " * 100 + "XYZ"
     data = prepare_pretraining(run_config(write("a.txt", text), val_fraction=0.1))
-    assert data.tokenizer.characters == " abcde"
+    assert data.tokenizer.contents == {"characters": " abcde"}
     assert (data.val == data.tokenizer.special_ids[UNKNOWN]).sum() == 3
 
 
@@ -179,7 +180,7 @@ def test_two_processes_at_once_agree(run_config, write, monkeypatch):
 
 def test_the_writer_holds_a_batch_not_the_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "BATCH", 1000)
-    writer = TokenWriter(tmp_path / "t.bin", CharTokenizer("ab"), "uint16")
+    writer = TokenWriter(tmp_path / "t.bin", CharTokenizer("ab"), "uint16", tqdm(disable=True))
     for number in range(200):
         writer.add_document(["ab" * 50] * 3)
         assert writer.characters < 1000 and len(writer.waiting) < 30

@@ -157,7 +157,8 @@ def test_bad_settings(refused, arguments, words):
 
 def test_a_bad_configuration_file(refused, tmp_path):
     (tmp_path / "c.json").write_text('{"train": {"max_steps": 2,}}', encoding="utf-8")
-    assert "c.json, line 1: not valid JSON" in refused("--config", tmp_path / "c.json")
+    line = refused("--config", tmp_path / "c.json")
+    assert "c.json: cannot be read as JSON" in line and "line 1 column 27" in line
     (tmp_path / "c.json").write_text('{"train": {"max_step": 2}}', encoding="utf-8")
     assert "did you mean max_steps?" in refused("--config", tmp_path / "c.json")
 
