@@ -81,18 +81,11 @@ class TokenLoader:
         return self.epoch + self.index_in_epoch / len(self.starts)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position of the loader, and the settings its order depends on."""
-        names = ("epoch", "index_in_epoch", "seed", "sequence_length")
-        return {name: int(getattr(self, name)) for name in names}
+        """Return the position of the loader; its order depends on settings that a resumed run shares."""
+        return {"epoch": self.epoch, "index_in_epoch": self.index_in_epoch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Move to the position in `state`. Raises `UserError` if its order was different."""
-        for name in ("seed", "sequence_length"):
-            if state[name] != (ours := getattr(self, name)):
-                raise UserError(
-                    f"the checkpoint was trained with {name}={state[name]}, this run has {name}={ours}: "
-                    "resume with the same setting, or start over in another --out"
-                )
+        """Move to the position in `state`."""
         self.start_epoch(state["epoch"])
         self.index_in_epoch = state["index_in_epoch"]
 

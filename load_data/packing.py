@@ -45,8 +45,7 @@ def prepare_pretraining(config: RunConfig, tokenizer: Tokenizer | None = None) -
     sources = Sources(config.data)
     if tokenizer is None:
         texts = (piece for side, pieces in sources.documents() if side == TRAIN for piece in pieces)
-        key, size = sources.fingerprint, sources.size
-        tokenizer = train_tokenizer(config.tokenizer, texts, cache_dir, key, size)
+        tokenizer = train_tokenizer(config.tokenizer, texts, cache_dir, sources.fingerprint, sources.size)
     name = hashlib.sha256(f"{sources.fingerprint} {tokenizer.digest}".encode()).hexdigest()[:16]
     folder = cache_dir / f"tokens_{name}"
     if not folder.is_dir():

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from config.load import from_dict
 from config.schema import DataConfig, RunConfig
-from load_data.chat.chat_data import Sample, chosen_files, chosen_skills, encode, split_dialogues
+from load_data.chat.chat_data import Sample, encode, split_dialogues
 from load_data.chat.chat_loader import ChatLoader
 from load_data.chat.chat_template import ChatTemplate
 from load_data.corpora.documents import skipped_lines
@@ -87,7 +87,7 @@ def training_samples(args, template: ChatTemplate, saved: DataConfig) -> list[Sa
     data = replace(saved, paths=args.data, limit=None)
     data.skill_samples = max(FEWEST, *(number + 1 for number in args.index or [0]))
     skipped = []
-    split = split_dialogues(data, chosen_skills(args.data), chosen_files(args.data), skipped)
+    split = split_dialogues(data, skipped)
     room = saved.sequence_length + 1
     samples = [encode(template, messages, room)[0] for side, messages in split if side == TRAIN]
     print(*skipped_lines(skipped), sep="\n", file=sys.stderr, end="\n" if skipped else "")
@@ -123,13 +123,10 @@ def table_lines(tokenizer: Tokenizer, batch: dict, packed: bool) -> list[str]:
 
 def spelled(tokenizer: Tokenizer, one: int) -> str:
     """Return an id and its text; the bytes of an incomplete character are shown as bytes."""
-    if one in tokenizer.special_spellings:
-        return f"{one:5} {tokenizer.special_spellings[one].decode('utf-8')}"
-    raw = tokenizer.id_to_bytes[one]
-    try:
-        return f"{one:5} {raw.decode('utf-8')!r}"
-    except UnicodeDecodeError:
-        return f"{one:5} {raw!r}"
+    raw, text = tokenizer.id_to_bytes[one], tokenizer.decode([one], skip_special=False)
+    if raw:  # not a special token
+        text = repr(text) if text.encode("utf-8") == raw else repr(raw)
+    return f"{one:5} {text}"
 
 
 def padded(text: str, width: int) -> str:

@@ -57,17 +57,18 @@ def prepare_chat(config: RunConfig, tokenizer: Tokenizer, soft_tokens: int = 0) 
     """Return the dialogues that `config.data` names, encoded with its template in at most
     `data.sequence_length` + 1 ids. Raises `UserError` for data without dialogues and for an empty side."""
     data = config.data
-    template = ChatTemplate(tokenizer, data.template, soft_tokens, config.model.vocab_size or None)
-    names, files = chosen_skills(data.paths), chosen_files(data.paths)
+    template = ChatTemplate(tokenizer, data.template, soft_tokens, config.model.vocab_size)
     samples, dialogues = {TRAIN: [], VAL: []}, {TRAIN: [], VAL: []}
     shortened, skipped = {TRAIN: 0, VAL: 0}, []
-    for side, messages in split_dialogues(data, names, files, skipped):
+    for side, messages in split_dialogues(data, skipped):
         sample, was_cut = encode(template, messages, data.sequence_length + 1)
         samples[side].append(sample)
         shortened[side] += was_cut
         dialogues[side].append(messages)
+    names = chosen_skills(data.paths)
     summary = [f"skills: {', '.join(names)}"] * bool(names)
-    summary += [f"{file}: {file.stat().st_size:,} bytes" for file in files] + skipped_lines(skipped)
+    summary += [f"{file}: {file.stat().st_size:,} bytes" for file in chosen_files(data.paths)]
+    summary += skipped_lines(skipped)
     summary.append(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {tokenizer.digest}")
     for side, part in samples.items():
         if not part:
@@ -112,11 +113,10 @@ def chosen_files(paths: list[str]) -> list[Path]:
     return files
 
 
-def split_dialogues(
-    data: DataConfig, names: list[str], files: list[Path], skipped: list[str]
-) -> Iterator[tuple[str, Messages]]:
+def split_dialogues(data: DataConfig, skipped: list[str]) -> Iterator[tuple[str, Messages]]:
     """Yield every dialogue with its side; of at most `data.limit`, the skills and every file give an equal
     share. The errors of bad records are added to `skipped`."""
+    names, files = chosen_skills(data.paths), chosen_files(data.paths)
     sources = [skill_dialogues(data, names, 1 + len(files))] if names else []
     sources += [file_dialogues(file, data, skipped) for file in files]
     return limited(sources, data.limit)

@@ -8,8 +8,7 @@ skipped and reported; a file without any good record is an error.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from load_data.chat.records import as_messages, as_text, split_key
@@ -18,15 +17,6 @@ from utils.errors import UserError
 SUFFIXES = (".txt", ".jsonl")
 PIECE = 2**20  # characters of a .txt file that are read at a time
 SKIPPED_SHOWN = 3  # skipped records that a summary quotes
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text, in one or more pieces, and the identity that decides its side of the split: equal for equal
-    texts, and for conversations that share the question of `split_key`."""
-
-    identity: str
-    pieces: Iterable[str]
 
 
 def find_files(paths: list[str]) -> list[Path]:
@@ -55,14 +45,17 @@ def find_files(paths: list[str]) -> list[Path]:
     return files
 
 
-def as_document(record: dict, where: str, same_question: str = "folded") -> Document | None:
-    """Return a record of a `.jsonl` file as a document; None for a blank text."""
+def as_document(record: dict, where: str, same_question: str = "folded") -> tuple[str, str] | None:
+    """Return the identity and the text of a record of a `.jsonl` file; None for a blank text. The identity
+    decides the side of the split: equal for equal texts, and for conversations with equal `split_key`."""
     text = as_text(record, where)
     try:
-        question = split_key(as_messages(record, where), same_question)
+        identity = split_key(as_messages(record, where), same_question)
     except UserError:  # plain text
-        question = None
-    return Document(text_identity(text) if question is None else question, (text,)) if text.strip() else None
+        identity = None
+    if identity is None:
+        identity = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return (identity, text) if text.strip() else None
 
 
 def read_pieces(file: Path) -> Iterator[str]:
@@ -134,8 +127,3 @@ def not_utf8(file: Path) -> UserError:
     with open(file, encoding="utf-8", errors="surrogateescape") as stream:
         number = next(n for n, line in enumerate(stream, start=1) if re.search("[\udc80-\udcff]", line))
     return UserError(f"{file}, line {number}: not UTF-8 text; convert the file to UTF-8 or leave it out")
-
-
-def text_identity(text: str) -> str:
-    """Return a hash that identifies a text."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

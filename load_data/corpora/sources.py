@@ -80,9 +80,9 @@ class Sources:
         """Yield each record of a `.jsonl` file, or the two parts of a `.txt` file together."""
         if file.suffix.lower() == ".jsonl":
             parse = partial(as_document, same_question=self.data.same_question)
-            for document in read_records(file, parse, self.skipped):
-                held_out = unit_hash(document.identity) < self.data.val_fraction
-                yield [(VAL if held_out else TRAIN, document.pieces)]
+            for identity, text in read_records(file, parse, self.skipped):
+                held_out = unit_hash(identity) < self.data.val_fraction
+                yield [(VAL if held_out else TRAIN, (text,))]
         else:
             characters = sum(map(len, read_pieces(file)))
             boundary = int(characters * (1 - self.data.val_fraction))

@@ -90,15 +90,11 @@ class Tokenizer:
 
         A model may have more ids than its tokenizer (a padded vocabulary): the surplus has no text.
         """
-        spelled = {} if skip_special else self.special_spellings
+        names = {} if skip_special else self.special_ids
+        spelled = {number: name.encode("utf-8") for name, number in names.items()}
         known = (int(one) for one in ids if one < self.vocab_size)
         parts = (spelled.get(one, self.id_to_bytes[one]) for one in known)
         return b"".join(parts).decode("utf-8", errors="replace")
-
-    @cached_property
-    def special_spellings(self) -> dict[int, bytes]:
-        """The text of each special token, by id."""
-        return {one: name.encode("utf-8") for name, one in self.special_ids.items()}
 
     def to_json(self) -> str:
         """Return the whole tokenizer as JSON text."""

@@ -116,10 +116,10 @@ def test_all_forms_of_records(run_config, write):
 )
 def test_impossible_dialogues_are_skipped(write, messages, problem):
     path, skipped = write("a.jsonl", [*dialogues(1), {"messages": messages}]), []
-    assert len(list(split_dialogues(DataConfig(), [], [path], skipped))) == 1 and len(skipped) == 1
+    assert len(list(split_dialogues(DataConfig([str(path)]), skipped))) == 1 and len(skipped) == 1
     assert f"a.jsonl, line 2: {problem}" in skipped[0]
     with pytest.raises(UserError, match=f"a.jsonl, line 1: {problem}"):
-        list(split_dialogues(DataConfig(), [], [write("a.jsonl", [{"messages": messages}])], []))
+        list(split_dialogues(DataConfig([str(write("a.jsonl", [{"messages": messages}]))]), []))
 
 
 def test_bad_paths(run_config, write, tmp_path):
