@@ -82,7 +82,7 @@ def write_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> None:
             for writer in writers.values():
                 writer.flush()
         for side, writer in writers.items():
-            if writer.tokens < 2:
+            if writer.counts["tokens"] < 2:
                 raise empty_side(side, sources.data)
         meta = {"dtype": dtype, "digest": tokens_digest(tokenizer, writers)}
         meta["skipped"] = skipped_lines(sources.skipped)
@@ -103,15 +103,15 @@ class TokenWriter:
     def __init__(self, path: Path, tokenizer: Tokenizer, dtype: str, bar: tqdm):
         self.path, self.tokenizer, self.dtype, self.bar = path, tokenizer, dtype, bar
         self.hash = hashlib.sha256()
-        self.documents = self.bytes = self.tokens = 0
+        self.counts = {"documents": 0, "bytes": 0, "tokens": 0}  # written so far
         self.waiting: list[str | None] = []  # pieces of text; None starts a new document
         self.characters = 0
 
     def add_document(self, pieces: Iterable[str]) -> None:
         """Add one document, given in pieces."""
-        if self.documents:
+        if self.counts["documents"]:
             self.waiting.append(None)
-        self.documents += 1
+        self.counts["documents"] += 1
         for piece in pieces:
             self.waiting.append(piece)
             self.characters += len(piece)
@@ -127,16 +127,11 @@ class TokenWriter:
                 ids = np.array(separator if piece is None else next(encoded), dtype=self.dtype)
                 file.write(ids.tobytes())
                 self.hash.update(ids.tobytes())
-                self.tokens += len(ids)
+                self.counts["tokens"] += len(ids)
                 size = len((piece or "").encode("utf-8", "surrogatepass"))  # 3 bytes for a lone surrogate
-                self.bytes += size
+                self.counts["bytes"] += size
                 self.bar.update(size)
         self.waiting, self.characters = [], 0
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Documents, bytes of text and tokens written so far."""
-        return {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens}
 
 
 def tokens_digest(tokenizer: Tokenizer, writers: dict[str, TokenWriter]) -> str:

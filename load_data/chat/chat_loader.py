@@ -136,9 +136,8 @@ def pack_rows(lengths: list[int], capacity: int) -> list[list[int]]:
 
 def count_eval_rows(samples: list[Sample], sequence_length: int, packing: bool = True) -> int:
     """Return the number of rows that `eval_chat_batches` makes of all samples."""
-    if not packing:
-        return len(samples)
-    return len(pack_rows([len(sample.ids) - 1 for sample in samples], sequence_length))
+    lengths = [len(sample.ids) - 1 for sample in samples]
+    return len(pack_rows(lengths, sequence_length)) if packing else len(samples)
 
 
 def eval_chat_batches(

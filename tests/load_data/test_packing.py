@@ -184,9 +184,9 @@ def test_the_writer_holds_a_batch_not_the_documents(tmp_path, monkeypatch):
     for number in range(200):
         writer.add_document(["ab" * 50] * 3)
         assert writer.characters < 1000 and len(writer.waiting) < 30
-        assert writer.tokens + 1000 + 20 > number * 301
+        assert writer.counts["tokens"] + 1000 + 20 > number * 301
     writer.flush()
-    assert writer.tokens == 200 * 300 + 199 == len(np.fromfile(tmp_path / "t.bin", dtype=np.uint16))
+    assert writer.counts["tokens"] == 200 * 300 + 199 == len(np.fromfile(tmp_path / "t.bin", dtype=np.uint16))
     assert writer.counts == {"documents": 200, "bytes": 60_000, "tokens": 60_199}
 
 
