@@ -99,27 +99,20 @@ def read_json(path: Path) -> dict:
     """Return the JSON object in `path`."""
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a UTF-8 text file") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    except KeyError as error:
-        raise UserError(f"{path}: {error.args[0]} occurs twice in one object; keep one") from None
+    except (OSError, ValueError) as error:  # not readable, not UTF-8, or not JSON
+        raise UserError(f"{path}: cannot be read as JSON in UTF-8 ({error})") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object with sections, found a {type(data).__name__}")
     return data
 
 
 def without_repeats(pairs: list[tuple[str, object]]) -> dict:
-    """Return a JSON object as a dictionary. Raise `KeyError` for a repeated key (`json` keeps the last)."""
-    data = {}
-    for key, value in pairs:
-        if key in data:
-            raise KeyError(key)
-        data[key] = value
-    return data
+    """Return a JSON object as a dictionary. Raise `ValueError` for a repeated key (`json` keeps the last)."""
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"{key} occurs twice in one object: keep one")
+    return dict(pairs)
 
 
 def apply_dict(config: RunConfig, data: dict, where: str) -> None:

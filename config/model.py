@@ -69,10 +69,8 @@ class ModelConfig:
 
     def check(self):
         """Fill in `head_dim`, and raise `UserError` for the first rule that is broken."""
-        rules = list(self.latent_rules() if self.attention_kind == "mla" else self.head_rules())
-        if self.n_routed_experts:
-            rules += self.expert_rules()
-        for broken, message in rules:
+        attention = self.latent_rules if self.attention_kind == "mla" else self.head_rules
+        for broken, message in (*attention(), *self.expert_rules()):
             if broken:
                 raise UserError(message)
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
@@ -87,30 +85,26 @@ class ModelConfig:
         D = D or C // H
         yield D % 2, f"model.head_dim={D} is odd: rotary embeddings rotate pairs of channels"
         yield H % G, (
-            f"model.num_attention_heads={H} is not divisible by model.num_key_value_heads={G}: change one, "
-            "each key/value head serves the same number of query heads"
+            f"model.num_attention_heads={H} is not divisible by model.num_key_value_heads={G}: change one"
         )
 
     def latent_rules(self):
         """Yield the rules of latent attention, which reads neither head_dim nor num_key_value_heads."""
         D, window = self.qk_rope_head_dim, self.sliding_window
         yield D % 2, f"model.qk_rope_head_dim={D} is odd: rotary embeddings rotate pairs of channels"
-        yield window is not None, (
-            f"model.sliding_window={window} needs model.attention_kind=gqa: leave it out, or use gqa"
-        )
+        yield window is not None, f"model.sliding_window={window} needs model.attention_kind=gqa: change one"
 
     def expert_rules(self):
-        """Yield the rules of a mixture of experts."""
+        """Yield the rules of a mixture of experts; a dense model has none."""
         E, K, groups, best = self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group
+        if E == 0:
+            return
         layers = self.num_hidden_layers + (self.mtp == "sequential")
         yield self.first_k_dense_replace >= layers, (
             f"model.first_k_dense_replace={self.first_k_dense_replace} leaves none of {layers} layers with "
             "experts: lower it, or set model.n_routed_experts=0"
         )
-        yield K > E, (
-            f"model.num_experts_per_tok={K} is more than model.n_routed_experts={E}: lower the first or "
-            "raise the second"
-        )
+        yield K > E, f"model.num_experts_per_tok={K} is more than model.n_routed_experts={E}: lower it"
         yield K == 1 and self.norm_topk_prob, (
             "model.num_experts_per_tok=1 with model.norm_topk_prob=true makes every weight 1, so the router "
             "gets no gradient from the loss: set model.norm_topk_prob=false, or use at least two experts"

@@ -24,7 +24,7 @@ from inference.generation.load import Loaded, load_adapter, load_base, newer_mod
 from inference.generation.sampling import SamplingParams
 from inference.generation.terminal import closed_pipe_ends, open_streams
 from config.schema import DataConfig
-from load_data.chat.chat_data import chosen_files, chosen_skills, split_dialogues
+from load_data.chat.chat_data import split_dialogues
 from load_data.chat.records import scored_answers
 from load_data.skills import HELD_OUT, SFT_SKILLS, SKILLS, is_right, scored_items, skill_named
 from load_data.corpora.sources import VAL
@@ -198,7 +198,7 @@ def held_out(paths: list[str], loaded: Loaded, count: int) -> list[list[dict]]:
     """Return the first `count` held-out dialogues of files, by the split of the training of `loaded` (for an
     adapter: the training of the adapter)."""
     data = replace(loaded.config.data, paths=paths)
-    split = split_dialogues(data, chosen_skills(paths), chosen_files(paths), [])
+    split = split_dialogues(data, [])
     dialogues = list(islice((messages for side, messages in split if side == VAL), count))
     if not dialogues:
         raise UserError(f"--data {' '.join(paths)}: no dialogue in it is held out; give more dialogues")

@@ -7,12 +7,13 @@ The method is that of Sennrich et al. (arXiv 1508.07909). They start from charac
 256 bytes of UTF-8, so nothing is ever unknown. Merges never cross the pieces that `SPLIT_PATTERN` cuts. Of
 equally frequent pairs, the one with the lowest ids wins (left id first), as in the library.
 
-Real runs use the library, which is far faster: tokenization/train_tokenizer.py.
+All pairs are counted again for every merge. Real runs use the library, which only updates the counts that
+change and is far faster: tokenization/train_tokenizer.py.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
-from collections import Counter, defaultdict
+from collections import Counter
 from itertools import pairwise
 
 from load_data.tokenization.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, byte_characters, split_and_spell
@@ -28,25 +29,19 @@ def pieces_of(text: str) -> list[str]:
 def train(text: str, vocab_size: int) -> list[Pair]:
     """Return the merges, in order, for a vocabulary of `vocab_size` ids; fewer if no pair occurs twice."""
     words = [(list(piece), count) for piece, count in Counter(pieces_of(text)).items()]
-    counts, places = Counter(), defaultdict(set)  # of each pair: frequency, and the words with it
-    for number, (tokens, count) in enumerate(words):
-        for pair in pairwise(tokens):
-            counts[pair] += count
-            places[pair].add(number)
     ids, merges = vocabulary([]), []
-    while counts and len(SPECIAL_TOKENS) + len(ids) < vocab_size:
-        pair = max(counts, key=lambda pair: (counts[pair], -ids[pair[0]], -ids[pair[1]]))
-        if counts[pair] < 2:
+    while len(SPECIAL_TOKENS) + len(ids) < vocab_size:
+        counts = Counter()
+        for tokens, count in words:
+            for pair in pairwise(tokens):
+                counts[pair] += count
+        best = max(counts, key=lambda pair: (counts[pair], -ids[pair[0]], -ids[pair[1]]), default=None)
+        if counts[best] < 2:
             break
-        merges.append(pair)
-        ids.setdefault("".join(pair), len(SPECIAL_TOKENS) + len(ids))
-        for number in places.pop(pair):  # all other words stay as they are
-            tokens, count = words[number]
-            counts.subtract({old: count * n for old, n in Counter(pairwise(tokens)).items()})
-            merge_all(tokens, pair)
-            for new in pairwise(tokens):
-                counts[new] += count
-                places[new].add(number)
+        merges.append(best)
+        ids.setdefault("".join(best), len(SPECIAL_TOKENS) + len(ids))
+        for tokens, _ in words:
+            merge_all(tokens, best)
     return merges
 
 

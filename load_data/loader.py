@@ -65,9 +65,15 @@ class TokenLoader:
 
     def next_step(self) -> list[dict[str, torch.Tensor]]:
         """Return this rank's micro-batches of the next step: `input_ids` and `labels`, (B, T) int64 each."""
-        starts = self.take(self.batch_size * self.accumulation_steps * self.world_size)
-        shares = starts.reshape(self.accumulation_steps, self.world_size, self.batch_size)[:, self.rank]
-        return [windows_at(self.tokens, share, self.sequence_length) for share in shares]
+        items = self.take(self.batch_size * self.accumulation_steps * self.world_size)
+        shares = items.reshape(self.accumulation_steps, self.world_size, self.batch_size)[:, self.rank]
+        return [self.batch(share) for share in shares]
+
+    def batch(self, starts: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return the windows that begin at `starts` (B,), with the tokens that follow as labels."""
+        rows = self.tokens[starts[:, None] + np.arange(self.sequence_length + 1)]  # (B, T + 1)
+        rows = torch.from_numpy(rows.astype(np.int64))
+        return {"input_ids": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()}
 
     @property
     def epoch_progress(self) -> float:
@@ -75,27 +81,24 @@ class TokenLoader:
         return self.epoch + self.index_in_epoch / len(self.starts)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position of the loader, and the settings its order depends on."""
-        names = ("epoch", "index_in_epoch", "seed", "sequence_length")
-        return {name: int(getattr(self, name)) for name in names}
+        """Return the position of the loader; its order depends on settings that a resumed run shares."""
+        return {"epoch": self.epoch, "index_in_epoch": self.index_in_epoch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Move to the position in `state`. Raises `UserError` if its order was different."""
-        for name in ("seed", "sequence_length"):
-            if state[name] != (ours := getattr(self, name)):
-                raise UserError(
-                    f"the checkpoint was trained with {name}={state[name]}, this run has {name}={ours}: "
-                    "resume with the same setting, or start over in another --out"
-                )
+        """Move to the position in `state`."""
         self.start_epoch(state["epoch"])
         self.index_in_epoch = state["index_in_epoch"]
 
 
-def windows_at(tokens: np.ndarray, starts: np.ndarray, length: int) -> dict[str, torch.Tensor]:
-    """Return windows of `length` tokens from `starts` (B,) as inputs, the tokens that follow as labels."""
-    rows = tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64)  # (B, T + 1)
-    rows = torch.from_numpy(rows)
-    return {"input_ids": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()}
+def eval_batches(
+    count: int, batch_size: int, max_batches: int | None, rank: int, world_size: int
+) -> Iterator[np.ndarray]:
+    """Yield the indices of each batch of this rank: all `count` in order, or with `max_batches` (per rank) as
+    many as that allows, evenly spread."""
+    wanted = min(count, (max_batches or count) * batch_size * world_size)
+    mine = (np.arange(wanted) * count // wanted)[rank::world_size]
+    for first in range(0, len(mine), batch_size):
+        yield mine[first : first + batch_size]
 
 
 def eval_windows(
@@ -110,13 +113,8 @@ def eval_windows(
     rank), as many windows as that allows, evenly spread. A short last window is padded with labels of -100.
     """
     count = -(-(len(tokens) - 1) // sequence_length)  # rounded up
-    chosen = np.arange(count)
-    if max_batches is not None and max_batches * batch_size * world_size < count:
-        wanted = max_batches * batch_size * world_size
-        chosen = np.arange(wanted) * count // wanted
-    mine = chosen[rank::world_size] * sequence_length
-    for first in range(0, len(mine), batch_size):
-        positions = mine[first : first + batch_size, None] + np.arange(sequence_length + 1)  # (B, T + 1)
+    for chosen in eval_batches(count, batch_size, max_batches, rank, world_size):
+        positions = chosen[:, None] * sequence_length + np.arange(sequence_length + 1)  # (B, T + 1)
         rows = torch.from_numpy(tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int64))
         labels = rows[:, 1:].masked_fill(torch.from_numpy(positions[:, 1:] >= len(tokens)), IGNORED)
         yield {"input_ids": rows[:, :-1].contiguous(), "labels": labels}

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,9 @@ from tqdm import tqdm
 
 from config.schema import RunConfig
 from load_data.corpora.documents import skipped_lines
-from load_data.corpora.sources import TRAIN, VAL, Sources
+from load_data.corpora.sources import TRAIN, VAL, Sources, empty_side
 from load_data.tokenization.tokenizer import Tokenizer
 from load_data.tokenization.train_tokenizer import train_tokenizer
-from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BATCH = 2**20  # characters that are encoded at a time
@@ -45,9 +44,8 @@ def prepare_pretraining(config: RunConfig, tokenizer: Tokenizer | None = None) -
     cache_dir = REPOSITORY / config.data.cache_dir  # an absolute path stays itself
     sources = Sources(config.data)
     if tokenizer is None:
-        texts = training_texts(sources)
-        key, size = sources.fingerprint, sources.size
-        tokenizer = train_tokenizer(config.tokenizer, texts, cache_dir, key, size)
+        texts = (piece for side, pieces in sources.documents() if side == TRAIN for piece in pieces)
+        tokenizer = train_tokenizer(config.tokenizer, texts, cache_dir, sources.fingerprint, sources.size)
     name = hashlib.sha256(f"{sources.fingerprint} {tokenizer.digest}".encode()).hexdigest()[:16]
     folder = cache_dir / f"tokens_{name}"
     if not folder.is_dir():
@@ -76,14 +74,16 @@ def write_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> None:
     partial = Path(tempfile.mkdtemp(prefix="partial_", dir=folder.parent))
     try:
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        writers = {side: TokenWriter(partial / f"{side}.bin", tokenizer, dtype) for side in (TRAIN, VAL)}
         with tqdm(total=sources.size, desc="encoding", unit="B", unit_scale=True, disable=None) as bar:
+            paths = {side: partial / f"{side}.bin" for side in (TRAIN, VAL)}
+            writers = {side: TokenWriter(path, tokenizer, dtype, bar) for side, path in paths.items()}
             for side, pieces in sources.documents():
-                writers[side].add_document(counted(pieces, bar))
+                writers[side].add_document(pieces)
+            for writer in writers.values():
+                writer.flush()
         for side, writer in writers.items():
-            writer.flush()
-            if writer.tokens < 2:
-                raise empty_side(side, sources)
+            if writer.counts["tokens"] < 2:
+                raise empty_side(side, sources.data)
         meta = {"dtype": dtype, "digest": tokens_digest(tokenizer, writers)}
         meta["skipped"] = skipped_lines(sources.skipped)
         meta |= {side: writer.counts for side, writer in writers.items()}
@@ -100,18 +100,18 @@ def write_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> None:
 class TokenWriter:
     """Write documents as ids into a file, separated by end-of-text tokens, a bounded amount at a time."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, dtype: str):
-        self.path, self.tokenizer, self.dtype = path, tokenizer, dtype
+    def __init__(self, path: Path, tokenizer: Tokenizer, dtype: str, bar: tqdm):
+        self.path, self.tokenizer, self.dtype, self.bar = path, tokenizer, dtype, bar
         self.hash = hashlib.sha256()
-        self.documents = self.bytes = self.tokens = 0
+        self.counts = {"documents": 0, "bytes": 0, "tokens": 0}  # written so far
         self.waiting: list[str | None] = []  # pieces of text; None starts a new document
         self.characters = 0
 
     def add_document(self, pieces: Iterable[str]) -> None:
         """Add one document, given in pieces."""
-        if self.documents:
+        if self.counts["documents"]:
             self.waiting.append(None)
-        self.documents += 1
+        self.counts["documents"] += 1
         for piece in pieces:
             self.waiting.append(piece)
             self.characters += len(piece)
@@ -127,51 +127,14 @@ class TokenWriter:
                 ids = np.array(separator if piece is None else next(encoded), dtype=self.dtype)
                 file.write(ids.tobytes())
                 self.hash.update(ids.tobytes())
-                self.tokens += len(ids)
-                self.bytes += 0 if piece is None else utf8_length(piece)
+                self.counts["tokens"] += len(ids)
+                size = len((piece or "").encode("utf-8", "surrogatepass"))  # 3 bytes for a lone surrogate
+                self.counts["bytes"] += size
+                self.bar.update(size)
         self.waiting, self.characters = [], 0
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Documents, bytes of text and tokens written so far."""
-        return {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens}
-
-
-def training_texts(sources: Sources) -> Iterator[str]:
-    """Yield all text of the training side, piece by piece."""
-    empty = True
-    for side, pieces in sources.documents():
-        if side == TRAIN:
-            for piece in pieces:
-                empty = False
-                yield piece
-    if empty:
-        raise empty_side(TRAIN, sources)
-
-
-def counted(pieces: Iterable[str], bar: tqdm) -> Iterator[str]:
-    """Yield the same pieces, and count them on the progress bar."""
-    for piece in pieces:
-        bar.update(utf8_length(piece))
-        yield piece
-
-
-def utf8_length(text: str) -> int:
-    """Return the bytes of a text; a lone surrogate counts as the three bytes of its replacement."""
-    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def tokens_digest(tokenizer: Tokenizer, writers: dict[str, TokenWriter]) -> str:
     """Return 16 hexadecimal digits from the tokenizer and every token of both sides."""
     parts = [tokenizer.digest, *(writer.hash.hexdigest() for writer in writers.values())]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
-
-
-def empty_side(side: str, sources: Sources) -> UserError:
-    """Return the error for a split that leaves a side without text."""
-    names = {TRAIN: "training", VAL: "validation"}
-    change = {TRAIN: "lower", VAL: "raise"}
-    return UserError(
-        f"--data {' '.join(sources.data.paths)}: after the split there is no {names[side]} text; "
-        f"{change[side]} data.val_fraction (now {sources.data.val_fraction}), or give more text"
-    )

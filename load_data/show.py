@@ -18,8 +18,8 @@ from dataclasses import replace
 
 from config.load import from_dict
 from config.schema import DataConfig, RunConfig
-from load_data.chat.chat_data import Sample, chosen_files, chosen_skills, encode, split_dialogues
-from load_data.chat.chat_loader import ChatLoader, DialogueRows
+from load_data.chat.chat_data import Sample, encode, split_dialogues
+from load_data.chat.chat_loader import ChatLoader
 from load_data.chat.chat_template import ChatTemplate
 from load_data.corpora.documents import skipped_lines
 from load_data.corpora.sources import TRAIN
@@ -42,7 +42,6 @@ def parse_command():
     add("--index", nargs="+", type=int, metavar="N", help="which dialogues, or rows (default: 0 1 2, or 0)")
     add("--template", choices=("tinyseek", "chatml"), help="default: the checkpoint's, or tinyseek")
     add("--packed", action="store_true", help="show rows of the first epoch, with several dialogues in each")
-    add("--plain", action="store_true", help="print without colours")
     return parser.parse_args()
 
 
@@ -67,25 +66,20 @@ def main():
     tokenizer, saved, name = open_tokenizer(args.checkpoint)
     length, template = saved.data.sequence_length, args.template or saved.data.template
     samples = training_samples(args, ChatTemplate(tokenizer, template), saved.data)
-    marks = PLAIN if args.plain or not sys.stdout.isatty() else GREEN
-    count = len(samples)
-    if args.packed:
-        loader = ChatLoader(samples, length, 1, pad_id=tokenizer.pad_id)
-        table, rows, what = loader.rows, list(loader.starts), "row"
-    else:
-        table = DialogueRows(samples, length, False, tokenizer.pad_id)
-        rows, what = table.arrange(range(count)), "dialogue"
+    marks, count = GREEN if sys.stdout.isatty() else PLAIN, len(samples)
+    loader = ChatLoader(samples, length, 1, packing=args.packed, pad_id=tokenizer.pad_id)
+    rows, what = (loader.starts, "row") if args.packed else ([[n] for n in range(count)], "dialogue")
     print(f"{name}; template {template}; {count:,} dialogues for training")
     for number in args.index or ([0] if args.packed else range(min(3, count))):
         if not 0 <= number < len(rows):
             raise UserError(f"--index {number}: there are {what}s 0 to {len(rows) - 1}")
-        used = sum(int(table.lengths[one]) for one in rows[number])
+        used = sum(len(samples[one].ids) - 1 for one in rows[number])
         room = f" of {length}, {len(rows[number])} dialogues" if args.packed else ""
         print(f"\n{what} {number}: {used} positions{room}\n")
         for one in rows[number]:
             print(marked_text(tokenizer, samples[one], marks), end="")
         print()
-        print("\n".join(table_lines(tokenizer, table.batch([rows[number]]), args.packed)))
+        print("\n".join(table_lines(tokenizer, loader.rows.batch([rows[number]]), args.packed)))
 
 
 def training_samples(args, template: ChatTemplate, saved: DataConfig) -> list[Sample]:
@@ -93,7 +87,7 @@ def training_samples(args, template: ChatTemplate, saved: DataConfig) -> list[Sa
     data = replace(saved, paths=args.data, limit=None)
     data.skill_samples = max(FEWEST, *(number + 1 for number in args.index or [0]))
     skipped = []
-    split = split_dialogues(data, chosen_skills(args.data), chosen_files(args.data), skipped)
+    split = split_dialogues(data, skipped)
     room = saved.sequence_length + 1
     samples = [encode(template, messages, room)[0] for side, messages in split if side == TRAIN]
     print(*skipped_lines(skipped), sep="\n", file=sys.stderr, end="\n" if skipped else "")
@@ -129,13 +123,10 @@ def table_lines(tokenizer: Tokenizer, batch: dict, packed: bool) -> list[str]:
 
 def spelled(tokenizer: Tokenizer, one: int) -> str:
     """Return an id and its text; the bytes of an incomplete character are shown as bytes."""
-    if one in tokenizer.special_spellings:
-        return f"{one:5} {tokenizer.special_spellings[one].decode('utf-8')}"
-    raw = tokenizer.id_to_bytes[one]
-    try:
-        return f"{one:5} {raw.decode('utf-8')!r}"
-    except UnicodeDecodeError:
-        return f"{one:5} {raw!r}"
+    raw, text = tokenizer.id_to_bytes[one], tokenizer.decode([one], skip_special=False)
+    if raw:  # not a special token
+        text = repr(text) if text.encode("utf-8") == raw else repr(raw)
+    return f"{one:5} {text}"
 
 
 def padded(text: str, width: int) -> str:

@@ -23,7 +23,7 @@ from load_data.chat.chat_template import ChatTemplate, Messages, cut_turn, fit_t
 from load_data.chat.records import as_messages, split_key
 from load_data.corpora.documents import find_files, read_records, skipped_lines
 from load_data.corpora.reserved import unit_hash
-from load_data.corpora.sources import PYTHON, TRAIN, VAL, limited
+from load_data.corpora.sources import PYTHON, TRAIN, VAL, empty_side, limited
 from load_data.skills import SFT_SKILLS, SKILLS, held_out_dialogues, training_dialogues
 from load_data.tokenization.tokenizer import Tokenizer
 from utils.errors import UserError
@@ -57,17 +57,18 @@ def prepare_chat(config: RunConfig, tokenizer: Tokenizer, soft_tokens: int = 0) 
     """Return the dialogues that `config.data` names, encoded with its template in at most
     `data.sequence_length` + 1 ids. Raises `UserError` for data without dialogues and for an empty side."""
     data = config.data
-    template = ChatTemplate(tokenizer, data.template, soft_tokens, config.model.vocab_size or None)
-    names, files = chosen_skills(data.paths), chosen_files(data.paths)
+    template = ChatTemplate(tokenizer, data.template, soft_tokens, config.model.vocab_size)
     samples, dialogues = {TRAIN: [], VAL: []}, {TRAIN: [], VAL: []}
     shortened, skipped = {TRAIN: 0, VAL: 0}, []
-    for side, messages in split_dialogues(data, names, files, skipped):
+    for side, messages in split_dialogues(data, skipped):
         sample, was_cut = encode(template, messages, data.sequence_length + 1)
         samples[side].append(sample)
         shortened[side] += was_cut
         dialogues[side].append(messages)
+    names = chosen_skills(data.paths)
     summary = [f"skills: {', '.join(names)}"] * bool(names)
-    summary += [f"{file}: {file.stat().st_size:,} bytes" for file in files] + skipped_lines(skipped)
+    summary += [f"{file}: {file.stat().st_size:,} bytes" for file in chosen_files(data.paths)]
+    summary += skipped_lines(skipped)
     summary.append(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {tokenizer.digest}")
     for side, part in samples.items():
         if not part:
@@ -96,31 +97,26 @@ def chosen_skills(paths: list[str]) -> list[str]:
 
 def chosen_files(paths: list[str]) -> list[Path]:
     """Return the `.jsonl` files that `paths` name."""
-    paths = [path for path in paths if path.partition(":")[0] != SKILL_WORD]
+    files = []
     for path in paths:
-        if path == PYTHON:
+        if path.partition(":")[0] == SKILL_WORD:
+            continue
+        found = find_files([path]) if path != PYTHON else []
+        found = [file for file in found if file.suffix.lower() == ".jsonl"]
+        if not found:
             raise UserError(
-                "--data python: source code is for train/pre_train.py; chat stages read dialogues: .jsonl "
-                "files, or the word skills"
+                f"--data {path}: plain text is for train/pre_train.py; chat stages read skills, or dialogues "
+                'from .jsonl files, in each line an object {"messages": [{"role": "user", "content": ...}, '
+                '{"role": "assistant", "content": ...}]}'
             )
-        if not Path(path).exists():
-            raise UserError(
-                f"--data {path}: no such file or folder; the word skills means the embedded skills"
-            )
-        if Path(path).suffix.lower() == ".txt":
-            raise no_dialogues(path)
-    found = {path: [file for file in find_files([path]) if file.suffix.lower() == ".jsonl"] for path in paths}
-    for path, files in found.items():
-        if not files:  # a folder of .txt files
-            raise no_dialogues(path)
-    return [file for files in found.values() for file in files]
+        files += found
+    return files
 
 
-def split_dialogues(
-    data: DataConfig, names: list[str], files: list[Path], skipped: list[str]
-) -> Iterator[tuple[str, Messages]]:
+def split_dialogues(data: DataConfig, skipped: list[str]) -> Iterator[tuple[str, Messages]]:
     """Yield every dialogue with its side; of at most `data.limit`, the skills and every file give an equal
     share. The errors of bad records are added to `skipped`."""
+    names, files = chosen_skills(data.paths), chosen_files(data.paths)
     sources = [skill_dialogues(data, names, 1 + len(files))] if names else []
     sources += [file_dialogues(file, data, skipped) for file in files]
     return limited(sources, data.limit)
@@ -189,20 +185,3 @@ def samples_digest(samples: dict[str, list[Sample]]) -> str:
             ids = sample.ids.astype(np.int32).tobytes()
             total.update(len(sample.ids).to_bytes(8, "little") + ids + sample.targets.tobytes())
     return total.hexdigest()[:16]
-
-
-def no_dialogues(path: str) -> UserError:
-    """Return the error for plain text."""
-    return UserError(
-        f"--data {path}: plain text; chat stages read dialogues, one JSON object per line of a .jsonl file: "
-        '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
-    )
-
-
-def empty_side(side: str, data: DataConfig) -> UserError:
-    """Return the error for a split that leaves a side without dialogues."""
-    name, change = {TRAIN: ("training", "lower"), VAL: ("validation", "raise")}[side]
-    return UserError(
-        f"--data {' '.join(data.paths)}: after the split there is no dialogue for {name}; {change} "
-        f"data.val_fraction (now {data.val_fraction}), or give more dialogues"
-    )

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from load_data.chat.chat_data import Sample
-from load_data.loader import IGNORED, TokenLoader
+from load_data.loader import IGNORED, TokenLoader, eval_batches
 
 
 class DialogueRows:
@@ -105,11 +105,9 @@ class ChatLoader(TokenLoader):
         self.starts = np.fromiter(self.rows.arrange(order), dtype=object)
         self.epoch, self.index_in_epoch = epoch, 0
 
-    def next_step(self) -> list[dict[str, torch.Tensor]]:
-        """Return this rank's micro-batches of the next step, see `DialogueRows.batch`."""
-        rows = self.take(self.batch_size * self.accumulation_steps * self.world_size)
-        shares = rows.reshape(self.accumulation_steps, self.world_size, self.batch_size)[:, self.rank]
-        return [self.rows.batch(list(share)) for share in shares]
+    def batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return the tensors of some rows, see `DialogueRows.batch`."""
+        return self.rows.batch(list(rows))
 
 
 def pack_rows(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -138,9 +136,8 @@ def pack_rows(lengths: list[int], capacity: int) -> list[list[int]]:
 
 def count_eval_rows(samples: list[Sample], sequence_length: int, packing: bool = True) -> int:
     """Return the number of rows that `eval_chat_batches` makes of all samples."""
-    if not packing:
-        return len(samples)
-    return len(pack_rows([len(sample.ids) - 1 for sample in samples], sequence_length))
+    lengths = [len(sample.ids) - 1 for sample in samples]
+    return len(pack_rows(lengths, sequence_length)) if packing else len(samples)
 
 
 def eval_chat_batches(
@@ -158,10 +155,5 @@ def eval_chat_batches(
     allows, evenly spread."""
     table = DialogueRows(samples, sequence_length, packing, pad_id)
     rows = table.arrange(range(len(samples)))
-    chosen = np.arange(len(rows))
-    if max_batches is not None and max_batches * batch_size * world_size < len(rows):
-        wanted = max_batches * batch_size * world_size
-        chosen = np.arange(wanted) * len(rows) // wanted
-    mine = chosen[rank::world_size]
-    for first in range(0, len(mine), batch_size):
-        yield table.batch([rows[one] for one in mine[first : first + batch_size]])
+    for chosen in eval_batches(len(rows), batch_size, max_batches, rank, world_size):
+        yield table.batch([rows[one] for one in chosen])

@@ -34,14 +34,10 @@ class ChatTemplate:
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        kind: str = "tinyseek",
-        soft_tokens: int = 0,
-        vocab_size: int | None = None,
+        self, tokenizer: Tokenizer, kind: str = "tinyseek", soft_tokens: int = 0, vocab_size: int = 0
     ):
         """`kind`: `tinyseek` or `chatml`; `soft_tokens`: n. `vocab_size`: the model's, where soft tokens
-        begin; None if the model has no more ids than its tokenizer."""
+        begin; 0 if the model has no more ids than its tokenizer."""
         self.tokenizer, self.kind = tokenizer, kind
         special, newline = tokenizer.special_ids, tokenizer.encode("\n")
         self.end_of_turn = [special[END], *newline]

@@ -7,8 +7,8 @@ skipped and reported; a file without any good record is an error.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from load_data.chat.records import as_messages, as_text, split_key
@@ -16,45 +16,27 @@ from utils.errors import UserError
 
 SUFFIXES = (".txt", ".jsonl")
 PIECE = 2**20  # characters of a .txt file that are read at a time
-HASHED_WHOLE = 2**28  # bytes; a larger file is identified by its size and its first part
 SKIPPED_SHOWN = 3  # skipped records that a summary quotes
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text, in one or more pieces, and the identity that decides its side of the split: equal for equal
-    texts, and for conversations that share the question of `split_key`."""
-
-    identity: str
-    pieces: Iterable[str]
 
 
 def find_files(paths: list[str]) -> list[Path]:
     """Return the `.txt` and `.jsonl` files that `paths` name. Folders are searched recursively, in sorted
     order, and empty files in them ignored. Raises `UserError` for a path with nothing to read."""
-    known = " and ".join(SUFFIXES)
     files = []
     for path in map(Path, paths):
-        if path.is_dir():
-            found = [
-                file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()
-            ]
-            found = [file for file in found if file.stat().st_size]
-            if not found:
-                raise UserError(f"--data {path}: no file with text in this folder; {known} files are read")
-            files += found
-        elif not path.exists():
+        if not path.exists():
             raise UserError(
-                f"--data {path}: no such file or folder; the word python means the standard library"
+                f"--data {path}: no such file or folder; embedded are python (pre-training) and skills (chat)"
             )
-        elif path.suffix.lower() not in SUFFIXES:
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found = [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file()]
+        found = [file for file in found if file.stat().st_size]
+        if not found:
             raise UserError(
-                f"--data {path}: {known} files are read; convert the file, or rename it if it is text"
+                f"--data {path}: nothing to read; {' and '.join(SUFFIXES)} files with text are read: "
+                "convert other files, or rename them if they are text"
             )
-        elif not path.stat().st_size:
-            raise UserError(f"--data {path}: the file is empty; put text into it or leave it out")
-        else:
-            files.append(path)
+        files += found
     for file in files:
         try:
             file.open("rb").close()
@@ -63,14 +45,17 @@ def find_files(paths: list[str]) -> list[Path]:
     return files
 
 
-def as_document(record: dict, where: str, same_question: str = "folded") -> Document | None:
-    """Return a record of a `.jsonl` file as a document; None for a blank text."""
+def as_document(record: dict, where: str, same_question: str = "folded") -> tuple[str, str] | None:
+    """Return the identity and the text of a record of a `.jsonl` file; None for a blank text. The identity
+    decides the side of the split: equal for equal texts, and for conversations with equal `split_key`."""
     text = as_text(record, where)
     try:
-        question = split_key(as_messages(record, where), same_question)
+        identity = split_key(as_messages(record, where), same_question)
     except UserError:  # plain text
-        question = None
-    return Document(text_identity(text) if question is None else question, (text,)) if text.strip() else None
+        identity = None
+    if identity is None:
+        identity = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return (identity, text) if text.strip() else None
 
 
 def read_pieces(file: Path) -> Iterator[str]:
@@ -139,30 +124,6 @@ def parse_record(line: str, where: str) -> dict:
 
 def not_utf8(file: Path) -> UserError:
     """Return the error for a file that is not UTF-8; read it again to find the line."""
-    with open(file, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return UserError(
-                    f"{file}, line {number}: not UTF-8 text; convert the file to UTF-8 or leave it out"
-                )
-    return UserError(f"{file}: not UTF-8 text")
-
-
-def text_identity(text: str) -> str:
-    """Return a hash that identifies a text."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def file_identity(file: Path) -> str:
-    """Return a hash of the content of a file, or for a very large file of its size and beginning."""
-    size = file.stat().st_size
-    total = hashlib.sha256()
-    with open(file, "rb") as stream:
-        if size > HASHED_WHOLE:
-            total.update(str(size).encode() + stream.read(PIECE))
-        else:
-            while block := stream.read(PIECE):
-                total.update(block)
-    return total.hexdigest()
+    with open(file, encoding="utf-8", errors="surrogateescape") as stream:
+        number = next(n for n, line in enumerate(stream, start=1) if re.search("[\udc80-\udcff]", line))
+    return UserError(f"{file}, line {number}: not UTF-8 text; convert the file to UTF-8 or leave it out")

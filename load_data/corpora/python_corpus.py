@@ -4,8 +4,6 @@ Nothing is downloaded, imported or executed: files are read, and `ast` finds the
 into training and held-out ones before any text is taken from them, so no docstring of a held-out file is
 ever trained on. A training file that contains a reserved sum (`reserved.py`) is left out.
 The text depends on the Python version; `summary` and `digest` identify it.
-
-    train_text, val_text = python_texts()          all sources as two long texts
 """
 
 import ast
@@ -75,12 +73,6 @@ class PythonCorpus:
             f"{len(self.val)} held out, {size:,} bytes, file list {self.digest}; {self.repeated_share:.1%} "
             "of the held-out text is lines that also occur in training files"
         )
-
-
-def python_texts(val_fraction: float = 0.05) -> tuple[str, str]:
-    """Return the sources to train on and the held-out sources, each as one text."""
-    corpus = read_python_corpus(val_fraction)
-    return "".join(file.text for file in corpus.train), "".join(file.text for file in corpus.val)
 
 
 def read_python_corpus(val_fraction: float, root: Path | None = None) -> PythonCorpus:

@@ -16,11 +16,11 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 from config.schema import DataConfig
-from load_data.corpora.documents import HASHED_WHOLE, as_document, file_identity, find_files
-from load_data.corpora.documents import read_pieces, read_records
+from load_data.corpora.documents import as_document, find_files, read_pieces, read_records
 from load_data.corpora.python_corpus import PythonCorpus, docstring_documents, read_python_corpus
 from load_data.corpora.reserved import unit_hash
 from load_data.corpora.worked_examples import worked_examples
+from utils.errors import UserError
 
 PYTHON = "python"  # in data.paths: the standard library
 TRAIN, VAL = "train", "val"
@@ -57,17 +57,15 @@ class Sources:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of everything that decides the documents: contents, split, limit, and the code used. A file
-        above `HASHED_WHOLE` bytes is identified by beginning, path, size and modification time: reading it
-        twice would cost too much."""
+        """A hash of everything that decides the documents: files (by path, size and modification time, since
+        reading a large one twice would cost too much), split, limit, and the code used."""
         data = self.data
         parts = [code_hash(), str(data.val_fraction), str(data.limit), data.same_question]
         if self.corpus:
             parts += [self.corpus.digest, str(data.worked_examples)]
         for file in self.files:
-            parts += [file.suffix.lower(), file_identity(file)]
-            if (stat := file.stat()).st_size > HASHED_WHOLE:
-                parts += [str(file.resolve()), str(stat.st_mtime_ns)]
+            stat = file.stat()
+            parts += [str(file.resolve()), str(stat.st_size), str(stat.st_mtime_ns)]
         return hashlib.sha256("\n".join(parts).encode("utf-8")).hexdigest()
 
     def documents(self) -> Iterator[SPLIT_DOCUMENT]:
@@ -82,9 +80,9 @@ class Sources:
         """Yield each record of a `.jsonl` file, or the two parts of a `.txt` file together."""
         if file.suffix.lower() == ".jsonl":
             parse = partial(as_document, same_question=self.data.same_question)
-            for document in read_records(file, parse, self.skipped):
-                held_out = unit_hash(document.identity) < self.data.val_fraction
-                yield [(VAL if held_out else TRAIN, document.pieces)]
+            for identity, text in read_records(file, parse, self.skipped):
+                held_out = unit_hash(identity) < self.data.val_fraction
+                yield [(VAL if held_out else TRAIN, (text,))]
         else:
             characters = sum(map(len, read_pieces(file)))
             boundary = int(characters * (1 - self.data.val_fraction))
@@ -110,9 +108,7 @@ def limited(sources: list[Iterator], limit: int | None) -> Iterator:
     """Chain `sources`; with a `limit`, take that many items from them in turn, so that none is starved."""
     if limit is None:
         return chain.from_iterable(sources)
-    missing = object()
-    in_turn = chain.from_iterable(zip_longest(*sources, fillvalue=missing))
-    return islice((one for one in in_turn if one is not missing), limit)
+    return islice(filter(None, chain.from_iterable(zip_longest(*sources))), limit)
 
 
 def part_of(pieces: Iterable[str], start: int, stop: int) -> Iterator[str]:
@@ -123,6 +119,15 @@ def part_of(pieces: Iterable[str], start: int, stop: int) -> Iterator[str]:
         position += len(piece)
         if part:
             yield part
+
+
+def empty_side(side: str, data: DataConfig) -> UserError:
+    """Return the error for a split that leaves a side empty."""
+    name, change = {TRAIN: ("training", "lower"), VAL: ("validation", "raise")}[side]
+    return UserError(
+        f"--data {' '.join(data.paths)}: after the split there is no {name} text; {change} "
+        f"data.val_fraction (now {data.val_fraction}), or give more text"
+    )
 
 
 def code_hash() -> str:

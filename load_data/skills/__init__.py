@@ -6,7 +6,7 @@ no sum or expression in one, occurs in a training dialogue or in the text of pre
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from config.schema import DataConfig
@@ -14,19 +14,31 @@ from load_data.chat.chat_template import Messages
 from load_data.chat.records import message
 from load_data.corpora.reserved import item_key
 from load_data.skills import arithmetic, docstrings, expressions, identity, lists, naming, shopping
-from load_data.skills.common import TEST, TRAIN, VAL, Sample, Skill
+from load_data.skills.common import TEST, TRAIN, VAL, Sample, by_side
 from utils.errors import UserError
 
-# Weight (how often a turn is of this skill) and skill. Arithmetic needs by far the most examples, and they
-# are short; long answers, such as docstrings, take a larger share of the loss than of the turns.
-REGISTRY: dict[str, tuple[float, Skill]] = {
-    "identity": (0.05, identity.SKILL),
-    "arithmetic": (0.45, arithmetic.SKILL),
-    "lists": (0.15, lists.SKILL),
-    "expressions": (0.30, expressions.SKILL),
-    "docstrings": (0.05, docstrings.SKILL),
-    "shopping": (0.25, shopping.SKILL),
-    "naming": (0.25, naming.SKILL),
+
+@dataclass(frozen=True)
+class Skill:
+    """`weight` is how often a turn is of this skill; `sample(rng, side, val_fraction)` draws a sample of one
+    side (`val_fraction` of the standard library is held out); `scored` returns the part of an answer that
+    counts."""
+
+    weight: float
+    sample: Callable[[random.Random, str, float], Sample]
+    scored: Callable[[str], str] = str.strip
+
+
+# Arithmetic needs by far the most examples, and they are short; long answers, such as docstrings, take a
+# larger share of the loss than of the turns.
+REGISTRY = {
+    "identity": Skill(0.05, by_side(identity.make)),
+    "arithmetic": Skill(0.45, by_side(arithmetic.make), arithmetic.value_of),
+    "lists": Skill(0.15, by_side(lists.make)),
+    "expressions": Skill(0.30, by_side(expressions.make)),
+    "docstrings": Skill(0.05, docstrings.sample),
+    "shopping": Skill(0.25, by_side(shopping.make)),
+    "naming": Skill(0.25, by_side(naming.make)),
 }
 SKILLS = tuple(REGISTRY)
 SFT_SKILLS = ("identity", "arithmetic", "lists", "expressions", "docstrings")
@@ -47,19 +59,14 @@ def skill_named(name: str) -> Skill:
     """Return the skill of this name; raise `UserError` if there is none."""
     if name not in REGISTRY:
         raise UserError(f"unknown skill {name!r}; skills: {', '.join(SKILLS)}")
-    return REGISTRY[name][1]
+    return REGISTRY[name]
 
 
 def training_dialogues(names, count: int, seed: int, val_fraction: float = HELD_OUT) -> Iterator[Messages]:
-    """Return `count` dialogues of one to three turns, each of one of the skills `names`, drawn by weight.
+    """Yield `count` dialogues of one to three turns, each of one of the skills `names`, drawn by weight.
     Equal arguments give equal dialogues. Raises `UserError` for an unknown name."""
-    skills = [skill_named(name) for name in names]
-    weights = [REGISTRY[name][0] for name in names]
-    return generated(skills, weights, count, random.Random(f"training {seed}"), val_fraction)
-
-
-def generated(skills, weights, count, rng, val_fraction) -> Iterator[Messages]:
-    """Yield the dialogues of `training_dialogues`."""
+    skills, rng = [skill_named(name) for name in names], random.Random(f"training {seed}")
+    weights = [skill.weight for skill in skills]
     for _ in range(count):
         turns = rng.choices(TURNS, TURN_WEIGHTS)[0]
         samples = [skill.sample(rng, TRAIN, val_fraction) for skill in rng.choices(skills, weights, k=turns)]
@@ -80,8 +87,9 @@ def scored_items(name: str, count: int, seed: int, val_fraction: float = HELD_OU
 
 
 def is_right(item: Item, answer: str) -> bool:
-    """Return whether the item's skill judges `answer` right: for most skills, if it is the expected one."""
-    return skill_named(item.skill).is_right(item.messages[-1]["content"], item.expected, answer)
+    """Return whether `answer` is the expected one, as far as the item's skill scores it."""
+    scored = skill_named(item.skill).scored
+    return scored(answer) == scored(item.expected)
 
 
 def as_turn(sample: Sample) -> Messages:

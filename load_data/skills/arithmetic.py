@@ -15,7 +15,7 @@ every sum is made of them, and an unseen sum tests how columns are put together.
 
 import random
 
-from load_data.skills.common import Sample, Skill, by_side
+from load_data.skills.common import Sample
 from load_data.corpora.worked_examples import infix, literal
 
 # Share of one-digit numbers. There are few sums of them: drawn much more often, they would be memorised.
@@ -64,9 +64,6 @@ def worked_out(left: int, sign: str, right: int, value: int) -> str:
     return f"{swapped}{first},{second}={units} {','.join(map(str, column))}={tens}: {value}"
 
 
-def is_right(question: str, expected: str, answer: str) -> bool:
-    """Return whether the value is right; the working does not count."""
-    return answer.rsplit(":", 1)[-1].strip() == expected.rsplit(":", 1)[-1].strip()
-
-
-SKILL = Skill(by_side(make), is_right)
+def value_of(answer: str) -> str:
+    """Return the part of an answer that is scored: the value, without the working."""
+    return answer.rsplit(":", 1)[-1].strip()

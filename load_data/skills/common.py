@@ -25,15 +25,6 @@ class Sample:
     parts: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Skill:
-    """`sample(rng, side, val_fraction)` draws a sample of one side (`val_fraction` of the standard library is
-    held out); `is_right(question, expected, answer)` judges an answer."""
-
-    sample: Callable[[random.Random, str, float], Sample]
-    is_right: Callable[[str, str, str], bool]
-
-
 def side_of(sample: Sample) -> str | None:
     """Return the side of a sample; None if its key may be trained on but a part of it may not."""
     if is_reserved(sample.key):
@@ -58,6 +49,6 @@ def by_side(make: Callable[[random.Random], Sample]) -> Callable[[random.Random,
     return sample
 
 
-def is_exact(question: str, expected: str, answer: str) -> bool:
-    """Return whether the answer equals the expected one, surrounding white space aside."""
-    return answer.strip() == expected
+def joined(things: list[str], comma: str, last: str) -> str:
+    """Return `things` as an enumeration in words."""
+    return last.join(filter(None, (comma.join(things[:-1]), things[-1])))

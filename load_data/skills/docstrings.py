@@ -12,7 +12,7 @@ from functools import cache
 
 from load_data.corpora.python_corpus import docstring_documents, read_python_corpus
 from load_data.corpora.reserved import holds_reserved_sum
-from load_data.skills.common import SIDES, TRAIN, Sample, Skill, held_out_side, is_exact
+from load_data.skills.common import SIDES, TRAIN, Sample, held_out_side
 from utils.errors import UserError
 
 MOST_WORDS = 20  # of a sentence
@@ -65,6 +65,3 @@ def sample(rng: random.Random, side: str, val_fraction: float) -> Sample:
     if call and (not sentence or rng.random() < 0.4):
         return Sample(f"call {name}", rng.choice(CALLS).format(name), call)
     return Sample(f"purpose {name}", rng.choice(PURPOSES).format(name), sentence)
-
-
-SKILL = Skill(sample, is_exact)

@@ -7,7 +7,7 @@ two small numbers, which belong to `arithmetic`. Values come from the tree; text
 import random
 import re
 
-from load_data.skills.common import Sample, Skill, by_side, is_exact
+from load_data.skills.common import Sample
 from load_data.corpora.worked_examples import KINDS, small_sum
 
 FORMS = (">>> {}", "{}", "What is `{}`?", "Evaluate `{}`.", "What does `{}` give?", "`{}` 的值？")
@@ -23,6 +23,3 @@ def make(rng: random.Random) -> Sample:
         expression = rng.choices(kinds, weights)[0](rng)
     question = rng.choice(FORMS).format(expression.text)
     return Sample(expression.text, question, repr(expression.value), expression.items)
-
-
-SKILL = Skill(by_side(make), is_exact)

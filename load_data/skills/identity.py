@@ -8,7 +8,7 @@ question's core is right: the name alone would let "TinySeek, ChatGPT, whatever"
 import random
 
 from load_data.corpora.reserved import is_reserved
-from load_data.skills.common import Sample, Skill, by_side, is_exact
+from load_data.skills.common import Sample
 
 OPENINGS = {
     "en": ("Hi! ", "Hello! ", "Hey, ", "Good day! ", "Hi there, ", "Good morning! ", "Good evening! ")
@@ -86,6 +86,3 @@ def make(rng: random.Random) -> Sample:
     if rng.random() < 0.2:
         question = question.lower()
     return Sample(key, question, answer)
-
-
-SKILL = Skill(by_side(make), is_exact)

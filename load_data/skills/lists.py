@@ -7,7 +7,7 @@ counts as a combination.
 
 import random
 
-from load_data.skills.common import Sample, Skill, by_side, is_exact
+from load_data.skills.common import Sample, joined
 
 COUNTS, COUNT_WEIGHTS = (1, 2, 3, 4, 5), (1, 3, 4, 2, 1)
 FILLERS = {  # other words of the sentence
@@ -69,11 +69,6 @@ CHINESE = {
 }
 
 
-def joined(things: list[str], comma: str, last: str) -> str:
-    """Return `things` as an enumeration in words."""
-    return last.join(filter(None, (comma.join(things[:-1]), things[-1])))
-
-
 def make(rng: random.Random) -> Sample:
     """Draw a sentence in one of the two languages."""
     language = rng.choice((ENGLISH, CHINESE))
@@ -84,6 +79,3 @@ def make(rng: random.Random) -> Sample:
     question = rng.choice(sentences.split("|")).format(joined(things, *signs), **fillers)
     question = question[0].upper() + question[1:]
     return Sample("lists: " + ", ".join(sorted(things)), question, repr(things))
-
-
-SKILL = Skill(by_side(make), is_exact)

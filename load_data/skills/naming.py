@@ -6,7 +6,7 @@ scored name was in no training text, in any style.
 
 import random
 
-from load_data.skills.common import Sample, Skill, by_side, is_exact
+from load_data.skills.common import Sample
 
 FIRST = (
     "add build check clear close copy count create delete draw fetch find format get load make merge move "
@@ -38,6 +38,3 @@ def make(rng: random.Random) -> Sample:
     source, target = rng.sample(sorted(STYLES), 2)
     question = rng.choice(REQUESTS).format(STYLES[source](words), target)
     return Sample("naming: " + "-".join(words), question, STYLES[target](words))
-
-
-SKILL = Skill(by_side(make), is_exact)

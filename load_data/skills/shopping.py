@@ -6,7 +6,7 @@ amounts, so a scored combination was in no training text, in any order or reques
 
 import random
 
-from load_data.skills.common import Sample, Skill, by_side, is_exact
+from load_data.skills.common import Sample, joined
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 UNITS = {  # singular, plural, and the goods sold in it
@@ -39,9 +39,6 @@ def make(rng: random.Random) -> Sample:
         number, (one, several) = rng.choice(NUMBERS), GOODS[good]
         rows.append((good, f"{number} {one if number == 'one' else several}"))
     spoken = [f"{amount} of {good}" for good, amount in rows]
-    question = rng.choice(REQUESTS).format(" and ".join(filter(None, (", ".join(spoken[:-1]), spoken[-1]))))
+    question = rng.choice(REQUESTS).format(joined(spoken, ", ", " and "))
     table = "".join(f"|{good}|{amount}" for good, amount in rows) + "|"
     return Sample("shopping: " + ", ".join(sorted(spoken)), question, table)
-
-
-SKILL = Skill(by_side(make), is_exact)

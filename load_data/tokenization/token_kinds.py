@@ -21,6 +21,7 @@ import numpy as np
 from load_data.tokenization.tokenizer import Tokenizer
 
 KINDS = ["white space", "keyword", "name piece", "spaced word", "number", "sign", "CJK", "other"]
+SIGNS = ("P", "Sm", "Sc", "Sk")  # prefixes of Unicode categories
 CJK_SCRIPTS = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO")  # prefixes of Unicode names
 
 
@@ -39,7 +40,7 @@ def kind_of(text: str) -> str:
         return "white space"
     if core.lstrip("([{") in keyword.kwlist:
         return "keyword"
-    if any(is_cjk(letter) for letter in core):
+    if any(letter.isalpha() and unicodedata.name(letter, "").startswith(CJK_SCRIPTS) for letter in core):
         return "CJK"
     if core[0].isnumeric():
         return "number"
@@ -47,15 +48,5 @@ def kind_of(text: str) -> str:
         return "spaced word" if text[0].isspace() else "name piece"
     if any(letter.isnumeric() for letter in core):
         return "number"
-    return "sign" if all(is_sign(letter) for letter in core) else "other"
-
-
-def is_cjk(letter: str) -> bool:
-    """Return whether this is a letter of a CJK script (their punctuation counts as punctuation)."""
-    return letter.isalpha() and unicodedata.name(letter, "").startswith(CJK_SCRIPTS)
-
-
-def is_sign(letter: str) -> bool:
-    """Return whether this is punctuation, or a symbol of operators and prices; emoji are not."""
-    category = unicodedata.category(letter)
-    return category[0] == "P" or category in ("Sm", "Sc", "Sk")
+    # Punctuation, and the symbols of operators and prices; emoji are other symbols.
+    return "sign" if all(unicodedata.category(letter).startswith(SIGNS) for letter in core) else "other"

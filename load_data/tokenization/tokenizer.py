@@ -8,7 +8,6 @@ Special tokens take the first ids and exist only as ids: `encode` cannot reach t
 one. Only the chat template writes them.
 """
 
-import codecs
 import hashlib
 import json
 from functools import cached_property
@@ -46,9 +45,10 @@ def byte_characters() -> list[str]:
 
 
 class Tokenizer:
-    """Base of both kinds. A subclass sets `kind`, `special_ids` and `id_to_bytes`, and encodes."""
+    """Base of both kinds. A subclass sets these attributes, and encodes."""
 
     kind: str
+    contents: dict  # all else that `from_json` needs
     special_ids: dict[str, int]
     id_to_bytes: list[bytes]  # the bytes of each id; special tokens have none
 
@@ -90,23 +90,15 @@ class Tokenizer:
 
         A model may have more ids than its tokenizer (a padded vocabulary): the surplus has no text.
         """
-        spelled = {} if skip_special else self.special_spellings
+        names = {} if skip_special else self.special_ids
+        spelled = {number: name.encode("utf-8") for name, number in names.items()}
         known = (int(one) for one in ids if one < self.vocab_size)
         parts = (spelled.get(one, self.id_to_bytes[one]) for one in known)
         return b"".join(parts).decode("utf-8", errors="replace")
 
-    @cached_property
-    def special_spellings(self) -> dict[int, bytes]:
-        """The text of each special token, by id."""
-        return {one: name.encode("utf-8") for name, one in self.special_ids.items()}
-
-    def stream_decoder(self) -> "StreamDecoder":
-        """Return a decoder that takes one id at a time."""
-        return StreamDecoder(self)
-
     def to_json(self) -> str:
         """Return the whole tokenizer as JSON text."""
-        raise NotImplementedError
+        return json.dumps({"kind": self.kind, **self.contents}, ensure_ascii=False)
 
     @staticmethod
     def from_json(text: str, where: str = "tokenizer") -> "Tokenizer":
@@ -130,7 +122,8 @@ class BpeTokenizer(Tokenizer):
 
     def __init__(self, merges: list[tuple[str, str]], pattern: str = SPLIT_PATTERN):
         """`merges`: pairs of tokens, spelled in `byte_characters`, in order of training."""
-        self.merges, self.pattern = merges, pattern
+        self.merges = merges
+        self.contents = {"pattern": pattern, "merges": [" ".join(pair) for pair in merges]}
         self.special_ids = {name: one for one, name in enumerate(SPECIAL_TOKENS)}
         characters = byte_characters()
         vocabulary = {letter: one for one, letter in enumerate(sorted(characters), start=len(SPECIAL_TOKENS))}
@@ -153,15 +146,6 @@ class BpeTokenizer(Tokenizer):
             encodings = self.backend.encode_batch_fast([without_surrogates(text) for text in texts])
         return [encoding.ids for encoding in encodings]
 
-    def to_json(self) -> str:
-        """See `Tokenizer.to_json`: the pattern and the merges."""
-        data = {
-            "kind": self.kind,
-            "pattern": self.pattern,
-            "merges": [" ".join(pair) for pair in self.merges],
-        }
-        return json.dumps(data, ensure_ascii=False)
-
 
 class CharTokenizer(Tokenizer):
     """One id per character: special tokens, `<unk>`, then the known characters by code point.
@@ -175,7 +159,7 @@ class CharTokenizer(Tokenizer):
         """`characters`: each known character once, sorted."""
         if list(characters) != sorted(set(characters)):
             raise ValueError("characters must be sorted and distinct")
-        self.characters = characters
+        self.contents = {"characters": characters}
         self.special_ids = {name: one for one, name in enumerate((*SPECIAL_TOKENS, UNKNOWN))}
         first = len(self.special_ids)
         self.ids_of = {character: [one] for one, character in enumerate(characters, start=first)}
@@ -189,26 +173,6 @@ class CharTokenizer(Tokenizer):
             [i for one in text for i in known.get(one) or unknown * len(one.encode("utf-8", "surrogatepass"))]
             for text in texts
         ]
-
-    def to_json(self) -> str:
-        """See `Tokenizer.to_json`: the characters."""
-        return json.dumps({"kind": self.kind, "characters": self.characters}, ensure_ascii=False)
-
-
-class StreamDecoder:
-    """Decode one id at a time into whole characters; the bytes of an unfinished one are kept back."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.id_to_bytes = tokenizer.id_to_bytes
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token_id: int) -> str:
-        """Return the characters that `token_id` completes, often several, sometimes none."""
-        return self.decoder.decode(self.id_to_bytes[token_id])
-
-    def finish(self) -> str:
-        """Return the rest: U+FFFD if a character was never completed, otherwise nothing."""
-        return self.decoder.decode(b"", final=True)
 
 
 def split_and_spell(pattern: str) -> pre_tokenizers.PreTokenizer:

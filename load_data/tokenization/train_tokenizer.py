@@ -15,30 +15,22 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from config.schema import TokenizerConfig
-from load_data.tokenization.tokenizer import (
-    SPECIAL_TOKENS,
-    SPLIT_PATTERN,
-    split_and_spell,
-    without_surrogates,
-)
-from load_data.tokenization.tokenizer import BpeTokenizer, CharTokenizer, Tokenizer
+from load_data.tokenization.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, BpeTokenizer, CharTokenizer
+from load_data.tokenization.tokenizer import Tokenizer, split_and_spell, without_surrogates
 from utils.errors import UserError
 
+NO_TEXT = "after the split there is no training text; lower data.val_fraction, or give more text"
 BLOCKS = 64  # at least so many samples of texts that are too long to be read whole
 
 
 def train_tokenizer(
-    config: TokenizerConfig, texts: Iterable[str], cache_dir: Path, key: str | None = None, size: int = 0
+    config: TokenizerConfig, texts: Iterable[str], cache_dir: Path, key: str, size: int
 ) -> Tokenizer:
     """Return a tokenizer trained on `texts`, or the one cached in `cache_dir`. `key` identifies the texts,
-    and `size` is roughly their bytes; without a key they are read, hashed and measured. Raises `UserError` if
-    there is no text."""
-    if key is None:
-        texts = list(texts)
-        key, size = content_hash(texts), sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    settings = (config.kind,) + (config.vocab_size, config.train_bytes, SPLIT_PATTERN) * (
-        config.kind == "bpe"
-    )
+    and `size` is roughly their bytes. Raises `UserError` if there is no text."""
+    settings = [config.kind]
+    if config.kind == "bpe":
+        settings += [config.vocab_size, config.train_bytes, SPLIT_PATTERN]
     name = hashlib.sha256(repr((key, settings)).encode("utf-8")).hexdigest()[:16]
     path = Path(cache_dir) / f"tokenizer_{name}.json"
     if path.is_file():
@@ -75,7 +67,7 @@ def learn_characters(config: TokenizerConfig, texts: Iterable[str], size: int = 
     for text in texts:
         characters.update(without_surrogates(text))
     if not characters:
-        raise UserError("tokenizer.kind=char: there is no training text to take characters from")
+        raise UserError(NO_TEXT)
     return CharTokenizer("".join(sorted(characters)))
 
 
@@ -93,13 +85,4 @@ def sampled(texts: Iterable[str], limit: int, size: int) -> Iterator[str]:
         if taken >= limit:
             break
     if not taken:
-        raise UserError("tokenizer.kind=bpe: there is no training text to find merges in")
-
-
-def content_hash(texts: Iterable[str]) -> str:
-    """Return a hash of a sequence of texts; the boundaries between them count too."""
-    total = hashlib.sha256()
-    for text in texts:
-        raw = without_surrogates(text).encode("utf-8")
-        total.update(len(raw).to_bytes(8, "little") + raw)
-    return total.hexdigest()
+        raise UserError(NO_TEXT)

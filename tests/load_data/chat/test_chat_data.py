@@ -116,29 +116,29 @@ def test_all_forms_of_records(run_config, write):
 )
 def test_impossible_dialogues_are_skipped(write, messages, problem):
     path, skipped = write("a.jsonl", [*dialogues(1), {"messages": messages}]), []
-    assert len(list(split_dialogues(DataConfig(), [], [path], skipped))) == 1 and len(skipped) == 1
+    assert len(list(split_dialogues(DataConfig([str(path)]), skipped))) == 1 and len(skipped) == 1
     assert f"a.jsonl, line 2: {problem}" in skipped[0]
     with pytest.raises(UserError, match=f"a.jsonl, line 1: {problem}"):
-        list(split_dialogues(DataConfig(), [], [write("a.jsonl", [{"messages": messages}])], []))
+        list(split_dialogues(DataConfig([str(write("a.jsonl", [{"messages": messages}]))]), []))
 
 
 def test_bad_paths(run_config, write, tmp_path):
     plain = write("folder/a.txt", "text")
     for path, problem in {
         "python": "--data python: .*train/pre_train.py",
-        plain: "a.txt: plain text; chat stages read dialogues",
-        plain.parent: "folder: plain text; chat stages read dialogues",
-        tmp_path / "nowhere": "nowhere: no such file or folder; the word skills",
+        plain: "a.txt: plain text is for train/pre_train.py; chat stages read skills, or dialogues from",
+        plain.parent: "folder: plain text is for train/pre_train.py",
+        tmp_path / "nowhere": "nowhere: no such file or folder; embedded are python",
         "skills:lists,flying": "unknown skill 'flying'; skills: .*identity.*, or all",
-        write("a.csv", "text"): "a.csv: .*files are read",
+        write("a.csv", "text"): "a.csv: .*files with text are read",
     }.items():
         with pytest.raises(UserError, match=problem):
             prepare_chat(run_config(path), TOKENIZER)
     records = write("folder/b.jsonl", dialogues(100))  # beside the text, which is passed over
     assert len(prepare_chat(run_config(plain.parent, val_fraction=0.1), TOKENIZER).train) > 80
-    with pytest.raises(UserError, match=r"no dialogue for validation; raise data.val_fraction \(now 1e-09\)"):
+    with pytest.raises(UserError, match=r"no validation text; raise data.val_fraction \(now 1e-09\)"):
         prepare_chat(run_config(records, val_fraction=1e-9), TOKENIZER)
-    with pytest.raises(UserError, match=r"no dialogue for training; lower data.val_fraction"):
+    with pytest.raises(UserError, match=r"no training text; lower data.val_fraction"):
         prepare_chat(run_config(records, val_fraction=0.999999), TOKENIZER)
 
 

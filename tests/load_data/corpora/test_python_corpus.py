@@ -6,8 +6,7 @@ import textwrap
 
 import pytest
 
-from load_data.corpora import python_corpus
-from load_data.corpora.python_corpus import SourceFile, docstring_documents, python_texts, read_python_corpus
+from load_data.corpora.python_corpus import SourceFile, docstring_documents, read_python_corpus
 from load_data.corpora.reserved import holds_reserved_sum, is_reserved, unit_hash
 from utils.errors import UserError
 
@@ -119,10 +118,7 @@ def test_no_reserved_sum_is_trained_on_and_copied_lines_are_counted(tmp_path):
     assert f"{corpus.repeated_share:.1%} of the held-out text is lines" in corpus.summary
 
 
-def test_the_two_texts_are_the_two_sides(library, monkeypatch):
-    monkeypatch.setattr(python_corpus, "read_python_corpus", lambda fraction: library)
-    train, val = python_texts()
-    assert train == "".join(file.text for file in library.train) and val.endswith(library.val[-1].text)
+def test_no_file_to_train_on_holds_a_reserved_sum(library):
     assert not any(holds_reserved_sum(file.text) for file in library.train[:40])
 
 

@@ -15,7 +15,7 @@ from load_data.chat.chat_loader import count_eval_rows, eval_chat_batches
 from load_data.chat.chat_template import ChatTemplate
 from load_data.tokenization.token_kinds import token_kinds
 from load_data.tokenization.tokenizer import CharTokenizer
-from load_data.tokenization.train_tokenizer import train_tokenizer
+from load_data.tokenization.train_tokenizer import learn_merges
 from model.tinyseek import TinySeek
 from modules.experts.balance import max_vio
 from modules.adapters.prefix import add_prefix
@@ -30,13 +30,13 @@ LENGTH = 16
 
 
 @pytest.fixture(scope="module", params=["char", "bpe"])
-def case(request, tmp_path_factory):
+def case(request):
     """A tokenizer, held-out tokens that do not fill the last window, and a model with random weights."""
     if request.param == "char":
         tokenizer = CharTokenizer("".join(sorted(set(TEXT))))
     else:
         config = TokenizerConfig(kind="bpe", vocab_size=320)
-        tokenizer = train_tokenizer(config, [TEXT], tmp_path_factory.mktemp("cache"))
+        tokenizer = learn_merges(config, [TEXT])
     tokens = np.array(tokenizer.encode(TEXT), dtype=np.uint16)[:213]
     config = small_config(f"model.vocab_size={tokenizer.vocab_size}", f"data.sequence_length={LENGTH}")
     torch.manual_seed(3)
