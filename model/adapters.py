@@ -16,7 +16,7 @@ from torch import nn
 
 from config.schema import RunConfig
 from model.tinyseek import TinySeek
-from modules.adapters.lora import add_lora
+from modules.adapters.lora_model import add_lora
 from modules.adapters.mixlora import add_mixlora
 from modules.adapters.prefix import add_prefix
 from utils.checkpoint import load_weights

@@ -75,7 +75,7 @@ class AdapterSwitch:
 @torch.no_grad()
 def lesson():
     """Run three adapters in one batch and compare each row with the same row alone."""
-    from modules.adapters.lora import add_lora
+    from modules.adapters.lora_model import add_lora
 
     torch.manual_seed(0)
     model, x = torch.nn.Sequential(torch.nn.Linear(64, 64)), torch.randn(4, 8, 64)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from config.adapters import LoraConfig
-from modules.adapters.lora import add_lora, freeze_all_but
+from modules.adapters.lora_model import add_lora
 from modules.experts.moe import Experts
-from tests.modules.adapters.test_lora import KINDS, settings_of, shake_adapters
+from tests.modules.adapters.test_lora import KINDS, freeze_all_but, settings_of, shake_adapters
 from tests.modules.experts.test_moe import slow_experts
 from tests.modules.tools import shake
 

@@ -9,12 +9,11 @@ import torch
 from config.adapters import LoraConfig
 from model.caches import make_cache
 from inference.fast.decoder import FastDecoder, supports
-from modules.adapters.adapted_layer import fold, merge, switch_of, unmerge
-from modules.adapters.lora import add_lora, freeze_all_but
+from modules.adapters.lora_model import add_lora, fold, merge, switch_of, unmerge
 from tests.model import test_moe_model
 from tests.model.test_tinyseek import text
 from tests.modules.adapters.test_adapter_switch import adapted
-from tests.modules.adapters.test_lora import our_model, shake_adapters
+from tests.modules.adapters.test_lora import freeze_all_but, our_model, shake_adapters
 from utils.errors import UserError
 
 MOE = test_moe_model.MOE | {"first_k_dense_replace": 1}
