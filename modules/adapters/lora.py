@@ -1,9 +1,9 @@
 """LoRA, rsLoRA and DoRA: adapt a frozen matrix by a trainable product of two thin ones.
 
-    LoRA     W' = W + s B A           s = lora_alpha / r, with rsLoRA lora_alpha / sqrt(r)
-    DoRA     W' = m * V / ||V||       V = W + s B A     ||V||: the length of each row, one row per output channel
+    LoRA    W' = W + s B A                    s = lora_alpha / r, with rsLoRA lora_alpha / sqrt(r)
+    DoRA    W' = m * V / ||V||                V = W + s B A     ||V||: the length of each row
 
-    W, V: (out, in)   A: (R, in)   B: (out, R)   m, ||V||: (out,)     or a stack of E of each, for experts
+    W, V: (out, in)   A: (R, in)   B: (out, R)   m, ||V||: (out,)     or, for experts, a stack of E of each
 
 The change B A has rank R at most: R * (out + in) numbers are trained in place of out * in. B starts at zero
 and m as ||W||, so training begins with the model as it is; A is random, or A and B would stay zero.
@@ -13,17 +13,16 @@ fine-tuning does the two nearly independently. Stretching every row by its own f
 rank, out of reach for B A, yet m does it with one number per row. ||V|| is a constant for the gradient
 (section 4.3 of the paper): this saves the memory of a second matrix and changes accuracy little.
 
-A linear layer adds B (A x) to its output and never builds B A. Experts meet their tokens in one fast pass
-(modules/experts/grouped.py) that takes matrices, so W' is built for all E at once. Building it costs R
-multiplications per weight, using it one per weight and token: little, as long as an expert sees many more
-than R tokens. An expert of width F needs no rank above F.
+A linear layer adds s B (A x) to its output and never builds B A. Experts meet their tokens in one fast pass
+(modules/experts/grouped.py) that takes matrices, so W' is built for all E at once. That costs R
+multiplications per weight, using it one per weight and token: little, if an expert sees many more than R
+tokens. An expert of width F needs no rank above F.
 
 Papers: Hu et al., arXiv 2106.09685 (LoRA); Kalajdzievski, arXiv 2312.03732 (rsLoRA); Liu et al., arXiv
 2402.09353 (DoRA). Names as in `peft`: `<layer>.lora_A.<adapter>`, and the base keeps its own.
 Trap: without s the learning rate depends on the rank.
-Trap: bf16 keeps 8 bits, too few for an optimizer's small steps: factors are fp32 even where W is bf16. W'
-of experts is rounded to W's dtype: a change below 1/256 of a weight comes through only in part. Its gradient
-comes through whole.
+Trap: bf16 keeps 8 bits and loses an optimizer's small steps, so factors are fp32 even where W is bf16. W' of
+experts is rounded as W is: a change below 1/256 of a weight comes through in part only, its gradient whole.
 """
 
 import math
@@ -37,27 +36,29 @@ from modules.adapters.adapter_switch import AdapterSwitch
 from modules.experts.moe import Experts, run_experts
 
 
+def wide(tensor):
+    """Return the tensor in fp32, or unchanged if it is in fp64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def scaling(config: LoraConfig) -> float:
     """Return s above. With alpha / r, training slows down as the rank grows, unlike with alpha / sqrt(r)."""
     return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 
 def effective_weight(weight, A, B, scale: float, magnitude=None):
-    """Return W' (.., out, in) in fp32, or in fp64 if a part is in fp64.
+    """Return W' (.., out, in) in fp32 or fp64.
 
     weight (.., out, in), A (.., R, in), B (.., out, R), magnitude (.., out) for DoRA.
     """
-    wide = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
     with torch.autocast(weight.device.type, enabled=False):  # it would round B A to bf16
-        V = weight.to(wide) + scale * (B.to(wide) @ A.to(wide))
+        V = wide(weight) + scale * (wide(B) @ wide(A))
         return V if magnitude is None else V * (magnitude / V.detach().norm(dim=-1))[..., None]
 
 
 class LoraLayer(nn.Module):
-    """A layer with adapters. It takes the place of a plain layer and uses its parameters.
-
-    `MATRICES` names the weights to adapt; `kept` holds W while an adapter is merged.
-    """
+    """A layer with adapters, in the place of a plain layer whose parameters it uses. `MATRICES` names the
+    weights to adapt; `kept` holds W while an adapter is merged."""
 
     MATRICES = ("weight",)
     empty_store = nn.ParameterDict
@@ -82,8 +83,7 @@ class LoraLayer(nn.Module):
     def add(self, name: str, config: LoraConfig) -> None:
         """Create the parameters of an adapter. A is uniform in +-1/sqrt(in) (He's rule with a = sqrt(5))."""
         for matrix in self.MATRICES:
-            weight, (A, B, magnitude) = getattr(self, matrix), self.stores(matrix)
-            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            weight, (A, B, magnitude) = wide(getattr(self, matrix)), self.stores(matrix)
             *stack, out, width = weight.shape
             bound = width**-0.5
             A[name] = nn.Parameter(weight.new_empty(*stack, config.r, width).uniform_(-bound, bound))
@@ -179,7 +179,7 @@ def lesson():
     size, W = 64, torch.randn(64, 64) / 8
     changes = {f"rank {r}": torch.randn(size, r) @ torch.randn(r, size) for r in (1, 4, 64)}
     changes["longer rows"] = torch.rand(size, 1) * W
-    print(f"a change of a {size} x {size} matrix: share of it that is left over (the least that rank r can leave)")
+    print(f"changes of a {size} x {size} matrix: share left over (the least that rank r can leave)")
     for label, change in changes.items():
         change, texts = change * (4 / change.norm()), []
         for kind, r in (("LoRA", 1), ("LoRA", 4), ("LoRA", 16), ("DoRA", 4)):
@@ -193,8 +193,6 @@ def lesson():
             least = torch.linalg.svdvals(change)[r:].norm() / 4
             texts.append(f"{kind} r = {r}: {loss.sqrt() / 4:.0%} ({least:.0%})")
         print(f"  {label:12s}", "   ".join(texts))
-    for r in (1, 4, 16):
-        print(f"  rank {r:2d} on 2048 x 2048: {r * 4096:6,} trainable numbers, {r / 1024:.2%} of W")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""LoRA on a whole model: add adapters to the layers of a list, merge them into the weights, take them out.
+"""LoRA on a whole model: add adapters to chosen layers, merge them into the weights, return to a plain model.
 
     names = add_lora(model, config, "mine")    adapters beside the weights; the new one is in use
     switch_of(model).use("mine")               select another one, or one per row (adapter_switch.py)
-    merge(model, "mine")    unmerge(model)     replace each W by W' (see lora.py), and restore W
+    merge(model, "mine"), unmerge(model)       replace each W by W' (see lora.py), and restore W
     fold(model, "mine")                        merge for good: a plain model again
 
 A merged adapter costs nothing at inference, and the others wait. W is kept so that it can be restored, since
@@ -12,8 +12,6 @@ Trap: bf16 keeps 8 bits. W' is computed in fp32 and rounded once, and still litt
 change (the lesson has numbers). Merge in fp32, or leave the adapter beside the weights.
 Trap: while merged, the model's state dict holds W' under the name of W, and the adapter as well. Fold a model
 before saving it as a plain one.
-Trap: the output head cannot be adapted, since the loss reads its weight directly and the embedding may share
-it.
 """
 
 from dataclasses import replace
@@ -51,8 +49,7 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> lis
         raise UserError(f"the model has an adapter {name!r} already: choose another name")
     if not name or "." in name or hasattr(nn.ParameterDict(), name):
         raise UserError(f"an adapter cannot be called {name!r}: use letters and digits, no dot")
-    if switch.merged is not None:
-        raise UserError(f"adapter {switch.merged!r} is merged into the weights: unmerge it to add another")
+    switch.check(None)
     if config.use_dora:
         for path, layer in targets.items():
             weights = [w for w in layer.parameters(recurse=False) if w.dim() > 1]  # without adapters' B
@@ -116,9 +113,7 @@ def merge(model: nn.Module, name: str) -> None:
     Raises `UserError` for an unknown adapter, or if one is merged already.
     """
     switch = switch_of(model)
-    if switch.merged is not None:
-        raise UserError(f"adapter {switch.merged!r} is merged into the weights already: unmerge it first")
-    switch.check_known(name)
+    switch.check(name)
     for layer in adapted_layers(model):
         layer.merge(name)
     switch.merged = name

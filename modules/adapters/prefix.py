@@ -102,11 +102,10 @@ def add_prefix(model, config, ids: list[int] | None = None) -> list[str]:
     if config.kind == "prompt":
         model.model.embed_tokens = PromptEmbedding(table.weight, table.weight.detach()[ids])
         return ["model.embed_tokens.prompt"]
-    kind = "attention_kind=mla" if shape.attention_kind == "mla" else "sliding_window"
     if shape.attention_kind == "mla" or shape.sliding_window is not None:
         raise UserError(
-            f"prefix.kind=prefix needs keys and values that stay, which a model with model.{kind} does not "
-            "keep: use prefix.kind=prompt"
+            "prefix.kind=prefix needs keys and values that stay, which a model with model.attention_kind=mla "
+            "or model.sliding_window does not keep: use prefix.kind=prompt"
         )
     if config.length >= shape.max_position_embeddings:
         raise UserError(
@@ -131,8 +130,8 @@ def keys_and_values(model, ids):
 
 def lesson():
     """Train a prefix so that a frozen attention head adds one vector to its output; embed a prompt."""
-    from modules.attention.grouped_query import eager_attention
     from modules.attention.context import build_context
+    from modules.attention.grouped_query import eager_attention
 
     torch.manual_seed(0)
     B, G, T, D, wish = 8, 2, 10, 16, torch.randn(16)
@@ -141,15 +140,12 @@ def lesson():
     print("A prefix of n keys and values; queries and keys of real tokens stay as they are")
     for n in (1, 4, 16):
         prefix, context = PrefixEncoder(*torch.randn(2, 1, G, n, D)), build_context(T, "cpu", prefix=n)
-        optimizer, shown = torch.optim.Adam(prefix.parameters(), lr=0.1), []
-        for step in range(101):
-            keys, values = prefix.append(0, k, v)  # (B, G, n + T, D)
-            error = (eager_attention(q, keys, values, context, D**-0.5) - target).square().mean()
-            if step in (0, 100):
-                weights = eager_attention(q, keys, torch.eye(n + T).expand(B, G, -1, -1), context, D**-0.5)
-                shown.append(f"error {error:.2f}, {weights[..., :n].sum(-1).mean():.0%} of attention on it")
-            optimizer.zero_grad(), error.backward(), optimizer.step()
-        print(f"  n = {n:2d}   at first: {shown[0]}   after 100 steps: {shown[1]}")
+        optimizer, errors = torch.optim.Adam(prefix.parameters(), lr=0.1), []
+        for _ in range(101):
+            out = eager_attention(q, *prefix.append(0, k, v), context, D**-0.5)
+            errors.append((out - target).square().mean())
+            optimizer.zero_grad(), errors[-1].backward(), optimizer.step()
+        print(f"  n = {n:2d}   error {errors[0]:.2f}, after 100 steps {errors[-1]:.2f}")
     table = PromptEmbedding(nn.Parameter(torch.arange(5.0)[:, None]), torch.tensor([[0.5], [0.25], [0.125]]))
     ids = torch.tensor([[4, 5, 6, 7, 2]])
     print(f"3 rows beside a vocabulary of 5: ids {ids[0].tolist()} ->", table(ids)[0, :, 0].tolist())
