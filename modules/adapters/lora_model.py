@@ -1,6 +1,6 @@
 """LoRA on a whole model: add adapters to chosen layers, merge them into the weights, return to a plain model.
 
-    names = add_lora(model, config, "mine")    adapters beside the weights; the new one is in use
+    add_lora(model, config, "mine")            adapters beside the weights; the new one is in use
     switch_of(model).use("mine")               select another one, or one per row (adapter_switch.py)
     merge(model, "mine"), unmerge(model)       replace each W by W' (see lora.py), and restore W
     fold(model, "mine")                        merge for good: a plain model again
@@ -32,15 +32,15 @@ REFUSED = {
 }
 
 
-def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> list[str]:
+def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
     """Add an adapter to the layers that `config.target_modules` names, and use it. Freeze nothing.
 
     A target is a group: `attention` (linear layers under `self_attn`), `dense` (the plain feed-forwards
     `mlp`), `shared` and `experts` (of mixtures); or the last part of a linear layer's name, as `q_proj`.
 
-    Returns the names of the new parameters. Raises `UserError`, and leaves the model unchanged, for a target
-    that matches nothing, the output head or the router, an empty list of targets, an adapter name that is
-    taken or invalid, a merged model, dropout on experts, or DoRA on a weight with a row of zeros.
+    Raises `UserError`, and leaves the model unchanged, for a target that matches nothing, the output head or
+    the router, an empty list of targets, an adapter name that is taken or invalid, a merged model, dropout on
+    experts, or DoRA on a weight with a row of zeros.
     """
     config.check()
     targets, adapted = find_targets(model, config.target_modules), adapted_layers(model)
@@ -55,7 +55,6 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> lis
             weights = [w for w in layer.parameters(recurse=False) if w.dim() > 1]  # without adapters' B
             if not all(w.any(dim=-1).all() for w in weights):
                 raise UserError(f"{path} has a row of zeros, which has no direction: set lora.use_dora=false")
-    before = {key for key, _ in model.named_parameters()}
     for path, layer in targets.items():
         if not isinstance(layer, LoraLayer):
             layer = (LoraLinear if isinstance(layer, nn.Linear) else LoraExperts)(layer, switch)
@@ -63,7 +62,6 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> lis
         layer.add(name, config)
     switch.configs[name] = replace(config)
     switch.use(name)
-    return [key for key, _ in model.named_parameters() if key not in before]
 
 
 def find_targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Module]:

@@ -43,13 +43,7 @@ def cast_like(x, weight):
 
 
 class LoraStack(nn.Module):
-    """The adapters of E experts for one linear layer: `expand(shrink(x) * mask)`.
-
-    Args:
-        linear: the layer, weight (out, in); not kept.
-        experts: E.
-        config: reads r (R), lora_alpha, lora_dropout (of x, in training).
-    """
+    """The adapters of E experts for one linear layer (in -> out): `expand(shrink(x) * mask)`."""
 
     def __init__(self, linear: nn.Linear, experts: int, config: MixLoraConfig):
         super().__init__()
@@ -76,9 +70,7 @@ def adapters(base: SwiGLU, experts: int, config: MixLoraConfig) -> nn.ModuleDict
 class MixLoraMLP(nn.Module):
     """`forward(x)`: (B, T, C) -> (B, T, C) and the `Routing` of its N = B*T tokens.
 
-    Args:
-        base: the SwiGLU that it replaces; its three linear layers keep their names here.
-        config: reads num_experts, num_experts_per_tok, r, lora_alpha, lora_dropout, shared_expert.
+    It replaces `base`, whose three linear layers keep their names here.
     """
 
     def __init__(self, base: SwiGLU, config: MixLoraConfig):
@@ -142,22 +134,20 @@ class MixLoraMoE(nn.Module):
         return y + shared, routing
 
 
-def add_mixlora(model, config: MixLoraConfig) -> list[str]:
-    """Add a mixture to every layer of a `TinySeek` but not to its MTP head; return the new parameters' names.
+def add_mixlora(model, config: MixLoraConfig) -> None:
+    """Add a mixture to every layer of a `TinySeek` but not to its MTP head.
 
     Raises `UserError`, and leaves the model unchanged, for a layer with experts but without shared ones.
     """
-    layers, before = model.model.layers, {name for name, _ in model.named_parameters()}
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(model.model.layers):
         if isinstance(layer.mlp, MoE) and layer.mlp.shared_experts is None:
             raise UserError(
                 f"mixlora adapts the shared experts of a layer with experts, and layer {number} has none "
                 "(model.n_shared_experts=0): use another base, or lora"
             )
-    for layer in layers:
+    for layer in model.model.layers:
         layer.mlp = (MixLoraMoE if isinstance(layer.mlp, MoE) else MixLoraMLP)(layer.mlp, config)
         layer.has_experts = True
-    return [name for name, _ in model.named_parameters() if name not in before]
 
 
 def lesson():

@@ -39,11 +39,7 @@ ROLES = 3  # System, User, Assistant
 
 
 class PrefixEncoder(nn.Module):
-    """Trained keys and values (L, G, n, D); in a forward without a cache it takes the place of one.
-
-    Args:
-        keys, values: (L, G, n, D), the start values.
-    """
+    """Trained keys and values (L, G, n, D); in a forward without a cache it takes the place of one."""
 
     def __init__(self, keys, values):
         super().__init__()
@@ -66,12 +62,8 @@ class PrefixEncoder(nn.Module):
 
 
 class PromptEmbedding(nn.Module):
-    """An embedding table with more rows; it replaces `embed_tokens` and keeps its weight.
-
-    Args:
-        weight: (V, C), the table's own Parameter, which the output head may share.
-        prompt: (3n, C), the start values of the new rows; row i is the id V + i.
-    """
+    """An embedding table with more rows. It replaces `embed_tokens` and keeps its `weight` (V, C), which the
+    output head may share. Row i of `prompt` (3n, C) is the id V + i."""
 
     def __init__(self, weight: nn.Parameter, prompt):
         super().__init__()
@@ -85,14 +77,11 @@ class PromptEmbedding(nn.Module):
         return torch.where(new[..., None], prompt, text)
 
 
-def add_prefix(model, config, ids: list[int] | None = None) -> list[str]:
+def add_prefix(model, config, ids: list[int] | None = None) -> None:
     """Add a prefix or a prompt (`config.kind`) of length n = `config.length` to a `TinySeek`.
 
-    Args:
-        ids: the text that it starts as, cut or repeated to the n tokens of a prefix or the 3n of a prompt;
-            by default random tokens of the vocabulary.
-
-    Returns the names of the new parameters.
+    It starts as the text `ids`, cut or repeated to the n tokens of a prefix or the 3n of a prompt; by default
+    as random tokens of the vocabulary.
     """
     shape, table = model.config, model.model.embed_tokens
     count = config.length * (ROLES if config.kind == "prompt" else 1)
@@ -101,7 +90,7 @@ def add_prefix(model, config, ids: list[int] | None = None) -> list[str]:
     ids = torch.tensor([ids[n % len(ids)] for n in range(count)], device=table.weight.device)
     if config.kind == "prompt":
         model.model.embed_tokens = PromptEmbedding(table.weight, table.weight.detach()[ids])
-        return ["model.embed_tokens.prompt"]
+        return
     if shape.attention_kind == "mla" or shape.sliding_window is not None:
         raise UserError(
             "prefix.kind=prefix needs keys and values that stay, which a model with model.attention_kind=mla "
@@ -113,7 +102,6 @@ def add_prefix(model, config, ids: list[int] | None = None) -> list[str]:
             f"{shape.max_position_embeddings}: lower it"
         )
     model.prefix = PrefixEncoder(*keys_and_values(model, ids))
-    return ["prefix.keys", "prefix.values"]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from model.tinyseek import TinySeek
 from modules.attention.context import build_context
 from modules.adapters.prefix import PrefixEncoder, add_prefix
 from tests.model.test_tinyseek import text, twins
-from tests.modules.tools import shake, small_config
+from tests.modules.tools import added, shake, small_config
 from utils.errors import UserError
 
 MOE = {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 10}
@@ -143,11 +143,13 @@ def test_it_starts_as_the_text_it_was_taken_from(changes):
     expected = model.eval()(whole).logits
     model.train()
     prompted = copy.deepcopy(model)
-    assert add_prefix(model, PrefixConfig(length=6), front[0].tolist()) == ["prefix.keys", "prefix.values"]
+    names = added(add_prefix, model, PrefixConfig(length=6), front[0].tolist())
+    assert names == ["prefix.keys", "prefix.values"]
     assert model.training and model.model.layers[0].mlp.training and model.prefix_length == 6
     model.eval(), prompted.eval()
     same(model(ids).logits, expected[:, 6:])
-    assert add_prefix(prompted, PrefixConfig("prompt", 2), front[0].tolist()) == ["model.embed_tokens.prompt"]
+    names = added(add_prefix, prompted, PrefixConfig("prompt", 2), front[0].tolist())
+    assert names == ["model.embed_tokens.prompt"]
     assert prompted.prefix_length == 0
     for place in (0, 3):
         ours = whole.clone()
@@ -278,7 +280,7 @@ def test_under_autocast_the_prefix_follows_the_tokens():
 def test_the_new_parameters_are_named_and_saved(kind):
     model = shake(TinySeek(small_config()))
     before = dict(model.named_parameters())
-    names = add_prefix(model, PrefixConfig(kind, 3))
+    names = added(add_prefix, model, PrefixConfig(kind, 3))
     after = dict(model.named_parameters())
     assert set(after) == set(before) | set(names) and all(after[name] is before[name] for name in before)
     assert set(names) <= set(model.state_dict())
