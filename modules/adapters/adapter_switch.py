@@ -6,7 +6,7 @@
     x: (B, T, C), or (N, C) with the N = B*T tokens of all rows one after the other
 
 The base is stored once and adapters are small, so one server can give every user an adapter of their own in
-one batch. All adapted layers of a model hold the same `AdapterSwitch`: one call selects for all of them, and
+one batch. All adapted layers of a model share the same `AdapterSwitch`: one call selects for all of them, and
 no forward needs another argument. Each row gives the same result as it would alone.
 
 S-LoRA (arXiv 2311.03285) serves many adapters with kernels in place of the loop over names. In peft the
@@ -29,6 +29,11 @@ class AdapterSwitch:
         self.configs: dict[str, LoraConfig] = {}
         self.choice: str | list[str | None] | None = None
         self.merged: str | None = None
+
+    @property
+    def active(self) -> str | list[str | None] | None:
+        """The selection in force: none beside the weights while an adapter is merged into them."""
+        return None if self.merged is not None else self.choice
 
     def use(self, choice: str | list[str | None] | None) -> None:
         """Select the base (None), an adapter by name, or a list with one of these per row of the batch.
@@ -55,8 +60,8 @@ class AdapterSwitch:
         per name, or are flattened tokens (N, ..) with N = B*T, row after row: token n is in row n // (N / B).
         Raises `UserError` if the batch does not fit the names.
         """
-        if self.merged is not None or not isinstance(self.choice, list):
-            return run(None if self.merged is not None else self.choice, x, *others)
+        if not isinstance(self.active, list):
+            return run(self.active, x, *others)
         B = len(self.choice)
         if len(x) % B or (x.dim() > 2 and len(x) != B):
             raise UserError(f"{B} adapters for a batch of {len(x)}: name one for each of its rows")

@@ -76,8 +76,8 @@ class LoraLayer(nn.Module):
 
     @property
     def idle(self) -> bool:
-        """True if the weights alone are the layer now: no adapter is selected, or one is merged."""
-        return self.switch.merged is not None or self.switch.choice is None
+        """True if the layer computes W x + b now: no adapter is selected, or one is merged into W."""
+        return self.switch.active is None
 
     @torch.no_grad()
     def add(self, name: str, config: LoraConfig) -> None:

@@ -33,7 +33,7 @@ REFUSED = {
 
 
 def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
-    """Add an adapter to the layers that `config.target_modules` names, and use it. Freeze nothing.
+    """Add an adapter to the layers that `config.target_modules` names, and use it. Nothing is frozen.
 
     A target is a group: `attention` (linear layers under `self_attn`), `dense` (the plain feed-forwards
     `mlp`), `shared` and `experts` (of mixtures); or the last part of a linear layer's name, as `q_proj`.

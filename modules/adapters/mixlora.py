@@ -5,8 +5,8 @@
 
     x: (B, T, C)   Wg, Wu: C -> F   Wd: F -> C, frozen   A_k: in -> R   B_k: R -> out   ->   (B, T, C)
 
-Small experts share what is large. Wg x and Wu x do not depend on the expert and are computed once, and so is
-the product with Wd, as sum g_k Wd h_k = Wd (sum g_k h_k).
+The experts share the large products. Wg x and Wu x do not depend on the expert and are computed once, and so
+is the product with Wd, as sum g_k Wd h_k = Wd (sum g_k h_k).
 
 Since ranks are small, tokens need not be sorted. The A of all experts are one matrix (E*R, in), whose product
 holds the ranks of each expert side by side; a mask of zeros and ones keeps those of the chosen expert; the B
@@ -16,7 +16,7 @@ R = 8 cost 2.1 times the frozen SwiGLU in fp32, 2.6 in bf16 (one thread of an AM
 
 A dense layer gets the mixture in place of its SwiGLU. A layer with experts gets it in place of its shared
 experts, which every token uses; routed experts and their router stay frozen. B starts at zero, so the model
-starts unchanged. An optional shared adapter, which every token uses, is part of the three W.
+starts unchanged. An optional shared adapter, which every token uses, is added to the three W.
 
 Paper: Li et al., "MixLoRA", arXiv 2404.15159; balance of its experts: train/engine/load_balancer.py.
 Trap: factors and router are fp32 even on a base in bf16, which would round small steps away.
