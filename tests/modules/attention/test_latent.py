@@ -16,8 +16,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from config.adapters import LoraConfig
 from model.caches import make_cache
 from model.tinyseek import TinySeek
-from modules.adapters.adapted_layer import merge, switch_of
-from modules.adapters.lora import add_lora
+from modules.adapters.lora_model import add_lora, merge, switch_of
 from modules.attention import latent as mla
 from modules.attention.grouped_query import attend
 from modules.attention.context import AttentionContext, build_context
