@@ -22,6 +22,7 @@ class StepLog:
     def __init__(self, folder: Path):
         self.folder = folder
         self.window: dict[str, float] = {}  # sums since the last line
+        self.pending: list[tuple] = []  # names and values to add; tensors may still be computed
         self.log = self.experts = None
         self.positions = [None, None]  # of the two files, where a checkpoint says so
 
@@ -32,16 +33,18 @@ class StepLog:
         self.log = RunLog(self.folder / "log.txt", resume_at=self.positions[0])
 
     def note(self, values: dict[str, float], waited: float, took: float) -> None:
-        """Add one step (times in seconds); a skipped one has no values. Values may be tensors on a GPU."""
+        """Add one step (times in seconds); a skipped one has no values. Tensors are fetched later."""
         times = {"data_ms": waited * 1e3, "step_ms": took * 1e3, "steps": 1, "taken": int(bool(values))}
-        for name, value in {**values, **times}.items():
-            self.window[name] = self.window.get(name, 0.0) + value
+        self.pending += (values | times).items()
 
     def fetch(self) -> dict[str, float]:
-        """Bring the sums since the last line from the GPU, in one message, and return them."""
-        if far := [name for name, value in self.window.items() if isinstance(value, torch.Tensor)]:
-            values = torch.stack([self.window[name].double() for name in far]).tolist()
-            self.window |= dict(zip(far, values, strict=True))
+        """Return the sums since the last line. All tensors leave the GPU in one message."""
+        tensors = [value for _, value in self.pending if isinstance(value, torch.Tensor)]
+        numbers = iter(torch.stack(tensors).tolist() if tensors else ())
+        for name, value in self.pending:
+            number = next(numbers) if isinstance(value, torch.Tensor) else value
+            self.window[name] = self.window.get(name, 0.0) + number
+        self.pending = []
         return self.window
 
     def so_far(self) -> tuple[float, float]:
