@@ -6,6 +6,7 @@ them after its own first save, and puts them back if it fails before that. The e
 new one replaces it: the new run may start from it.
 """
 
+import math
 from pathlib import Path
 
 from config.load import to_dict
@@ -155,10 +156,10 @@ class Checkpoints:
                         f"{path} was trained with {section}.{key}={known[key]}, this command says {value}: "
                         "resume with the same settings, or start over with --overwrite or in another --out"
                     )
-        train, world, state = saved["config"]["train"], self.run.machine.world, saved["training"]
-        was = [train[key] for key in SIZES] + [state.get("processes", world.size)]
-        now = [getattr(self.run.config.train, key) for key in SIZES] + [world.size]
-        if was[0] * was[1] * was[2] != now[0] * now[1] * now[2]:
+        train, size, state = saved["config"]["train"], self.run.machine.world.size, saved["training"]
+        was = [*(train[key] for key in SIZES), state.get("processes", size)]
+        now = [*(getattr(self.run.config.train, key) for key in SIZES), size]
+        if math.prod(was) != math.prod(now):
             words = "train.batch_size={} x train.accumulation_steps={} x {} processes"
             raise UserError(
                 f"{path} was trained with {words.format(*was)}, this command says {words.format(*now)}: "

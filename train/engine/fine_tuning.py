@@ -8,11 +8,11 @@ from config.model import ModelConfig
 from config.schema import RunConfig
 from inference.evaluate import score_dialogues, score_skills
 from inference.generation.generator import Generator
-from load_data.chat.chat_data import SKILL_WORD, ChatData, Sample, chosen_skills
+from load_data.chat.chat_data import SKILL_WORD, ChatData, Sample, chosen_skills, prepare_chat
 from load_data.chat.chat_loader import ChatLoader, count_eval_rows, eval_chat_batches
 from load_data.skills import SFT_SKILLS
 from load_data.tokenization.tokenizer import Tokenizer
-from model.adapters import soft_tokens
+from model.adapters import attach, soft_tokens
 from model.tinyseek import TinySeek
 from train.engine.command import Command, chat_command, parse_command
 from train.engine.trainer import Trainer
@@ -87,9 +87,8 @@ def chat_source(samples: list[Sample], tokenizer: Tokenizer, config, machine: Ma
 
 
 def dialogue_stage(
-    name: str, short: str, base: Base, data: ChatData, config, machine: Machine,
-    own: frozenset | None = None, loss=LanguageModelLoss,
-) -> Stage:  # fmt: skip
+    name: str, short: str, base: Base, data: ChatData, config, machine: Machine, own: frozenset | None = None
+) -> Stage:
     """Return a stage on dialogues that keeps the weights most confident on held-out answers.
 
     `own`: the weights of an adapter, which alone are trained and saved; None for all.
@@ -105,28 +104,22 @@ def dialogue_stage(
     return Stage(
         name=name, short=short, model=base.model,
         source=chat_source(data.train, base.tokenizer, config, machine),
-        loss=loss(base.model, config, machine),
+        loss=LanguageModelLoss(base.model, config, machine),
         evaluate=Evaluation(held_out, rows, size, base.tokenizer, machine),
         tokenizer=base.tokenizer, data_digest=data.digest, keep_best="val_conf", **adapter,
     )  # fmt: skip
 
 
-def train_adapter(name: str, short: str, description: str, *, data, loss, trainable) -> None:
-    """Run a stage that trains an adapter beside a frozen base, from its command line to its last line.
-
-    Args:
-        data: (config, tokenizer, soft tokens) -> dialogues.
-        loss: (model, config, machine) -> the `Loss`.
-        trainable: (model, short, config) -> names of the new weights; it freezes all others.
-    """
+def train_adapter(name: str, short: str, description: str) -> None:
+    """Run a stage that trains an adapter beside a frozen base, from its command line to its last line."""
     command = parse_command(name, short, description, bases=("SFT", "Pre"))
     config, machine = command.config, start_machine(command.config)
     base = open_base(command, machine, adapted=True)
-    own = trainable(base.model, short, config)
+    own = attach(base.model, short, config)  # freezes everything else
     check_length(config, base.model.prefix_length)
-    dialogues = data(config, base.tokenizer, soft_tokens(short, config))
-    stage = dialogue_stage(name, short, base, dialogues, config, machine, own, loss)
-    train_and_score(stage, dialogues, command, machine)
+    data = prepare_chat(config, base.tokenizer, soft_tokens(short, config))
+    stage = dialogue_stage(name, short, base, data, config, machine, own)
+    train_and_score(stage, data, command, machine)
     machine.say(f"\nnext: {chat_command(short, command.out)}")
     distributed.finish()
 

@@ -78,8 +78,6 @@ class Trainer:
                 self.open_log()
                 witness = WeightWitness(self.model)
                 self.train(witness)
-                if self.signals.agreed:
-                    self.leave_interrupted()
                 self.finish(witness)
             self.held_out.take_best()
             with distributed.all_or_none():
@@ -93,23 +91,21 @@ class Trainer:
 
     def prove_before(self) -> None:
         """Prove that every trainable parameter gets a gradient from a real batch, and no frozen one does."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        held = {id(p) for group in groups for p in group["params"]}
+        held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups
+                for p in group["params"]}  # fmt: skip
         if odd := [name for name, p in self.model.named_parameters() if p.requires_grad != (id(p) in held)]:
             raise UserError(f"frozen or unfrozen after the optimizer was built: {', '.join(odd[:3])}")
-        sample = self.stage.source.sample()
+        sample, loss = self.stage.source.sample(), self.stage.loss
         batches = [self.to_device(batch) for batch in sample.micro_batches]
         scale = 2.0**12 if self.machine.scaled else 1.0  # in fp16 small gradients would underflow to zero
 
-        def terms(model, batch):
+        def scaled_terms(model, batch):
             with self.machine.autocast():
-                found, _ = self.stage.loss(model, batch, sample.weight)
-            return {name: scale * term for name, term in found.items()}
+                terms, _ = loss(model, batch, sample.weight)
+            return {name: scale * term for name, term in terms.items()}
 
-        report = prove_gradients_before(
-            self.model, terms, batches, prepare=self.stage.loss.before_step,
-            claims=self.stage.loss.claims(), trains=self.stage.trains,
-        )  # fmt: skip
+        report = prove_gradients_before(self.model, scaled_terms, batches, prepare=loss.before_step,
+                                        claims=loss.claims(), trains=self.stage.trains)  # fmt: skip
         check_saved(self.model, parallel.state_dict(self.model, self.stage.own))
         self.machine.say(report)
 
@@ -124,12 +120,17 @@ class Trainer:
     def train(self, witness: WeightWitness) -> None:
         """Take steps until a bound or a signal ends them."""
         self.started, self.began_at = time.monotonic() - self.elapsed, self.step - self.skipped
-        with self.signals, progress_bar(self.machine.world.is_first) as bar:
+        with self.signals, progress_bar(self) as bar:
             if self.step == 0:
                 self.held_out.measure(1)  # the first batch of a process is slow and would make all look slow
                 self.held_out.evaluate(self.config.train.eval_batches)
             while self.progress < 1 and not self.signals.agreed:
                 self.one_step(witness, bar)
+        if number := self.signals.agreed:  # the last step has saved a checkpoint
+            self.log.close()
+            self.machine.say(f"stopped by {signal.Signals(number).name} at step {self.step}; saved "
+                             f"{self.checkpoints.last_good}; resume with --resume")  # fmt: skip
+            distributed.leave(128 + number)
 
     @property
     def progress(self) -> float:
@@ -246,23 +247,15 @@ class Trainer:
         if self.step - self.skipped > self.began_at and not witness.steps:
             raise UserError("no optimizer step was taken: gradients overflowed; set train.dtype=bf16 or fp32")
         self.machine.say(witness.prove_moved())
-        now = self.frozen_digests()
-        if changed := [name for name, digest in self.frozen.items() if now[name] != digest]:
-            raise UserError(f"the frozen model {changed[0]} was changed by training: is it in an optimizer?")
+        for name, digest in self.frozen_digests().items():
+            if digest != self.frozen[name]:
+                raise UserError(f"the frozen model {name} was changed by training: is it in an optimizer?")
         self.checkpoints.save()  # the evaluation may take a while, and somebody may lose patience
         self.held_out.evaluate(None)
         self.elapsed = time.monotonic() - self.started
         self.finished = True
         self.checkpoints.save()
         self.machine.say(f"{self.step:,} steps, {self.tokens:,} tokens in {self.elapsed:.0f} seconds")
-
-    def leave_interrupted(self) -> None:
-        """End a run that a signal has stopped, its checkpoint written."""
-        self.log.close()
-        number = self.signals.agreed
-        self.machine.say(f"stopped by {signal.Signals(number).name} at step {self.step}; saved "
-                         f"{self.checkpoints.last_good}; resume with --resume")  # fmt: skip
-        distributed.leave(128 + number)
 
     def frozen_digests(self) -> dict[str, str]:
         """Return a digest of the weights of each frozen model."""
