@@ -22,7 +22,7 @@ from modules.adapters.prefix import add_prefix
 from tests.inference.tools import byte_tokenizer, tiny_model
 from tests.train.tools import machine, small_config
 from train.engine import evaluation as evaluation_module
-from train.engine.evaluation import Evaluation, LanguageModelEvaluation
+from train.engine.evaluation import Evaluation, text_evaluation
 from utils.distributed import World
 
 TEXT = "def größe(x):\n    return x * 2  # 大きさ, \N{ROCKET}\n" * 40
@@ -70,7 +70,7 @@ def evaluate(case, max_batches=None, batch_size=3, world=None):
     tokenizer, tokens, model = case
     place = machine(world=world or World())
     with torch.no_grad():
-        return LanguageModelEvaluation(tokens, tokenizer, LENGTH, batch_size, place)(model, max_batches)
+        return text_evaluation(tokens, tokenizer, LENGTH, batch_size, place)(model, max_batches)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -127,7 +127,7 @@ def test_the_number_of_batches_is_what_a_whole_evaluation_takes(case):
     handle = model.register_forward_pre_hook(count)
     evaluate(case, batch_size=4)
     handle.remove()
-    evaluation = LanguageModelEvaluation(tokens, tokenizer, LENGTH, 4, machine())
+    evaluation = text_evaluation(tokens, tokenizer, LENGTH, 4, machine())
     assert evaluation.batches == len(seen) == 4 and sum(seen) == -(-212 // LENGTH)
 
 
