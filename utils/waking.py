@@ -1,8 +1,7 @@
 """Decide how threads wait for each other, by measuring how long it takes to wake one.
 
-A waiting thread of PyTorch's OpenMP library can spin (ready at once, but it keeps a core busy) or sleep (free,
-but it must be woken). Waking takes 4 microseconds on one machine and 60 to 130 on another, where sleeping
-costs a quarter of the training speed (docs/experiments.md, 5).
+A waiting OpenMP thread can spin, which keeps a core busy, or sleep. Waking it takes 4 microseconds on one
+machine and 60 to 130 on another, where sleep costs a quarter of training speed (docs/experiments.md, 5).
 """
 
 import os

@@ -49,7 +49,7 @@ def lines_called(script: str, arguments: list[str], root: pathlib.Path = ROOT) -
 def main():
     """Print a table of the files, and their sum."""
     if len(sys.argv) < 2 or not pathlib.Path(sys.argv[1]).is_file():
-        print("error: name a script: python train/lab/reading.py train/minimal.py [its flags]", file=sys.stderr)
+        print("error: name a script: train/lab/reading.py train/minimal.py [its flags]", file=sys.stderr)
         sys.exit(2)
     counts = lines_called(sys.argv[1], sys.argv[2:])
     for name, lines in counts.items():
