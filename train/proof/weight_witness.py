@@ -116,8 +116,8 @@ class WeightWitness:
         if lost := [name for name, gap in gaps.items() if gap > max(2, notes[name].steps // 10)]:
             steps = notes[lost[0]].steps
             raise UserError(
-                f"trained in {steps - gaps[lost[0]]} of {steps} steps only: {describe(self.model, lost)}; was "
-                "it frozen or detached after training began?"
+                f"trained in {steps - gaps[lost[0]]} of {steps} steps only: {describe(self.model, lost)}; "
+                "was it frozen or detached after training began?"
             )
         rare = [name for name, gap in gaps.items() if gap > 2]
         return f"; without gradient in some steps: {some(rare)}" if rare else ""
