@@ -60,7 +60,7 @@ def main():
     model = TinySeek(config.model)
     if command.init:
         load_weights(model, command.init["weights"], "--init")
-    card = cost_card(config.model, train.batch_size * length, length, config.optim.optimizer)
+    card = cost_card(model, train.batch_size * length, length, config.optim.optimizer)
     machine.say("\n".join(card.lines()))
 
     evaluation = text_evaluation(data.val, data.tokenizer, length, train.batch_size, machine)

@@ -244,7 +244,7 @@ class Trainer:
 
     def finish(self, witness: WeightWitness) -> None:
         """After the last step: prove that weights have moved, evaluate on all held-out data, and save."""
-        if self.step - self.skipped > self.began_at and not witness.steps:
+        if self.step - self.skipped > self.began_at and not witness.notes:
             raise UserError("no optimizer step was taken: gradients overflowed; set train.dtype=bf16 or fp32")
         self.machine.say(witness.prove_moved())
         for name, digest in self.frozen_digests().items():

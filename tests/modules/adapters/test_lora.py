@@ -396,4 +396,4 @@ def test_the_gradient_proof_accepts_adapters():
         model, lambda m, ids: m(ids[:, :-1], ids[:, 1:]).loss_sum, [ids], trains=set(names).__contains__
     )
     assert set(report.starts_at_zero) == {name for name in names if "lora_B" in name}
-    assert report.reached_by == {"loss": len(names)} and not report.unreached
+    assert report.reached_by == {"loss": len(names)} and not report.idle

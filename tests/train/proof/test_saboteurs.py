@@ -29,7 +29,7 @@ from train.engine.optimizers import build_optimizers
 from utils.checkpoint import final_name, load_checkpoint
 from utils.distributed import sum_scalars
 from utils.errors import UserError
-from train.proof.gradient_check import prove_gradients_before
+from train.proof.gradient_check import FAINT, prove_gradients_before
 
 
 @pytest.fixture(autouse=True)
@@ -124,8 +124,8 @@ def test_healthy_models_of_all_kinds_pass():
             claims=loss.claims(),
             trains=trainable.__contains__,
         )  # fmt: skip
-        ratios = report.ratios.values()  # two parts are within a thousand of each other in all of these
-        assert 0 < max(ratios) < 1e4 * min(ratios), (settings, adapter, report.ratios)
+        faintest = min(report.ratios.values()) / max(report.ratios.values())
+        assert faintest > 100 * FAINT, (settings, adapter, report.ratios)  # far from the bound of the proof
 
 
 # ---------------------------------------------------------------------------------------- planted in the loss
