@@ -37,9 +37,8 @@ class HeldOut:
         run.log.write_row({"step": run.step, "tokens": run.tokens, **values, "eval_ms": took * 1e3})
         texts = {name: value if isinstance(value, int) else f"{value:.4f}" for name, value in values.items()}
         shown = "  ".join(f"{name} {text}" for name, text in texts.items())
-        share = "all" if batches is None else "part"
-        run.machine.say(f"step {run.step}  {shown}  ({share} of the held-out data)")
-        if batches is not None:
+        run.machine.say(f"step {run.step}  {shown}  ({'part' if batches else 'all'} of the held-out data)")
+        if batches:
             self.keep_time(took * max(1.0, run.stage.evaluate.batches / batches))
             return
         self.measured_at = run.step

@@ -154,7 +154,7 @@ class Trainer:
         if step.weight:
             values = self.forward_backward(step)
             distributed.sum_gradients(self.model.parameters())
-            values["grad_norm"] = self.clip_and_step(witness)
+            values["grad_norm"] = self.update(witness)
             values |= self.stage.loss.after_step(factor)
         else:  # nothing to learn from: no step, no NaN
             values, self.skipped = {}, self.skipped + 1
@@ -180,7 +180,7 @@ class Trainer:
                 totals[name] = totals.get(name, 0) + value.detach()
         return dict(zip(totals, distributed.reduce(torch.stack(list(totals.values()))), strict=True))
 
-    def clip_and_step(self, witness: WeightWitness) -> torch.Tensor:
+    def update(self, witness: WeightWitness) -> torch.Tensor:
         """Clip and step; return the gradient norm before clipping, of all models together."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
