@@ -65,13 +65,3 @@ class HeldOut:
             load_weights(run.model, best["weights"], "the best weights", run.stage.own)
             run.step, run.tokens, self.last = best["step"], best["tokens"], best["evaluation"]
             run.machine.say(f"best: step {run.step}, {run.stage.keep_best} {best['value']:.4f}")
-
-    def state_dict(self) -> dict:
-        """Return the part of a checkpoint that resumes the evaluations."""
-        return {"reserve": self.reserve, "last_evaluation": self.last, "best": self.best,
-                "measured_at": self.measured_at}  # fmt: skip
-
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from a checkpoint."""
-        self.reserve, self.last, self.best = state["reserve"], state["last_evaluation"], state.get("best")
-        self.measured_at = state.get("measured_at", 0)

@@ -71,7 +71,6 @@ class Trainer:
             if self.finished:
                 self.machine.say(f"the run in {self.out} is finished at step {self.step}; to give it more "
                                  "steps: --resume --max-steps N")  # fmt: skip
-                self.open_log()
             else:
                 self.prove_before()
                 self.runner = parallel.prepare(self.model, self.config.train.compile)
