@@ -71,7 +71,7 @@ def parse_command(stage: str, short: str, description: str, argv=None, bases: tu
 
 
 def default_base(stage: str, bases: tuple, out: Path) -> Path | None:
-    """Return the first result of the stages `bases` in `out`, or else in the default folder; None for none."""
+    """Return the first result of `bases` in `out`, or else in the default folder; None without `bases`."""
     for path in [folder / final_name(base) for folder in (out, ROOT / "out") for base in bases]:
         if path.is_file():
             return path
