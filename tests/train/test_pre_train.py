@@ -110,6 +110,7 @@ def test_what_a_run_leaves(pre_train):
     out = pre_train("out", "--max-steps", "3", "--set", "train.save_every=1", "--set", "optim.optimizer=muon")
     names = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     assert names == [
+        ".lock",
         "TinySeek_Pre3_0.pkl",
         "TinySeek_Pre4_0.pkl",
         "TinySeek_Pre_final.pkl",
