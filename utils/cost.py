@@ -12,6 +12,7 @@ Multi-token prediction has parameters and training FLOPs; a forward pass and the
 of the model without it.
 """
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -72,8 +73,8 @@ class CostCard:
 
     def mtp_flops(self) -> float:
         """Return the FLOPs per token that multi-token prediction adds to the forward pass of training."""
-        products = self.groups["mtp"].multiplied + self.mtp_layers * self.attention_width * self.keys_seen
-        return 2 * products
+        attention = self.mtp_layers * self.attention_width * self.keys_seen
+        return 2 * (self.groups["mtp"].multiplied + attention)
 
     def train_flops(self) -> float:
         """Return the FLOPs per token of a training step: forward, and twice as many backward."""
@@ -189,18 +190,12 @@ def activation_numbers(config: ModelConfig) -> int:
 
 
 def size(count: float) -> str:
-    """Format bytes with a unit."""
-    return scaled(count, 1024, ["bytes", "KiB", "MiB", "GiB", "TiB"])
+    """Format bytes with the unit that leaves one to four digits before the point."""
+    power = min(int(math.log2(max(count, 1))) // 10, 4)
+    return f"{count / 1024**power:.4g} {['bytes', 'KiB', 'MiB', 'GiB', 'TiB'][power]}"
 
 
 def flops(count: float) -> str:
-    """Format FLOPs with a unit."""
-    return scaled(count, 1000, ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"])
-
-
-def scaled(count: float, base: int, units: list[str]) -> str:
-    """Format `count` with the unit that leaves one to four digits before the point."""
-    unit = 0
-    while count >= base and unit < len(units) - 1:
-        count, unit = count / base, unit + 1
-    return f"{count:.4g} {units[unit]}"
+    """Format FLOPs with the unit that leaves one to three digits before the point."""
+    power = min(int(math.log10(max(count, 1))) // 3, 4)
+    return f"{count / 1000**power:.4g} {['', 'k', 'M', 'G', 'T'][power]}FLOP"

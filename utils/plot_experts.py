@@ -48,19 +48,19 @@ def plot_expert_load(log_path: str | Path, png_path: str | Path) -> None:
     save_figure(figure, png_path)
 
 
-def plot_expert_tokens(shares, kinds: list[str], png_path: str | Path, layers=None) -> None:
+def plot_expert_tokens(shares, kinds: list[str], png_path: str | Path) -> None:
     """Draw one heat map per layer: the share of the assignments of each kind of token (y) that went to each
     expert (x).
 
     `shares` (layers, kinds, experts): rows add up to 1; a row of NaN, a kind that did not occur, stays grey,
-    and the caption says so. `layers`: the numbers of the layers, if not 0, 1, 2, ..
+    and the caption says so.
     """
     shares = np.asarray(shares, dtype=float)
     count, _, experts = shares.shape
     colors = colormaps["viridis"].with_extremes(bad="lightgrey")
     top = np.nanmax(shares, initial=1 / experts)
     figure, panels = make_panels(count, width=4 + 0.22 * min(48, experts), height=1.4 + 0.3 * len(kinds))
-    for axes, layer, share in zip(panels, layers or range(count), shares):
+    for layer, (axes, share) in enumerate(zip(panels, shares)):
         image = axes.imshow(share, aspect="auto", interpolation="nearest", cmap=colors, vmin=0, vmax=top)
         axes.set_title(f"Layer {layer}", fontsize=13)
         axes.set_xlabel("expert", fontsize=11)

@@ -143,22 +143,17 @@ def table(found: dict[str, dict], seconds: dict[str, list[float]]) -> list[str]:
     """Return the lines of a Markdown table. Ratios are to the first contender."""
     parts = ("weights", "gradients", "optimizer", "fixed", "activations")
     heads = ["trainable", "numbers", "share", *parts, "sum", "ratio", "ms/step", "ratio", "checkpoint"]
-    lines, first = [heads], None
+    rows, first = [heads, ["---"] * len(heads)], next(iter(found))
+    totals = {name: sum(one[part] for part in parts) for name, one in found.items()}
     for name, one in found.items():
-        total, time = sum(one[part] for part in parts), statistics.median(seconds[name])
-        first = first or (total, seconds[name])
-        lines.append(
+        rows.append(
             [name, f"{one['trained']:,}", f"{one['trained'] / one['numbers']:.1%}"]
             + [f"{one[part] / MB:.1f}" for part in parts]
-            + [f"{total / MB:.1f}", f"{total / first[0]:.2f}", f"{1000 * time:.0f}"]
-            + [f"{ratio(first[1], seconds[name]):.2f}", f"{one['checkpoint'] / MB:.2f}"]
+            + [f"{totals[name] / MB:.1f}", f"{totals[name] / totals[first]:.2f}"]
+            + [f"{1000 * statistics.median(seconds[name]):.0f}"]
+            + [f"{ratio(seconds[first], seconds[name]):.2f}", f"{one['checkpoint'] / MB:.2f}"]
         )
-    lines.insert(1, ["---"] * len(heads))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "| " + " | ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    ]
+    return [f"| {row[0]:30} | " + " | ".join(f"{cell:>11}" for cell in row[1:]) + " |" for row in rows]
 
 
 if __name__ == "__main__":
