@@ -20,8 +20,8 @@ RULES = {
 
 def option(default, **limits):
     """Return a dataclass field; `limits` are bounds by the names of `RULES`, for example `at_least=1`."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=limits)
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=limits)
     return field(default=default, metadata=limits)
 
 
