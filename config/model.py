@@ -100,8 +100,8 @@ class ModelConfig:
             return
         layers = self.num_hidden_layers + (self.mtp == "sequential")
         yield self.first_k_dense_replace >= layers, (
-            f"model.first_k_dense_replace={self.first_k_dense_replace} leaves no layer with experts: "
-            "lower it, or set model.n_routed_experts=0"
+            f"model.first_k_dense_replace={self.first_k_dense_replace} leaves none of {layers} layers with "
+            "experts: lower it, or set model.n_routed_experts=0"
         )
         yield K > E, f"model.num_experts_per_tok={K} is more than model.n_routed_experts={E}: lower it"
         yield K == 1 and self.norm_topk_prob, (
