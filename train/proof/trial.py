@@ -93,22 +93,19 @@ class Trial:
     def check_leaves(self, term: str, loss: torch.Tensor) -> None:
         """Raise `UserError` if the graph of a term ends in anything but a parameter of the copy."""
         owned = {id(parameter) for parameter in self.parameters.values()}
-        originals = {id(parameter): name for name, parameter in self.original.named_parameters()}
+        known = {id(parameter): f"{name} of the original: does a closure or a hook hold on to it?"
+                 for name, parameter in self.original.named_parameters()}  # fmt: skip
+        known |= {key: f"{where}, neither parameter nor buffer: nn.Parameter forgotten?"
+                  for key, (where, _) in self.plain.items()}  # fmt: skip
         for leaf in leaves(loss):
-            if id(leaf) in owned:
-                continue
-            if id(leaf) in self.plain:
-                what = f"{self.plain[id(leaf)][0]}, neither parameter nor buffer: nn.Parameter forgotten?"
-            elif id(leaf) in originals:
-                what = f"{originals[id(leaf)]} of the original: does a closure or a hook hold on to it?"
-            elif leaf.dim() == 0:
-                what = "a number: requires_grad_() on a loss that lost its graph to a detach() or an .item()?"
-            else:
-                what = (
-                    f"{tuple(leaf.shape)} that no module registers: from a closure, a global, a module made "
-                    "in the forward, or another model? Is it computed from the model it is given?"
+            if id(leaf) not in owned:
+                what = known.get(id(leaf)) or (
+                    "a number: requires_grad_() on a loss that lost its graph to a detach() or an .item()?"
+                    if leaf.dim() == 0
+                    else f"{tuple(leaf.shape)} that no module registers: from a closure, a global, a module "
+                    "made in the forward, or another model? Is it computed from the model it is given?"
                 )
-            raise UserError(f"{term} depends on a tensor that is no parameter of the copy: {what}")
+                raise UserError(f"{term} depends on a tensor that is no parameter of the copy: {what}")
 
     def check_unchanged(self) -> None:
         """Raise `UserError` if the forward wrote into a weight."""
