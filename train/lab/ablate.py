@@ -86,11 +86,11 @@ def cells_of(base: RunConfig) -> dict[str, tuple[str, dict]]:
 
 @dataclass
 class Cell:
-    """One row of the table: its name, the change in words and as settings, and its configuration."""
+    """One row of the table."""
 
     name: str
-    words: str
-    settings: list[str]  # as after --set
+    words: str  # the change
+    settings: list[str]  # the change, as after --set
     config: RunConfig
 
 
@@ -154,9 +154,7 @@ def plan(name: str, common: list[str], max_steps: int, wanted=None) -> tuple[lis
     if unknown := [cell for cell in wanted or () if cell not in ("base", *known)]:
         raise UserError(f"--cells {unknown[0]}: no such cell of {name}; it has base, {', '.join(known)}")
     cells, left_out = [Cell("base", f"the base, {name}", [], base)], []
-    for cell in known if wanted is None else dict.fromkeys(wanted):
-        if cell == "base":
-            continue
+    for cell in dict.fromkeys(one for one in wanted or known if one != "base"):
         words, changes = known[cell]
         settings = [f"{key}={value}" for key, value in changes.items()]
         config = load_config(name, common + settings, flags=flags)
