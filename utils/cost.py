@@ -6,10 +6,8 @@ the token did not choose. Attention compares each query with the keys it may see
 FLOPs for the scores and as many for the weighted sum, each with its own D in latent attention; three times
 that in training. A causal query sees T / 2 keys on average; published numbers often count all T.
 Recomputation does not count (these are model FLOPs, as in MFU). Latent attention is counted in its expanded
-form, that of training and prefill.
-
-Multi-token prediction has parameters and training FLOPs; a forward pass and the active parameters are those
-of the model without it.
+form, that of training and prefill. Multi-token prediction adds parameters and training FLOPs only, no active
+parameters.
 """
 
 import math
@@ -89,13 +87,12 @@ class CostCard:
         parts = ", ".join(f"{name} {group.total:,}" for name, group in self.groups.items() if group.total)
         state = ", ".join(f"{name} {size(count)}" for name, count in self.state_bytes.items())
         active = f", {self.active_parameters:,} active" if self.active_parameters != self.parameters else ""
-        mtp = self.groups["mtp"].total
-        second = f"mtp         {mtp:,} parameters, {flops(3 * self.mtp_flops())} per token: in training only"
+        extra = f"{self.groups['mtp'].total:,} parameters, {flops(3 * self.mtp_flops())} per token"
         return [
             f"parameters  {self.parameters:,}{active} ({parts})",
             f"compute     {flops(self.train_flops())} per token to train, "
             + f"{flops(self.forward_flops())} forward (causal, sequences of {self.sequence_length})",
-            *([second] if mtp else []),
+            *([f"mtp         {extra}: in training only"] if self.groups["mtp"].total else []),
             f"kv cache    {size(self.kv_cache_bytes(BF16))} per token in bf16, "
             + f"{size(self.kv_cache_bytes(FP32))} in fp32",
             f"memory      {size(sum(self.state_bytes.values()) + self.activation_bytes)} to train ({state}, "

@@ -48,9 +48,7 @@ def plot_curves(log_path: str | Path | list, png_path: str | Path) -> None:
         axes = figure.add_subplot(math.ceil(len(panels) / 2), 2, place)
         for rows, name, color in zip(logs.values(), names, COLORS * len(names)):
             draw(axes, rows, keys, name if len(names) > 1 else "", color)
-        axes.set_title(title, fontsize=13)
-        axes.set_xlabel("step (optimizer updates)", fontsize=11)
-        axes.set_ylabel(unit, fontsize=11)
+        axes.set(title=title, xlabel="step (optimizer updates)", ylabel=unit)
         axes.grid(alpha=0.3)
         if title == "Perplexity":
             axes.set_yscale("log")

@@ -36,12 +36,10 @@ def plot_expert_load(log_path: str | Path, png_path: str | Path) -> None:
             norm=TwoSlopeNorm(1.0, 0.0, TOP),
         )  # fmt: skip
         violation = load[-1].max() - 1  # in units of the mean
-        axes.set_title(f"Layer {layer}: MaxVio {violation:.2f} at step {steps[-1]:,}", fontsize=13)
-        axes.set_ylabel("expert", fontsize=11)
-        axes.set_yticks(some(load.shape[1], 8))
+        axes.set(title=f"Layer {layer}: MaxVio {violation:.2f} at step {steps[-1]:,}", ylabel="expert",
+                 xlabel="step (optimizer updates)", yticks=some(load.shape[1], 8))  # fmt: skip
         columns = some(len(steps), 8)  # a column per logged step, so that uneven steps are named rightly
         axes.set_xticks(columns, [f"{steps[column]:,}" for column in columns])
-        axes.set_xlabel("step (optimizer updates)", fontsize=11)
     bar = figure.colorbar(image, ax=panels, extend="max", ticks=[0, 0.5, 1, 2, TOP], aspect=40)
     bar.set_label("load / mean load (1 is balanced)", fontsize=11)
     figure.suptitle("Load of the experts over training", fontsize=15)
@@ -62,9 +60,7 @@ def plot_expert_tokens(shares, kinds: list[str], png_path: str | Path) -> None:
     figure, panels = make_panels(count, width=4 + 0.22 * min(48, experts), height=1.4 + 0.3 * len(kinds))
     for layer, (axes, share) in enumerate(zip(panels, shares)):
         image = axes.imshow(share, aspect="auto", interpolation="nearest", cmap=colors, vmin=0, vmax=top)
-        axes.set_title(f"Layer {layer}", fontsize=13)
-        axes.set_xlabel("expert", fontsize=11)
-        axes.set_xticks(some(experts, 16))
+        axes.set(title=f"Layer {layer}", xlabel="expert", xticks=some(experts, 16))
         axes.set_yticks(range(len(kinds)), kinds)
     bar = figure.colorbar(image, ax=panels, format=lambda share, _: f"{share:.0%}", aspect=40)
     bar.set_label(f"share (even would be {100 / experts:.3g}%)", fontsize=11)
@@ -84,12 +80,11 @@ def read_loads(path: str | Path) -> tuple[list[int], dict[int, np.ndarray]]:
     loads = {}
     for layer in dict.fromkeys(layer for layer, _ in names):
         keys = [f"L{layer}E{expert}" for other, expert in names if other == layer]
-        for row in rows:
-            values = [row.get(key, math.nan) for key in keys]
-            if not (min(values) >= 0 and 0 < sum(values) < math.inf):
-                wanted = f"{keys[0]} to {keys[-1]} must be there, none below 0 and not all of them 0"
-                raise UserError(f"{path}, step {row['step']}: {wanted}")
-        table = np.array([[row[key] for key in keys] for row in rows])  # (steps, experts)
+        table = np.array([[row.get(key, math.nan) for key in keys] for row in rows])  # (steps, experts)
+        broken = ~((table >= 0).all(axis=1) & (table.sum(axis=1) > 0) & (table.sum(axis=1) < math.inf))
+        if broken.any():
+            wanted = f"{keys[0]} to {keys[-1]} must be there, none below 0 and not all of them 0"
+            raise UserError(f"{path}, step {rows[broken.argmax()]['step']}: {wanted}")
         loads[layer] = table / table.mean(axis=1, keepdims=True)
     return [row["step"] for row in rows], loads
 

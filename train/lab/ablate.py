@@ -6,14 +6,13 @@
 
 Every cell (see `cells_of`) changes one thing and keeps the feed-forward width that a token uses. Every run is
 a separate `train/pre_train.py` in OUT/<cell>/seed<N>. Seeds are the outer loop, so a grid cut short still
-compares all cells, and a busy hour of the machine affects all of them. Ctrl-C saves the current run; the same
-command continues, and trains nothing twice. Each seed ends with table.md, results.json, loss.png and bpb.png.
+compares all cells. Ctrl-C saves the current run; the same command continues, and trains nothing twice. Each
+seed ends with table.md, results.json, loss.png and bpb.png.
 
-All runs take the same number of steps, hence the same tokens under the same schedule: the table compares loss
-at equal tokens. A cell may pay for its loss with time or FLOPs, so the table shows both, and loss.png draws
-the curves over tokens, FLOPs and seconds. These are a rough guide: each run's learning rate decays towards
-its own end, so a shorter run could do better at equal seconds. `--minutes` bounds the grid as a safeguard: a
-run that its share ends early had fewer tokens, and the table marks it with a star.
+All runs take the same number of steps, hence the same tokens under the same schedule. A cell may pay for its
+loss with time or FLOPs, so the table shows both, and loss.png draws the curves over each. These are a rough
+guide: a run's learning rate decays towards its own end, so a shorter run could do better at equal seconds.
+`--minutes` is a safeguard: a run that its share ends early had fewer tokens, and has a star in the table.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
@@ -87,11 +86,11 @@ def cells_of(base: RunConfig) -> dict[str, tuple[str, dict]]:
 
 @dataclass
 class Cell:
-    """One row of the table: its name, the change in words and as settings, and its configuration."""
+    """One row of the table."""
 
     name: str
-    words: str
-    settings: list[str]  # as after --set
+    words: str  # the change
+    settings: list[str]  # the change, as after --set
     config: RunConfig
 
 
@@ -111,7 +110,7 @@ def main():
     if args.minutes <= 0 or args.max_steps < 1 or min(args.seeds) < 0:
         raise UserError("--minutes and --max-steps must be above 0, and --seeds at least 0")
     out = args.out
-    if out.exists() and not out.is_dir():
+    if out.is_file():
         raise UserError(f"--out {out} is a file; name a folder")
     # the last of the partial evaluations is close to the end: the final one reads all held-out data
     common = [f"train.eval_every={max(1, (args.max_steps - 1) // EVALUATIONS)}"]
@@ -155,9 +154,7 @@ def plan(name: str, common: list[str], max_steps: int, wanted=None) -> tuple[lis
     if unknown := [cell for cell in wanted or () if cell not in ("base", *known)]:
         raise UserError(f"--cells {unknown[0]}: no such cell of {name}; it has base, {', '.join(known)}")
     cells, left_out = [Cell("base", f"the base, {name}", [], base)], []
-    for cell in known if wanted is None else dict.fromkeys(wanted):
-        if cell == "base":
-            continue
+    for cell in dict.fromkeys(one for one in wanted or known if one != "base"):
         words, changes = known[cell]
         settings = [f"{key}={value}" for key, value in changes.items()]
         config = load_config(name, common + settings, flags=flags)

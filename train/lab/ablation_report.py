@@ -82,19 +82,15 @@ def foot(about: dict) -> str:
         "is not larger than the range of the base.",
     ]
     if count >= 2:
-        chance = 2 / math.comb(2 * count, count)
+        ways = math.comb(2 * count, count)
         lines[-1] += (
-            f" With {count} seeds, two equal cells have disjoint ranges with probability "
-            f"2 / {math.comb(2 * count, count)} = {chance:.1%}: among many cells, one such difference proves "
-            "little."
+            f" With {count} seeds, two equal cells have disjoint ranges with probability 2 / {ways} = "
+            f"{2 / ways:.1%}: among many cells, one such difference proves little."
         )
     if any(run["cut"] for result in results.values() for run in result["runs"]):
-        lines.append(
-            "\\* ended by --minutes before its last step: fewer tokens and an earlier decay, not comparable."
-        )
-    others = [(name, cell) for name, cell in results.items() if name != "base"]
-    changes = [f"- {name}: `{' '.join(cell['settings'])}`" for name, cell in others]
-    return "\n\n".join([*lines, "\n".join(changes)])
+        lines.append("\\* ended by --minutes: fewer tokens and an earlier decay, not comparable.")
+    changes = [f"- {name}: `{' '.join(cell['settings'])}`" for name, cell in results.items()]
+    return "\n\n".join([*lines, "\n".join(changes[1:])])  # the base comes first
 
 
 def plot_losses(results: dict, png: Path) -> None:
@@ -102,24 +98,24 @@ def plot_losses(results: dict, png: Path) -> None:
     figure = Figure((15, 6), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     units = ["tokens (thousands)", "training compute (TFLOP)", "seconds of training steps"]
-    for (name, result), color in zip(results.items(), colors(results)):
+    for number, (name, result) in enumerate(results.items()):
+        color = f"C{number}" if number else "black"
         points = over_seeds([run["curve"] for run in result["runs"]])
         per_token = median(run["seconds"] / run["tokens"] for run in result["runs"])
         scales = [1e-3, result["train_flops_per_token"] / 1e12, per_token]
-        middle = [median(losses) for losses in points.values()]
-        low, high = [min(losses) for losses in points.values()], [max(losses) for losses in points.values()]
+        middle, low, high = ([pick(losses) for losses in points.values()] for pick in (median, min, max))
         for axes, scale in zip(panels, scales):
             x = [tokens * scale for tokens in points]
             thick = {"linewidth": 2.5, "zorder": 3} if name == "base" else {"linewidth": 1.5}
             axes.plot(x, middle, color=color, label=name, marker="o", markersize=3, **thick)
             axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
     for axes, unit in zip(panels, units):
-        axes.set_xlabel(unit, fontsize=12)
+        axes.set_xlabel(unit)
         axes.locator_params(axis="x", nbins=6)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("validation loss (nats per token)", fontsize=12)
     handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=6, fontsize=12)
+    figure.legend(handles, names, loc="outside lower center", ncols=6)
     save_figure(figure, png)
 
 
@@ -137,18 +133,14 @@ def plot_results(results: dict, png: Path) -> None:
     axes = figure.subplots()
     base = [run["val_bpb"] for run in results["base"]["runs"]]
     axes.axvspan(min(base), max(base), color="0.85", zorder=0)
-    for place, (result, color) in enumerate(zip(results.values(), colors(results))):
+    for place, result in enumerate(results.values()):
+        color = f"C{place}" if place else "black"
         values = [run["val_bpb"] for run in result["runs"]]
         axes.plot(values, [place] * len(values), "o", color=color, markersize=8, alpha=0.75)
         axes.plot([median(values)], [place], "|", color=color, markersize=24, markeredgewidth=2.5)
     axes.set_yticks(range(len(results)), list(results), fontsize=12)
     axes.set_ylim(len(results) - 0.5, -0.5)  # the base on top
-    axes.set_title("Final score; grey is the range of the base", fontsize=13)
-    axes.set_xlabel("validation bits per byte, left is better; dots are seeds, bars medians", fontsize=12)
+    axes.set(title="Final score; grey is the range of the base",
+             xlabel="validation bits per byte, left is better; dots are seeds, bars medians")  # fmt: skip
     axes.grid(axis="x", alpha=0.3)
     save_figure(figure, png)
-
-
-def colors(results: dict) -> list[str]:
-    """Return black for the base, and a color of Matplotlib's cycle for each other cell."""
-    return ["black", *(f"C{number}" for number in range(len(results) - 1))]

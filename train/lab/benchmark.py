@@ -19,13 +19,13 @@ import dataclasses
 import functools
 import itertools
 import multiprocessing
-import os
 import random
 import signal
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from importlib.util import find_spec
 
 import utils  # noqa: F401  sets OMP_WAIT_POLICY, so it must precede torch
 import torch
@@ -71,12 +71,7 @@ def main():
 
 def twin_kind(model) -> str | None:
     """Return the Hugging Face architecture of this shape; None without one, or without transformers."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        return None
-    if model.attention_kind == "mla" or model.mtp != "none":
+    if model.attention_kind == "mla" or model.mtp != "none" or not find_spec("transformers"):
         return None
     experts = "Qwen3Moe" if model.scoring_func == "softmax" and not model.n_shared_experts else "Dots1"
     return experts if model.n_routed_experts else "Qwen3"
@@ -93,20 +88,13 @@ def hugging_face_twin(config, attention: str):
     names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "head_dim", "intermediate_size", "max_position_embeddings", "tie_word_embeddings",
              "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size",
-             "norm_topk_prob", "first_k_dense_replace", "n_group", "topk_group",
-             "routed_scaling_factor"]  # fmt: skip
+             "norm_topk_prob", "first_k_dense_replace", "n_group", "topk_group", "routed_scaling_factor"]
     own = {name: getattr(model, name) for name in names if hasattr(shape_class(), name)}
     if kind == "Qwen3Moe":  # settings that are called something else there
         dense = list(range(model.first_k_dense_replace))
         own |= {"num_experts": model.n_routed_experts, "mlp_only_layers": dense}
     shape = shape_class(**own, sliding_window=None, attn_implementation=attention)
     return getattr(transformers, f"{kind}ForCausalLM")(shape)
-
-
-def dense_of_same_width(config):
-    """Return the dense configuration whose feed-forward is as wide as the experts that one token uses."""
-    width = (config.num_experts_per_tok + config.n_shared_experts) * config.moe_intermediate_size
-    return dataclasses.replace(config, n_routed_experts=0, intermediate_size=width)
 
 
 def take_turns(contenders: dict, steps: int, machine) -> dict[str, list[float]]:
@@ -164,8 +152,9 @@ def our_steps(config, machine) -> dict:
     shapes = {}
     for kind in dict.fromkeys([config.model.attn_implementation, "sdpa"]):
         shapes[f"TinySeek ({kind})"] = dataclasses.replace(config.model, attn_implementation=kind)
-    if config.model.n_routed_experts:
-        shapes[DENSE] = dense_of_same_width(config.model)
+    if (model := config.model).n_routed_experts:  # as wide as the experts that one token uses
+        width = (model.num_experts_per_tok + model.n_shared_experts) * model.moe_intermediate_size
+        shapes[DENSE] = dataclasses.replace(model, n_routed_experts=0, intermediate_size=width)
 
     def loss(model, inputs, labels):
         return model(inputs, labels=labels).loss_sum / labels.numel()
@@ -244,20 +233,17 @@ def compare_decoding(config, machine, dtype, turns: int) -> None:
     model = TinySeek(config.model).to(machine.device, dtype).eval()
     prompt = torch.randint(0, config.model.vocab_size, (1, PROMPT)).tolist()
     params = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS)
-    contenders = {"TinySeek": Generator(model), "TinySeek, plain path": Generator(model, fast=False)}
+    engines = {"TinySeek": Generator(model), "TinySeek, plain path": Generator(model, fast=False)}
     contenders = {name: functools.partial(engine.generate, prompt, params, stop_ids=set())
-                  for name, engine in contenders.items()}  # fmt: skip
+                  for name, engine in engines.items()}  # fmt: skip
     twin = hugging_face_twin(config, "sdpa")
     if twin is not None:
         twin.to(machine.device, dtype).eval()
         ids = torch.tensor(prompt, device=machine.device)
-
-        def generate():
-            with torch.inference_mode():
-                twin.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None,
-                              pad_token_id=0, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS)
-
-        contenders[f"{type(twin).__name__}.generate"] = generate
+        contenders[f"{type(twin).__name__}.generate"] = torch.inference_mode()(functools.partial(
+            twin.generate, ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None,
+            pad_token_id=0, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS,
+        ))  # fmt: skip
     print(f"decoding, greedy, 1 row, {PROMPT} + {NEW_TOKENS} tokens, {dtype}")
     report(take_turns(contenders, turns, machine), NEW_TOKENS, "tokens/s")
 
@@ -282,10 +268,10 @@ def compare_drafts(checkpoint: str, count: int) -> None:
         print(f"{count} prompts of {PROMPT} tokens, greedy, {'fast' if fast else 'plain'} path")
         tokens = sum(map(len, answers["plain"]))
         for name, engine in engines.items():
-            same = sum(one == other for one, other in zip(answers[name], answers["plain"], strict=True))
-            speed, gain = tokens / seconds[name], seconds["plain"] / seconds[name]
-            line = f"  {name:12s} {speed:8,.0f} tokens/s  ratio {gain:.2f}"
+            line = f"  {name:12s} {tokens / seconds[name]:8,.0f} tokens/s"
+            line += f"  ratio {seconds['plain'] / seconds[name]:.2f}"
             if name != "plain":
+                same = sum(map(list.__eq__, answers[name], answers["plain"]))
                 line += f"  accepted {engine.accepted / engine.drafted:.1%}  same output {same} of {count}"
             print(line)
 

@@ -95,8 +95,8 @@ class Contender:
         torch.nn.utils.clip_grad_norm_(self.trainable, self.clip)
         for optimizer in self.optimizers:
             optimizer.step()
-            if not keep:
-                optimizer.zero_grad(set_to_none=True)
+        if not keep:
+            self.model.zero_grad()
 
     def measure(self) -> dict[str, int]:
         """Return bytes, and the numbers of all and of trainable parameters."""
@@ -113,8 +113,7 @@ class Contender:
             "optimizer": size([part for state in states for part in state.values()]),
             "fixed": fixed, "activations": activations, "checkpoint": size(saved),
         }  # fmt: skip
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad()
         return found
 
     def saved(self) -> tuple[int, int]:

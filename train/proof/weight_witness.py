@@ -34,9 +34,7 @@ class WeightWitness:
     parameter, the product of (1 - lr * weight_decay) over the steps. Decay alone leads from the first value w
     to s * w for some s between that product and 1, and a weight was trained if it is anywhere else.
     (Decoupled decay, as in AdamW and Muon.) First values are kept on the CPU; of frozen tensors and buffers
-    only a fingerprint is kept.
-
-    Of the buffers, only the biases of trainable routers may change.
+    only a fingerprint. Of the buffers, only the biases of trainable routers may change.
     """
 
     def __init__(self, model: torch.nn.Module):
