@@ -36,13 +36,6 @@ class Answer(list):
 
     finish_reason = "length"
 
-    def add(self, token: int, stopped: bool, room: int) -> bool:
-        """Append `token`; return True if the row ends with it."""
-        self.append(token)
-        if stopped:
-            self.finish_reason = "stop"
-        return stopped or len(self) == room
-
 
 class Generator:
     """Continue rows of tokens with `model`.
@@ -61,6 +54,11 @@ class Generator:
         self.context = model.config.max_position_embeddings - getattr(model, "prefix_length", 0)
         self.decoder, self.prepared_from, self.why_plain = None, None, ""
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return next(self.model.parameters()).device
+
     @torch.inference_mode()
     def generate(
         self,
@@ -75,38 +73,46 @@ class Generator:
         Raises `TypeError` for anything but lists of ids, and `UserError` for a prompt beyond the context.
         """
         prompts = self.check(prompts)
-        if not prompts:
-            return []
         room = [min(params.max_new_tokens, self.context - len(prompt)) for prompt in prompts]
         answers = [Answer() for _ in prompts]
-        active = [places > 0 for places in room]
+
+        def add(row: int, token: int) -> bool:
+            answers[row].append(token)
+            if (on_token and on_token(row, token)) or token in stop_ids:
+                answers[row].finish_reason = "stop"
+                return False
+            return len(answers[row]) < room[row]
+
         training = self.model.training
         self.model.eval()
         try:
-            device = next(self.model.parameters()).device
-            sampler = Sampler(params, prompts, self.model.config.vocab_size, device, stop_ids)
-            capacity = max(len(prompt) + places for prompt, places in zip(prompts, room, strict=True))
-            cache = make_cache(self.model, len(prompts), capacity)
-            decoder = self.fast_decoder() if len(prompts) == 1 else None
-            with few_threads(self.model, sum(map(len, prompts))):
-                logits = self.prefill(prompts, cache, device)  # (B, V)
-            with few_threads(self.model, len(prompts)):
-                while True:
-                    tokens = sampler.pick(logits)
-                    for row, token in enumerate(tokens):
-                        if active[row]:
-                            stopped = bool(on_token and on_token(row, token)) or token in stop_ids
-                            active[row] = not answers[row].add(token, stopped, room[row])
-                    if not any(active):
-                        return answers
-                    if decoder is not None:
-                        logits = decoder.step(tokens[0], cache)
-                    else:
-                        new = None if all(active) else [int(one) for one in active]  # the others stand still
-                        ids = torch.tensor(tokens, device=device)[:, None]  # (B, 1)
-                        logits = self.model(ids, cache=cache, new_tokens=new, last_only=True).logits[:, 0]
+            if any(room):
+                sampler = Sampler(params, prompts, self.model.config.vocab_size, self.device, stop_ids)
+                self.write(prompts, room, sampler, add)
         finally:
             self.model.train(training)
+        return answers
+
+    def write(self, prompts: list[list[int]], room: list[int], sampler: Sampler, add) -> None:
+        """Write up to `room[row]` tokens in each row; `add(row, token)` returns False if the row ends."""
+        capacity = max(len(prompt) + places for prompt, places in zip(prompts, room, strict=True))
+        cache = make_cache(self.model, len(prompts), capacity)
+        decoder = self.fast_decoder() if len(prompts) == 1 else None
+        active = [places > 0 for places in room]
+        with few_threads(self.model, sum(map(len, prompts))):
+            logits = self.prefill(prompts, cache)  # (B, V)
+        with few_threads(self.model, len(prompts)):
+            while True:
+                tokens = sampler.pick(logits)
+                active = [go and add(row, tokens[row]) for row, go in enumerate(active)]
+                if not any(active):
+                    return
+                if decoder is not None:
+                    logits = decoder.step(tokens[0], cache)
+                else:
+                    new = None if all(active) else [int(one) for one in active]  # the others stand still
+                    ids = torch.tensor(tokens, device=self.device)[:, None]  # (B, 1)
+                    logits = self.model(ids, cache=cache, new_tokens=new, last_only=True).logits[:, 0]
 
     def fit(self, prompt: list[int], max_new_tokens: int) -> list[int]:
         """Return the end of `prompt` that leaves room for the answer, but at least half of the context."""
@@ -129,14 +135,14 @@ class Generator:
             )
         return prompts
 
-    def prefill(self, prompts: list[list[int]], cache, device):
+    def prefill(self, prompts: list[list[int]], cache):
         """Run all prompts, padded on the right, in one forward; return logits (B, V) after each row."""
         lengths = [len(prompt) for prompt in prompts]
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)  # (B, T)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
         new = None if min(lengths) == max(lengths) else lengths
-        return self.model(ids.to(device), cache=cache, new_tokens=new, last_only=True).logits[:, 0]
+        return self.model(ids.to(self.device), cache=cache, new_tokens=new, last_only=True).logits[:, 0]
 
     def fast_decoder(self) -> FastDecoder | None:
         """Return the prepared decoder, made anew if the model has changed, or None; `why_plain` says why."""

@@ -52,8 +52,9 @@ class Scripted:
         assert SPECIAL["<|im_end|>"] in stop_ids
         written = Answer()
         for token in answer:
-            written.add(token, on_token(0, token) or token in stop_ids, 0)
-            if written.finish_reason == "stop":
+            written.append(token)
+            if on_token(0, token) or token in stop_ids:
+                written.finish_reason = "stop"
                 break
         return [written]
 
