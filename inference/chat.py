@@ -18,14 +18,14 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends without a traceback
 
-import dataclasses
 import re
+from dataclasses import fields, replace
 
 import utils  # noqa: F401  first: it sets how threads wait, before PyTorch loads
 from inference.generation.conversation import Conversation
 from inference.generation.selector import LoadedSelector
 from inference.generation.generator import Generator
-from inference.generation.load import Loaded, load_adapter, load_base, newer_model
+from inference.generation.load import Loaded, load_adapter, load_base
 from inference.generation.sampling import SamplingParams, row_seed
 from inference.generation.speculative import SpeculativeGenerator
 from inference.generation.terminal import RED, closed_pipe_ends, edit_lines, open_streams, read_message
@@ -70,18 +70,13 @@ def parse_command():
     return parser.parse_args()
 
 
+@closed_pipe_ends()
 def main():
-    """Run the command."""
+    """Open the models, then answer the one prompt or each message."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     open_streams()
-    with closed_pipe_ends():
-        run(parse_command())
-
-
-def run(args):
-    """Open the models, then answer the one prompt or each message."""
-    names = [field.name for field in dataclasses.fields(SamplingParams)]
-    params = SamplingParams(**{name: getattr(args, name) for name in names})
+    args = parse_command()
+    params = SamplingParams(**{field.name: getattr(args, field.name) for field in fields(SamplingParams)})
     device = pick_device(args.device)
     set_threads()
     if args.draft and (args.adapter or args.gate):
@@ -101,19 +96,16 @@ def run(args):
             chat.run()
     except KeyboardInterrupt:
         show("\n")
-    generator = generators[0]
-    if args.draft and generator.drafted:
-        share = generator.accepted / generator.drafted
-        tell(f"{generator.accepted} of {generator.drafted} drafted tokens were accepted ({share:.0%})")
+    if args.draft and (drafted := generators[0].drafted):
+        accepted = generators[0].accepted
+        tell(f"{accepted} of {drafted} drafted tokens were accepted ({accepted / drafted:.0%})")
 
 
 def open_models(args, device):
     """Return the models that may answer, the base before its adapters, and the function that chooses."""
-    base = load_base(args.checkpoint, device, args.out, args.adapter and args.adapter[0], args.gate)
+    base = load_base(args.checkpoint, device, args.out, args.adapter and args.adapter[0], args.gate, tell)
     does = "answers" if base.answers else "is pre-trained: it continues each text"
     tell(f"{base.path} ({trained(base)}, {device}) {does}")
-    if not (args.checkpoint or args.adapter or args.gate) and (newer := newer_model(base.path)):
-        tell(f"(note: {newer} is newer, but of an earlier stage; --checkpoint opens it)")
     if args.gate:
         gate = LoadedSelector(args.gate, base)
 
@@ -132,7 +124,7 @@ def open_models(args, device):
 
 def trained(model: Loaded) -> str:
     """Return the stage of a model and the number of its steps."""
-    return model.about["stage"] + (f", step {model.about['step']:,}" if "step" in model.about else "")
+    return f"{model.about['stage']}, step {model.about['step']:,}"
 
 
 class Chat:
@@ -179,7 +171,7 @@ class Chat:
         seed = row_seed(self.settings.seed, self.answered)  # each answer draws other numbers
         self.answered += 1
         try:
-            self.conversation.say(text, dataclasses.replace(self.settings, seed=seed), show)
+            self.conversation.say(text, replace(self.settings, seed=seed), show)
             remark = self.conversation.cut
         except KeyboardInterrupt:
             remark = "(stopped)"
@@ -219,7 +211,7 @@ class Chat:
 
     def change(self, changes: list[str]) -> None:
         """Change sampling settings by `name=value`."""
-        kinds, new = {field.name: field.type for field in dataclasses.fields(SamplingParams)}, {}
+        kinds, new = {field.name: field.type for field in fields(SamplingParams)}, {}
         for change in changes:
             name, _, value = change.partition("=")
             name = name.replace("-", "_")
@@ -229,7 +221,7 @@ class Chat:
                 raise UserError(f"/params {change}: write NAME=VALUE for {', '.join(kinds)}") from None
             except ValueError:
                 raise UserError(f"/params {change}: {value!r} is not {kinds[name].__name__}") from None
-        self.settings = dataclasses.replace(self.settings, **new)
+        self.settings = replace(self.settings, **new)
         self.answered = 0 if "seed" in new else self.answered
 
 

@@ -20,9 +20,9 @@ from itertools import islice
 import utils  # noqa: F401  first: it sets how threads wait, before PyTorch loads
 from inference.generation.conversation import prompt_within, room_for
 from inference.generation.generator import Generator
-from inference.generation.load import Loaded, load_adapter, load_base, newer_model
+from inference.generation.load import Loaded, load_adapter, load_base
 from inference.generation.sampling import SamplingParams
-from inference.generation.terminal import closed_pipe_ends, open_streams
+from inference.generation.terminal import closed_pipe_ends, open_streams, tell
 from load_data.chat.chat_data import chosen_files, chosen_skills, split_dialogues
 from load_data.skills import SFT_SKILLS, SKILLS, is_right, scored_items, skill_named
 from load_data.corpora.sources import VAL
@@ -40,10 +40,10 @@ class Score:
     """The result of one set of questions.
 
     Attributes:
-        right: the number of right answers, or of right items of tables.
-        of: the number of questions, or of items of the true tables.
-        percent: the share of right answers, or the F1 of items, which surplus items lower too.
-        wrong: the first question with a wrong answer, that answer, and the true one; None if there is none.
+        right: the number of correct answers, or of correct table items.
+        of: the number of questions, or of items in the expected tables.
+        percent: the share of correct answers, or the F1 of the items, which surplus items also lower.
+        wrong: the first question with a wrong answer, that answer, and the expected one; None if none is.
     """
 
     right: int
@@ -60,12 +60,10 @@ def score_skills(generator, template, names: Iterable[str], count: int = 100) ->
     scores = {}
     for name in names:
         items = scored_items(name, count, seed=0)
-        answers = greedy_answers(generator, template, [(item.messages, item.expected) for item in items])
-        judged = [
-            (item.messages[-1]["content"], answer, item.expected, is_right(item, answer))
-            for item, answer in zip(items, answers, strict=True)
-        ]
-        scores[name] = share_of_right(judged)
+        tasks = [(item.messages, item.expected) for item in items]
+        answers = greedy_answers(generator, template, tasks)
+        judged = [(is_right(item, answer), 1, 1) for item, answer in zip(items, answers, strict=True)]
+        scores[name] = total(tasks, answers, judged)
     return scores
 
 
@@ -80,14 +78,14 @@ def score_dialogues(generator, template, dialogues: Iterable[list[dict]], score:
         for turn in range(1, len(messages))
         if messages[turn]["role"] == "assistant"
     ]
-    answers = greedy_answers(generator, template, tasks)
-    judge = {"exact": share_of_right, "items": f1_of_items}[score]
-    return judge(
-        [
-            (messages[-1]["content"], answer, expected, answer.strip() == expected.strip())
-            for (messages, expected), answer in zip(tasks, answers, strict=True)
-        ]
-    )
+    answers, judged = greedy_answers(generator, template, tasks), []
+    for (_, expected), answer in zip(tasks, answers, strict=True):
+        if score == "exact":
+            judged.append((answer.strip() == expected.strip(), 1, 1))
+        else:
+            found, true = table_items(answer), table_items(expected)
+            judged.append(((found & true).total(), found.total(), true.total()))
+    return total(tasks, answers, judged)
 
 
 def greedy_answers(generator, template, tasks: list[tuple[list[dict], str]]) -> list[str]:
@@ -111,40 +109,29 @@ def greedy_answers(generator, template, tasks: list[tuple[list[dict], str]]) -> 
     return answers
 
 
-def share_of_right(judged: list[tuple[str, str, str, bool]]) -> Score:
-    """Return the score by answers, from (question, answer, true answer, is it right?)."""
-    right = sum(good for *_, good in judged)
-    wrong = next((example for *example, good in judged if not good), None)
-    return Score(right, len(judged), percent(right, len(judged)), wrong and tuple(wrong))
+def total(tasks, answers: list[str], judged: list[tuple[int, int, int]]) -> Score:
+    """Return the score of all answers, from (right, given, expected) items of each.
 
-
-def f1_of_items(judged: list[tuple[str, str, str, bool]]) -> Score:
-    """Return the score by items, from the same: micro F1, 2 * right / (given + wanted) over all answers."""
-    right = given = wanted = 0
+    The F1, 2 right / (given + expected), is the share of right answers where each answer is one item.
+    """
+    right, given, wanted = map(sum, zip((0, 0, 0), *judged, strict=True))
     wrong = None
-    for question, answer, expected, _ in judged:
-        found, true = table_items(answer), table_items(expected)
-        right += (found & true).total()
-        given, wanted = given + found.total(), wanted + true.total()
-        if found != true and wrong is None:
-            wrong = (question, answer, expected)
-    return Score(right, wanted, percent(2 * right, given + wanted), wrong)
+    for (messages, expected), answer, counts in zip(tasks, answers, judged, strict=True):
+        if len(set(counts)) > 1:
+            wrong = messages[-1]["content"], answer, expected
+            break
+    return Score(right, wanted, 200 * right / (given + wanted) if given + wanted else 0.0, wrong)
 
 
-def table_items(text: str, columns: int = COLUMNS) -> Counter:
-    """Return the items of `|name|amount|note|name|...|`, in groups of `columns` cells.
+def table_items(text: str) -> Counter:
+    """Return the items of `|name|amount|note|name|...|`.
 
     Cells left over at the end make one shorter item. It equals no whole item, so it counts as wrong unless
     the other table ends in the same way.
     """
     inner = text.strip().removeprefix("|").removesuffix("|")
     cells = [cell.strip() for cell in inner.split("|")] if inner else []
-    return Counter(tuple(cells[first : first + columns]) for first in range(0, len(cells), columns))
-
-
-def percent(part: float, whole: float) -> float:
-    """Return `part` in percent of `whole`, and 0 if `whole` is 0."""
-    return 100 * part / whole if whole else 0.0
+    return Counter(tuple(cells[first : first + COLUMNS]) for first in range(0, len(cells), COLUMNS))
 
 
 def report(scores: dict[str, Score]) -> str:
@@ -153,15 +140,10 @@ def report(scores: dict[str, Score]) -> str:
     for name, score in scores.items():
         line = f"{name:12} {score.right:6} {score.of:6} {score.percent:8.1f}"
         if score.wrong:
-            question, answer, expected = map(shortened, score.wrong)
-            line += f"  {question} -> {answer}, not {expected}"
+            short = (text if len(text) <= 48 else text[:45] + "..." for text in score.wrong)
+            line += "  {!r} -> {!r}, not {!r}".format(*short)
         lines.append(line)
     return "\n".join([*lines, " ".join(f"{name}={score.percent:.2f}" for name, score in scores.items())])
-
-
-def shortened(text: str, most: int = 48) -> str:
-    """Return a text on one line, in quotes."""
-    return repr(text if len(text) <= most else text[: most - 3] + "...")
 
 
 def parse_command():
@@ -197,23 +179,17 @@ def held_out(paths: list[str], loaded: Loaded, count: int) -> list[list[dict]]:
     return dialogues
 
 
+@closed_pipe_ends()
 def main():
-    """Run the command."""
-    open_streams()
-    with closed_pipe_ends():
-        run(parse_command())
-
-
-def run(args):
     """Load the model, score it, and print the report."""
+    open_streams()
+    args = parse_command()
     device = pick_device(args.device)
     set_threads()
-    loaded = load_base(args.checkpoint, device, args.out, args.adapter)
+    loaded = load_base(args.checkpoint, device, args.out, args.adapter, tell=tell)
     if args.adapter:
         loaded = load_adapter(args.adapter, loaded)
-    print(f"{loaded.path} ({loaded.about['stage']}, {device})", file=sys.stderr, flush=True)
-    if not (args.checkpoint or args.adapter) and (newer := newer_model(loaded.path)):
-        print(f"(note: {newer} is newer, but of an earlier stage)", file=sys.stderr, flush=True)
+    tell(f"{loaded.path} ({loaded.about['stage']}, {device})")
     generator = Generator(loaded.model, loaded.tokenizer.eos_id)
     scores = score_skills(generator, loaded.template, args.skills, args.count)
     if args.data:

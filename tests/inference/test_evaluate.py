@@ -92,10 +92,6 @@ def test_items_of_tables(text, items):
     assert sorted(table_items(text).elements()) == sorted(items)
 
 
-def test_two_columns():
-    assert table_items("|a|b|c|d|", columns=2) == {("a", "b"): 1, ("c", "d"): 1}
-
-
 F1_CASES = [  # true tables, answers, right, wanted, F1 by hand
     (["|a|1|x|b|2|y|"], ["|a|1|x|b|2|y|"], 2, 2, 100),
     (["|a|1|x|b|2|y|"], ["|b|2|y|a|1|x|"], 2, 2, 100),  # the order does not matter

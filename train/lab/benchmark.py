@@ -28,9 +28,9 @@ import time
 import utils  # noqa: F401  sets OMP_WAIT_POLICY, so it must precede torch
 import torch
 
-from config.load import from_dict, load_config
+from config.load import load_config
 from inference.generation.generator import Generator
-from inference.generation.load import load_model
+from inference.generation.load import load_full
 from inference.generation.sampling import SamplingParams
 from inference.generation.speculative import SpeculativeGenerator
 from load_data.packing import prepare_pretraining
@@ -271,12 +271,13 @@ def compare_decoding(config, machine, dtype, turns: int) -> None:
 def compare_drafts(checkpoint: str, count: int) -> None:
     """Decode 64 tokens after each of `count` prompts, plain and with drafts; print speeds and differences."""
     set_threads()
-    model, tokenizer, saved = load_model(checkpoint)
-    held_out = prepare_pretraining(from_dict(saved["config"], checkpoint), tokenizer).val
+    loaded = load_full(checkpoint)
+    model = loaded.model
+    held_out = prepare_pretraining(loaded.config, loaded.tokenizer).val
     places = [len(held_out) * number // count for number in range(count)]
     prompts = [held_out[place : place + PROMPT].tolist() for place in places]
     params = SamplingParams(temperature=0.0, max_new_tokens=64)
-    lengths = (1, 2, 3) if saved["config"]["model"]["mtp"] == "sequential" else (1,)
+    lengths = (1, 2, 3) if model.config.mtp == "sequential" else (1,)
     engines = {"plain path": Generator(model, fast=False), "fast path": Generator(model)}
     engines |= {f"{n} drafted": SpeculativeGenerator(model, 0, n) for n in lengths}
     seconds, answers = dict.fromkeys(engines, 0.0), {name: [] for name in engines}
