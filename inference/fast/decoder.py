@@ -23,7 +23,7 @@ import weakref
 import torch
 from torch import nn
 
-from inference.fast.layer import FastLayer, FastNorm, joined
+from inference.fast.layer import FastAttention, FastMLP, FastMoE, FastNorm, joined
 from model.caches import make_cache
 from model.tinyseek import Decoder, DecoderLayer, TinySeek
 from modules.attention.grouped_query import GroupedQueryAttention
@@ -42,11 +42,6 @@ KNOWN_PARTS |= {nn.ModuleList, nn.Embedding, nn.Linear, nn.Dropout, nn.Identity}
 COMPARED = 6  # tokens that both paths read before the fast one is trusted
 ROUNDINGS = 2**12  # units in the last place of the largest logit by which they may differ: fp32 5e-4
 decoders = weakref.WeakValueDictionary()  # by fingerprint: the Generators of a model share one copy of it
-
-
-def supports(model) -> bool:
-    """Return True if `FastDecoder` is made for models like this one."""
-    return not refusal(model)
 
 
 def refusal(model) -> str:
@@ -117,7 +112,7 @@ class FastDecoder:
         config, decoder = model.config, model.model
         self.dtype = torch.promote_types(model.lm_head.weight.dtype, torch.float32)
         self.embedding = decoder.embed_tokens.weight.clone()
-        self.layers = [FastLayer(layer, config, self.dtype) for layer in decoder.layers]
+        self.layers = [self.prepare(layer, config) for layer in decoder.layers]
         self.hidden = torch.empty(1, config.hidden_size, dtype=self.dtype)
         self.norm = FastNorm(torch.empty_like(self.hidden), config.rms_norm_eps)
         self.lm_head = joined([model.lm_head], self.dtype, decoder.norm)
@@ -131,6 +126,13 @@ class FastDecoder:
         cos, sin = decoder.rotary_emb(torch.arange(config.max_position_embeddings))
         self.cos, self.sin = cos.to(self.dtype), (sin * signed.sign()).to(self.dtype)  # (positions, D)
 
+    def prepare(self, layer: DecoderLayer, config):
+        """Return the attention and the feed-forward of `layer`, each with the gain of the norm before it."""
+        attention = FastAttention(layer.self_attn, layer.input_layernorm, config, self.dtype)
+        if layer.has_experts:
+            return attention, FastMoE(layer.mlp, layer.post_attention_layernorm, config, self.dtype)
+        return attention, FastMLP(layer.mlp, layer.post_attention_layernorm, self.dtype)
+
     @torch.inference_mode()
     def step(self, token: int, cache: KVCache):
         """Append `token` to the one row of `cache`; return logits (1, V), which are never overwritten."""
@@ -143,7 +145,8 @@ class FastDecoder:
         seen = cache.store[:, :, :, :, : place + 1].unbind()  # L times (2, 1, G, S, D)
         with self.lock:
             self.hidden.copy_(self.embedding[token])
-            for layer, slot, all_seen in zip(self.layers, slots, seen, strict=True):
-                layer.add(self.hidden, rotary, slot, all_seen)
+            for (attention, mlp), slot, all_seen in zip(self.layers, slots, seen, strict=True):
+                attention.add(self.hidden, self.norm(self.hidden), rotary, slot, all_seen)
+                mlp.add(self.hidden, self.norm(self.hidden))
             cache.lengths[0] = place + 1
             return torch.mm(self.norm(self.hidden), self.lm_head)

@@ -1,15 +1,13 @@
-"""One decoder layer of `inference/fast/decoder.py`, prepared for one token at a time.
+"""The parts of a decoder layer, prepared for one token at a time (inference/fast/decoder.py).
 
     hidden (1, C) += attention(norm(hidden))        hidden (1, C) += feed_forward(norm(hidden))
 
-Every part owns the memory for its intermediate results, with all views into it. Matrices with the same input
-are stored as one, (in, out), multiplied by the gain of the norm before them.
+Each part owns the memory for its intermediate results and all views of it. Matrices with the same input are
+stored as one, (in, out), with the gain of the preceding norm multiplied in.
 """
 
 import torch
 import torch.nn.functional as F
-
-from modules.experts.moe import MoE
 
 
 class FastNorm:
@@ -128,18 +126,3 @@ class FastMoE:
         F.silu(self.gate, inplace=True).mul_(self.up)
         for row, (expert, weight) in zip(self.gate_rows, routes, strict=True):
             hidden.addmm_(row, self.down[expert], alpha=weight)
-
-
-class FastLayer:
-    """A `DecoderLayer`; `add` has the arguments of `FastAttention.add`, except for `normed`."""
-
-    def __init__(self, layer, config, dtype):
-        self.attention = FastAttention(layer.self_attn, layer.input_layernorm, config, dtype)
-        norm, mlp = layer.post_attention_layernorm, layer.mlp
-        self.mlp = FastMoE(mlp, norm, config, dtype) if isinstance(mlp, MoE) else FastMLP(mlp, norm, dtype)
-        self.norm = FastNorm(torch.empty(1, config.hidden_size, dtype=dtype), config.rms_norm_eps)
-
-    def add(self, hidden, *past):
-        """Add the outputs of both blocks to `hidden` (1, C)."""
-        self.attention.add(hidden, self.norm(hidden), *past)
-        self.mlp.add(hidden, self.norm(hidden))

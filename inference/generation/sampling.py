@@ -122,12 +122,10 @@ class Sampler:
         device,
         stop_ids: Collection[int] = (),
     ):
-        self.params, self.seen = params, None
-        if params.repetition_penalty != 1:
-            self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-            for row, prompt in enumerate(prompts):  # trained embeddings have ids beyond the vocabulary
-                penalised = [token for token in prompt if token < vocab_size and token not in stop_ids]
-                self.seen[row, penalised] = True
+        self.params = params
+        self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in enumerate(prompts):  # trained embeddings have ids beyond the vocabulary
+            self.seen[row, [one for one in prompt if one < vocab_size and one not in stop_ids]] = True
         seeds = [row_seed(params.seed, row) for row in range(len(prompts))]
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -139,6 +137,5 @@ class Sampler:
             probs = filtered_probs(logits, self.params, self.seen)
             uniforms = [1 - torch.rand(1, generator=generator) for generator in self.generators]  # (0, 1]
             tokens = draw(probs, torch.stack(uniforms).to(probs))
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
+        self.seen.scatter_(1, tokens[:, None], True)
         return tokens.tolist()

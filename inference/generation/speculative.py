@@ -82,8 +82,7 @@ class SpeculativeGenerator(Generator):
                 self.drafted, self.accepted = self.drafted + length, self.accepted + len(new) - 1
                 cache.crop([cache.lengths[0] - 1 - length + len(new)])
                 hidden, following = output.hidden[:, : len(new)], new
-                if sampler.seen is not None:
-                    sampler.seen[0, new] = True
+                sampler.seen[0, new] = True
 
     def read(self, tokens: list[int], cache, **options):
         """Run the trunk on one row of tokens."""
@@ -93,23 +92,21 @@ class SpeculativeGenerator(Generator):
         """Return `length` drafts, their probabilities q, a list of (1, V), and the tokens seen at each place.
 
         hidden (1, T, C) of the trunk and the T tokens `following` are those that the head has not read yet.
-        The repetition penalty of a place counts the drafts before it; `seen` is (1 + length, V) bool or None.
+        The repetition penalty of a place counts the drafts before it; `seen` is (1 + length, V) bool.
         """
-        drafts, q, seen = [], [], [sampler.seen]
+        drafts, q, seen = [], [], sampler.seen.repeat(1 + length, 1)
         known = 0 if cache is None else cache.lengths[0] + len(following)  # columns without drafts
-        for _ in range(length):
+        for place in range(length):
             ids = torch.tensor([following], device=self.device)
             logits, hidden = draft(self.model, hidden, ids, cache, last_only=True)
             hidden = hidden[:, -1:]
-            q.append(filtered_probs(logits[0], sampler.params, seen[-1]))
+            q.append(filtered_probs(logits[0], sampler.params, seen[place, None]))
             following = [pick(q[-1], uniform(sampler.generators[0]))]
             drafts += following
-            if sampler.seen is not None:
-                seen.append(seen[-1].clone())
-                seen[-1][0, following] = True
+            seen[place + 1 :, following] = True
         if length and cache is not None:
             cache.crop([known])
-        return drafts, q, None if sampler.seen is None else torch.cat(seen)
+        return drafts, q, seen
 
 
 def draft(model, hidden, following, cache=None, last_only=False):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference.fast.decoder import FastDecoder, decoders, supports
+from inference.fast.decoder import FastDecoder, decoders, refusal
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams
 from model.caches import make_cache
@@ -89,7 +89,7 @@ def close(ours, expected, dtype):
 def test_same_logits_and_same_cache(name, dtype):
     """In bf16 a near tie between experts is decided by rounding: see the test after this one."""
     model = build(dtype, **(SHAPES | EXPERTS)[name])
-    assert supports(model)
+    assert not refusal(model)
     fast = FastDecoder(model)
     caches = [make_cache(model, 1, 40) for _ in range(2)]
     tokens = some_tokens(40)
@@ -183,7 +183,7 @@ def test_the_choice_of_experts_is_made_in_fp32(dtype):
     weight = layer.mlp.gate.weight
     weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).mul(0.02))
     weight[3:5], weight[3, 0], weight[4, 1] = 2**-4, 2**-3, 2**-3
-    router = FastDecoder(model).layers[0].mlp
+    _, router = FastDecoder(model).layers[0]
     normed = torch.ones(2, 24)
     normed[0, 0] = normed[1, 1] = 1 + 2**-12  # in bf16 both rows are ones
     ours = [router.route(row[None] / 24**0.5)[0][0] for row in normed]
@@ -209,7 +209,7 @@ def test_paths_may_take_turns_and_go_back():
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_it_does_not_know_takes_the_plain_path(name):
     model = build(torch.float64, **UNSUPPORTED[name])
-    assert not supports(model) and Generator(model).fast_decoder() is None
+    assert refusal(model) and Generator(model).fast_decoder() is None
     assert Generator(build(torch.float64)).fast_decoder() is not None
     assert Generator(build(torch.float64), fast=False).fast_decoder() is None
 
@@ -227,14 +227,14 @@ def test_another_part_in_the_model_takes_the_plain_path():
 
     adapted = build(torch.float64)
     adapted.model.layers[1].self_attn.q_proj = Adapted(adapted.model.layers[1].self_attn.q_proj)
-    assert not supports(adapted)
+    assert refusal(adapted)
     hidden = build(torch.float64)  # a changed part with the same weights: an nn.Linear that does more
     hidden.model.layers[0].mlp.down_proj.__class__ = type("Scaled", (nn.Linear,), {})
-    assert not supports(hidden)
-    assert not supports(Other(small_config()))
+    assert refusal(hidden)
+    assert refusal(Other(small_config()))
     parametrised = build(torch.float64)
     nn.utils.parametrizations.weight_norm(parametrised.model.layers[0].mlp.up_proj)
-    assert not supports(parametrised)
+    assert refusal(parametrised)
 
 
 def test_the_end_of_cache_and_context_is_an_error():
@@ -291,7 +291,7 @@ def test_an_edited_forward_takes_the_plain_path(monkeypatch, name, dtype):
     assert generator.fast_decoder() is not None and generator.why_plain == ""
     real = part.forward
     monkeypatch.setattr(part, "forward", lambda *args, **kwargs: change(real(*args, **kwargs)))
-    assert supports(model)
+    assert not refusal(model)
     with pytest.warns(UserWarning, match="plain path"):  # the generator notices, too, after it has prepared
         text = generator.generate([[5, 6]], params)
     assert generator.decoder is None and generator.why_plain == "logits differ"

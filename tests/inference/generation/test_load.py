@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.fast.decoder import supports
+from inference.fast.decoder import refusal
 from inference.generation.generator import Generator
 from inference.generation.load import find_base, find_model, load_adapter, load_base, load_full
 from inference.generation.sampling import SamplingParams
@@ -119,7 +119,7 @@ def test_adapters_beside_each_other_leave_the_base_alone(base, like, tmp_path):
     assert Generator(full.model).generate([IDS], GREEDY) == said
     one = models[0]
     assert one.answers and one.path == own and one.about["step"] == 7 and "weights" not in one.about
-    assert supports(one.model) == (ADAPTED[like][0] == "Lora")
+    assert (not refusal(one.model)) == (ADAPTED[like][0] == "Lora")
     assert one.digest == weights_digest(load_checkpoint(own)["weights"]) and full.digest == weights_digest(
         before
     )
