@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 import utils  # noqa: F401  first: it sets how threads wait, before PyTorch loads
-from inference.generation.conversation import prompt_within, room_for
+from inference.generation.conversation import prompt_within
 from inference.generation.generator import Generator
 from inference.generation.load import Loaded, load_adapter, load_base
 from inference.generation.sampling import SamplingParams
@@ -101,7 +101,7 @@ def greedy_answers(generator, template, tasks: list[tuple[list[dict], str]]) -> 
     for first in range(0, len(order), BATCH):
         batch = order[first : first + BATCH]
         params = SamplingParams(temperature=0, max_new_tokens=16 + lengths[batch[-1]] * 3 // 2)
-        room = room_for(generator, params)
+        room = generator.room(params.max_new_tokens)
         prompts = [prompt_within(template, tasks[number][0], room) for number in batch]
         written = generator.generate(prompts, params, template.stop_ids)
         for number, ids in zip(batch, written, strict=True):
@@ -115,12 +115,9 @@ def total(tasks, answers: list[str], judged: list[tuple[int, int, int]]) -> Scor
     The F1, 2 right / (given + expected), is the share of right answers where each answer is one item.
     """
     right, given, wanted = map(sum, zip((0, 0, 0), *judged, strict=True))
-    wrong = None
-    for (messages, expected), answer, counts in zip(tasks, answers, judged, strict=True):
-        if len(set(counts)) > 1:
-            wrong = messages[-1]["content"], answer, expected
-            break
-    return Score(right, wanted, 200 * right / (given + wanted) if given + wanted else 0.0, wrong)
+    cases = zip(tasks, answers, judged, strict=True)
+    wrong = [(task[0][-1]["content"], answer, task[1]) for task, answer, one in cases if len({*one}) > 1]
+    return Score(right, wanted, 200 * right / max(given + wanted, 1), wrong[0] if wrong else None)
 
 
 def table_items(text: str) -> Counter:

@@ -1,18 +1,18 @@
 """Decode one row on a CPU, one token at a time: what `TinySeek.forward` computes, four times as fast.
 
 A small model spends most of a decoding step not on arithmetic but on overhead: every PyTorch call costs about
-a microsecond, every module, autograd function and new tensor some more. With experts (4 of 16, hidden size
-256, 4 layers, fp32, one thread) the plain path makes 600 calls a token and takes 3.0 ms; this one makes 150,
-most of them into preallocated memory, and takes 0.7 ms. The largest gains are matrices stored (in, out),
-which `torch.mm` reads in order (35 %), QK-norm of q and k together (15 %), RMSNorm with its gain inside the
-next matrix (13 %), rotary tables computed once (10 %), and experts chosen in plain Python (9 %).
+a microsecond, and modules, autograd and new tensors cost more. With experts (4 of 16, hidden size 256, 4
+layers, fp32, one thread) the plain path makes 600 calls per token and takes 3.0 ms; this one makes 150 and
+takes 0.7 ms. The largest gains are matrices stored (in, out), which `torch.mm` reads in order (35 %), QK-norm
+of q and k together (15 %), RMSNorm with its gain inside the next matrix (13 %), rotary tables computed once
+(10 %), and experts chosen in plain Python (9 %).
 
-A bf16 model is computed in fp32, and only its cache is bf16: with one row, PyTorch's bf16 products take two
-to four times as long. The price is an fp32 copy of the weights.
+A bf16 model is computed from an fp32 copy of its weights, and only the cache is bf16: with one row, PyTorch's
+bf16 products take two to four times as long.
 
-The prompt goes through the plain path, which stays the reference. Before this one is used, both read a few
-tokens and must agree (`agree`); tests/inference/fast/test_decoder.py compares them in depth. Drafts stay on
-the plain path: a product of two rows takes nearly twice as long as one, so they made this path slower.
+The prompt goes through the plain path, which is the reference. Before the fast path is used, both read a few
+tokens and must agree (`agree`). Drafts stay on the plain path: a product of two rows takes nearly twice as
+long as one, so drafting made the fast path slower.
 """
 
 import copy
@@ -30,17 +30,15 @@ from modules.attention.grouped_query import GroupedQueryAttention
 from modules.attention.cache import KVCache
 from modules.mlp import SwiGLU
 from modules.experts.moe import Experts, MoE
-from modules.mtp import ParallelMTP, SequentialMTP
 from modules.norm import RMSNorm
 from modules.rope import RotaryEmbedding, rotate_half, rotate_interleaved
 from modules.experts.router import TopkRouter
 
 # A model with any other part (adapters, another attention) is left to the plain path.
 KNOWN_PARTS = {TinySeek, Decoder, DecoderLayer, GroupedQueryAttention, SwiGLU, RMSNorm, RotaryEmbedding}
-KNOWN_PARTS |= {MoE, TopkRouter, Experts, ParallelMTP, SequentialMTP}
-KNOWN_PARTS |= {nn.ModuleList, nn.Embedding, nn.Linear, nn.Dropout, nn.Identity}
+KNOWN_PARTS |= {MoE, TopkRouter, Experts, nn.ModuleList, nn.Embedding, nn.Linear, nn.Dropout, nn.Identity}
 COMPARED = 6  # tokens that both paths read before the fast one is trusted
-ROUNDINGS = 2**12  # units in the last place of the largest logit by which they may differ: fp32 5e-4
+ROUNDINGS = 2**12  # times the machine epsilon and the largest logit is how far they may differ: fp32 5e-4
 decoders = weakref.WeakValueDictionary()  # by fingerprint: the Generators of a model share one copy of it
 
 
@@ -50,6 +48,8 @@ def refusal(model) -> str:
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return "all modules have hooks"
     for name, part in model.named_modules():
+        if name.startswith("mtp"):  # drafts stay on the plain path
+            continue
         if type(part) not in KNOWN_PARTS:
             return f"{name or 'the model'} is of the unknown type {type(part).__name__}"
         if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
@@ -63,19 +63,18 @@ def refusal(model) -> str:
 
 
 def fingerprint(model) -> tuple:
-    """Return what changes when a prepared copy of `model` is out of date.
+    """Return a key that changes when a prepared copy of `model` is out of date.
 
-    PyTorch counts the changes to each tensor in place; only changes through `.data` escape it.
+    PyTorch counts the in-place changes of each tensor; only changes through `.data` go unnoticed.
     """
-    weights = (
-        (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        for weight in (*model.parameters(), *model.buffers())
-    )
-    return id(model), *weights, *(type(part).forward for part in model.modules())
+    tensors = (*model.parameters(), *model.buffers())
+    versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    forwards = [type(part).forward for part in model.modules()]
+    return id(model), *(tensor.data_ptr() for tensor in tensors), *versions, *forwards
 
 
 def prepare(model: TinySeek, state: tuple) -> "FastDecoder | None":
-    """Return a decoder for `model`, whose fingerprint is `state`; None, with a warning, if results differ."""
+    """Return a decoder for `model`, whose fingerprint is `state`; warn and return None if results differ."""
     decoder = decoders.get(state) or FastDecoder(model)
     if state not in decoders and not agree(decoder, model):
         warnings.warn("FastDecoder and the model disagree: the slower plain path is used", stacklevel=4)
@@ -86,9 +85,9 @@ def prepare(model: TinySeek, state: tuple) -> "FastDecoder | None":
 
 @torch.inference_mode()
 def agree(fast: "FastDecoder", model: TinySeek) -> bool:
-    """Run a few tokens through both paths; return True if their logits are the same.
+    """Return True if both paths compute the same logits for a few tokens.
 
-    `refusal` sees types and settings. This sees a changed `forward`, whatever it does to the result.
+    `refusal` checks types and settings; this check notices a changed `forward`.
     """
     if model.lm_head.weight.dtype != fast.dtype:  # compare in the dtype of the fast path
         model = copy.deepcopy(model).to(fast.dtype)
@@ -118,8 +117,8 @@ class FastDecoder:
         self.lm_head = joined([model.lm_head], self.dtype, decoder.norm)
         self.lock = threading.Lock()  # threads may share a decoder, and with it its memory
 
-        # Rotary tables for every position. A rotation is x cos + x[partner] sin, a permutation of channels
-        # with the sign kept in the table; rotating a vector of channel numbers gives partners and signs.
+        # A rotation is x cos + x[partner] sin, a permutation of channels with the sign kept in the table of
+        # sines. Rotating a vector of channel numbers gives partners and signs.
         turn = rotate_interleaved if config.rope_interleaved else rotate_half
         signed = turn(torch.arange(1.0, config.head_dim + 1))
         self.partner = signed.abs().long() - 1

@@ -1,9 +1,8 @@
-"""A conversation: the turns so far, and how the next text is put to one model or to one of several.
+"""A conversation: the turns so far, and the next message for one model or for one of several.
 
-A pre-trained model only continues each text. A model trained on dialogues answers, and reads the turns
-before; the oldest are dropped when they no longer fit. Past turns are kept as text, and the template writes
-them anew each time: so models with different templates can take turns, and nothing that a user types can
-become a role marker.
+A pre-trained model only continues each text. A model trained on dialogues answers and reads the turns before;
+the oldest are dropped when they no longer fit. Past turns are kept as text and encoded anew each time, so
+models with different templates can take turns, and nothing that a user types can become a role marker.
 """
 
 from collections.abc import Callable
@@ -21,11 +20,11 @@ class Conversation:
     """The state of a chat; call `say(text, params, show)` for each message.
 
     Args:
-        models: the models that may answer. Either all of them answer, or there is one that continues.
+        models: the models that may answer.
         generators: one for each model.
-        choose: a function from the messages so far to the number of the model that answers; None: `use`.
+        choose: a function from the messages so far to the number of the model that answers; None for `use`.
         stop: texts that end an answer.
-        tell: a function that gets remarks of one line.
+        tell: a function that receives remarks of one line.
 
     Attributes:
         messages: the turns that the next answer can read, without the system message.
@@ -47,7 +46,7 @@ class Conversation:
         self.messages, self.system, self.use, self.cut = [], "", 0, ""
 
     def say(self, text: str, params: SamplingParams, show: Callable[[str], None]) -> str:
-        """Put `text` to the model and return its answer; `show(piece)` gets each piece as it is written.
+        """Return the model's answer to `text`; `show(piece)` receives each piece as it is written.
 
         Ctrl-C ends the answer with `KeyboardInterrupt`; the part that was shown stays in `messages`.
         """
@@ -55,7 +54,7 @@ class Conversation:
         if self.choose is not None:
             self.use = self.choose(messages)
         model, generator = self.models[self.use], self.generators[self.use]
-        tokenizer, template, room = model.tokenizer, model.template, room_for(generator, params)
+        tokenizer, template, room = model.tokenizer, model.template, generator.room(params.max_new_tokens)
         system = [{"role": "system", "content": self.system}] if self.system else []
         if model.answers:
             kept = fit_turns(template, [*system, *messages], room)
@@ -95,14 +94,9 @@ class Conversation:
         return written
 
 
-def room_for(generator: Generator, params: SamplingParams) -> int:
-    """Return how many ids a prompt may have to leave room for the answer; see `Generator.fit`."""
-    return len(generator.fit(range(generator.context), params.max_new_tokens))
-
-
 def prompt_within(template: ChatTemplate, messages: list[Message], room: int) -> list[int]:
-    """The prompt of `messages` as at most `room` ids: less the oldest turns, then less the beginning of the
-    question, as in training. The markers stay, even where `room` is too small for them."""
+    """Return the prompt of `messages` as at most `room` ids: the oldest turns go first, then the beginning of
+    the question, as in training. The markers stay, even where `room` is too small for them."""
     messages = fit_turns(template, messages, room)
     ids, text = template.prompt(messages), len(template.tokenizer.encode(messages[-1]["content"]))
     end = len(ids) - len(template.before["assistant"]) - len(template.after["user"])  # of the question's text

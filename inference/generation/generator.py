@@ -4,12 +4,11 @@
 
 Prompts of different lengths share one batch: they are padded on the right, and the cache knows how many real
 tokens each row has. A row ends at a stop token, after `max_new_tokens`, when the context is full, or when
-`on_token` returns True; the batch ends when all rows have ended. The result of a row does not depend on the
-rows beside it: in fp64 exactly, while in fp32 two almost equal candidates may change places, because sums are
-taken in another order.
+`on_token` returns True. Its result does not depend on the other rows, except that in fp32 two almost equal
+candidates may change places, because sums are taken in another order.
 
-The limit: prompt and answer together never exceed `max_position_embeddings`. A prompt is never shortened
-here: the answer gets the places that are left. `fit` cuts a prompt to leave room for the answer.
+Prompt and answer together never exceed `max_position_embeddings`. A prompt is never shortened here; callers
+keep its last `room` tokens.
 """
 
 from collections.abc import Callable, Collection
@@ -17,33 +16,31 @@ from contextlib import contextmanager
 
 import torch
 
+from torch.nn.utils.rnn import pad_sequence
+
 from inference.fast.decoder import FastDecoder, fingerprint, prepare, refusal
 from inference.generation.sampling import Sampler, SamplingParams
 from model.caches import make_cache
 from utils.errors import UserError
 
-SMALL = 32 * 2**20  # bytes of weights up to which, and
-FEW = 32  # tokens in one forward up to which a second CPU thread does not help
+SMALL = 32 * 2**20  # a second CPU thread does not help a model of up to so many bytes
+FEW = 32  # with up to so many tokens in one forward
 open_contexts = []  # the number of threads that each open `few_threads` found; the first is restored
 
 
 class Answer(list):
-    """The new tokens of one row, the stop token included.
+    """The new tokens of one row, including the stop token."""
 
-    `finish_reason` is `stop` after a stop token or where `on_token` ended the row, and `length` where the
-    answer was cut: after `max_new_tokens`, or because the context was full.
-    """
-
-    finish_reason = "length"
+    finish_reason = "length"  # cut after `max_new_tokens` or by a full context; "stop" for any other end
 
 
 class Generator:
     """Continue rows of tokens with `model`.
 
     Args:
-        model: a `TinySeek`, or a module with its `forward(ids, cache, new_tokens, last_only)` and `config`.
+        model: a `TinySeek`, or a module with the same `forward` and `config`.
         start_id: the token that replaces an empty prompt; 0 is the end-of-text token of every tokenizer here.
-        fast: whether a single row may use `FastDecoder`.
+        fast: True if a single row may use `FastDecoder`.
 
     Attributes:
         why_plain: the reason why the last single row did not use `FastDecoder`; empty if it did.
@@ -69,7 +66,7 @@ class Generator:
     ) -> list[Answer]:
         """Return the new tokens of each row.
 
-        `on_token(row, token)` is called for each new token at once; where it returns True, the row ends.
+        Each new token is passed to `on_token(row, token)` at once; the row ends where that returns True.
         Raises `TypeError` for anything but lists of ids, and `UserError` for a prompt beyond the context.
         """
         prompts = self.check(prompts)
@@ -114,9 +111,9 @@ class Generator:
                     ids = torch.tensor(tokens, device=self.device)[:, None]  # (B, 1)
                     logits = self.model(ids, cache=cache, new_tokens=new, last_only=True).logits[:, 0]
 
-    def fit(self, prompt: list[int], max_new_tokens: int) -> list[int]:
-        """Return the end of `prompt` that leaves room for the answer, but at least half of the context."""
-        return prompt[-max(self.context - max_new_tokens, self.context // 2, 1) :]
+    def room(self, max_new_tokens: int) -> int:
+        """Return the length of a prompt that leaves room for the answer: at least half of the context."""
+        return max(self.context - max_new_tokens, self.context // 2, 1)
 
     def check(self, prompts: list[list[int]]) -> list[list[int]]:
         """Return `prompts` with a start token in empty ones. Raises as `generate` does."""
@@ -127,30 +124,24 @@ class Generator:
                 "[tokenizer.encode(text)], and write a tensor as tensor.tolist()"
             )
         prompts = [list(prompt) or [self.start_id] for prompt in prompts]
-        longest = max(map(len, prompts), default=0)
-        if longest > self.context:
-            raise UserError(
-                f"a prompt of {longest} tokens does not fit in the context of {self.context}: shorten it, "
-                "or cut it with Generator.fit"
-            )
+        longest, context = max(map(len, prompts), default=0), self.context
+        if longest > context:
+            raise UserError(f"a prompt of {longest} tokens does not fit in the context of {context}: cut it")
         return prompts
 
     def prefill(self, prompts: list[list[int]], cache):
         """Run all prompts, padded on the right, in one forward; return logits (B, V) after each row."""
         lengths = [len(prompt) for prompt in prompts]
-        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)  # (B, T)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt)
+        ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)  # (B, T)
         new = None if min(lengths) == max(lengths) else lengths
         return self.model(ids.to(self.device), cache=cache, new_tokens=new, last_only=True).logits[:, 0]
 
     def fast_decoder(self) -> FastDecoder | None:
-        """Return the prepared decoder, made anew if the model has changed, or None; `why_plain` says why."""
+        """Return the prepared decoder, made anew if the model has changed, or None: `why_plain`."""
         self.why_plain = refusal(self.model) if self.fast else "the fast path is switched off"
         if self.why_plain:
             return None
-        state = fingerprint(self.model)
-        if state != self.prepared_from:
+        if self.prepared_from != (state := fingerprint(self.model)):
             self.decoder, self.prepared_from = prepare(self.model, state), state
         self.why_plain = "" if self.decoder else "logits differ"
         return self.decoder
@@ -160,9 +151,8 @@ class Generator:
 def few_threads(model, tokens: int):
     """Use one CPU thread while a small model reads few `tokens`: their products are too short to share.
 
-    Measured on two cores: for one row on a nearly idle machine a second thread makes decoding 2 to 7 %
-    slower. On a busy one threads wait for each other a hundred times a token: 10 to 100 times as slow, at 1
-    to 16 rows. Contexts may overlap in any order, also in several Python threads.
+    Measured on two cores, a second thread makes decoding of one row 2 to 7 % slower if the machine is idle,
+    and 10 to 100 times slower if it is busy. Contexts may overlap in any order, also across Python threads.
     """
     if tokens > FEW or sum(weight.numel() * weight.element_size() for weight in model.parameters()) > SMALL:
         yield

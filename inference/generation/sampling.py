@@ -52,9 +52,9 @@ class SamplingParams:
 
 
 def filtered_probs(logits, params: SamplingParams, seen=None):
-    """Return the probabilities (B, V) that logits (B, V) have after all filters, in fp32 or wider.
+    """Return the probabilities (B, V) of logits (B, V) after all filters, in fp32 or wider.
 
-    `seen` (B, V) bool, the tokens of each row so far, is needed for the repetition penalty only.
+    `seen` (B, V) bool marks the tokens of each row so far; only the repetition penalty needs it.
     """
     scores = penalised(logits, params, seen)
     if params.temperature == 0:
@@ -87,11 +87,11 @@ def penalised(logits, params: SamplingParams, seen=None):
 def draw(probs, uniforms):
     """Draw tokens (B,) from probs (B, V) with uniforms (B, 1) in (0, 1].
 
-    The first token whose cumulated probability reaches the uniform number is taken. A token of probability 0
-    is never drawn: its cumulated probability is that of the token before it.
+    The first token whose cumulative probability reaches the uniform number is taken. A token of probability 0
+    is never drawn: its cumulative probability is that of the token before it.
     """
-    cumulated = probs.cumsum(dim=1)
-    return torch.searchsorted(cumulated, uniforms * cumulated[:, -1:])[:, 0]
+    cumulative = probs.cumsum(dim=1)
+    return torch.searchsorted(cumulative, uniforms * cumulative[:, -1:])[:, 0]
 
 
 def row_seed(seed: int, row: int) -> int:
@@ -107,11 +107,8 @@ def row_seed(seed: int, row: int) -> int:
 class Sampler:
     """Choose the tokens of one batch. Each row has its own random generator, so rows are independent.
 
-    Args:
-        prompts: the ids of each row so far.
-        device: the device of the logits. Random numbers come from the CPU: the same for every device.
-        stop_ids: tokens without repetition penalty. In a conversation they end each past answer, and with a
-            penalty answers would grow longer with every turn.
+    Random numbers come from the CPU, so they are the same on every `device`. The repetition penalty spares
+    `stop_ids`: they end each past answer of a conversation, and answers would grow longer with every turn.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ class Scripted:
     def __init__(self, answer, context=5000):
         self.answer, self.asked, self.sizes, self.context = answer, [], [], context
 
-    fit = Generator.fit
+    room = Generator.room
 
     def generate(self, prompts, params, stop_ids):
         assert params.temperature == 0 and END in stop_ids
