@@ -25,7 +25,7 @@ import utils  # noqa: F401  first: it sets how threads wait, before PyTorch load
 from inference.generation.conversation import Conversation
 from inference.generation.selector import LoadedSelector
 from inference.generation.generator import Generator
-from inference.generation.load import Loaded, load_adapter, load_base
+from inference.generation.load import DEFAULT_OUT, Loaded, load_adapter, load_base
 from inference.generation.sampling import SamplingParams, row_seed
 from inference.generation.speculative import SpeculativeGenerator
 from inference.generation.terminal import RED, closed_pipe_ends, edit_lines, open_streams, read_message
@@ -33,7 +33,6 @@ from inference.generation.terminal import show, tell
 from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, run_main
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 HELP = """\
 /help                  list the commands
 /clear                 forget the conversation; the system message stays
@@ -53,7 +52,7 @@ def parse_command():
     add("--system", metavar="TEXT", default="", help="the system message, for a model that answers")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", metavar="FILE", help="the model (default: the latest stage in --out)")
-    source.add_argument("--out", metavar="DIR", default=ROOT / "out", help="the folder of the trained models")
+    source.add_argument("--out", metavar="DIR", default=DEFAULT_OUT, help="the folder of the trained models")
     extra = parser.add_mutually_exclusive_group()
     extra.add_argument("--adapter", nargs="+", metavar="FILE", help="results of lora_train, prefix_train, ..")
     extra.add_argument("--gate", metavar="FILE", help="the result of gate_train: a selector of the model")
@@ -84,7 +83,7 @@ def main():
     models, choose = open_models(args, device)
     generators = [Generator(one.model, one.tokenizer.eos_id) for one in models]
     if args.draft:
-        generators = [SpeculativeGenerator(models[0].model, models[0].tokenizer.eos_id, args.draft)]
+        generators = [SpeculativeGenerator(models[0].model, generators[0].start_id, args.draft)]
     chat = Chat(Conversation(models, generators, choose, tuple(args.stop), tell), params)
     chat.conversation.use = 1 if args.adapter else 0
     chat.set_system(args.system)
@@ -105,7 +104,7 @@ def open_models(args, device):
     """Return the models that may answer, the base before its adapters, and the function that chooses."""
     base = load_base(args.checkpoint, device, args.out, args.adapter and args.adapter[0], args.gate, tell)
     does = "answers" if base.answers else "is pre-trained: it continues each text"
-    tell(f"{base.path} ({trained(base)}, {device}) {does}")
+    tell(f"{base.path} ({base.about['stage']}, step {base.about['step']:,}, {device}) {does}")
     if args.gate:
         gate = LoadedSelector(args.gate, base)
 
@@ -118,13 +117,9 @@ def open_models(args, device):
         return gate.models, choose
     adapters = [load_adapter(file, base) for file in args.adapter or []]
     for number, adapter in enumerate(adapters, start=1):
-        tell(f"{number}: {adapter.path} ({trained(adapter)}) answers")
+        about = adapter.about
+        tell(f"{number}: {adapter.path} ({about['stage']}, step {about['step']:,}) answers")
     return [base, *adapters], None
-
-
-def trained(model: Loaded) -> str:
-    """Return the stage of a model and the number of its steps."""
-    return f"{model.about['stage']}, step {model.about['step']:,}"
 
 
 class Chat:

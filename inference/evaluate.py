@@ -20,7 +20,7 @@ from itertools import islice
 import utils  # noqa: F401  first: it sets how threads wait, before PyTorch loads
 from inference.generation.conversation import prompt_within
 from inference.generation.generator import Generator
-from inference.generation.load import Loaded, load_adapter, load_base
+from inference.generation.load import DEFAULT_OUT, Loaded, load_adapter, load_base
 from inference.generation.sampling import SamplingParams
 from inference.generation.terminal import closed_pipe_ends, open_streams, tell
 from load_data.chat.chat_data import chosen_files, chosen_skills, split_dialogues
@@ -29,7 +29,6 @@ from load_data.corpora.sources import VAL
 from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, run_main
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 BATCH = 50  # questions that are answered together
 COLUMNS = 3  # of a table: name, amount, note
 DATA = "data"  # the name of the score of held-out dialogues
@@ -37,19 +36,12 @@ DATA = "data"  # the name of the score of held-out dialogues
 
 @dataclass(frozen=True)
 class Score:
-    """The result of one set of questions.
-
-    Attributes:
-        right: the number of correct answers, or of correct table items.
-        of: the number of questions, or of items in the expected tables.
-        percent: the share of correct answers, or the F1 of the items, which surplus items also lower.
-        wrong: the first question with a wrong answer, that answer, and the expected one; None if none is.
-    """
+    """The result of one set of questions. With `items`, the items of tables are counted, not the answers."""
 
     right: int
-    of: int
-    percent: float
-    wrong: tuple[str, str, str] | None
+    of: int  # the number of expected answers or items
+    percent: float  # the share of right answers, or the F1 of the items, which surplus items also lower
+    wrong: tuple[str, str, str] | None  # the first wrong answer: question, answer, expected answer
 
 
 def score_skills(generator, template, names: Iterable[str], count: int = 100) -> dict[str, Score]:
@@ -149,7 +141,7 @@ def parse_command():
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", metavar="FILE", help="the model (default: the latest stage in --out)")
-    source.add_argument("--out", metavar="DIR", default=ROOT / "out", help="the folder of the trained models")
+    source.add_argument("--out", metavar="DIR", default=DEFAULT_OUT, help="the folder of the trained models")
     add("--adapter", metavar="FILE", help="score the base with this result of lora_train, ..")
     add("--skills", metavar="A,B", help=f"some of {','.join(SKILLS)} (default: those of fine-tuning)")
     add("--data", nargs="+", default=[], metavar="FILE", help="score the held-out dialogues of these files")

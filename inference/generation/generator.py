@@ -92,12 +92,14 @@ class Generator:
 
     def write(self, prompts: list[list[int]], room: list[int], sampler: Sampler, add) -> None:
         """Write up to `room[row]` tokens in each row; `add(row, token)` returns False if the row ends."""
-        capacity = max(len(prompt) + places for prompt, places in zip(prompts, room, strict=True))
-        cache = make_cache(self.model, len(prompts), capacity)
+        lengths = [len(prompt) for prompt in prompts]
+        cache = make_cache(self.model, len(prompts), max(map(sum, zip(lengths, room, strict=True))))
         decoder = self.fast_decoder() if len(prompts) == 1 else None
         active = [places > 0 for places in room]
-        with few_threads(self.model, sum(map(len, prompts))):
-            logits = self.prefill(prompts, cache)  # (B, V)
+        ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)  # (B, T)
+        new = None if min(lengths) == max(lengths) else lengths
+        with few_threads(self.model, sum(lengths)):
+            logits = self.forward(ids, cache, new)
         with few_threads(self.model, len(prompts)):
             while True:
                 tokens = sampler.pick(logits)
@@ -108,8 +110,7 @@ class Generator:
                     logits = decoder.step(tokens[0], cache)
                 else:
                     new = None if all(active) else [int(one) for one in active]  # the others stand still
-                    ids = torch.tensor(tokens, device=self.device)[:, None]  # (B, 1)
-                    logits = self.model(ids, cache=cache, new_tokens=new, last_only=True).logits[:, 0]
+                    logits = self.forward(torch.tensor(tokens)[:, None], cache, new)
 
     def room(self, max_new_tokens: int) -> int:
         """Return the length of a prompt that leaves room for the answer: at least half of the context."""
@@ -129,11 +130,8 @@ class Generator:
             raise UserError(f"a prompt of {longest} tokens does not fit in the context of {context}: cut it")
         return prompts
 
-    def prefill(self, prompts: list[list[int]], cache):
-        """Run all prompts, padded on the right, in one forward; return logits (B, V) after each row."""
-        lengths = [len(prompt) for prompt in prompts]
-        ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)  # (B, T)
-        new = None if min(lengths) == max(lengths) else lengths
+    def forward(self, ids, cache, new: list[int] | None):
+        """Run the model on ids (B, T), of which `new` are real (None: all); return each row's last logits."""
         return self.model(ids.to(self.device), cache=cache, new_tokens=new, last_only=True).logits[:, 0]
 
     def fast_decoder(self) -> FastDecoder | None:

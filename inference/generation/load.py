@@ -1,10 +1,10 @@
 """Load checkpoints as models that are ready to use: a file holds shape, weights and tokenizer.
 
 The file of an adapter holds the adapter alone. Its base is the model that the user names, or the one it was
-trained on, and a hash of all weights shows whether that is the right one.
+trained on; a hash of all weights identifies it.
 
 A file may come from a stranger: the types of its entries are checked, its shapes are compared before memory
-is taken for them, and the paths in it are not trusted.
+is allocated, and the paths in it are not trusted.
 """
 
 import warnings
@@ -39,28 +39,20 @@ KINDS = {  # by flag: the name of the kind, and the form of its entry `base`
 
 @dataclass
 class Loaded:
-    """A model that is ready to be used.
-
-    Attributes:
-        config: the configuration of the run that trained it (for an adapter: that trained the adapter).
-        answers: True if it was trained on dialogues; otherwise it continues texts.
-        template: the chat template of its training.
-        about: the checkpoint without its weights.
-        own: the weights in its file; for an adapter those of the adapter alone.
-    """
+    """A model that is ready to be used."""
 
     model: TinySeek
     tokenizer: Tokenizer
-    config: RunConfig
+    config: RunConfig  # of the run that trained it; for an adapter, of the run that trained the adapter
     path: Path
-    answers: bool
+    answers: bool  # True if it was trained on dialogues; otherwise it continues texts
     template: ChatTemplate
-    about: dict
-    own: dict[str, torch.Tensor]
+    about: dict  # the checkpoint without its weights
+    own: dict[str, torch.Tensor]  # the weights in its file; for an adapter those of the adapter alone
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the weights in its file. (Not of folded ones: machines round them differently.)"""
+        """A hash of the weights in its file, not of folded ones: machines round those differently."""
         return weights_digest(self.own)
 
     @property
@@ -167,14 +159,14 @@ def find_base(flag: str, path: str | Path) -> Path:
 
 
 def find_file(was: str, digest: str, path: str | Path) -> Path | None:
-    """Return the file that the one in `path` calls `was`, or None.
+    """Return the file that the checkpoint in `path` calls `was`, or None.
 
-    Searched are the folder of `path`, then `was` seen from there, from the folders above and from the working
-    directory, and last an absolute `was`. The first file whose weights have `digest` is taken, or else the
-    first of all.
+    The search goes through the folder of `path`, then takes `was` relative to it, to the folders above and to
+    the working directory, or as it is if absolute. The first file whose weights have `digest` wins, or else
+    the first file.
 
-    Trap: a path in a stranger's file is no more than a hint. A network path is never opened, because Windows
-    would send the user's name and a hash of the password to that host.
+    Trap: a stranger wrote that path. A network path is never opened, because Windows would send the user's
+    name and a hash of the password to that host.
     """
     folder, name = Path(path).resolve().parent, PureWindowsPath(was)  # knows the slashes of both worlds
     places = [folder / name.name]
@@ -193,8 +185,8 @@ def find_file(was: str, digest: str, path: str | Path) -> Path | None:
 
 
 def load_adapter(path: str | Path, base: Loaded) -> Loaded:
-    """Return `base` with the adapter in `path`. Both share the tensors of the base, except for matrices that
-    LoRA changes: it is folded into copies of them, which cost memory but decode as fast as the base."""
+    """Return `base` with the adapter in `path`. They share the tensors of the base, except for the matrices
+    that LoRA changes: LoRA is folded into copies, which cost memory but decode as fast as the base."""
     checkpoint = open_as("--adapter", path)
     check_base(checkpoint, path, base)
     config, own = from_dict(checkpoint["config"], str(path)), checkpoint.pop("weights")

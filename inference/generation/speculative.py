@@ -1,7 +1,7 @@
 """Self-speculative decoding: the MTP head drafts, the trunk verifies all drafts in one forward.
 
-A forward over a few tokens costs little more than one over a single token (4 layers on a CPU: 1.25 times as
-long for two, 1.3 times for five). So each round drafts g tokens, and the trunk reads them all at once:
+Where a forward pass is bound by reading weights, several tokens cost little more than one. So each round
+drafts g tokens, and the trunk reads them all at once:
 
     text ... x            x is written, but not yet in the cache
     draft                 d1 .. dg, one by one: the head reads the trunk's last hidden state and x, then its
@@ -10,19 +10,17 @@ long for two, 1.3 times for five). So each round drafts g tokens, and the trunk 
     accept                some drafts, and one token of the trunk after them
     crop                  both caches discard what was not accepted
 
-so each round writes 1 to g + 1 tokens. However bad the drafts are, the text has exactly the distribution that
-the trunk alone would give (Leviathan et al., arXiv 2211.17192). For a draft d that was drawn from q:
+A round writes 1 to g + 1 tokens. However bad the drafts are, the text has exactly the distribution of the
+trunk alone (Leviathan et al., arXiv 2211.17192). For a draft d that was drawn from q:
 
     accept with probability min(1, p(d) / q(d)); at the first rejection draw from max(p - q, 0), normalised
 
 A token is then written with probability min(p, q) by acceptance, and with the rest, p - min(p, q), by the
-second draw. On average sum min(p, q) of the drafts are accepted. p and q are the probabilities after all the
-filters of inference/generation/sampling.py. At temperature 0 both have one token of probability 1, and the
-same rule accepts while the draft is the trunk's most likely token: greedy decoding, token for token.
+second draw. Both p and q have passed the filters of inference/generation/sampling.py. At temperature 0 both
+have one token of probability 1, so the same rule gives greedy decoding, token for token.
 
-The sequential head has a cache of its own. Its column t holds token t+1 and the trunk's hidden state of token
-t. While it drafts ahead, its own hidden state stands in, so those columns are discarded after each round and
-written again from the trunk's.
+The sequential head has a cache of its own: column t holds token t+1 and the trunk's hidden state of token t.
+While it drafts ahead, its own hidden states stand in; those columns are discarded after each round.
 """
 
 import torch
@@ -39,15 +37,8 @@ LONGEST = 15  # a rolling cache takes back 16 tokens
 class SpeculativeGenerator(Generator):
     """Continue one row with drafts, on the plain path, and several rows as `Generator` does.
 
-    Draws with a seed differ from those of `Generator`, but have the same distribution.
-
-    Args:
-        model: a `TinySeek` with an MTP head.
-        start_id: the token that replaces an empty prompt.
-        draft_length: g, the most tokens drafted at a time; a parallel head drafts one.
-
-    Attributes:
-        drafted, accepted: numbers of tokens over all calls. A draft after a rejected one is not accepted.
+    Draws with a seed differ from those of `Generator`, but have the same distribution. `draft_length` is g;
+    a parallel head drafts one token. `drafted` and `accepted` count tokens over all calls.
     """
 
     def __init__(self, model, start_id: int = 0, draft_length: int = 1):
