@@ -86,7 +86,8 @@ def main():
         generators = [SpeculativeGenerator(models[0].model, generators[0].start_id, args.draft)]
     chat = Chat(Conversation(models, generators, choose, tuple(args.stop), tell), params)
     chat.conversation.use = 1 if args.adapter else 0
-    chat.set_system(args.system)
+    if args.system:
+        chat.obey(f"/system {args.system}")
     try:
         if args.prompt is not None:
             show("" if chat.model.answers else args.prompt)
@@ -183,7 +184,9 @@ class Chat:
             conversation.messages = []
             tell("(a new conversation)")
         elif name == "/system":
-            self.set_system(rest)
+            if rest and not self.model.answers:
+                raise UserError(f"{self.model.path} reads no system message: only fine-tuned models do")
+            conversation.system = rest
             tell("(system message set)" if rest else "(no system message)")
         elif name == "/params":
             self.change(rest.split())
@@ -197,12 +200,6 @@ class Chat:
         else:
             conversation.use = int(rest)
             tell(f"({self.model.path})")
-
-    def set_system(self, text: str) -> None:
-        """Set the system message, or remove it if `text` is empty."""
-        if text and not self.model.answers:
-            raise UserError(f"{self.model.path} reads no system message: only fine-tuned models do")
-        self.conversation.system = text
 
     def change(self, changes: list[str]) -> None:
         """Change sampling settings by `name=value`."""

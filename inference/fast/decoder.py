@@ -17,7 +17,6 @@ long as one, so drafting made the fast path slower.
 
 import copy
 import threading
-import warnings
 import weakref
 
 import torch
@@ -73,16 +72,6 @@ def fingerprint(model) -> tuple:
     return id(model), *(tensor.data_ptr() for tensor in tensors), *versions, *forwards
 
 
-def prepare(model: TinySeek, state: tuple) -> "FastDecoder | None":
-    """Return a decoder for `model`, whose fingerprint is `state`; warn and return None if results differ."""
-    decoder = decoders.get(state) or FastDecoder(model)
-    if state not in decoders and not agree(decoder, model):
-        warnings.warn("FastDecoder and the model disagree: the slower plain path is used", stacklevel=4)
-        return None
-    decoders[state] = decoder
-    return decoder
-
-
 @torch.inference_mode()
 def agree(fast: "FastDecoder", model: TinySeek) -> bool:
     """Return True if both paths compute the same logits for a few tokens.
@@ -111,7 +100,7 @@ class FastDecoder:
         config, decoder = model.config, model.model
         self.dtype = torch.promote_types(model.lm_head.weight.dtype, torch.float32)
         self.embedding = decoder.embed_tokens.weight.clone()
-        self.layers = [self.prepare(layer, config) for layer in decoder.layers]
+        self.layers = [self.parts(layer, config) for layer in decoder.layers]
         self.hidden = torch.empty(1, config.hidden_size, dtype=self.dtype)
         self.norm = FastNorm(torch.empty_like(self.hidden), config.rms_norm_eps)
         self.lm_head = joined([model.lm_head], self.dtype, decoder.norm)
@@ -125,7 +114,7 @@ class FastDecoder:
         cos, sin = decoder.rotary_emb(torch.arange(config.max_position_embeddings))
         self.cos, self.sin = cos.to(self.dtype), (sin * signed.sign()).to(self.dtype)  # (positions, D)
 
-    def prepare(self, layer: DecoderLayer, config):
+    def parts(self, layer: DecoderLayer, config):
         """Return the attention and the feed-forward of `layer`, each with the gain of the norm before it."""
         attention = FastAttention(layer.self_attn, layer.input_layernorm, config, self.dtype)
         if layer.has_experts:

@@ -6,6 +6,7 @@ models with different templates can take turns, and nothing that a user types ca
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from inference.generation.generator import Generator
 from inference.generation.load import Loaded
@@ -16,34 +17,19 @@ from load_data.chat.chat_template import ChatTemplate, fit_turns
 Message = dict[str, str]
 
 
+@dataclass
 class Conversation:
-    """The state of a chat; call `say(text, params, show)` for each message.
+    """The state of a chat; call `say(text, params, show)` for each message."""
 
-    Args:
-        models: the models that may answer.
-        generators: one for each model.
-        choose: a function from the messages so far to the number of the model that answers; None for `use`.
-        stop: texts that end an answer.
-        tell: a function that receives remarks of one line.
-
-    Attributes:
-        messages: the turns that the next answer can read, without the system message.
-        system: the system message; empty for none.
-        use: the number of the model that answers.
-        cut: the reason why the last answer was cut; empty if it was not.
-    """
-
-    def __init__(
-        self,
-        models: list[Loaded],
-        generators: list[Generator],
-        choose: Callable[[list[Message]], int] | None = None,
-        stop: tuple[str, ...] = (),
-        tell: Callable[[str], None] = lambda line: None,
-    ):
-        self.models, self.generators, self.choose = models, generators, choose
-        self.stop, self.tell = stop, tell
-        self.messages, self.system, self.use, self.cut = [], "", 0, ""
+    models: list[Loaded]  # those that may answer
+    generators: list[Generator]  # one for each model
+    choose: Callable[[list[Message]], int] | None = None  # messages -> number of the model; None for `use`
+    stop: tuple[str, ...] = ()  # texts that end an answer
+    tell: Callable[[str], None] = lambda line: None  # receives remarks of one line
+    messages: list[Message] = field(default_factory=list)  # turns for the next answer, without the system's
+    system: str = ""  # the system message; empty for none
+    use: int = 0  # the number of the model that answers
+    cut: str = ""  # the reason why the last answer was cut; empty if it was not
 
     def say(self, text: str, params: SamplingParams, show: Callable[[str], None]) -> str:
         """Return the model's answer to `text`; `show(piece)` receives each piece as it is written.

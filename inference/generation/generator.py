@@ -11,6 +11,7 @@ Prompt and answer together never exceed `max_position_embeddings`. A prompt is n
 keep its last `room` tokens.
 """
 
+import warnings
 from collections.abc import Callable, Collection
 from contextlib import contextmanager
 
@@ -18,7 +19,7 @@ import torch
 
 from torch.nn.utils.rnn import pad_sequence
 
-from inference.fast.decoder import FastDecoder, fingerprint, prepare, refusal
+from inference.fast.decoder import FastDecoder, agree, decoders, fingerprint, refusal
 from inference.generation.sampling import Sampler, SamplingParams
 from model.caches import make_cache
 from utils.errors import UserError
@@ -140,7 +141,12 @@ class Generator:
         if self.why_plain:
             return None
         if self.prepared_from != (state := fingerprint(self.model)):
-            self.decoder, self.prepared_from = prepare(self.model, state), state
+            self.decoder, self.prepared_from = decoders.get(state) or FastDecoder(self.model), state
+            if state in decoders or agree(self.decoder, self.model):
+                decoders[state] = self.decoder
+            else:
+                self.decoder = None
+                warnings.warn("FastDecoder and the model disagree: the plain path is used", stacklevel=3)
         self.why_plain = "" if self.decoder else "logits differ"
         return self.decoder
 

@@ -105,14 +105,7 @@ def load_full(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
     return Loaded(model, tokenizer, config, Path(path), answers, template, about, model.state_dict())
 
 
-def load_base(
-    checkpoint: str | None,
-    device: str | torch.device,
-    out: str | Path,
-    adapter: str | None = None,
-    gate: str | None = None,
-    tell: Callable[[str], None] = lambda line: None,
-) -> Loaded:
+def load_base(checkpoint, device, out, adapter=None, gate=None, tell=lambda line: None) -> Loaded:
     """Return the whole model of a command: `checkpoint`, or the base of the adapter or of the gate, or else
     the model that `find_model` finds."""
     if not checkpoint and (adapter or gate):

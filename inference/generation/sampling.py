@@ -14,7 +14,6 @@ Filtering and drawing are separate: speculative decoding compares the filtered p
 """
 
 import hashlib
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -111,14 +110,7 @@ class Sampler:
     `stop_ids`: they end each past answer of a conversation, and answers would grow longer with every turn.
     """
 
-    def __init__(
-        self,
-        params: SamplingParams,
-        prompts: list[list[int]],
-        vocab_size: int,
-        device,
-        stop_ids: Collection[int] = (),
-    ):
+    def __init__(self, params: SamplingParams, prompts: list[list[int]], vocab_size, device, stop_ids=()):
         self.params = params
         self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
         for row, prompt in enumerate(prompts):  # trained embeddings have ids beyond the vocabulary

@@ -43,15 +43,10 @@ def candidate_records(models: list[Loaded], base: Loaded) -> list[dict]:
 
 
 class LoadedSelector:
-    """A trained selector: `choose(messages)` returns the number of the model that answers.
+    """The result of gate_train in `path`: `choose(messages)` returns the number of the model that answers.
 
-    Args:
-        path: the result of gate_train.
-        base: the model that reads the questions for it.
-
-    Attributes:
-        models: the candidates. All of them answer, as in training, a pre-trained one included.
-        names: the paths of the candidates in training.
+    `base` reads the questions. `models` are the candidates, `names` their paths in training. All candidates
+    answer, as in training, including a pre-trained one.
     """
 
     def __init__(self, path: str | Path, base: Loaded):

@@ -24,11 +24,11 @@ class TextStream:
         if found:  # the one that is complete first
             text, self.waiting, self.stopped = self.waiting[: min(found)[1]], "", True
             return text
-        places = range(len(self.waiting))
-        begins = [place for place in places if any(stop.startswith(self.waiting[place:]) for stop in self.stop)]
-        cut = min(begins, default=len(self.waiting))
-        text, self.waiting = self.waiting[:cut], self.waiting[cut:]
-        return text
+        text, cut = self.waiting, 0
+        while not any(stop.startswith(text[cut:]) for stop in self.stop) and cut < len(text):
+            cut += 1
+        self.waiting = text[cut:]
+        return text[:cut]
 
     def finish(self) -> str:
         """Return the text that was still held back when the tokens ended."""
