@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection
 from contextlib import contextmanager
 
 import torch
-
 from torch.nn.utils.rnn import pad_sequence
 
 from inference.fast.decoder import FastDecoder, agree, decoders, fingerprint, refusal
