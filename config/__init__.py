@@ -1,1 +1,1 @@
-"""What can be chosen: dataclasses with validation (`schema.py`) and presets as JSON (`presets/`)."""
+"""Settings of a run, their limits, and presets."""

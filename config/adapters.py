@@ -43,8 +43,8 @@ class MixLoraConfig:
         """Refuse numbers of experts that the router cannot choose or be trained on."""
         if self.num_experts_per_tok > self.num_experts:
             raise UserError(
-                f"mixlora.num_experts_per_tok={self.num_experts_per_tok} is more than mixlora.num_experts="
-                f"{self.num_experts}: lower the first or raise the second"
+                f"mixlora.num_experts_per_tok={self.num_experts_per_tok} is more than "
+                f"mixlora.num_experts={self.num_experts}: lower it"
             )
         if self.num_experts_per_tok == 1:
             raise UserError(

@@ -1,27 +1,32 @@
 """Limits of config fields, and the checks that enforce them.
 
-A field declares its limits in its metadata (`at_least`, `above`, `at_most`, `below`, `choices`). A section
-may also define `check()` for relations between its fields. A violation raises a `UserError` that names the
-field, the value and the rule.
+A field declares its limits in its metadata, with the names of `RULES`. A section may also define `check()`
+for constraints between fields. A violation raises a `UserError` that names the field, the value and the rule.
 """
 
 import math
+import operator
 import types
 import typing
 from dataclasses import field, fields
 
 from utils.errors import UserError
 
+RULES = {
+    "at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt,
+    "choices": lambda value, choices: value in choices,
+}  # fmt: skip
+
 
 def option(default, **limits):
-    """A dataclass field with limits: `at_least`, `above`, `at_most`, `below` (numbers) or `choices`."""
+    """Return a dataclass field with `limits`: a bound for each of some names of `RULES`."""
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=limits)
     return field(default=default, metadata=limits)
 
 
 def validate_section(name: str, section) -> None:
-    """Types, single-field limits, then the section's own `check()`."""
+    """Check types and limits of all fields, then call the section's own `check()`."""
     hints = typing.get_type_hints(type(section))
     for item in fields(section):
         value = getattr(section, item.name)
@@ -31,7 +36,7 @@ def validate_section(name: str, section) -> None:
 
 
 def checked(key: str, value, hint, limits) -> object:
-    """`value` if it has the type and keeps to the limits (an int is taken where a float is meant)."""
+    """Return `value` if its type and limits are right (an int is accepted for a float)."""
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in allowed:
         return None
@@ -45,15 +50,8 @@ def checked(key: str, value, hint, limits) -> object:
         raise UserError(f"{key}={value} must be a finite number")
     if list in kinds and not all(isinstance(part, str) for part in value):
         raise UserError(f"{key} must be a list of strings, not {value!r}")
-    rules = {
-        "at_least": lambda bound: value >= bound,
-        "above": lambda bound: value > bound,
-        "at_most": lambda bound: value <= bound,
-        "below": lambda bound: value < bound,
-        "choices": lambda bound: value in bound,
-    }
     for rule, bound in limits.items():
-        if not rules[rule](bound):
+        if not RULES[rule](value, bound):
             words = f"one of {', '.join(bound)}" if rule == "choices" else f"{rule.replace('_', ' ')} {bound}"
             raise UserError(f"{key}={value!r} must be {words}")
     return value

@@ -1,4 +1,4 @@
-"""The shape of a TinySeek model. Field names follow Hugging Face, so that readers meet known words."""
+"""The shape of a TinySeek model. Field names follow Hugging Face, which readers know."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from utils.errors import UserError
 class ModelConfig:
     """The shape of a TinySeek decoder. Names as in Hugging Face's `Dots1Config` and `DeepseekV3Config`."""
 
-    vocab_size: int = option(0, at_least=0)  # 0: as many as the tokenizer has
+    vocab_size: int = option(0, at_least=0)  # 0: the size of the tokenizer's vocabulary
     hidden_size: int = option(256, at_least=1)
     num_hidden_layers: int = option(4, at_least=1)
     num_attention_heads: int = option(8, at_least=1)
@@ -21,7 +21,7 @@ class ModelConfig:
     rms_norm_eps: float = option(1e-6, above=0)
     qk_norm: bool = True
     attention_bias: bool = False  # on q, k, v and o
-    sliding_window: int | None = option(None, at_least=1)  # tokens seen, the query's own included
+    sliding_window: int | None = option(None, at_least=1)  # tokens, the query's own included
     rope_theta: float = option(10000.0, above=1)  # raising it is ABF, arXiv 2309.16039
     rope_scaling: dict | None = None  # old or new Hugging Face spelling, see modules/rope_scaling.py
     rope_interleaved: bool = False  # pairs (0,1),(2,3).. instead of (0,D/2),(1,D/2+1)..
@@ -40,17 +40,17 @@ class ModelConfig:
     moe_intermediate_size: int = option(128, at_least=1)  # width of one expert
     first_k_dense_replace: int = option(0, at_least=0)  # the first layers keep a dense feed-forward
     scoring_func: str = option("sigmoid", choices=("sigmoid", "softmax"))
-    norm_topk_prob: bool = True  # the weights of the chosen experts add up to 1
+    norm_topk_prob: bool = True  # the weights of the chosen experts sum to 1
     routed_scaling_factor: float = option(1.0, above=0)
-    n_group: int = option(1, at_least=1)  # experts come in groups, and a token
-    topk_group: int = option(1, at_least=1)  # chooses from its best groups only
+    n_group: int = option(1, at_least=1)  # experts are divided into groups, and a
+    topk_group: int = option(1, at_least=1)  # token chooses from its best groups only
     router_jitter_noise: float = option(0.0, at_least=0, below=1)  # in training: router input times 1 +- this
     moe_implementation: str = option("auto", choices=("auto", "grouped", "loop"))
 
     # multi-head latent attention (modules/attention/latent.py) in place of grouped-query attention
     attention_kind: str = option("gqa", choices=("gqa", "mla"))
     q_lora_rank: int | None = option(None, at_least=1)  # None: queries are not compressed
-    kv_lora_rank: int = option(64, at_least=1)  # what the cache holds of keys and values
+    kv_lora_rank: int = option(64, at_least=1)  # size of the cached latent
     qk_nope_head_dim: int = option(32, at_least=1)
     qk_rope_head_dim: int = option(16, at_least=2)
     v_head_dim: int = option(32, at_least=1)
@@ -58,76 +58,63 @@ class ModelConfig:
     # multi-token prediction (modules/mtp.py)
     mtp: str = option("none", choices=("none", "parallel", "sequential"))
 
-    def check(self):
-        """Fill in `head_dim` and check that heads, groups and experts fit."""
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise UserError(
-                    f"model.hidden_size={self.hidden_size} does not divide by model.num_attention_heads="
-                    f"{self.num_attention_heads}: change one, or set model.head_dim"
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.head_dim % 2:
-            raise UserError(f"model.head_dim={self.head_dim} is odd: rotary embeddings turn pairs of numbers")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                f"model.num_attention_heads={self.num_attention_heads} does not divide by "
-                f"model.num_key_value_heads={self.num_key_value_heads}: each key/value head serves the same "
-                "number of query heads"
-            )
-        if self.n_routed_experts:
-            self.check_experts()
-        if self.attention_kind == "mla":
-            self.check_latent()
-
     @property
     def rotary_dim(self) -> int:
-        """How many channels of a head the rotary embedding turns."""
+        """The number of channels of a head that the rotary embedding rotates."""
         return self.qk_rope_head_dim if self.attention_kind == "mla" else self.head_dim
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether layer number `layer` has experts; one beyond the last is that of sequential MTP."""
+        """Return whether layer `layer` has experts; the one after the last is that of sequential MTP."""
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
 
-    def check_experts(self):
-        """What a router cannot do."""
-        experts, chosen = self.n_routed_experts, self.num_experts_per_tok
-        if chosen > experts:
-            raise UserError(
-                f"model.num_experts_per_tok={chosen} is more than model.n_routed_experts={experts}: "
-                "lower the first or raise the second"
-            )
-        if chosen == 1 and self.norm_topk_prob:
-            raise UserError(
-                "model.num_experts_per_tok=1 with model.norm_topk_prob=true makes every weight 1, so "
-                "that the router gets no gradient from the language-model loss: set "
-                "model.norm_topk_prob=false, or use two experts or more"
-            )
-        if experts % self.n_group:
-            raise UserError(
-                f"model.n_routed_experts={experts} does not divide by model.n_group={self.n_group}"
-            )
-        if self.topk_group > self.n_group:
-            raise UserError(
-                f"model.topk_group={self.topk_group} is more than model.n_group={self.n_group}: lower it"
-            )
-        if chosen > self.topk_group * experts // self.n_group:
-            raise UserError(
-                f"model.num_experts_per_tok={chosen} experts are not in model.topk_group={self.topk_group} "
-                f"groups of {experts // self.n_group}: raise model.topk_group"
-            )
-        if self.n_group > 1 and experts // self.n_group < 2:
-            raise UserError(
-                f"model.n_group={self.n_group} leaves one expert in a group, and groups are ranked by two"
-            )
+    def check(self):
+        """Fill in `head_dim`, and raise `UserError` for the first rule that is broken."""
+        attention = self.latent_rules if self.attention_kind == "mla" else self.head_rules
+        for broken, message in (*attention(), *self.expert_rules()):
+            if broken:
+                raise UserError(message)
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
-    def check_latent(self):
-        """What latent attention cannot do."""
-        if self.qk_rope_head_dim % 2:
-            raise UserError(
-                f"model.qk_rope_head_dim={self.qk_rope_head_dim} is odd: rotary embeddings turn pairs"
-            )
-        if self.sliding_window is not None:
-            raise UserError(
-                "model.sliding_window goes with model.attention_kind=gqa only: leave it out, or use gqa"
-            )
+    def head_rules(self):
+        """Yield the rules of grouped-query attention: whether each is broken, and the error."""
+        C, H, G, D = self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        yield D is None and C % H, (
+            f"model.hidden_size={C} is not divisible by model.num_attention_heads={H}: change one, or set "
+            "model.head_dim"
+        )
+        D = D or C // H
+        yield D % 2, f"model.head_dim={D} is odd: rotary embeddings rotate pairs of channels"
+        yield H % G, (
+            f"model.num_attention_heads={H} is not divisible by model.num_key_value_heads={G}: change one"
+        )
+
+    def latent_rules(self):
+        """Yield the rules of latent attention, which reads neither head_dim nor num_key_value_heads."""
+        D, window = self.qk_rope_head_dim, self.sliding_window
+        yield D % 2, f"model.qk_rope_head_dim={D} is odd: rotary embeddings rotate pairs of channels"
+        yield window is not None, f"model.sliding_window={window} needs model.attention_kind=gqa: change one"
+
+    def expert_rules(self):
+        """Yield the rules of a mixture of experts; a dense model has none."""
+        E, K, groups, best = self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group
+        if E == 0:
+            return
+        layers = self.num_hidden_layers + (self.mtp == "sequential")
+        yield self.first_k_dense_replace >= layers, (
+            f"model.first_k_dense_replace={self.first_k_dense_replace} leaves none of {layers} layers with "
+            "experts: lower it, or set model.n_routed_experts=0"
+        )
+        yield K > E, f"model.num_experts_per_tok={K} is more than model.n_routed_experts={E}: lower it"
+        yield K == 1 and self.norm_topk_prob, (
+            "model.num_experts_per_tok=1 with model.norm_topk_prob=true makes every weight 1, so the router "
+            "gets no gradient from the loss: set model.norm_topk_prob=false, or use at least two experts"
+        )
+        yield E % groups, f"model.n_routed_experts={E} is not divisible by model.n_group={groups}: change one"
+        yield best > groups, f"model.topk_group={best} is more than model.n_group={groups}: lower it"
+        yield best * E // groups < K, (
+            f"model.num_experts_per_tok={K} is more than the experts in model.topk_group={best} groups of "
+            f"{E // groups}: raise model.topk_group"
+        )
+        yield groups > 1 and E // groups < 2, (
+            f"model.n_group={groups} leaves one expert per group, and groups are ranked by two: lower it"
+        )

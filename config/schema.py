@@ -1,8 +1,8 @@
-"""All settings of a run, as dataclasses that check themselves.
+"""All settings of a run, as dataclasses that validate themselves.
 
 A run has one `RunConfig` with the sections `model` (config/model.py), `tokenizer`, `data`, `optim`, `train`
-and `balance`, and one for each stage with settings of its own: `lora`, `mixlora`, `prefix` and `gate`
-(config/adapters.py). Presets (JSON files in config/presets/) and the command line fill it in
+and `balance`, and one per stage that has its own settings: `lora`, `mixlora`, `prefix` and `gate`
+(config/adapters.py). Presets (JSON files in config/presets/) and the command line set them
 (config/load.py).
 """
 
@@ -16,32 +16,35 @@ from utils.errors import UserError
 
 @dataclass
 class TokenizerConfig:
-    """How text becomes ids."""
+    """The conversion of text to ids."""
 
     kind: str = option("bpe", choices=("bpe", "char"))
     vocab_size: int = option(4096, at_least=300)  # bpe only, special tokens included
-    train_bytes: int = option(16_000_000, at_least=1)  # bpe reads at most this much text to learn its merges
+    train_bytes: int = option(16_000_000, at_least=1)  # bpe trains on at most this much text
 
 
 @dataclass
 class DataConfig:
-    """Which text, and how it is cut."""
+    """The text, its split, and how it is cut into rows."""
 
     paths: list[str] = option(["python"])  # files, folders, `python`, or for chat stages `skills`
     sequence_length: int = option(512, at_least=2)
     val_fraction: float = option(0.05, above=0, below=1)
+    # Split of dialogues: `folded` ignores case, width, punctuation and spaces of a question; `exact` is the
+    # rule of older checkpoints, inherited by runs that start from them.
+    same_question: str = option("folded", choices=("folded", "exact"))
     worked_examples: int = option(20_000, at_least=0)  # `>>> expression` and its value, with `python` only
     limit: int | None = option(None, at_least=1)  # at most this many documents
     cache_dir: str = "out/cache"  # relative to the repository
     # chat stages
     template: str = option("tinyseek", choices=("tinyseek", "chatml"))
-    packing: bool = True  # several dialogues in one row, which do not see each other
+    packing: bool = True  # several dialogues in one row, not attending to each other
     skill_samples: int = option(40_000, at_least=1)  # dialogues of one epoch, with `skills` only
 
 
 @dataclass
 class OptimConfig:
-    """The optimizer and the course of its learning rate."""
+    """The optimizer and its learning-rate schedule."""
 
     optimizer: str = option("adamw", choices=("adam", "adamw", "muon"))
     lr: float = option(1e-3, above=0)
@@ -51,21 +54,21 @@ class OptimConfig:
     beta2: float = option(0.95, at_least=0, below=1)
     eps: float = option(1e-8, above=0)
     weight_decay: float = option(0.1, at_least=0)  # matrices only
-    grad_clip: float = option(1.0, at_least=0)  # largest gradient norm; 0 switches clipping off
+    grad_clip: float = option(1.0, at_least=0)  # largest gradient norm; 0 disables clipping
     schedule: str = option("wsd", choices=("cosine", "exponential", "wsd"))
     warmup_steps: int = option(50, at_least=0)
-    decay_fraction: float = option(0.5, above=0, at_most=1)  # wsd: the last part of the run, spent decaying
-    min_lr_ratio: float = option(0.0, at_least=0, at_most=1)  # where the decay ends, as a share of lr
+    decay_fraction: float = option(0.5, above=0, at_most=1)  # wsd: the last part of the run
+    min_lr_ratio: float = option(0.0, at_least=0, at_most=1)  # final rate, as a share of lr
 
     def check(self):
-        """An exponential never reaches zero."""
+        """Reject an exponential decay to zero, which never arrives."""
         if self.schedule == "exponential" and self.min_lr_ratio == 0:
             raise UserError("optim.schedule=exponential needs optim.min_lr_ratio above 0, for example 0.01")
 
 
 @dataclass
 class TrainConfig:
-    """How long, how much at a time, and how often to look."""
+    """Duration, batch sizes, and intervals of logging, evaluation and saving."""
 
     batch_size: int = option(8, at_least=1)  # sequences in one micro-batch of one process
     accumulation_steps: int = option(1, at_least=1)  # micro-batches per optimizer step and process
@@ -73,7 +76,7 @@ class TrainConfig:
     max_seconds: float | None = option(None, above=0)
     log_every: int = option(10, at_least=1)
     eval_every: int = option(250, at_least=1)
-    eval_batches: int = option(16, at_least=1)  # on the way; the last evaluation always reads all of it
+    eval_batches: int = option(16, at_least=1)  # during training; the last evaluation always reads everything
     save_every: int = option(250, at_least=1)
     dtype: str = option("auto", choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool = False
@@ -82,22 +85,22 @@ class TrainConfig:
     mtp_weight: float | None = option(None, at_least=0)  # None: 1 for parallel, 0.3 for sequential prediction
 
     def check(self):
-        """A run needs an end."""
+        """Require a bound on steps or time."""
         if self.max_steps is None and self.max_seconds is None:
-            raise UserError("a run needs an end: set train.max_steps or train.max_seconds")
+            raise UserError("a run needs a bound: set train.max_steps or train.max_seconds")
 
 
 @dataclass
 class BalanceConfig:
-    """How experts are kept equally busy, see modules/experts/balance.py. Of no effect in a dense model."""
+    """Load balancing of experts, see modules/experts/balance.py. No effect on a dense model."""
 
-    weight: float = option(0.0, at_least=0)  # of the balance loss; 0 switches it off
+    weight: float = option(0.0, at_least=0)  # of the balance loss; 0 disables it
     form: str = option("switch", choices=("switch", "kl"))
     measure: str = option("hard", choices=("hard", "soft"))
     scope: str = option("global", choices=("sequence", "batch", "global"))
     statistics: str = option("running", choices=("running", "exact"))  # for scope global with accumulation
     z_loss: float = option(0.0, at_least=0)  # weight of the router z-loss
-    bias_rate: float = option(0.0, at_least=0)  # step of DeepSeek's loss-free bias; 0 switches it off
+    bias_rate: float = option(0.0, at_least=0)  # step of DeepSeek's loss-free bias; 0 disables it
 
 
 @dataclass
@@ -116,7 +119,7 @@ class RunConfig:
     gate: SelectorConfig = field(default_factory=SelectorConfig)
 
     def validate(self) -> "RunConfig":
-        """Check every field of every section; returns itself. Raises `UserError` on the first violation."""
+        """Check every field of every section and return self. Raises `UserError` for the first violation."""
         for section in fields(self):
             validate_section(section.name, getattr(self, section.name))
         return self

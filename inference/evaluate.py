@@ -23,8 +23,10 @@ from inference.generation.generator import Generator
 from inference.generation.load import DEFAULT_OUT, Loaded, load_adapter, load_base
 from inference.generation.sampling import SamplingParams
 from inference.generation.terminal import closed_pipe_ends, open_streams, tell
-from load_data.chat.chat_data import chosen_files, chosen_skills, split_dialogues
-from load_data.skills import SFT_SKILLS, SKILLS, is_right, scored_items, skill_named
+from config.schema import DataConfig
+from load_data.chat.chat_data import split_dialogues
+from load_data.chat.records import scored_answers
+from load_data.skills import HELD_OUT, SFT_SKILLS, SKILLS, is_right, scored_items, skill_named
 from load_data.corpora.sources import VAL
 from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, run_main
@@ -44,14 +46,17 @@ class Score:
     wrong: tuple[str, str, str] | None  # the first wrong answer: question, answer, expected answer
 
 
-def score_skills(generator, template, names: Iterable[str], count: int = 100) -> dict[str, Score]:
+def score_skills(
+    generator, template, names: Iterable[str], count: int = 100, val_fraction: float = HELD_OUT
+) -> dict[str, Score]:
     """Return the score of each skill in `names` on `count` test items, or on all if it has fewer.
 
-    `template` is a `ChatTemplate`. Raises `UserError` for an unknown skill.
+    `template` is a `ChatTemplate`, `val_fraction` what the model's training held out. Raises `UserError` for
+    an unknown skill.
     """
     scores = {}
     for name in names:
-        items = scored_items(name, count, seed=0)
+        items = scored_items(name, count, 0, val_fraction)
         tasks = [(item.messages, item.expected) for item in items]
         answers = greedy_answers(generator, template, tasks)
         judged = [(is_right(item, answer), 1, 1) for item, answer in zip(items, answers, strict=True)]
@@ -59,16 +64,19 @@ def score_skills(generator, template, names: Iterable[str], count: int = 100) ->
     return scores
 
 
-def score_dialogues(generator, template, dialogues: Iterable[list[dict]], score: str = "exact") -> Score:
-    """Return the score on dialogues. Each answer in them is predicted from the true turns before it.
+def score_dialogues(
+    generator, template, dialogues: Iterable[list[dict]], score: str = "exact", data: DataConfig | None = None
+) -> Score:
+    """Return the score on dialogues. Each answer to a question that `data` holds out (None: each answer) is
+    predicted from the true turns before it.
 
     score: `exact`, or `items` for the F1 of the items of tables, over all answers together.
     """
+    rule = (data.val_fraction, data.same_question) if data else (1.0, "exact")
     tasks = [
         (messages[:turn], messages[turn]["content"])
         for messages in dialogues
-        for turn in range(1, len(messages))
-        if messages[turn]["role"] == "assistant"
+        for turn in scored_answers(messages, *rule)
     ]
     answers, judged = greedy_answers(generator, template, tasks), []
     for (_, expected), answer in zip(tasks, answers, strict=True):
@@ -161,7 +169,7 @@ def held_out(paths: list[str], loaded: Loaded, count: int) -> list[list[dict]]:
     """Return the first `count` held-out dialogues of files, by the split of the training of `loaded` (for an
     adapter: the training of the adapter)."""
     data = replace(loaded.config.data, paths=paths)
-    split = islice(split_dialogues(data, chosen_skills(paths), chosen_files(paths)), data.limit)
+    split = split_dialogues(data, [])
     dialogues = list(islice((messages for side, messages in split if side == VAL), count))
     if not dialogues:
         raise UserError(f"--data {' '.join(paths)}: no dialogue in it is held out; give more dialogues")
@@ -180,10 +188,11 @@ def main():
         loaded = load_adapter(args.adapter, loaded)
     tell(f"{loaded.path} ({loaded.about['stage']}, {device})")
     generator = Generator(loaded.model, loaded.tokenizer.eos_id)
-    scores = score_skills(generator, loaded.template, args.skills, args.count)
+    rule = loaded.config.data
+    scores = score_skills(generator, loaded.template, args.skills, args.count, rule.val_fraction)
     if args.data:
         dialogues = held_out(args.data, loaded, args.count)
-        scores[DATA] = score_dialogues(generator, loaded.template, dialogues, args.score)
+        scores[DATA] = score_dialogues(generator, loaded.template, dialogues, args.score, rule)
     print(report(scores))
 
 

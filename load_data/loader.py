@@ -1,4 +1,4 @@
-"""Rows of token ids -> batches of windows, in an order that is the same however a step is divided.
+"""Rows of token ids -> batches of windows, in an order that does not depend on how a step is divided.
 
 The shift happens here and nowhere else: `labels[t]` is the token that follows `input_ids[t]`.
 """
@@ -10,16 +10,15 @@ import torch
 
 from utils.errors import UserError
 
-IGNORED = -100  # a label that the loss leaves out
+IGNORED = -100  # a label that the loss ignores
 
 
 class TokenLoader:
     """Endless training batches from a row of tokens.
 
-    An epoch visits windows of `sequence_length` that do not overlap, in an order drawn from (seed, epoch),
-    starting at an offset drawn anew each epoch so that windows do not always begin at the same places. One
-    step takes the next `batch_size * accumulation_steps * world_size` of them, the same ones for any
-    factoring of that product.
+    An epoch visits non-overlapping windows of `sequence_length`, in an order drawn from (seed, epoch). They
+    start at an offset drawn for each epoch, so that window boundaries vary. A step takes the next
+    `batch_size * accumulation_steps * world_size` windows, whatever the factors of that product.
     """
 
     def __init__(
@@ -32,7 +31,7 @@ class TokenLoader:
         world_size: int = 1,
         seed: int = 0,
     ):
-        """`tokens`: (N,) ids. Raises `UserError` when there are not enough for one window."""
+        """`tokens`: (N,) ids. Raises `UserError` if there are not enough for one window."""
         if len(tokens) < sequence_length + 1:
             raise UserError(
                 f"the training text has {len(tokens)} tokens, too few for data.sequence_length="
@@ -44,7 +43,7 @@ class TokenLoader:
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
-        """Draw the order of an epoch and stand at its beginning."""
+        """Draw the order of an epoch and move to its beginning."""
         rng = np.random.default_rng((self.seed, epoch))
         length = self.sequence_length
         offset = rng.integers(min(length, len(self.tokens) - length))
@@ -53,7 +52,7 @@ class TokenLoader:
         self.epoch, self.index_in_epoch = epoch, 0
 
     def take(self, count: int) -> np.ndarray:
-        """(count,) where the next windows start, running on into the next epoch where one is used up."""
+        """Return the starts (count,) of the next windows, continuing into the next epoch if necessary."""
         parts = []
         while count:
             if self.index_in_epoch == len(self.starts):
@@ -65,10 +64,16 @@ class TokenLoader:
         return np.concatenate(parts)
 
     def next_step(self) -> list[dict[str, torch.Tensor]]:
-        """This rank's micro-batches of the next step: `input_ids` and `labels`, (B, T) int64 each."""
-        starts = self.take(self.batch_size * self.accumulation_steps * self.world_size)
-        shares = starts.reshape(self.accumulation_steps, self.world_size, self.batch_size)[:, self.rank]
-        return [windows_at(self.tokens, share, self.sequence_length) for share in shares]
+        """Return this rank's micro-batches of the next step: `input_ids` and `labels`, (B, T) int64 each."""
+        items = self.take(self.batch_size * self.accumulation_steps * self.world_size)
+        shares = items.reshape(self.accumulation_steps, self.world_size, self.batch_size)[:, self.rank]
+        return [self.batch(share) for share in shares]
+
+    def batch(self, starts: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return the windows that begin at `starts` (B,), with the tokens that follow as labels."""
+        rows = self.tokens[starts[:, None] + np.arange(self.sequence_length + 1)]  # (B, T + 1)
+        rows = torch.from_numpy(rows.astype(np.int64))
+        return {"input_ids": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()}
 
     @property
     def epoch_progress(self) -> float:
@@ -76,27 +81,24 @@ class TokenLoader:
         return self.epoch + self.index_in_epoch / len(self.starts)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the loader stands, and what its order depends on."""
-        names = ("epoch", "index_in_epoch", "seed", "sequence_length")
-        return {name: int(getattr(self, name)) for name in names}
+        """Return the position of the loader; its order depends on settings that a resumed run shares."""
+        return {"epoch": self.epoch, "index_in_epoch": self.index_in_epoch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Stand where `state` says. Raises `UserError` if the order there was another one."""
-        for name in ("seed", "sequence_length"):
-            if state[name] != (ours := getattr(self, name)):
-                raise UserError(
-                    f"the checkpoint was trained with {name}={state[name]}, this run has {name}={ours}: "
-                    "resume with the same setting, or start anew in another --out"
-                )
+        """Move to the position in `state`."""
         self.start_epoch(state["epoch"])
         self.index_in_epoch = state["index_in_epoch"]
 
 
-def windows_at(tokens: np.ndarray, starts: np.ndarray, length: int) -> dict[str, torch.Tensor]:
-    """Windows of `length` tokens from `starts` (B,), each with the token that follows every token of it."""
-    rows = tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64)  # (B, T + 1)
-    rows = torch.from_numpy(rows)
-    return {"input_ids": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()}
+def eval_batches(
+    count: int, batch_size: int, max_batches: int | None, rank: int, world_size: int
+) -> Iterator[np.ndarray]:
+    """Yield the indices of each batch of this rank: all `count` in order, or with `max_batches` (per rank) as
+    many as that allows, evenly spread."""
+    wanted = min(count, (max_batches or count) * batch_size * world_size)
+    mine = (np.arange(wanted) * count // wanted)[rank::world_size]
+    for first in range(0, len(mine), batch_size):
+        yield mine[first : first + batch_size]
 
 
 def eval_windows(
@@ -107,18 +109,12 @@ def eval_windows(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches that predict every token of `tokens` once, the very first aside; with `max_batches` (of each
-    rank), as many windows as that allows, evenly spread. A short last window is filled up with labels of
-    -100.
+    """Yield batches that predict every token of `tokens` once, except the very first; with `max_batches` (per
+    rank), as many windows as that allows, evenly spread. A short last window is padded with labels of -100.
     """
     count = -(-(len(tokens) - 1) // sequence_length)  # rounded up
-    chosen = np.arange(count)
-    if max_batches is not None and max_batches * batch_size * world_size < count:
-        wanted = max_batches * batch_size * world_size
-        chosen = np.arange(wanted) * count // wanted
-    mine = chosen[rank::world_size] * sequence_length
-    for first in range(0, len(mine), batch_size):
-        positions = mine[first : first + batch_size, None] + np.arange(sequence_length + 1)  # (B, T + 1)
+    for chosen in eval_batches(count, batch_size, max_batches, rank, world_size):
+        positions = chosen[:, None] * sequence_length + np.arange(sequence_length + 1)  # (B, T + 1)
         rows = torch.from_numpy(tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int64))
         labels = rows[:, 1:].masked_fill(torch.from_numpy(positions[:, 1:] >= len(tokens)), IGNORED)
         yield {"input_ids": rows[:, :-1].contiguous(), "labels": labels}

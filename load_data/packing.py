@@ -1,16 +1,15 @@
-"""Documents -> one long row of token ids per side, in files that are read without being loaded.
+"""Documents -> one long row of token ids per side, in memory-mapped files.
 
-A prepared data set is a folder `tokens_<hash>` with `train.bin`, `val.bin` (token ids, uint16 where they fit)
-and `meta.json`. It is written under another name and renamed when complete, so that a half-written one is
-never found, and its name is a hash of everything that decides its content, so that an outdated one is never
-found either.
+A prepared data set is a folder `tokens_<hash>` with `train.bin`, `val.bin` (token ids, uint16 if they fit)
+and `meta.json`. It is renamed when complete, and its name is a hash of everything that decides its content,
+so neither a half-written nor an outdated one is ever found.
 """
 
 import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,37 +17,35 @@ import numpy as np
 from tqdm import tqdm
 
 from config.schema import RunConfig
-from load_data.corpora.sources import TRAIN, VAL, Sources
+from load_data.corpora.documents import skipped_lines
+from load_data.corpora.sources import TRAIN, VAL, Sources, empty_side
 from load_data.tokenization.tokenizer import Tokenizer
 from load_data.tokenization.train_tokenizer import train_tokenizer
-from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-BATCH = 2**20  # characters that are encoded together
+BATCH = 2**20  # characters that are encoded at a time
 
 
 @dataclass(frozen=True)
 class PretrainData:
-    """What pre-training reads. `train` and `val` are one-dimensional rows of token ids, mapped from disk."""
+    """The data of pre-training. `train` and `val` are one-dimensional rows of token ids, mapped from disk."""
 
     tokenizer: Tokenizer
     train: np.ndarray
     val: np.ndarray
     summary: list[str]  # lines for a person
-    digest: str  # identifies the tokens: a resumed run must find the same
+    digest: str  # identifies the tokens: a resumed run requires the same
 
 
 def prepare_pretraining(config: RunConfig, tokenizer: Tokenizer | None = None) -> PretrainData:
-    """The token rows that `config.data` names, prepared now or found from the last time.
-
-    Without a `tokenizer` one is learned from the training side, never from validation text. Raises
-    `UserError` for text that cannot be read and for a split that leaves a side empty.
-    """
+    """Return the token rows that `config.data` names, prepared now or cached. Without a `tokenizer`, one is
+    trained on the training side, never on held-out text. Raises `UserError` for text that cannot be read and
+    for a split that leaves a side empty."""
     cache_dir = REPOSITORY / config.data.cache_dir  # an absolute path stays itself
     sources = Sources(config.data)
     if tokenizer is None:
-        texts = training_texts(sources)
-        tokenizer = train_tokenizer(config.tokenizer, texts, cache_dir, key=sources.fingerprint)
+        texts = (piece for side, pieces in sources.documents() if side == TRAIN for piece in pieces)
+        tokenizer = train_tokenizer(config.tokenizer, texts, cache_dir, sources.fingerprint, sources.size)
     name = hashlib.sha256(f"{sources.fingerprint} {tokenizer.digest}".encode()).hexdigest()[:16]
     folder = cache_dir / f"tokens_{name}"
     if not folder.is_dir():
@@ -57,13 +54,11 @@ def prepare_pretraining(config: RunConfig, tokenizer: Tokenizer | None = None) -
 
 
 def open_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> PretrainData:
-    """The prepared data set in `folder`, mapped and described."""
+    """Map the prepared data set in `folder` and describe it."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     rows = {side: np.memmap(folder / f"{side}.bin", dtype=meta["dtype"], mode="r") for side in (TRAIN, VAL)}
-    summary = [
-        *sources.summary,
-        f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {tokenizer.digest}",
-    ]
+    summary = [*sources.summary, *meta["skipped"]]
+    summary.append(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {tokenizer.digest}")
     for side in (TRAIN, VAL):
         counts = meta[side]
         summary.append(
@@ -74,46 +69,49 @@ def open_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> Pretrai
 
 
 def write_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> None:
-    """Encode all documents into `folder`, which appears when it is complete."""
+    """Encode all documents into `folder`, which appears once it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix="partial_", dir=folder.parent))
     try:
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        writers = {side: TokenWriter(partial / f"{side}.bin", tokenizer, dtype) for side in (TRAIN, VAL)}
         with tqdm(total=sources.size, desc="encoding", unit="B", unit_scale=True, disable=None) as bar:
+            paths = {side: partial / f"{side}.bin" for side in (TRAIN, VAL)}
+            writers = {side: TokenWriter(path, tokenizer, dtype, bar) for side, path in paths.items()}
             for side, pieces in sources.documents():
-                writers[side].add_document(counted(pieces, bar))
+                writers[side].add_document(pieces)
+            for writer in writers.values():
+                writer.flush()
         for side, writer in writers.items():
-            writer.flush()
-            if writer.tokens < 2:
-                raise empty_side(side, sources)
+            if writer.counts["tokens"] < 2:
+                raise empty_side(side, sources.data)
         meta = {"dtype": dtype, "digest": tokens_digest(tokenizer, writers)}
+        meta["skipped"] = skipped_lines(sources.skipped)
         meta |= {side: writer.counts for side, writer in writers.items()}
         (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         try:
             partial.rename(folder)
         except OSError:
-            if not folder.is_dir():  # otherwise another process was faster, with the same result
+            if not folder.is_dir():  # otherwise another process finished first, with the same result
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 class TokenWriter:
-    """Writes documents as ids into a file, one end-of-text between two, a bounded amount at a time."""
+    """Write documents as ids into a file, separated by end-of-text tokens, a bounded amount at a time."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, dtype: str):
-        self.path, self.tokenizer, self.dtype = path, tokenizer, dtype
+    def __init__(self, path: Path, tokenizer: Tokenizer, dtype: str, bar: tqdm):
+        self.path, self.tokenizer, self.dtype, self.bar = path, tokenizer, dtype, bar
         self.hash = hashlib.sha256()
-        self.documents = self.bytes = self.tokens = 0
-        self.waiting: list[str | None] = []  # pieces of text; None where a document begins
+        self.counts = {"documents": 0, "bytes": 0, "tokens": 0}  # written so far
+        self.waiting: list[str | None] = []  # pieces of text; None starts a new document
         self.characters = 0
 
     def add_document(self, pieces: Iterable[str]) -> None:
-        """One document, in pieces."""
-        if self.documents:
+        """Add one document, given in pieces."""
+        if self.counts["documents"]:
             self.waiting.append(None)
-        self.documents += 1
+        self.counts["documents"] += 1
         for piece in pieces:
             self.waiting.append(piece)
             self.characters += len(piece)
@@ -121,7 +119,7 @@ class TokenWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Encode and write what is waiting."""
+        """Encode and write the waiting pieces."""
         encoded = iter(self.tokenizer.encode_batch([piece for piece in self.waiting if piece is not None]))
         separator = [self.tokenizer.eos_id]
         with self.path.open("ab") as file:
@@ -129,51 +127,14 @@ class TokenWriter:
                 ids = np.array(separator if piece is None else next(encoded), dtype=self.dtype)
                 file.write(ids.tobytes())
                 self.hash.update(ids.tobytes())
-                self.tokens += len(ids)
-                self.bytes += 0 if piece is None else utf8_length(piece)
+                self.counts["tokens"] += len(ids)
+                size = len((piece or "").encode("utf-8", "surrogatepass"))  # 3 bytes for a lone surrogate
+                self.counts["bytes"] += size
+                self.bar.update(size)
         self.waiting, self.characters = [], 0
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """What was written: documents, bytes of text, tokens."""
-        return {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens}
-
-
-def training_texts(sources: Sources) -> Iterator[str]:
-    """All text of the training side, piece by piece."""
-    empty = True
-    for side, pieces in sources.documents():
-        if side == TRAIN:
-            for piece in pieces:
-                empty = False
-                yield piece
-    if empty:
-        raise empty_side(TRAIN, sources)
-
-
-def counted(pieces: Iterable[str], bar: tqdm) -> Iterator[str]:
-    """The same pieces, counted on the progress bar as they pass."""
-    for piece in pieces:
-        bar.update(utf8_length(piece))
-        yield piece
-
-
-def utf8_length(text: str) -> int:
-    """Bytes of a text; half a surrogate pair counts as the three bytes that stand in for it."""
-    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def tokens_digest(tokenizer: Tokenizer, writers: dict[str, TokenWriter]) -> str:
-    """16 hexadecimal digits from the tokenizer and every token of both sides."""
+    """Return 16 hexadecimal digits from the tokenizer and every token of both sides."""
     parts = [tokenizer.digest, *(writer.hash.hexdigest() for writer in writers.values())]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
-
-
-def empty_side(side: str, sources: Sources) -> UserError:
-    """The error for a split that leaves a side without text."""
-    names = {TRAIN: "training", VAL: "validation"}
-    change = {TRAIN: "lower", VAL: "raise"}
-    return UserError(
-        f"--data {' '.join(sources.data.paths)}: after the split there is no {names[side]} text; "
-        f"{change[side]} data.val_fraction (now {sources.data.val_fraction}), or give more text"
-    )

@@ -1,9 +1,8 @@
-"""Attach the adapters that fine-tuning stages add to a frozen base, by the short name of the stage.
+"""Attach an adapter of modules/adapters/ to a frozen base, by the short name of its training stage.
 
-    Lora      low-rank changes of linear layers (modules/adapters/lora.py)
-    MixLora   a router over LoRA experts in each feed-forward, plain LoRA on attention
-    (modules/adapters/mixlora.py)
-    Prefix    trained keys and values, or trained embeddings (modules/adapters/prefix.py)
+    Lora      lora.py       low-rank changes of linear layers and experts
+    MixLora   mixlora.py    a router over LoRA experts in each feed-forward, plain LoRA on attention
+    Prefix    prefix.py     trained keys and values, or trained embeddings
 
 An adapter's parameters have names of their own, and those of the base do not change. A checkpoint of an
 adapter is therefore a few entries of the state dict; a hash identifies the base they belong to.
@@ -16,7 +15,7 @@ from torch import nn
 
 from config.schema import RunConfig
 from model.tinyseek import TinySeek
-from modules.adapters.lora import add_lora
+from modules.adapters.lora_model import add_lora
 from modules.adapters.mixlora import add_mixlora
 from modules.adapters.prefix import add_prefix
 from utils.checkpoint import load_weights

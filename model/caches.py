@@ -1,6 +1,7 @@
 """Empty caches that fit a model: kind, shape, dtype and device."""
 
-from modules.attention.cache import KVCache, RollingKVCache
+from modules.attention.cache import KVCache
+from modules.attention.rolling_cache import RollingKVCache
 from modules.attention.latent_cache import LatentCache
 
 

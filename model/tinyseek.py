@@ -4,9 +4,9 @@
     for each layer:   h = h + attention(norm(h));   h = h + feed_forward(norm(h))
     logits = lm_head(norm(h))
 
-Pre-norm: each block reads a normalised copy of the residual stream and adds its output to the stream, so
-gradients pass through the stack unchanged (Xiong et al., arXiv 2002.04745). The feed-forward is a SwiGLU or a
-mixture of experts, the attention is grouped-query or latent, and a second prediction head (MTP) is optional.
+Pre-norm: each block reads a normalised copy of the residual stream and adds its output to it, so gradients
+pass through unchanged (arXiv 2002.04745). The feed-forward is a SwiGLU or a mixture of experts, the attention
+is grouped-query or latent, and a second prediction head (MTP) is optional.
 
 The same weights give the same logits in Hugging Face's `Qwen3ForCausalLM` (dense), `Dots1ForCausalLM`
 (experts), `Qwen3MoeForCausalLM` (softmax router, no shared expert) and `DeepseekV3ForCausalLM` (latent
@@ -88,10 +88,8 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(
-            config.rotary_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings,
-            config.rope_interleaved,
-        )  # fmt: skip
+        angles = (config.rotary_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+        self.rotary_emb = RotaryEmbedding(*angles, config.rope_interleaved)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(

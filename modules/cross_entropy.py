@@ -1,26 +1,27 @@
-"""Cross-entropy of the next token, straight from hidden states: the output head and the loss in one piece.
+"""Cross-entropy of the next token, computed from hidden states: the output head and the loss in one piece.
 
     logits = h W^T     nll_n = logsumexp(logits_n) - logits_n[label_n]     loss = sum_n nll_n
 
-In a small model the head is the largest product and the (N, V) logits are the largest tensor. Two savings:
+In a small model the head is the largest product and the (N, V) logits are the largest tensor. Two things save
+work and memory:
 
-1. Logits only where there is a label: padding and questions (label -100) are dropped before the product.
-2. The logits of one chunk of tokens at a time, with their gradient taken while they are still in the
-   processor's cache: d logits = softmax(logits) - onehot(label) needs nothing from later layers, since the
-   loss is a plain sum.
+1. Logits are computed only where there is a label: padding and questions (label -100) are dropped first.
+2. Logits are computed for one chunk of tokens at a time, and their gradient while they are still in the
+   processor's cache: d logits = softmax(logits) - onehot(label) needs nothing from the backward pass, since
+   the loss is a plain sum.
 
     hidden: (N, C)   weight: (V, C)   labels: (N,)  ->  loss sum (), nll (N,) without gradient
 
 `plain_cross_entropy` is the textbook form, `linear_cross_entropy` the chunked one; a test compares them.
-Trap: softmax and log in fp32; bf16 keeps about three digits, enough for the products, not for the sum over V.
+Trap: softmax and log run in fp32. bf16 keeps two to three digits: enough for products, not for a sum over V.
 """
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-CHUNK = 256  # tokens on a CPU: 256 x 6400 logits are 3 MB in bf16 and stay in its cache
-GPU_CHUNK = 4096  # a GPU wants large products; 4096 x 32768 logits are 0.5 GB in fp32
+CHUNK = 256  # tokens on a CPU: 256 x 6400 logits are 3 MB in bf16 and stay in the cache
+GPU_CHUNK = 4096  # GPUs need large products; 4096 x 32768 logits are 0.5 GB in fp32
 
 
 def plain_cross_entropy(hidden, weight, labels, softcap: float | None = None):
@@ -32,31 +33,31 @@ def plain_cross_entropy(hidden, weight, labels, softcap: float | None = None):
 
 
 def soft_cap(logits, cap: float | None):
-    """cap * tanh(logits / cap): logits stay within +-cap (Gemma 2, arXiv 2408.00118). None: no cap."""
+    """Return cap * tanh(logits / cap), which stays within +-cap (Gemma 2, arXiv 2408.00118). None: no cap."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def linear_cross_entropy(hidden, weight, labels, softcap: float | None = None):
-    """The same by chunks. Rows labelled -100 count nothing and cost nothing; their nll is not returned.
+    """Compute the same by chunks, without the rows labelled -100.
 
-    Returns the sum over the labelled rows, and the nll of each labelled row, in order, without gradient.
+    Returns the sum over the labelled rows, and the nll of each of them, in order, without gradient.
     """
     keep = labels != -100
     if not keep.all():
         hidden, labels = hidden[keep], labels[keep]
-    # Under autocast the products run in its dtype, as F.linear would.
     kind = hidden.device.type
+    # As in F.linear, products run in the dtype of autocast if it is on.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     return ChunkedCrossEntropy.apply(hidden, weight, labels, softcap, dtype, torch.is_grad_enabled())
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and gradient in one pass over chunks of tokens; `backward` only scales the result."""
+    """Loss and gradient in one pass over chunks of tokens; `backward` only scales the gradient."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, softcap, dtype, training):
         """hidden (N, C), weight (V, C), labels (N,) -> sum (), nll (N,)."""
-        # needs_input_grad knows nothing of no_grad: an evaluation would pay for gradients that nobody reads.
+        # needs_input_grad ignores no_grad: without `training`, evaluation would pay for unused gradients.
         wants_hidden, wants_weight = (training and wanted for wanted in ctx.needs_input_grad[:2])
         head, rows = weight.to(dtype), hidden.to(dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -100,24 +101,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def lesson():
-    """What a loss means, and what the two savings save."""
-    import math
-
-    for vocab, bytes_per_token in ((256, 1.0), (4096, 3.4)):
-        nats = math.log(vocab)
+    """Print the loss of guessing in several units, and what labels and chunks save."""
+    for vocab, size in ((256, 1.0), (4096, 3.4)):  # bytes per token
+        nats = torch.tensor(float(vocab)).log().item()
         print(
-            f"guessing among {vocab:5d} tokens: loss {nats:.2f} nats, perplexity {math.exp(nats):.0f}, "
-            f"{nats / math.log(2) / bytes_per_token:.2f} bits per byte at {bytes_per_token} bytes a token"
+            f"guessing among {vocab:4d} tokens: loss {nats:.2f} nats, perplexity {vocab}, "
+            f"{nats / 0.6931 / size:.2f} bits per byte at {size} bytes per token"
         )
     torch.manual_seed(0)
     hidden, weight = torch.randn(1024, 64), torch.randn(2048, 64) * 0.1
     labels = torch.randint(0, 2048, (1024,))
-    labels[::2] = -100  # every second token is a question's
+    labels[::2] = -100  # every second token belongs to a question
     plain = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
     total, nll = linear_cross_entropy(hidden, weight, labels)
     print(f"plain {plain:.3f}, chunked {total:.3f}, over the {len(nll)} of {len(labels)} tokens with a label")
     print(f"logits held at once: {1024 * 2048 * 4 / 1e6:.1f} MB against {CHUNK * 2048 * 4 / 1e6:.1f} MB")
-    print(f"mean probability of the right token {(-nll).exp().mean():.4f}, perplexity {nll.mean().exp():.0f}")
 
 
 if __name__ == "__main__":

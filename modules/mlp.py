@@ -1,11 +1,11 @@
-"""SwiGLU feed-forward: one projection decides how much of another passes.
+"""SwiGLU feed-forward: one projection gates another.
 
     y = down( silu(gate(x)) * up(x) ),   silu(a) = a * sigmoid(a)
 
     x: (B, T, C)   gate, up: C -> F   down: F -> C   ->   (B, T, C)
 
-Three matrices instead of the classic two, so F is usually chosen near 8/3 C to keep the parameters of a 4 C
-feed-forward.
+There are three matrices instead of the classic two, so F is usually about 8/3 C, which keeps the parameter
+count of a classic feed-forward with 4 C channels.
 
 Paper: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202. Names as in `Qwen3MLP`.
 """
@@ -30,18 +30,14 @@ class SwiGLU(nn.Module):
 
 
 def lesson():
-    """What the gate does to a value of 1, and its slope: silu is no switch."""
+    """Print how much of a value of 1 the gate lets through, and its slope: silu is not a switch."""
     gate = torch.tensor([-6.0, -3.0, -1.278, -0.5, 0.0, 0.5, 1.0, 3.0, 6.0], requires_grad=True)
     passed = F.silu(gate) * 1.0
     passed.sum().backward()
     print("SwiGLU: the gate's input, how much of up(x) = 1 passes, and the slope there")
     for g, p, slope in zip(gate.tolist(), passed.tolist(), gate.grad.tolist(), strict=True):
-        bar = "#" * max(0, round(8 * p))
-        print(f"  gate {g:6.2f}   passes {p:6.3f}   slope {slope:6.3f}  {bar}")
-    print("  the least it passes is -0.278, at -1.278; ReLU would pass 0 there with slope 0")
-    mlp = SwiGLU(256, 704)
-    count = sum(p.numel() for p in mlp.parameters())
-    print(f"  parameters: 3 x 256 x 704 = {count:,}; a classic 4 C feed-forward has {2 * 256 * 1024:,}")
+        print(f"  gate {g:6.2f}   passes {p:6.3f}   slope {slope:6.3f}  {'#' * max(0, round(8 * p))}")
+    print("  the minimum is -0.278, at -1.278; ReLU would pass 0 there with slope 0")
 
 
 if __name__ == "__main__":

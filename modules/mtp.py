@@ -1,27 +1,27 @@
 """Multi-token prediction (MTP): a second head that predicts the token after the next.
 
-From the trunk's hidden state h_t the output head predicts token t+1. MTP predicts token t+2 with the same
-output head, from another hidden state:
+The output head predicts token t+1 from the trunk's hidden state h_t. MTP predicts token t+2 with the same
+output head from another hidden state:
 
   parallel     h'_t = norm(h_t + silu(W h_t))                                    one C x C matrix
   sequential   h'_t = norm(layer(M [norm(embed(token t+1)) ; norm(h_t)]))        one more decoder layer
 
-The parallel head must average over every possible token t+1, the sequential one is told which it was. In
-training both make the trunk plan ahead; at inference they draft tokens that the trunk then checks several at
-a time (inference/generation/speculative.py), which makes decoding faster and changes none of its results.
+The parallel head must average over every possible token t+1; the sequential head is told which it was. In
+training, both make the trunk plan ahead. At inference they draft tokens that the trunk verifies several at a
+time (inference/generation/speculative.py): decoding is faster and its results do not change.
 
     hidden: (B, T, C), embeddings of the next tokens: (B, T, C)  ->  hidden for token t+2: (B, T, C)
 
-The trap is the triple (hidden, embedding, label). For the text `the cat sat down .` it is, column by column:
+Trap: hidden state, embedding and label must belong together. For the text `the cat sat down .` they are:
 
     input_ids    the    cat    sat    down       labels     cat    sat    down   .
     next_ids     cat    sat    down   0          mtp_labels sat    down   .      -100
 
     column 0:  hidden of `the`,  embedding of `cat`,  label `sat`
 
-Papers: Gloeckle et al., arXiv 2404.19737 (parallel heads, a decoder layer each); the head of one matrix is
-that of Medusa, arXiv 2401.10774. DeepSeek-V3, arXiv 2412.19437 (sequential), divides the loss by T; here it
-is divided by the supervised tokens of the step, as the other losses are.
+Papers: Gloeckle et al., arXiv 2404.19737 (parallel heads, each a decoder layer); Medusa, arXiv 2401.10774 (a
+head of one matrix, as here); DeepSeek-V3, arXiv 2412.19437 (sequential). DeepSeek divides the loss by T; here
+it is divided by the supervised tokens of the step, like the other losses.
 """
 
 import math
@@ -35,10 +35,10 @@ from modules.norm import RMSNorm
 
 
 class ParallelMTP(nn.Module):
-    """Predicts token t+2 from h_t alone: `forward(hidden)`, (B, T, C) -> (B, T, C).
+    """A head that predicts token t+2 from h_t alone: `forward(hidden)`, (B, T, C) -> (B, T, C).
 
-    `hidden` has passed the trunk's final norm, and the answer a norm of its own: the shared output head meets
-    vectors of the size that it knows.
+    `hidden` has passed the trunk's final norm, and the result passes a norm of its own, so the shared output
+    head gets vectors of the size that it is trained on.
     """
 
     def __init__(self, config: ModelConfig):
@@ -52,16 +52,15 @@ class ParallelMTP(nn.Module):
 
 
 class SequentialMTP(nn.Module):
-    """DeepSeek-V3's block: predicts token t+2 from h_t and token t+1.
+    """DeepSeek-V3's block, which predicts token t+2 from h_t and token t+1.
 
     The embedding table and the output head are the trunk's; the model applies both. As in Hugging Face's
-    `MtpModel` the trunk's hidden state comes in after the trunk's final norm, is normalised once more with a
-    gain of its own, and stands second beside the embedding: the order of the released weights, the opposite
-    of the paper's formula. The block's answer has passed its own norm (`shared_head.norm` there), so it can
-    take the place of `hidden` when a third token is drafted.
+    `MtpModel`, the trunk's hidden state arrives after the trunk's final norm, is normalised once more with
+    another gain, and comes second, after the embedding. This is the order of the released weights, the
+    opposite of the paper's formula. The result has passed a norm of its own (`shared_head.norm` there), so it
+    can replace `hidden` when a third token is drafted.
 
-    A column's place in its row is counted from 0 although the token that it embeds stands one further:
-    rotary attention sees only distances.
+    Positions count from 0, although each embedded token is one further: rotary attention sees only distances.
 
     Args:
         config: reads hidden_size and rms_norm_eps.
@@ -79,7 +78,7 @@ class SequentialMTP(nn.Module):
     def forward(self, hidden, embeddings, context, rotary, cache=None):
         """hidden (B, T, C), embeddings (B, T, C) of the next tokens -> (B, T, C), and the layer's routing.
 
-        context, rotary and cache are what the layer reads; the cache is one of its own, one layer deep.
+        context, rotary and cache are passed to the layer; its cache is separate and one layer deep.
         """
         both = torch.cat([self.enorm(embeddings), self.hnorm(hidden)], dim=-1)  # (B, T, 2C)
         hidden, routing = self.layer(self.eh_proj(both), context, rotary, cache)
@@ -89,18 +88,18 @@ class SequentialMTP(nn.Module):
 def next_ids(input_ids):
     """input_ids (B, T) -> (B, T): column t holds the token of column t+1.
 
-    What follows the last column is not in the row: 0 stands in for it, any id would do. Its label is -100
-    and no other column looks at the last one, so it never counts. The same holds where a document ends and
-    the next token is another document's.
+    The token after the last column is unknown; it is set to 0, but any id would do. Its label is -100 and no
+    other column attends to it, so it never counts. The same holds where the next token belongs to another
+    document.
     """
     return F.pad(input_ids[:, 1:], (0, 1), value=0)
 
 
 def mtp_labels(labels, document_ids=None):
-    """labels (B, T), of which labels[b, t] is token t+1 -> (B, T), of which column t is token t+2.
+    """labels (B, T), where labels[b, t] is token t+1 -> (B, T), where column t is token t+2.
 
-    -100 (no loss) in the last column, and with document_ids (B, T) at the last token of each document: what
-    would be embedded there is already the next document's.
+    The last column is -100 (no loss). With document_ids (B, T), so is the last token of each document: the
+    token embedded there belongs to the next document.
     """
     shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
     if document_ids is None:
@@ -110,19 +109,19 @@ def mtp_labels(labels, document_ids=None):
 
 
 class NoAttention(nn.Module):
-    """A decoder layer for the lesson, feed-forward only: (B, T, C) -> (B, T, C), None."""
+    """A decoder layer without attention, for the lesson: (B, T, C) -> (B, T, C), None."""
 
     def __init__(self, size: int):
         super().__init__()
         self.up, self.down = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
 
     def forward(self, hidden, context, rotary, cache=None):
-        """hidden (B, T, C); the rest is not looked at."""
+        """hidden (B, T, C); the other arguments are ignored."""
         return hidden + self.down(F.silu(self.up(hidden))), None
 
 
 def lesson():
-    """Text in which each token allows four next ones: what may two heads know about token t+2?"""
+    """Train both heads on text where each token allows four next ones, and compare what they can know."""
     torch.manual_seed(0)
     V, C = 32, 32
     chain = torch.randint(V, (160, 1))
@@ -131,7 +130,7 @@ def lesson():
     ids, labels = chain[:, :-1], chain[:, 1:]  # (B, T)
     config, table = ModelConfig(hidden_size=C), torch.randn(V, C)
     hidden, following = table[ids], table[next_ids(ids)]  # (B, T, C); hidden: token t itself
-    print(f"MTP: {V} tokens, four may follow each; who knows nothing has loss {math.log(V):.2f}")
+    print(f"MTP: {V} tokens, four may follow each; guessing has a loss of {math.log(V):.2f}")
     for choices, mtp in (16, ParallelMTP(config)), (4, SequentialMTP(config, NoAttention(C))):
         head = nn.Linear(C, V)
         optimizer = torch.optim.AdamW([*mtp.parameters(), *head.parameters()], lr=2e-2)
@@ -139,11 +138,11 @@ def lesson():
             second, _ = mtp(hidden, following, None, None)
             losses = F.cross_entropy(head(second).mT, mtp_labels(labels), reduction="none")[:, :-1]
             optimizer.zero_grad(), losses[:128].mean().backward(), optimizer.step()
-        name, loss = type(mtp).__name__, losses[128:].mean()  # on rows that it did not learn from
-        print(f"  {name:13s} loss {loss:.2f}: {choices:2d} choices are left to it, {math.log(choices):.2f}")
-    for rate in (0.5, 0.7, 0.9):  # how likely a draft is accepted, if those before it were
+        name, loss = type(mtp).__name__, losses[128:].mean()  # on held-out rows
+        print(f"  {name:13s} loss {loss:.2f}; {choices:2d} equally likely choices: {math.log(choices):.2f}")
+    for rate in (0.5, 0.7, 0.9):  # the probability that a draft is accepted if those before it were
         gains = [f"{g}: {(1 - rate ** (g + 1)) / (1 - rate):.2f}" for g in (1, 2, 4)]
-        print(f"  {rate:.0%} accepted: tokens per trunk forward by drafts at a time ", "  ".join(gains))
+        print(f"  {rate:.0%} accepted: tokens per trunk forward, by number of drafts ", "  ".join(gains))
 
 
 if __name__ == "__main__":

@@ -1,53 +1,56 @@
-"""Rotary position embedding (RoPE): turn pairs of channels by an angle that grows with position.
+"""Rotary position embedding (RoPE): rotate pairs of channels by an angle that grows with position.
 
     angle(position, i) = position * base^(-2i/D),   i = 0 .. D/2-1
     (x_i, x_j) -> (x_i cos - x_j sin,  x_j cos + x_i sin)
 
-A dot product of two turned vectors depends on the difference of their positions only, so attention sees
-distance, not place. Small i turn fast (near neighbours differ), large i slowly (far positions stay apart).
+The dot product of two rotated vectors depends only on the difference of their positions, so attention sees
+distance, not position. Pairs with small i rotate fast (near neighbours differ), those with large i slowly
+(far positions stay apart).
 
-Which channels make a pair is a matter of taste, and the best-known trap when weights are moved:
+There are two conventions for the pairs, the best-known trap when weights are converted:
   half-split  (Hugging Face Llama, Qwen): channel i with channel i + D/2
   interleaved (the paper, GPT-J, DeepSeek): channel 2i with channel 2i + 1
-Both give the same scores once the rows of the query and key projections are permuted (`interleaved_to_half`).
+Both give the same scores once the rows of the query and key projections, their biases and the gains of
+QK-norm are permuted: `rows.view(H, D/2, 2, C).transpose(1, 2)` turns interleaved rows into half-split ones.
 
     q: (B, H, T, D)   cos, sin: (B or 1, T, D)   ->   (B, H, T, D)
 
 Paper: Su et al., "RoFormer", arXiv 2104.09864. Longer contexts: `rope_scaling.py`.
-Trap: angles are computed in fp32; in bf16 positions above 256 are no longer distinct integers.
+Trap: angles and tables are fp32. In bf16 positions above 256 are no longer distinct integers, and a rounded
+cos breaks the dependence on distance alone (arXiv 2411.13476).
 """
 
 import torch
 from torch import nn
 
-from modules.rope_scaling import rope_frequencies
+from modules.rope_scaling import read_scaling, rope_frequencies
 
 
 class RotaryEmbedding(nn.Module):
-    """Positions to tables: `forward(positions (B, T))` gives cos and sin, each (B, T, D), in fp32.
+    """Positions to tables: `forward(positions (B, T))` returns cos and sin, each (B, T, D), in fp32.
 
     Args:
         head_dim: D, even.
-        theta: the base of the frequencies; a larger one turns more slowly (ABF, arXiv 2309.16039).
+        theta: the base of the frequencies; a larger one rotates more slowly (ABF, arXiv 2309.16039).
         scaling: a Hugging Face `rope_scaling` dictionary or None, see `rope_scaling.py`.
-        max_positions: the length that the model was made for; some scaling rules need it.
+        max_positions: the context length of the model; some scaling rules need it.
         interleaved: pair channels (2i, 2i+1) instead of (i, i + D/2).
     """
 
     def __init__(self, head_dim, theta=10000.0, scaling=None, max_positions=2048, interleaved=False):
         super().__init__()
-        self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
-        self.max_positions, self.interleaved = max_positions, interleaved
-        inv_freq, factor = rope_frequencies(head_dim, theta, scaling, max_positions)
-        self.attention_factor = factor
+        self.settings, self.interleaved = (head_dim, theta, scaling, max_positions), interleaved
+        inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2) / head_dim)  # (D/2,)
+        self.attention_factor = 1.0
+        if scaling:
+            inv_freq, self.attention_factor = rope_frequencies(*self.settings)
+        self.depends_on_length = bool(scaling) and read_scaling(scaling, theta)[0] == "dynamic"
         # Not part of a checkpoint: it follows from the configuration.
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.exact = inv_freq  # a plain attribute, which no cast reaches
-        self.depends_on_length = (scaling or {}).get("rope_type", (scaling or {}).get("type")) == "dynamic"
 
     def _apply(self, fn, recurse=True):
-        """`.to(bfloat16)` and `.half()` must not round the frequencies; `.double()` and device moves are
-        followed."""
+        """Follow device moves and `.double()`, but do not let `.to(bfloat16)` or `.half()` round."""
         super()._apply(fn, recurse)
         wide = torch.float64 if self.inv_freq.dtype == torch.float64 else torch.float32
         self.inv_freq = self.exact.to(self.inv_freq.device, wide)
@@ -55,18 +58,15 @@ class RotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, positions):
-        """positions (B, T) int -> cos, sin (B, T, D) fp32."""
-        inv_freq, factor = self.inv_freq, self.attention_factor
-        if self.depends_on_length:  # dynamic NTK stretches with the longest position seen in this call
-            length = int(positions.max()) + 1
-            inv_freq, factor = rope_frequencies(
-                self.head_dim, self.theta, self.scaling, self.max_positions, length
-            )
-            inv_freq = inv_freq.to(positions.device)
-        inv_freq = inv_freq.to(self.inv_freq.dtype)  # fp64 in a model in fp64, else fp32
+        """positions (B, T) int -> cos, sin (B, T, D), in fp32, or fp64 for a model in fp64."""
+        inv_freq = self.inv_freq
+        if self.depends_on_length:  # dynamic NTK stretches each row to its longest position
+            lengths = (positions.amax(dim=1) + 1).tolist()
+            rows = [rope_frequencies(*self.settings, length)[0] for length in lengths]
+            inv_freq = torch.stack(rows)[:, None].to(inv_freq)  # (B, 1, D/2)
         angles = positions[..., None].to(inv_freq.dtype) * inv_freq  # (B, T, D/2)
         spread = angles.repeat_interleave(2, -1) if self.interleaved else torch.cat([angles, angles], -1)
-        return spread.cos() * factor, spread.sin() * factor
+        return spread.cos() * self.attention_factor, spread.sin() * self.attention_factor
 
 
 def rotate_half(x):
@@ -81,56 +81,41 @@ def rotate_interleaved(x):
 
 
 def apply_rotary(x, cos, sin, interleaved=False):
-    """Turn x (B, H, T, D) by the tables (B or 1, T, D); the tables take the dtype of x."""
-    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)  # (B or 1, 1, T, D), for all heads
-    return Rotate.apply(x, cos, sin, rotate_interleaved if interleaved else rotate_half)
+    """Rotate x (B, H, T, D) by the tables (B or 1, T, D); computed in fp32, returned in the dtype of x."""
+    rotate = rotate_interleaved if interleaved else rotate_half
+    return Rotate.apply(x, cos.unsqueeze(1), sin.unsqueeze(1), rotate)  # one table for all heads
 
 
 class Rotate(torch.autograd.Function):
-    """x cos + rotate(x) sin. Its gradient is the rotation back, the same with -sin: nothing of x is kept."""
+    """x cos + rotate(x) sin. The gradient is the inverse rotation, the same with -sin: x need not be kept."""
 
     @staticmethod
     def forward(ctx, x, cos, sin, rotate):
         """x (B, H, T, D), cos and sin (B or 1, 1, T, D) -> (B, H, T, D)."""
         ctx.save_for_backward(cos, sin)
         ctx.rotate = rotate
-        return (x * cos).addcmul_(rotate(x), sin)
+        return (x * cos).addcmul_(rotate(x), sin).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         """grad (B, H, T, D) -> gradient of x; the tables are constants."""
         cos, sin = ctx.saved_tensors
-        return (grad * cos).addcmul_(ctx.rotate(grad), sin, value=-1), None, None, None
-
-
-def interleaved_to_half(weight, num_heads):
-    """Reorder the rows of a q or k projection (H*D, C), or its bias (H*D,), from interleaved to half-split.
-
-    The gains of QK-norm (D,) need the same permutation: pass them with num_heads=1.
-    """
-    rows = weight.reshape(num_heads, -1, 2, *weight.shape[1:])  # (H, D/2, 2, ...)
-    return rows.transpose(1, 2).reshape(weight.shape)
+        return (grad * cos).addcmul_(ctx.rotate(grad), sin, value=-1).to(grad.dtype), None, None, None
 
 
 def lesson():
-    """How far apart can two positions be told? Scores of a vector with itself, turned."""
+    """Print how the score of a vector with its rotated copy falls with distance, and only with distance."""
     torch.manual_seed(0)
-    head_dim = 64
-    x = torch.ones(1, 1, 1, head_dim) / head_dim**0.5
-    print("RoPE: score of a vector with its own copy, `distance` positions away")
+    x, q, k = torch.ones(1, 1, 1, 64) / 8, *torch.randn(2, 1, 1, 1, 64)
+    places = torch.tensor([[0, 1, 4, 16, 64, 256, 1024]])
+    print("RoPE: score of a vector with its own copy, at a distance of", *places[0].tolist())
     for theta in (100.0, 10000.0, 1000000.0):
-        rope = RotaryEmbedding(head_dim, theta)
-        cos, sin = rope(torch.tensor([[0, 1, 4, 16, 64, 256, 1024]]))
-        turned = apply_rotary(x.expand(1, 1, 7, head_dim), cos, sin)[0, 0]
-        scores = turned @ turned[0]
-        print(f"  theta {theta:9.0f}:", *[f"{s:6.2f}" for s in scores.tolist()])
-    print("  distance        :      0      1      4     16     64    256   1024")
-    q, k = torch.randn(2, 1, 1, 1, head_dim)
-    rope = RotaryEmbedding(head_dim)
+        rotated = apply_rotary(x.expand(1, 1, 7, 64), *RotaryEmbedding(64, theta)(places))[0, 0]
+        print(f"  theta {theta:9.0f}:", *[f"{score:6.2f}" for score in (rotated @ rotated[0]).tolist()])
     for a, b in ((5, 2), (105, 102), (1005, 1002)):
-        cos, sin = rope(torch.tensor([[a, b]]))
+        cos, sin = RotaryEmbedding(64)(torch.tensor([[a, b]]))
         score = (apply_rotary(q, cos[:, :1], sin[:, :1]) * apply_rotary(k, cos[:, 1:], sin[:, 1:])).sum()
-        print(f"  q at {a:4d}, k at {b:4d}: score {score.item():.4f} (only the distance counts)")
+        print(f"  q at {a:4d}, k at {b:4d}: score {score.item():.3f} (only the distance counts)")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""Longer contexts for RoPE: rules that slow its frequencies so that far positions look familiar.
+"""Longer contexts for RoPE: rules that lower its frequencies so that far positions look familiar.
 
 With s the stretch factor (new length / old length) and inv_i = base^(-2i/D):
 
-  linear   inv_i / s                                     every frequency alike (arXiv 2306.15595)
-  ntk      base' = base * s^(D/(D-2))                    the fastest is kept, the slowest divided by s
-  dynamic  ntk with s grown to fit the present length    nothing changes up to the trained length; beyond it,
-           keys already in a cache keep the base of their time, so cached and uncached logits differ there
-  yarn     fast ones kept, slow ones divided by s, a ramp between; and the logits are cooled by a
-           temperature m = 0.1 ln(s) + 1 on both cos and sin (arXiv 2309.00071)
-  llama3   by wavelength: short kept, long divided by s, smooth between (Llama-3.1's rule)
-  ABF      no rule at all: a larger `rope_theta` (arXiv 2309.16039)
+  linear   inv_i / s                                     all frequencies alike (arXiv 2306.15595)
+  ntk      base' = base * s^(D/(D-2))                    the fastest is kept, the slowest is divided by s
+  dynamic  ntk with an s that follows the row's length   nothing changes up to the trained length; beyond it,
+           cached keys keep the base with which they were rotated, so cached and uncached logits differ
+  yarn     fast ones are kept, slow ones divided by s, with a ramp in between; cos and sin are multiplied by
+           a temperature m = 0.1 ln(s) + 1 (arXiv 2309.00071)
+  llama3   by wavelength: short ones are kept, long ones divided by s, blended in between (Llama 3.1)
+  ABF      no rule: a larger `rope_theta` (arXiv 2309.16039)
 
 `rope_frequencies` returns the D/2 inverse frequencies in fp32 and the factor for cos and sin. The dictionary
-may be in the old Hugging Face spelling ({"type": "yarn", "factor": 4.0}) or the new one ("rope_type").
+may use the old Hugging Face spelling ({"type": "yarn", "factor": 4.0}) or the new one ("rope_type").
 
-Traps: YaRN's ramp runs over the D/2 frequencies, not over D channels; it uses the *original* length; and the
-temperature multiplies cos and sin both, so that scores get m^2.
+Traps: YaRN's ramp runs over the D/2 frequencies, not over D channels; it uses the *original* length; its
+temperature multiplies both cos and sin, so scores are multiplied by m^2.
 """
 
 import math
@@ -24,7 +24,7 @@ import torch
 
 from utils.errors import UserError
 
-NEEDS = {  # the numbers each rule reads and their defaults (None: must be given; 0: not given)
+NEEDS = {  # the parameters of each rule and their defaults (None: required; 0: not given)
     "default": {},
     "linear": {"factor": None},
     "ntk": {"factor": None},
@@ -41,15 +41,15 @@ NEEDS = {  # the numbers each rule reads and their defaults (None: must be given
 
 
 def read_scaling(scaling: dict | None, theta: float) -> tuple[str, float, dict]:
-    """Check a `rope_scaling` dictionary of either spelling: (rule, theta, all parameters).
+    """Check a `rope_scaling` dictionary in either spelling; return (rule, theta, all parameters).
 
-    A null is as good as absent. YaRN without a factor takes max_position_embeddings /
-    original_max_position_embeddings, as Hugging Face does.
+    A null counts as absent. Without a factor, YaRN takes max_position_embeddings /
+    original_max_position_embeddings, as Hugging Face does. Raise `UserError` for anything unknown or wrong.
     """
     given = {key: value for key, value in (scaling or {}).items() if value is not None}
     rule = given.pop("type", "default")
     rule = given.pop("rope_type", rule)
-    if given.get("partial_rotary_factor") == 1:  # Hugging Face's word for: the whole head
+    if given.get("partial_rotary_factor") == 1:  # the whole head, in Hugging Face's terms
         del given["partial_rotary_factor"]
     if not isinstance(rule, str) or rule not in NEEDS:
         raise UserError(f"model.rope_scaling: unknown rope_type {rule!r}; known: {', '.join(NEEDS)}")
@@ -65,7 +65,7 @@ def read_scaling(scaling: dict | None, theta: float) -> tuple[str, float, dict]:
     unknown = set(given) - set(values)
     if unknown:
         names = ", ".join(sorted(unknown))
-        raise UserError(f"model.rope_scaling: {rule} takes no {names}; it takes {list(values)}")
+        raise UserError(f"model.rope_scaling: {rule} does not take {names}; it takes {list(values)}")
     values.update(given)
     missing = [key for key, value in values.items() if value is None]
     if rule == "yarn" and not values["factor"] and not values["original_max_position_embeddings"]:
@@ -76,26 +76,26 @@ def read_scaling(scaling: dict | None, theta: float) -> tuple[str, float, dict]:
         raise UserError(f"model.rope_scaling: factor must be at least 1, not {values['factor']}")
     for small, large in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
         if small in values and not values[small] < values[large]:
-            raise UserError(f"model.rope_scaling: {small}={values[small]} is not below {large}")
+            raise UserError(f"model.rope_scaling: {small}={values[small]} must be below {large}")
     return rule, float(theta), values
 
 
 def rope_frequencies(head_dim, theta, scaling=None, max_positions=2048, length=None):
-    """Inverse frequencies (D/2,) in fp32 and the factor on cos and sin.
+    """Return the inverse frequencies (D/2,) in fp32 and the factor on cos and sin.
 
     Args:
-        head_dim: D, the channels that are turned.
+        head_dim: D, the number of channels that are rotated.
         theta: the base, unless `scaling` carries `rope_theta`.
         scaling: Hugging Face dictionary or None.
         max_positions: the configured context length (`max_position_embeddings`).
-        length: tokens in use now; only `dynamic` reads it.
+        length: the current length in tokens; only `dynamic` reads it.
     """
     rule, theta, p = read_scaling(scaling, theta)
     if rule == "yarn":
         p["original_max_position_embeddings"] = p["original_max_position_embeddings"] or max_positions
         p["factor"] = p["factor"] or max(1.0, max_positions / p["original_max_position_embeddings"])
     if rule in ("ntk", "dynamic") and head_dim < 4:
-        raise UserError(f"model.rope_scaling: {rule} needs a head_dim of at least 4: with 2, nothing is slow")
+        raise UserError(f"model.rope_scaling: {rule} needs a head_dim of at least 4, not {head_dim}")
     factor = p.get("factor", 1.0)
     if rule == "dynamic":
         length = max(length or max_positions, max_positions)
@@ -118,15 +118,15 @@ def rope_frequencies(head_dim, theta, scaling=None, max_positions=2048, length=N
 
 
 def plain(head_dim, theta):
-    """base^(-2i/D) for i = 0 .. D/2-1."""
+    """Return base^(-2i/D) for i = 0 .. D/2-1."""
     return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
 
 def yarn_range(head_dim, theta, original, beta_fast=32.0, beta_slow=1.0, truncate=True):
-    """The first and last frequency of YaRN's ramp.
+    """Return the first and last frequency of YaRN's ramp.
 
     A frequency that makes `n` full turns over the original length L has index D ln(L / 2 pi n) / (2 ln base).
-    More than beta_fast turns: fast, kept. Fewer than beta_slow: slow, divided.
+    One with more than beta_fast turns is kept, one with fewer than beta_slow turns is divided.
     """
 
     def index(turns):
@@ -140,7 +140,7 @@ def yarn_range(head_dim, theta, original, beta_fast=32.0, beta_slow=1.0, truncat
 
 
 def yarn_temperature(p):
-    """The factor on cos and sin; DeepSeek's pair of mscales cancels where they are equal."""
+    """Return the factor on cos and sin; DeepSeek's two mscales cancel if they are equal."""
 
     def mscale(scale, weight=1.0):
         return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
@@ -153,7 +153,7 @@ def yarn_temperature(p):
 
 
 def llama3(inv_freq, p):
-    """Keep wavelengths below L/high, divide those above L/low by the factor, blend between."""
+    """Keep wavelengths below L/high, divide those above L/low by the factor, blend in between."""
     original, low, high = p["original_max_position_embeddings"], p["low_freq_factor"], p["high_freq_factor"]
     wavelength = 2 * math.pi / inv_freq
     blend = ((original / wavelength - low) / (high - low)).clamp(0, 1)  # 1: kept; 0: divided
@@ -161,8 +161,10 @@ def llama3(inv_freq, p):
 
 
 def lesson():
-    """Turns that each frequency makes over 16384 positions, for a model trained on 4096 (where 1 turn is the
-    most that the slowest ones have seen)."""
+    """Print the turns of each frequency over 16384 positions, for a model trained on 4096.
+
+    In training the slowest ones made less than one turn.
+    """
     rules = {
         "plain": None,
         "linear": {"rope_type": "linear", "factor": 4.0},

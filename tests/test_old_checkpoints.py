@@ -11,10 +11,12 @@ SIGTERM ended four steps earlier. With that commit, and `tests/old_checkpoints/`
 
 and mixlora_train, prefix_train and gate_train like lora_train. Of each stopped run, the newest intermediate
 checkpoint is kept. The dense model has latent attention, a parallel head and AdamW; the one with experts has
-a sequential head and Muon. No run uses dropout, whose random numbers depend on the processor.
+a sequential head and Muon. No run uses dropout, whose random numbers depend on the processor. The rule that
+splits dialogues has changed since; those of these files are on the same side by either rule. A stopped run
+on dialogues that change sides is refused: "was trained on other data".
 
 `answers.json` holds the greedy answers of the same commit. At each of their tokens the best logit leads by at
-least 0.02, a thousand times what fp32 rounding changes.
+least 0.1, thousands of times what fp32 rounding changes.
 """
 
 import importlib
@@ -91,7 +93,7 @@ def test_an_old_file_answers_as_before(flags, monkeypatch, capsys):
     flag = flag.get(Path(path).stem.split("_")[1], "--adapter")
     for prompt, answer in ANSWERS[path].items():
         call(monkeypatch, chat.main, flag, path, *more, "--prompt", prompt, "--temperature", 0,
-             "--max-new-tokens", 24, "--device", "cpu")  # fmt: skip
+             "--max-new-tokens", 10, "--device", "cpu")  # fmt: skip
         shown = prompt + answer if "_Pre_" in path else answer
         assert capsys.readouterr().out == shown + "\n"
 

@@ -36,7 +36,7 @@ SMALL_MODEL = [
     "model.hidden_size=32", "model.num_hidden_layers=1", "model.num_attention_heads=2",
     "model.num_key_value_heads=1", "model.intermediate_size=32", "model.head_dim=16",
     "tokenizer.vocab_size=400", "tokenizer.train_bytes=100000", "data.limit=60",
-    "data.worked_examples=20", "data.sequence_length=32",
+    "data.worked_examples=20", "data.sequence_length=32", "data.val_fraction=0.2",
 ]  # fmt: skip
 FEW_DIALOGUES = ["data.skill_samples=40", "data.val_fraction=0.2"]
 

@@ -18,18 +18,18 @@ import torch.nn.functional as F
 
 from inference.generation.selector import BASE, candidate_records, open_candidates
 from inference.generation.load import Loaded, load_full
-from load_data.chat.chat_data import prepare_chat
-from load_data.chat.chat_loader import ChatLoader
+from load_data.chat.chat_data import Sample, prepare_chat
+from load_data.chat.chat_loader import eval_chat_batches
 from load_data.loader import IGNORED
 from model.adapters import ADAPTERS
 from model.selecting import SelectingModel
 from modules.adapters.selector import choices
 from train.engine.command import chat_command, parse_command
 from train.engine.trainer import Trainer
-from train.engine.fine_tuning import check_same_model
-from train.engine.selector_data import ROWS, answer_losses, selector_samples, question_ids, turns_of
+from train.engine.fine_tuning import chat_source, check_same_model
+from train.engine.selector_data import ROWS, answer_losses, selector_samples, turns_of
 from train.engine.machine import start_machine
-from train.engine.stage import LoaderSource, Loss, Stage
+from train.engine.stage import Loss, Stage
 from utils.checkpoint import final_name, load_checkpoint
 from utils.distributed import finish
 from utils.errors import UserError, run_main
@@ -40,10 +40,7 @@ STAGE, SHORT = "gate_train", "Gate"
 def main():
     """Measure the losses of all candidates, then train a classifier."""
     command = parse_command(STAGE, SHORT, __doc__, bases=("SFT", "Pre"))
-    config = command.config
-    machine = start_machine(config)
-    train, world, length = config.train, machine.world, config.data.sequence_length
-
+    config, machine = command.config, start_machine(command.config)
     base = load_full(command.init_path, machine.device)
     check_same_model(config.model, base.config.model)
     config.gate.candidates = config.gate.candidates or adapters_beside(base, command.out)
@@ -52,24 +49,21 @@ def main():
     candidates = open_candidates(config.gate.candidates, base)
     machine.say(f"base: {base.path}\ncandidates: {', '.join(config.gate.candidates)}")
     data = prepare_chat(config, base.tokenizer)
-    sides = [turns_of(side, base, length) for side in (data.train_dialogues, data.val_dialogues)]
+    sides = [turns_of(side, base, config.data.sequence_length)
+             for side in (data.train_dialogues, data.val_dialogues)]  # fmt: skip
     tables = [answer_losses(candidates, turns, machine) for turns in sides]  # (turns, A) each
     samples = [selector_samples(base, turns, table) for turns, table in zip(sides, tables, strict=True)]
 
     model = SelectingModel(base.model, len(candidates), config.gate.width)
     own = frozenset(name for name in model.state_dict() if name.startswith("selector."))
-    loader = ChatLoader(
-        samples[0], length, train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed,
-        packing=config.data.packing, pad_id=base.tokenizer.pad_id,
-    )  # fmt: skip
-    record = {"digest": base.digest, "path": str(base.path)}
     records = candidate_records(candidates, base)
     digest = "+".join([data.digest, *(one["digest"] for one in records)])  # candidates decide the labels
     stage = Stage(
-        name=STAGE, short=SHORT, model=model, source=LoaderSource(loader), loss=SelectorLoss(),
-        evaluate=SelectorEvaluation([question_ids(base, turn) for turn in sides[1]], tables[1], machine),
+        name=STAGE, short=SHORT, model=model, loss=SelectorLoss(),
+        source=chat_source(samples[0], base.tokenizer, config, machine),
+        evaluate=SelectorEvaluation(samples[1], tables[1], machine),
         tokenizer=base.tokenizer, data_digest=digest, trains=own.__contains__, own=own, keep_best="val_acc",
-        base=record | {"candidates": records},
+        base={"digest": base.digest, "path": str(base.path), "candidates": records},
     )  # fmt: skip
     Trainer(stage, config, machine, command.out, command.resume).run()
     report(stage.evaluate, model, config.gate.candidates, machine)
@@ -109,32 +103,25 @@ class SelectorLoss(Loss):
 class SelectorEvaluation:
     """`evaluation(model, max_batches)` -> accuracy and regret of the gate on held-out questions.
 
-    questions: ids of each; table (N, A): the loss of each candidate on its answer.
+    samples: N labelled questions; table (N, A): the loss of each candidate on the answers. Afterwards `found`
+    has the comparison of the gate with all candidates.
     """
 
-    def __init__(self, questions: list[list[int]], table: torch.Tensor, machine):
-        self.questions, self.table, self.machine = questions, table, machine
-        self.batches = -(-len(questions) // ROWS)  # in every process
+    def __init__(self, samples: list[Sample], table: torch.Tensor, machine):
+        self.samples, self.table, self.machine = samples, table, machine
+        self.batches = -(-len(samples) // ROWS)  # in every process
 
     def __call__(self, model, max_batches: int | None) -> dict[str, float]:
-        """Run `max_batches` batches of `ROWS` questions, or all, in every process."""
-        parts = []
-        for batch in range(min(max_batches or self.batches, self.batches)):
-            rows = self.questions[batch * ROWS : (batch + 1) * ROWS]
-            ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)  # padded on the right
-            for row, question in enumerate(rows):
-                ids[row, : len(question)] = torch.tensor(question)
-            ends = torch.tensor([len(question) - 1 for question in rows])
-            logits = model(ids.to(self.machine.device))  # (B, T, A)
-            parts.append(logits.cpu().double()[torch.arange(len(rows)), ends])
-        return self.judge(torch.cat(parts))
-
-    def judge(self, logits) -> dict[str, float]:
-        """Return the numbers for logits (N, A) of the first N questions."""
-        table = self.table[: len(logits)]
-        found = self.found = choices(table, logits)
+        """Run the first `max_batches` batches of `ROWS` questions, or all, in every process."""
+        samples, parts = self.samples[: ROWS * (max_batches or self.batches)], []
+        longest = max(len(sample.ids) for sample in samples)
+        for batch in eval_chat_batches(samples, longest, ROWS, packing=False, pad_id=0):
+            logits = model(batch["input_ids"].to(self.machine.device)).cpu().double()  # (B, T, A)
+            parts.append(logits[batch["labels"] != IGNORED])
+        logits, table = torch.cat(parts), self.table[: len(samples)]  # (N, A) each
+        self.found = choices(table, logits)
         loss = F.cross_entropy(logits, table.argmin(dim=1)).item()
-        return {"val_loss": loss, "val_acc": found["accuracy"], "val_regret": found["regret"]}
+        return {"val_loss": loss, "val_acc": self.found["accuracy"], "val_regret": self.found["regret"]}
 
 
 def report(evaluation: SelectorEvaluation, model, names: list[str], machine) -> None:
@@ -143,15 +130,12 @@ def report(evaluation: SelectorEvaluation, model, names: list[str], machine) -> 
     with torch.no_grad(), machine.autocast():
         evaluation(model, None)
     found = evaluation.found
-    rows = [*zip(names, found["alone"], strict=True)]
-    rows += [("the gate", found["selector"]), ("best choice", found["best"])]
+    losses = [*found["alone"], found["selector"], found["best"]]
     machine.say("nats per token of held-out answers:")
-    for name, loss in rows:
+    for name, loss in zip([*names, "the gate", "best choice"], losses, strict=True):
         machine.say(f"  {loss:.4f}  {name}")
-    share, regret = found["accuracy"], found["regret"]
-    machine.say(
-        f"the gate is right on {share:.1%} of {len(evaluation.table)} turns and loses {regret:.4f} nats"
-    )
+    share, regret, turns = found["accuracy"], found["regret"], len(evaluation.table)
+    machine.say(f"the gate is right on {share:.1%} of {turns} turns and loses {regret:.4f} nats")
 
 
 if __name__ == "__main__":

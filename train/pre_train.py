@@ -21,7 +21,7 @@ from model.tinyseek import TinySeek
 from modules.experts.balance import max_vio
 from train.engine.command import chat_command, parse_command
 from train.engine.trainer import Trainer
-from train.engine.evaluation import LanguageModelEvaluation
+from train.engine.evaluation import text_evaluation
 from train.engine.language_model_loss import LanguageModelLoss
 from train.engine.machine import start_machine
 from train.engine.stage import LoaderSource, Stage
@@ -60,10 +60,10 @@ def main():
     model = TinySeek(config.model)
     if command.init:
         load_weights(model, command.init["weights"], "--init")
-    card = cost_card(config.model, train.batch_size * length, length, config.optim.optimizer)
+    card = cost_card(model, train.batch_size * length, length, config.optim.optimizer)
     machine.say("\n".join(card.lines()))
 
-    evaluation = LanguageModelEvaluation(data.val, data.tokenizer, length, train.batch_size, machine)
+    evaluation = text_evaluation(data.val, data.tokenizer, length, train.batch_size, machine)
     stage = Stage(
         name=STAGE, short=SHORT, model=model, source=LoaderSource(loader),
         loss=LanguageModelLoss(model, config, machine), evaluate=evaluation,

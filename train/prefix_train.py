@@ -12,10 +12,7 @@ User, Assistant); the base stays bit-identical; it saves these alone, with a has
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
 import utils  # noqa: F401  sets how threads wait; must precede torch
-from load_data.chat.chat_data import prepare_chat
-from model.adapters import attach
 from train.engine.fine_tuning import train_adapter
-from train.engine.language_model_loss import LanguageModelLoss
 from utils.errors import run_main
 
 STAGE, SHORT = "prefix_train", "Prefix"
@@ -23,12 +20,7 @@ STAGE, SHORT = "prefix_train", "Prefix"
 
 def main():
     """Train keys and values before the text, on dialogues."""
-    train_adapter(
-        STAGE, SHORT, __doc__,
-        data=prepare_chat,  # dialogues in packed rows
-        loss=LanguageModelLoss,  # cross-entropy of the answers
-        trainable=attach,  # the prefix; everything else is frozen and not saved
-    )  # fmt: skip
+    train_adapter(STAGE, SHORT, __doc__)
 
 
 if __name__ == "__main__":

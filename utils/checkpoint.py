@@ -15,6 +15,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -82,9 +83,11 @@ def save_checkpoint(path: str | Path, data: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        with suppress(OSError):  # makes the rename durable; Windows and some network file systems refuse
+            sync_folder(path.parent)
     except BaseException as error:
-        remove_quietly(temporary)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         # torch.save reports a full disk as a RuntimeError; the OSError is its context
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError) and isinstance(error, (OSError, RuntimeError)):
@@ -97,39 +100,20 @@ def save_checkpoint(path: str | Path, data: dict) -> None:
 
 def check_plain(value, where: str) -> None:
     """Raise `TypeError` naming the place if `value` holds anything but tensors and plain data."""
-    if type(value) in PLAIN or isinstance(value, torch.Tensor):
-        return
-    if isinstance(value, dict):
-        for key, part in value.items():
-            if type(key) not in (str, int):
-                raise TypeError(f"{where}: key {key!r} is neither a string nor an integer")
-            check_plain(part, f"{where}.{key}")
-    elif type(value) in (list, tuple):
-        for index, part in enumerate(value):
-            check_plain(part, f"{where}[{index}]")
-    else:
+    if isinstance(value, dict) or type(value) in (list, tuple):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            check_plain(part, f"{where}[{key!r}]")
+    elif type(value) not in PLAIN and not isinstance(value, torch.Tensor):
         raise TypeError(f"{where} is a {type(value).__name__}: checkpoints hold tensors and plain data only")
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the rename itself durable. Windows cannot open a folder and does not need to."""
-    if os.name == "nt":
-        return
+    """Flush the entries of `folder` to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:
-        pass  # some network file systems refuse; the content is on disk already
     finally:
         os.close(descriptor)
-
-
-def remove_quietly(path: Path) -> None:
-    """Delete `path` if possible; another error is being handled."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        pass
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -155,12 +139,23 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             f"{path}: the checkpoint is cut short; delete it (the one before is good), or copy it again"
         )
     try:
-        check_sums(path)
+        with zipfile.ZipFile(path) as archive:  # `torch.load` ignores checksums and accepts a flipped bit
+            if name := archive.testzip():
+                raise zipfile.BadZipFile(name)
         data = torch.load(path, map_location=device, weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001  a damaged file fails in as many ways as it has bytes
-        raise UserError(f"{path}: {why_unreadable(error)}") from None
+        match = isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL ([\w.]+)", str(error))
+        if match:
+            raise UserError(
+                f"{path}: refused, it carries code or a foreign object ({match[1]}); checkpoints hold plain "
+                "data only"
+            ) from None
+        raise UserError(
+            f"{path}: the checkpoint is damaged ({type(error).__name__}); delete it (the one before is good), "
+            "or copy it again"
+        ) from None
     if not isinstance(data, dict) or "format_version" not in data:
         raise UserError(f"{path}: not a TinySeek checkpoint (it has no format_version)")
     if data["format_version"] not in (1, FORMAT_VERSION):
@@ -183,24 +178,6 @@ def upgrade(data: dict) -> dict:
     return data
 
 
-def check_sums(path: Path) -> None:
-    """Compare the checksums of a zip file, which `torch.load` ignores: it would accept a flipped bit.
-
-    Raises `zipfile.BadZipFile` on the first difference.
-    """
-    with zipfile.ZipFile(path) as archive:
-        if name := archive.testzip():
-            raise zipfile.BadZipFile(f"checksum of {name}")
-
-
-def why_unreadable(error: Exception) -> str:
-    """Describe why `torch.load` raised `error`."""
-    if isinstance(error, pickle.UnpicklingError) and (match := re.search(r"GLOBAL ([\w.]+)", str(error))):
-        return f"refused, it carries code or a foreign object ({match[1]}); checkpoints hold plain data only"
-    name = type(error).__name__
-    return f"the checkpoint is damaged ({name}); delete it (the one before is good), or copy it again"
-
-
 def load_weights(
     module: torch.nn.Module,
     state_dict: dict[str, torch.Tensor],
@@ -213,17 +190,20 @@ def load_weights(
     naming weights that are missing, unexpected or of another shape; then nothing is copied.
     """
     own = {name: tensor for name, tensor in module.state_dict().items() if names is None or name in names}
-    shapes = [
-        f"{name} {tuple(state_dict[name].shape)} where the model has {tuple(own[name].shape)}"
-        for name in own
-        if name in state_dict and state_dict[name].shape != own[name].shape
-    ]
     faults = {
         "missing": [name for name in own if name not in state_dict],
         "unexpected": [name for name in state_dict if name not in own],
-        "of another shape": shapes,
+        "of another shape": [
+            f"{name} {tuple(state_dict[name].shape)} where the model has {tuple(own[name].shape)}"
+            for name in own
+            if name in state_dict and state_dict[name].shape != own[name].shape
+        ],
     }
-    words = [f"{len(names)} {fault} ({first_few(names)})" for fault, names in faults.items() if names]
+    words = []
+    for fault, found in faults.items():
+        if found:
+            more = ", ..." if found[3:] else ""
+            words.append(f"{len(found)} {fault} ({', '.join(found[:3])}{more})")
     if words:
         raise UserError(
             f"{where} does not fit this model: weights {'; '.join(words)}. The model settings must be those "
@@ -239,8 +219,3 @@ def weights_digest(state_dict: dict[str, torch.Tensor]) -> str:
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return total.hexdigest()[:16]
-
-
-def first_few(names: list[str], count: int = 3) -> str:
-    """Return the first names, and three dots for the rest."""
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -1,12 +1,12 @@
-"""The cost of a model, from its settings alone: parameters, FLOPs, key/value cache and memory.
+"""The cost of a model, from its shapes and settings alone: parameters, FLOPs, key/value cache and memory.
 
 Conventions (Kaplan et al. 2001.08361, PaLM 2204.02311, appendix B). A weight used in a matrix product costs 2
 FLOPs per token forward and 4 backward, so 6 in training; an embedding lookup costs none, nor do experts that
 the token did not choose. Attention compares each query with the keys it may see: per layer and key 2 * H * D
 FLOPs for the scores and as many for the weighted sum, each with its own D in latent attention; three times
-that in training. A causal query sees T / 2 keys on average. Published numbers often count all T, which
-`full_attention=True` gives. Recomputation does not count (these are model FLOPs, as in MFU). Latent attention
-is counted in its expanded form, that of training and prefill.
+that in training. A causal query sees T / 2 keys on average; published numbers often count all T.
+Recomputation does not count (these are model FLOPs, as in MFU). Latent attention is counted in its expanded
+form, that of training and prefill.
 
 Multi-token prediction has parameters and training FLOPs; a forward pass and the active parameters are those
 of the model without it.
@@ -14,10 +14,26 @@ of the model without it.
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from config.model import ModelConfig
-from utils.parameter_groups import Group, head_widths, parameter_groups
 
 FP32, BF16 = 4, 2  # bytes per number
+PARTS = {  # of the model, each by a word in the names of its parameters; the first that fits
+    "mtp.": "mtp", "embed_tokens": "embedding", "norm": "norms", "self_attn": "attention",
+    "shared_experts": "shared experts", "experts": "routed experts", ".gate.": "router",
+    "mlp": "feed-forward", "lm_head": "head",
+}  # fmt: skip
+
+
+@dataclass
+class Group:
+    """Parameter counts of one part of the model, summed over layers."""
+
+    total: int = 0
+    active: int = 0  # used for one token; less than `total` with a mixture of experts
+    multiplied: int = 0  # used for one token in matrix products, which cost FLOPs
+    adam: int = 0  # trained by Adam under Muon: gains, biases, tables of vectors
 
 
 @dataclass
@@ -50,30 +66,22 @@ class CostCard:
         """Count the weights in matrix products for one token in a forward pass, the output head included."""
         return sum(group.multiplied for name, group in self.groups.items() if name != "mtp")
 
-    def forward_flops(self, full_attention: bool = False) -> float:
-        """Return the FLOPs per token of a forward pass over full sequences, causal or `full_attention`."""
-        return 2 * self.matmul_parameters + self.attention_flops(self.layers, full_attention)
+    def forward_flops(self) -> float:
+        """Return the FLOPs per token of a forward pass over full sequences."""
+        return 2 * self.matmul_parameters + 2 * self.layers * self.attention_width * self.keys_seen
 
-    def mtp_flops(self, full_attention: bool = False) -> float:
+    def mtp_flops(self) -> float:
         """Return the FLOPs per token that multi-token prediction adds to the forward pass of training."""
-        return 2 * self.groups["mtp"].multiplied + self.attention_flops(self.mtp_layers, full_attention)
+        products = self.groups["mtp"].multiplied + self.mtp_layers * self.attention_width * self.keys_seen
+        return 2 * products
 
-    def attention_flops(self, layers: int, full_attention: bool) -> float:
-        """Return the forward FLOPs per token of scores and weighted sums in this many layers."""
-        keys = self.sequence_length if full_attention else self.keys_seen
-        return 2 * layers * self.attention_width * keys
-
-    def train_flops(self, full_attention: bool = False) -> float:
+    def train_flops(self) -> float:
         """Return the FLOPs per token of a training step: forward, and twice as many backward."""
-        return 3 * (self.forward_flops(full_attention) + self.mtp_flops(full_attention))
+        return 3 * (self.forward_flops() + self.mtp_flops())
 
     def kv_cache_bytes(self, bytes_per_number: int = BF16) -> int:
         """Return the bytes of one token in the cache (of latents, in latent attention)."""
         return self.kv_cache_numbers * bytes_per_number
-
-    def train_bytes(self) -> int:
-        """Return the bytes to train: weights, gradients, optimizer and activations (rough) of a batch."""
-        return sum(self.state_bytes.values()) + self.activation_bytes
 
     def lines(self) -> list[str]:
         """Return the lines of the card."""
@@ -89,25 +97,20 @@ class CostCard:
             *([second] if mtp else []),
             f"kv cache    {size(self.kv_cache_bytes(BF16))} per token in bf16, "
             + f"{size(self.kv_cache_bytes(FP32))} in fp32",
-            f"memory      {size(self.train_bytes())} to train ({state}, activations of {self.batch_tokens:,} "
-            + f"tokens about {size(self.activation_bytes)})",
+            f"memory      {size(sum(self.state_bytes.values()) + self.activation_bytes)} to train ({state}, "
+            + f"activations of {self.batch_tokens:,} tokens about {size(self.activation_bytes)})",
         ]
 
 
 def cost_card(
-    config: ModelConfig,
-    batch_tokens: int,
-    sequence_length: int | None = None,
-    optimizer: str = "adamw",
-    activation_bytes_per_number: int = FP32,
+    model: nn.Module, batch_tokens: int, sequence_length: int | None = None, optimizer: str = "adamw"
 ) -> CostCard:
-    """Return the cost of training `config` on micro-batches of `batch_tokens` tokens.
+    """Return the cost of training `model`, which may be on the meta device, with all numbers in fp32.
 
-    `config.vocab_size` must be set. `sequence_length` defaults to the maximum of the model. Weights,
-    gradients and optimizer state are fp32; under mixed precision activations have 2 bytes per number.
+    `batch_tokens` is the size of a micro-batch; `sequence_length` defaults to the maximum of the model.
     """
+    config, groups = model.config, parameter_groups(model)
     length = sequence_length or config.max_position_embeddings
-    groups = parameter_groups(config)
     total = sum(group.total for group in groups.values())
     # Adam keeps two moments of each parameter; Muon one of each matrix in the blocks, and Adam the rest
     moments = total + (sum(group.adam for group in groups.values()) if optimizer == "muon" else total)
@@ -122,8 +125,34 @@ def cost_card(
         kv_cache_numbers=config.num_hidden_layers * cached,
         batch_tokens=batch_tokens,
         state_bytes={"weights": FP32 * total, "gradients": FP32 * total, "optimizer": FP32 * moments},
-        activation_bytes=batch_tokens * activation_numbers(config) * activation_bytes_per_number,
+        activation_bytes=FP32 * batch_tokens * activation_numbers(config),
     )
+
+
+def parameter_groups(model: nn.Module) -> dict[str, Group]:
+    """Return the parameters of each part of the model. The bias of a router is none: no gradient moves it."""
+    config, groups = model.config, {part: Group() for part in PARTS.values()}
+    for name, parameter in model.named_parameters():
+        part = next(part for word, part in PARTS.items() if word in name)
+        group, count = groups[part], parameter.numel()
+        routed, table = ".experts." in name, any(word in name for word in ("embed", "lm_head", ".gate."))
+        chosen = count * config.num_experts_per_tok // config.n_routed_experts if routed else count
+        group.total += count
+        group.active += 0 if part == "mtp" else chosen
+        group.multiplied += chosen if parameter.dim() > 1 and part != "embedding" else 0
+        group.adam += count if parameter.dim() < 2 or table else 0
+    table = model.lm_head.weight.numel()
+    groups["head"].multiplied = table  # also if it is tied: its product is computed all the same
+    groups["mtp"].multiplied += 0 if config.mtp == "none" else table  # it uses the output head again
+    return groups
+
+
+def head_widths(config: ModelConfig) -> tuple[int, int, int]:
+    """Return head dim of queries and keys, head dim of values, and numbers per token in one layer's cache."""
+    if config.attention_kind == "mla":
+        scores = config.qk_nope_head_dim + config.qk_rope_head_dim
+        return scores, config.v_head_dim, config.kv_lora_rank + config.qk_rope_head_dim
+    return config.head_dim, config.head_dim, 2 * config.num_key_value_heads * config.head_dim
 
 
 def keys_seen(length: int, window: int | None) -> float:

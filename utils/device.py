@@ -21,10 +21,7 @@ PEAK_FLOPS_BF16 = {
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device for `auto`, `cpu`, `cuda` or `mps`; `auto` takes the fastest available.
-
-    Raises `UserError` if the device is not available.
-    """
+    """Return the device for `auto`, `cpu`, `cuda` or `mps`; `auto` takes the fastest available."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in there if there[kind])
@@ -42,43 +39,29 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, bool, str]
     `name` is `auto`, `fp32`, `bf16` or `fp16`. bf16 pays only where the processor multiplies it natively:
     elsewhere it is emulated, and slower than fp32. Raises `UserError` for fp16 without CUDA.
     """
-    native = multiplies_bf16(device.type)
-    if name == "fp16":
-        if device.type != "cuda":
-            raise UserError(f"train.dtype=fp16 is for CUDA, not for {device.type}: use bf16 or fp32")
-        return torch.float16, True, "fp16 with a gradient scaler, as asked for"
-    if name == "bf16":
-        slow = "" if native else f" (slow on this {device.type})"
-        return torch.bfloat16, False, f"bf16, as asked for{slow}"
-    if name == "fp32":
-        return torch.float32, False, "fp32, as asked for"
-    if native:
-        return torch.bfloat16, False, f"bf16: this {device.type} multiplies it natively"
-    if device.type == "cuda":
-        return torch.float16, True, "fp16 with a gradient scaler: this GPU has no native bf16"
-    return torch.float32, False, f"fp32: this {device.type} has no native bf16"
+    native, kind, why = multiplies_bf16(device.type), device.type, "as asked for"
+    if name == "fp16" and kind != "cuda":
+        raise UserError(f"train.dtype=fp16 is for CUDA, not for {kind}: use bf16 or fp32")
+    if name == "auto":
+        name = "bf16" if native else "fp16" if kind == "cuda" else "fp32"
+        why = f"this {kind} " + ("multiplies it natively" if native else "has no native bf16")
+    elif name == "bf16" and not native:
+        why += f" (slow on this {kind})"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    scaler = " with a gradient scaler" if name == "fp16" else ""
+    return dtype, bool(scaler), f"{name}{scaler}: {why}"
 
 
 def multiplies_bf16(kind: str) -> bool:
-    """Return True if devices of this kind multiply bf16 natively; elsewhere fp32 is faster."""
-    return {"cuda": cuda_multiplies_bf16, "cpu": cpu_multiplies_bf16}.get(kind, lambda: False)()
+    """Return True if devices of this kind multiply bf16 natively; elsewhere fp32 is faster.
 
-
-def cuda_multiplies_bf16() -> bool:
-    """Return True from Ampere on; older GPUs emulate bf16."""
-    return torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Return True if this CPU has bf16 dot products (AVX512-BF16, AMX-BF16, or ARM's BF16 under Linux)."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        has = {name for name, value in torch.cpu.get_capabilities().items() if value}
-    else:  # PyTorch before 2.12
-        cpuinfo = Path("/proc/cpuinfo")
-        has = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.is_file() else set()
-    if {"avx512_bf16", "amx_bf16"} & has:
-        return True
-    return platform.system() == "Linux" and platform.machine() == "aarch64" and "bf16" in has
+    GPUs do from Ampere on; CPUs with AVX512-BF16, AMX-BF16, or ARM's BF16 under Linux.
+    """
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = {name for name, value in torch.cpu.get_capabilities().items() if value}
+    arm = platform.system() == "Linux" and platform.machine() == "aarch64" and "bf16" in has
+    return kind == "cpu" and (arm or bool({"avx512_bf16", "amx_bf16"} & has))
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
@@ -86,13 +69,9 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 
     bf16 and fp16 are equally fast on these. For fp32 there is no single peak: it depends on TF32.
     """
-    if dtype not in (torch.bfloat16, torch.float16):
-        return None
-    words = device_name.replace("-", " ").split()
-    for name, flops in PEAK_FLOPS_BF16.items():
-        if all(word in words for word in name.split()):
-            return flops
-    return None
+    words = set(device_name.replace("-", " ").split())
+    known = [flops for name, flops in PEAK_FLOPS_BF16.items() if words.issuperset(name.split())]
+    return known[0] if known and dtype in (torch.bfloat16, torch.float16) else None
 
 
 def synchronize(device: torch.device) -> None:
@@ -106,8 +85,8 @@ def synchronize(device: torch.device) -> None:
 def keep_freed_memory() -> bool:
     """Keep freed memory in the process; return False if the C library is not GNU's or refuses.
 
-    Otherwise large blocks return to the system at once, and it clears every page again when the next step
-    takes them: 2 to 6 % of a training step on a CPU, with the same peak (docs/experiments.md, 26).
+    Otherwise the system clears every page of large blocks again when the next step takes them: 2 to 6 % of a
+    training step on a CPU, with the same peak (docs/experiments.md, 26).
     """
     if platform.system() != "Linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
         return False
@@ -125,34 +104,28 @@ def set_threads() -> int:
     `OMP_NUM_THREADS` overrides it, as usual.
     """
     told = os.environ.get("OMP_NUM_THREADS", "")
-    share = max(1, physical_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    count = int(told) if told.isdigit() and int(told) > 0 else share
+    share = physical_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    count = max(1, int(told) if told.isdigit() else share)
     torch.set_num_threads(count)
     return count
 
 
 def physical_cores() -> int:
-    """Return the physical cores that this process may use, by affinity and container limits; hyper-threads do
-    not count."""
+    """Return the cores that this process may use, by affinity and container limits, hyper-threads apart."""
     if not hasattr(os, "sched_getaffinity"):  # macOS, Windows
         return torch.get_num_threads()
-    allowed = os.sched_getaffinity(0)
-    cores = {siblings_of(cpu) for cpu in allowed}
+    cores = len({siblings_of(cpu) for cpu in os.sched_getaffinity(0)})
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-        limit = int(quota) // int(period)
+        return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):  # no such file, or the word `max`
-        limit = len(cores)
-    return max(1, min(len(cores), limit))
+        return cores
 
 
 def siblings_of(cpu: int) -> str:
     """Return the logical processors that share a core with `cpu`, as Linux writes them; else `cpu` itself."""
     path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return str(cpu)
+    return path.read_text(encoding="utf-8") if path.is_file() else str(cpu)
 
 
 def seed_everything(seed: int) -> None:

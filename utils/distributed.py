@@ -12,7 +12,7 @@ The loss is divided by the number of supervised tokens of **all** processes, so 
 gradient of the whole batch: no further division.
 
 Every function also works in a single process, where it does nothing. Tensors on a GPU travel over nccl, all
-others over gloo; waits are long, because the first process may tokenize for hours while the others wait.
+others over gloo.
 """
 
 import hashlib
@@ -28,8 +28,7 @@ import torch.distributed as dist
 
 from utils.errors import UserError
 
-BUCKET_BYTES = 32 * 2**20  # gradients travel in flat pieces of this size: few messages, little extra memory
-LONGEST_WAIT = timedelta(hours=24)
+LONGEST_WAIT = timedelta(hours=24)  # the first process may tokenize for hours while the others wait
 
 
 @dataclass(frozen=True)
@@ -135,33 +134,14 @@ def sum_gradients(parameters) -> None:
     for parameter in used:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for bucket in buckets([parameter.grad for parameter in used]):
-        flat = reduce(torch.cat([gradient.flatten() for gradient in bucket]))
-        for gradient, total in zip(bucket, flat.split([gradient.numel() for gradient in bucket])):
-            gradient.copy_(total.view_as(gradient))
-
-
-def buckets(tensors: list[torch.Tensor]):
-    """Yield `tensors` in order, in groups of one dtype and at most `BUCKET_BYTES` (or a single tensor)."""
-    group, size = [], 0
-    for tensor in tensors:
-        if group and (size + tensor.nbytes > BUCKET_BYTES or tensor.dtype != group[0].dtype):
-            yield group
-            group, size = [], 0
-        group.append(tensor)
-        size += tensor.nbytes
-    if group:
-        yield group
+    with others_alive():  # all messages are on their way before the first wait
+        for message in [dist.all_reduce(parameter.grad, async_op=True) for parameter in used]:
+            message.wait()
 
 
 def sum_scalars(values: list[float]) -> list[float]:
     """Return the sum of each number over all processes, in fp64: token counts and losses."""
     return reduce(torch.tensor([float(value) for value in values], dtype=torch.float64)).tolist()
-
-
-def sum_on_device(values: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the same sums without waiting for the GPU that the values are on."""
-    return list(reduce(torch.stack([value.double() for value in values])))
 
 
 def broadcast_parameters(module: torch.nn.Module) -> None:

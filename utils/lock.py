@@ -12,28 +12,17 @@ else:
 
 
 class FolderLock:
-    """Holds `folder/.lock` from construction to `release()`. Raises `UserError` naming another holder."""
+    """Holds `folder/.lock` from construction to `release()`. Raises `UserError` naming another holder.
+
+    The file itself stays: removing it would race with a run that has just opened it.
+    """
 
     def __init__(self, folder: Path, owner: str):
-        self.path = Path(folder) / ".lock"
-        words = f"{owner}, process {os.getpid()}"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                self.file = open(self.path, "a+", encoding="utf-8")
-                self.take()
-                # The last holder may have removed the file between our opening and locking it.
-                if self.path.exists() and os.path.samestat(os.fstat(self.file.fileno()), self.path.stat()):
-                    break
-                self.file.close()
-            self.file.truncate(0)
-            self.file.write(words)
-            self.file.flush()
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.file = open(Path(folder) / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  open while held
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-
-    def take(self) -> None:
-        """Lock the open file, or raise `UserError`."""
         try:
             if os.name == "nt":
                 self.file.seek(2**20)  # Windows locks also forbid reading, so lock beyond the text
@@ -45,13 +34,12 @@ class FolderLock:
             holder = self.file.read() or "another process"
             self.file.close()
             raise UserError(
-                f"{self.path.parent} is in use by another run ({holder}): wait for it, or write elsewhere "
-                "with --out DIR"
+                f"{folder} is in use by another run ({holder}): wait for it, or write elsewhere with --out DIR"
             ) from None
+        self.file.truncate(0)
+        self.file.write(f"{owner}, process {os.getpid()}")
+        self.file.flush()
 
     def release(self) -> None:
-        """Remove the file and give the lock up."""
-        if not self.file.closed:
-            if os.name != "nt":
-                self.path.unlink(missing_ok=True)  # while still locked
-            self.file.close()
+        """Give the lock up."""
+        self.file.close()

@@ -12,7 +12,7 @@ from pathlib import Path
 from utils.errors import UserError
 
 # these keys measure the machine, so they differ from run to run
-TIMING_KEYS = frozenset({"tok_s", "data_ms", "step_ms", "eval_ms", "elapsed_s", "eval_s", "save_s", "mfu"})
+TIMING_KEYS = frozenset({"tok_s", "data_ms", "step_ms", "eval_ms"})
 
 
 class RunLog:
@@ -41,17 +41,15 @@ class RunLog:
         """Bytes written so far, for the checkpoint; it is passed back as `resume_at`."""
         return self.file.tell()
 
-    def write(self, values: dict[str, int | float]) -> str:
-        """Append one line and flush it; return the line."""
-        line = format_line(values)
+    def write(self, values: dict[str, int | float]) -> None:
+        """Append one line and flush it."""
         try:
-            self.file.write(line.encode("utf-8") + b"\n")
+            self.file.write(format_line(values).encode("utf-8") + b"\n")
             self.file.flush()
         except OSError as error:
             raise UserError(
                 f"could not write {self.path}: {error.strerror}; free some space and continue with --resume"
             ) from None
-        return line
 
     def close(self) -> None:
         """Close the file."""

@@ -10,8 +10,7 @@ import itertools
 import math
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure  # not pyplot: no window, and no state shared with others
 
 from utils.errors import Parser, UserError, run_main
 from utils.log import read_log
@@ -43,7 +42,7 @@ def plot_curves(log_path: str | Path | list, png_path: str | Path) -> None:
     if not panels:
         raise UserError(f"{paths[0]}: none of the keys {', '.join(panel[2][0] for panel in PANELS)} is in it")
 
-    figure = new_figure(10, 3.2 * math.ceil(len(panels) / 2))
+    figure = Figure((10, 3.2 * math.ceil(len(panels) / 2)), layout="constrained")
     names = run_names(list(logs))
     for place, (title, unit, keys) in enumerate(panels, start=1):
         axes = figure.add_subplot(math.ceil(len(panels) / 2), 2, place)
@@ -60,13 +59,6 @@ def plot_curves(log_path: str | Path | list, png_path: str | Path) -> None:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=10)
     save_figure(figure, png_path)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Return a figure without a window, and without state shared with others; the size is in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def save_figure(figure: Figure, png: str | Path) -> None:

@@ -1,12 +1,8 @@
 """Pictures of a mixture of experts: their load over training, and the kinds of tokens each one takes.
 
-    python utils/plot_experts.py                    # out/pre_train/experts.txt -> experts.png beside it
-    python utils/plot_experts.py LOG --out load.png
-
-The log has lines `step=10  L0E0=0.0625  L0E1=0.07 ..`: the share of layer 0's assignments that expert 0 got.
+A log of experts has lines `step=10  L0E0=0.0625  L0E1=0.07 ..`: the share of layer 0's assignments that
+expert 0 got.
 """
-
-import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
 import math
 import re
@@ -17,11 +13,10 @@ from matplotlib import colormaps
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from utils.errors import Parser, UserError, run_main
+from utils.errors import UserError
 from utils.log import read_log
-from utils.plot import new_figure, save_figure
+from utils.plot import save_figure
 
-ROOT = Path(__file__).resolve().parents[1]
 KEY = re.compile(r"L(\d+)E(\d+)")
 TOP = 3.0  # loads of three times the mean and more have one colour
 
@@ -103,26 +98,10 @@ def make_panels(count: int, width: float, height: float) -> tuple[Figure, list]:
     """Return a figure with `count` panels of this size in inches, two in a row."""
     columns = min(count, 2)
     rows = math.ceil(count / columns)
-    figure = new_figure(width * columns + 1, height * rows + 0.5)
+    figure = Figure((width * columns + 1, height * rows + 0.5), layout="constrained")
     return figure, [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]
 
 
 def some(count: int, most: int) -> list[int]:
     """Return the places 0, n, 2n, .. below `count`, at most `most` of them."""
     return list(range(0, count, math.ceil(count / most)))
-
-
-def main() -> None:
-    """Run the command."""
-    parser = Parser("Draw the load of the experts over training.")
-    parser.add_argument("log", nargs="?", metavar="LOG", help="log file (default: out/pre_train/experts.txt)")
-    parser.add_argument("--out", metavar="PNG", help="the picture (default: experts.png beside the log)")
-    args = parser.parse_args()
-    log = Path(args.log) if args.log else ROOT / "out" / "pre_train" / "experts.txt"
-    png = Path(args.out) if args.out else log.parent / "experts.png"
-    plot_expert_load(log, png)
-    print(f"drawn: {png}")
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -92,7 +92,7 @@ class FastDecoder:
     """A prepared copy of a model, which does not follow later training.
 
     Args:
-        model: a `TinySeek` that `supports` accepts.
+        model: a `TinySeek` for which `refusal` returns no reason.
     """
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from inference.generation.generator import Generator
 from inference.generation.load import Loaded
 from inference.generation.sampling import SamplingParams
 from inference.generation.text_stream import TextStream
-from load_data.chat.chat_template import ChatTemplate, fit_turns
+from load_data.chat.chat_template import ChatTemplate, cut_turn, fit_turns
 
 Message = dict[str, str]
 
@@ -81,10 +81,8 @@ class Conversation:
 
 
 def prompt_within(template: ChatTemplate, messages: list[Message], room: int) -> list[int]:
-    """Return the prompt of `messages` as at most `room` ids: the oldest turns go first, then the beginning of
-    the question, as in training. The markers stay, even where `room` is too small for them."""
+    """Return the prompt of `messages` as at most `room` ids, shortened exactly as training shortens it: see
+    `fit_turns` and `cut_turn`. Markers stay, even if `room` is too small for them."""
     messages = fit_turns(template, messages, room)
-    ids, text = template.prompt(messages), len(template.tokenizer.encode(messages[-1]["content"]))
-    end = len(ids) - len(template.before["assistant"]) - len(template.after["user"])  # of the question's text
-    cut = min(max(0, len(ids) - room), text)
-    return ids[: end - text] + ids[end - text + cut :]
+    ids = template.prompt(messages)
+    return ids if len(ids) <= room else cut_turn(template, messages, room)[0]

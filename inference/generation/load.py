@@ -21,7 +21,7 @@ from load_data.chat.chat_template import ChatTemplate
 from load_data.tokenization.tokenizer import Tokenizer
 from model.adapters import ADAPTERS, adapted, soft_tokens
 from model.tinyseek import TinySeek
-from modules.adapters.adapted_layer import fold
+from modules.adapters.lora_model import fold
 from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint, load_weights, weights_digest
 from utils.errors import UserError
 

@@ -1,5 +1,7 @@
 """Decode tokens to text that can be shown at once: whole characters only, and no part of a stop string."""
 
+import codecs
+
 from load_data.tokenization.tokenizer import Tokenizer
 
 
@@ -10,7 +12,8 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
-        self.tokenizer, self.decoder = tokenizer, tokenizer.stream_decoder()
+        self.tokenizer = tokenizer
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.stop = tuple(filter(None, stop))
         self.waiting, self.stopped = "", False
 
@@ -18,7 +21,7 @@ class TextStream:
         """Return the text that can be shown after `token`; it may be empty."""
         if self.stopped or token >= self.tokenizer.vocab_size:
             return ""  # a model may have more ids than its tokenizer
-        self.waiting += self.decoder.push(token)
+        self.waiting += self.decoder.decode(self.tokenizer.id_to_bytes[token])
         places = [(self.waiting.find(stop), len(stop)) for stop in self.stop]
         found = [(place + length, place) for place, length in places if place >= 0]
         if found:  # the one that is complete first
@@ -32,6 +35,6 @@ class TextStream:
 
     def finish(self) -> str:
         """Return the text that was still held back when the tokens ended."""
-        text = "" if self.stopped else self.waiting + self.decoder.finish()
+        text = "" if self.stopped else self.waiting + self.decoder.decode(b"", final=True)
         self.waiting = ""
         return text

@@ -1,1 +1,1 @@
-"""Chat: dialogues to rows of tokens."""
+"""Chat: from dialogues to rows of tokens."""

@@ -1,8 +1,14 @@
-"""The forms that a record of a `.jsonl` file may have, and what they say as text or as a conversation."""
+"""The forms that a record of a `.jsonl` file may have, read as text or as a conversation."""
 
+import unicodedata
+
+from load_data.corpora.reserved import unit_hash
 from utils.errors import UserError
 
 ROLES = ("system", "user", "assistant")
+# Other names of the same roles (ShareGPT, OpenAI, Gemini); what a tool returns is read like a question.
+ALIASES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
+ALIASES |= dict.fromkeys(("tool", "function", "observation"), "user")
 FORMS = (
     '{"text"}, {"conversations": [{"role", "content"}]}, {"messages": [{"role", "content"}]}, '
     '{"instruction", "input", "output"}, {"prompt", "chosen", "rejected"}'
@@ -10,9 +16,9 @@ FORMS = (
 
 
 def as_text(record: dict, where: str) -> str:
-    """The record as plain text: its `text`, or the contents of its messages joined by line breaks.
+    """Return the record as plain text: its `text`, or the contents of its messages joined by line breaks.
 
-    `where` ("FILE, line N") begins the `UserError` for a record of no known form.
+    `where` ("FILE, line N") begins the `UserError` for a record of unknown form.
     """
     if "text" in record:
         return string(record, "text", where)
@@ -20,10 +26,10 @@ def as_text(record: dict, where: str) -> str:
 
 
 def as_messages(record: dict, where: str) -> list[dict[str, str]]:
-    """The record as a conversation: `{"role", "content"}` for each message, roles as in `ROLES`.
+    """Return the record as a conversation: `{"role", "content"}` for each message, roles as in `ROLES`.
 
-    Of a preference record (`prompt`, `chosen`, `rejected`) the conversation is the prompt and the chosen
-    answer. `where` ("FILE, line N") begins the `UserError` for a record that is no conversation.
+    The conversation of a preference record (`prompt`, `chosen`, `rejected`) is the prompt and the chosen
+    answer. `where` ("FILE, line N") begins the `UserError` for a record that is not a conversation.
     """
     for key in ("conversations", "messages"):
         if key in record:
@@ -34,57 +40,87 @@ def as_messages(record: dict, where: str) -> list[dict[str, str]]:
             question += "\n" + string(record, "input", where)
         return [message("user", question), message("assistant", string(record, "output", where))]
     if {"prompt", "chosen", "rejected"} <= record.keys():
-        return as_turns(record, "prompt", "user", where) + as_turns(record, "chosen", "assistant", where)
+        prompt = as_turns(record, "prompt", "user", where)
+        chosen = as_turns(record, "chosen", "assistant", where)
+        repeated = chosen[: len(prompt)] == prompt  # UltraFeedback's `chosen` begins with the prompt
+        return chosen if repeated else prompt + chosen
     found = ", ".join(map(str, record)) or "none"
     raise UserError(f"{where}: a record of unknown form (its keys: {found}); known forms: {FORMS}")
 
 
-def first_question(record: dict, where: str) -> str | None:
-    """What the user says first, if the record is a conversation: it decides on which side of the split the
-    record is, so that the same question is never on both, in pre-training or later."""
-    messages = [] if "text" in record else as_messages(record, where)
-    return next((one["content"] for one in messages if one["role"] == "user"), None)
+def split_key(messages: list[dict[str, str]], same_question: str = "folded") -> str | None:
+    """Return the text whose hash decides the side of a conversation; None if the user says nothing.
+
+    It is the question with the lowest hash: a conversation is held out if any of its questions is, so no
+    conversation to train on contains a held-out question, in pre-training or later. (`exact`: the first one.)
+    """
+    keys = [question_key(one["content"], same_question) for one in messages if one["role"] == "user"]
+    return min(keys if same_question == "folded" else keys[:1], key=unit_hash, default=None)
+
+
+def question_key(question: str, same_question: str = "folded") -> str:
+    """Return `question` without case, white space, punctuation and width (NFKC); `exact`: as it is."""
+    if same_question == "exact":
+        return question
+    folded = unicodedata.normalize("NFKC", question).casefold()
+    return "".join(one for one in folded if unicodedata.category(one)[0] not in "ZPC") or folded
+
+
+def scored_answers(messages: list[dict[str, str]], val_fraction: float, same_question: str) -> list[int]:
+    """Return the indices of the answers of a held-out dialogue whose own question no training has seen.
+
+    The questions of other turns may also occur in dialogues to train on. A single question is always scored:
+    skills have splits of their own."""
+    answers = [n for n in range(1, len(messages)) if messages[n]["role"] == "assistant"]
+    keys = {n: unit_hash(question_key(messages[n - 1]["content"], same_question)) for n in answers}
+    return [n for n in answers if keys[n] < val_fraction or len(answers) == 1]
 
 
 def as_turns(record: dict, key: str, role: str, where: str) -> list[dict[str, str]]:
-    """`record[key]`, which may be one text said by `role` or a list of messages."""
+    """Return `record[key]` as messages; it may be a list of them, or one text written by `role`."""
     if isinstance(record[key], list):
         return checked_messages(record[key], key, where)
     return [message(role, string(record, key, where))]
 
 
 def checked_messages(messages, key: str, where: str) -> list[dict[str, str]]:
-    """A list of messages, each with a known role and a text; other keys are left out."""
+    """Return messages with known roles and texts, other keys left out; `from` and `value` (ShareGPT) are
+    read as `role` and `content`."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: {key} must be a list of at least one message, not {shortened(messages)}")
+    checked = []
     for number, item in enumerate(messages, start=1):
+        if isinstance(item, dict) and {"from", "value"} <= item.keys():
+            item = message(item["from"], item["value"])
         if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
             raise UserError(
                 f'{where}: message {number} of {key} must be {{"role": ..., "content": ...}}, '
                 f"not {shortened(item)}"
             )
-        if item["role"] not in ROLES:
-            role = shortened(item["role"])
+        role = item["role"]
+        role = ALIASES.get(role, role) if isinstance(role, str) else role
+        if role not in ROLES:
             raise UserError(
-                f"{where}: message {number} of {key} has role {role}; known roles: {', '.join(ROLES)}"
+                f"{where}: message {number} of {key} has role {shortened(role)}; known roles: "
+                f"{', '.join((*ROLES, *ALIASES))}"
             )
-        string(item, "content", f"{where}, message {number} of {key}")
-    return [message(item["role"], item["content"]) for item in messages]
+        checked.append(message(role, string(item, "content", f"{where}, message {number} of {key}")))
+    return checked
 
 
 def message(role: str, content: str) -> dict[str, str]:
-    """One message."""
+    """Return one message."""
     return {"role": role, "content": content}
 
 
 def string(record: dict, key: str, where: str) -> str:
-    """`record[key]`, which must be a text."""
+    """Return `record[key]`, which must be a text."""
     if not isinstance(record[key], str):
         raise UserError(f"{where}: {key} must be a text, not {shortened(record[key])}")
     return record[key]
 
 
 def shortened(value) -> str:
-    """The beginning of a value, for a message of one line."""
+    """Return the beginning of a value, for a message of one line."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,59 +1,42 @@
-"""Reading text from files: `.txt`, `.jsonl`, and folders of them, one document at a time.
+"""Read text from files: `.txt`, `.jsonl`, and folders of them, one document at a time.
 
-Nothing is read before it is asked for, and no file is held in memory whole, so a file may be larger than
-memory. Every complaint is a `UserError` that names the file and the line.
+Nothing is read before it is needed, and no file is held in memory as a whole, so a file may be larger than
+memory. Every error is a `UserError` that names the file and the line. A bad record of a `.jsonl` file is
+skipped and reported; a file without any good record is an error.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from load_data.chat.records import as_text, first_question
+from load_data.chat.records import as_messages, as_text, split_key
 from utils.errors import UserError
 
 SUFFIXES = (".txt", ".jsonl")
 PIECE = 2**20  # characters of a .txt file that are read at a time
-HASHED_WHOLE = 2**28  # bytes; a larger file is identified by its size and its first part
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text, in one or more pieces, and what decides its side of the split: equal texts have equal
-    identities, and so have conversations with the same first question."""
-
-    identity: str
-    pieces: Iterable[str]
+SKIPPED_SHOWN = 3  # skipped records that a summary quotes
 
 
 def find_files(paths: list[str]) -> list[Path]:
-    """The `.txt` and `.jsonl` files that `paths` mean. Folders are searched through, in sorted order; an
-    empty file
-    in a folder is passed over. Raises `UserError` for a path that gives nothing to read."""
-    known = " and ".join(SUFFIXES)
+    """Return the `.txt` and `.jsonl` files that `paths` name. Folders are searched recursively, in sorted
+    order, and empty files in them ignored. Raises `UserError` for a path with nothing to read."""
     files = []
     for path in map(Path, paths):
-        if path.is_dir():
-            found = [
-                file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()
-            ]
-            found = [file for file in found if file.stat().st_size]
-            if not found:
-                raise UserError(f"--data {path}: no file with text in this folder; {known} files are read")
-            files += found
-        elif not path.exists():
+        if not path.exists():
             raise UserError(
-                f"--data {path}: no such file or folder; the word python means the standard library"
+                f"--data {path}: no such file or folder; embedded are python (pre-training) and skills (chat)"
             )
-        elif path.suffix.lower() not in SUFFIXES:
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found = [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file()]
+        found = [file for file in found if file.stat().st_size]
+        if not found:
             raise UserError(
-                f"--data {path}: {known} files are read; convert the file, or rename it if it is text"
+                f"--data {path}: nothing to read; {' and '.join(SUFFIXES)} files with text are read: "
+                "convert other files, or rename them if they are text"
             )
-        elif not path.stat().st_size:
-            raise UserError(f"--data {path}: the file is empty; put text into it or leave it out")
-        else:
-            files.append(path)
+        files += found
     for file in files:
         try:
             file.open("rb").close()
@@ -62,22 +45,22 @@ def find_files(paths: list[str]) -> list[Path]:
     return files
 
 
-def read_documents(file: Path) -> Iterator[Document]:
-    """The documents of one file: all of a `.txt`, each record of a `.jsonl`."""
-    if file.suffix.lower() == ".jsonl":
-        for record, where in read_records(file):
-            text = as_text(record, where)
-            if text.strip():  # records without text are passed over
-                question = first_question(record, where)
-                yield Document(text_identity(text) if question is None else question, (text,))
-    else:
-        yield Document(file_identity(file), read_pieces(file))
+def as_document(record: dict, where: str, same_question: str = "folded") -> tuple[str, str] | None:
+    """Return the identity and the text of a record of a `.jsonl` file; None for a blank text. The identity
+    decides the side of the split: equal for equal texts, and for conversations with equal `split_key`."""
+    text = as_text(record, where)
+    try:
+        identity = split_key(as_messages(record, where), same_question)
+    except UserError:  # plain text
+        identity = None
+    if identity is None:
+        identity = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return (identity, text) if text.strip() else None
 
 
 def read_pieces(file: Path) -> Iterator[str]:
-    """A text file in pieces of about `PIECE` characters that end with a line (or in a line longer than a
-    piece).
-    """
+    """Yield a text file in pieces of about `PIECE` characters, each ending at a line break (or inside a line
+    longer than a piece)."""
     line = 1
     with open(file, encoding="utf-8-sig") as stream:
         try:
@@ -91,20 +74,42 @@ def read_pieces(file: Path) -> Iterator[str]:
             raise not_utf8(file) from None
 
 
-def read_records(file: Path) -> Iterator[tuple[dict, str]]:
-    """Each JSON object of a `.jsonl` file and where it stands ("FILE, line N"); blank lines do not count."""
+def read_records(file: Path, parse: Callable, skipped: list[str]) -> Iterator:
+    """Yield `parse(record, where)` for each JSON object of a `.jsonl` file, unless it is None.
+
+    `where` is "FILE, line N"; blank lines are ignored. A record that `parse` refuses (`UserError`) is left
+    out and its error added to `skipped`. Raises the first of these errors if no record is good.
+    """
+    good, first = False, len(skipped)
     with open(file, encoding="utf-8-sig") as stream:
         try:
             for number, line in enumerate(stream, start=1):
-                if line.strip():
+                if not line.strip():
+                    continue
+                try:
                     where = f"{file}, line {number}"
-                    yield parse_record(line, where), where
+                    parsed = parse(parse_record(line, where), where)
+                except UserError as error:
+                    skipped.append(str(error))
+                    continue
+                good = True
+                if parsed is not None:
+                    yield parsed
         except UnicodeDecodeError:
             raise not_utf8(file) from None
+    if skipped[first:] and not good:
+        raise UserError(f"{skipped[first]} (none of the {len(skipped) - first:,} records is usable)")
+
+
+def skipped_lines(skipped: list[str]) -> list[str]:
+    """Return the summary of skipped records: how many, and the first ones with line and reason."""
+    lines = [f"skipped records: {len(skipped):,}", *(f"  {one}" for one in skipped[:SKIPPED_SHOWN])]
+    more = [f"  ... and {len(skipped) - SKIPPED_SHOWN:,} more"] * (len(skipped) > SKIPPED_SHOWN)
+    return [*lines, *more] if skipped else []
 
 
 def parse_record(line: str, where: str) -> dict:
-    """The JSON object in `line`."""
+    """Return the JSON object in `line`."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
@@ -118,31 +123,7 @@ def parse_record(line: str, where: str) -> dict:
 
 
 def not_utf8(file: Path) -> UserError:
-    """The error for a file that is not UTF-8; reads it again to find the line."""
-    with open(file, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return UserError(
-                    f"{file}, line {number}: not UTF-8 text; convert the file to UTF-8 or leave it out"
-                )
-    return UserError(f"{file}: not UTF-8 text")
-
-
-def text_identity(text: str) -> str:
-    """What identifies a text: a hash of it."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def file_identity(file: Path) -> str:
-    """What identifies the content of a file: its hash, or if very large that of its size and beginning."""
-    size = file.stat().st_size
-    total = hashlib.sha256()
-    with open(file, "rb") as stream:
-        if size > HASHED_WHOLE:
-            total.update(str(size).encode() + stream.read(PIECE))
-        else:
-            while block := stream.read(PIECE):
-                total.update(block)
-    return total.hexdigest()
+    """Return the error for a file that is not UTF-8; read it again to find the line."""
+    with open(file, encoding="utf-8", errors="surrogateescape") as stream:
+        number = next(n for n, line in enumerate(stream, start=1) if re.search("[\udc80-\udcff]", line))
+    return UserError(f"{file}, line {number}: not UTF-8 text; convert the file to UTF-8 or leave it out")

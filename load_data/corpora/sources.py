@@ -1,26 +1,26 @@
-"""From `data.paths` to documents, each on its side of the split into training and validation.
+"""From `data.paths` to documents, each on its side of the split into training and held-out text.
 
 The split is made before anything is learned from the text:
 
 - the word `python`: by file of the standard library (see `load_data/corpora/python_corpus.py`);
-- a single `.txt` file: its last `data.val_fraction` of characters is held out, as usual for tinyshakespeare;
-- otherwise: by a hash of each document's content, of a conversation its first question, so that two copies
-  are always on the same side.
-  Of several `.txt` files at least one is held out.
+- a `.txt` file: its last `data.val_fraction` of characters is held out, as is usual for tinyshakespeare;
+- a record of a `.jsonl` file: by a hash of its text, or if it is a conversation of its questions, so that
+  two copies are always on the same side.
 """
 
 import hashlib
 import random
 from collections.abc import Iterable, Iterator
-from functools import cached_property
-from itertools import islice
+from functools import cached_property, partial
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 from config.schema import DataConfig
-from load_data.corpora.documents import HASHED_WHOLE, file_identity, find_files, read_documents, read_pieces
+from load_data.corpora.documents import as_document, find_files, read_pieces, read_records
 from load_data.corpora.python_corpus import PythonCorpus, docstring_documents, read_python_corpus
 from load_data.corpora.reserved import unit_hash
 from load_data.corpora.worked_examples import worked_examples
+from utils.errors import UserError
 
 PYTHON = "python"  # in data.paths: the standard library
 TRAIN, VAL = "train", "val"
@@ -28,20 +28,24 @@ SPLIT_DOCUMENT = tuple[str, Iterable[str]]  # its side, and its text in pieces
 
 
 class Sources:
-    """The text that a `DataConfig` names. Errors in paths show at once, errors in files when read."""
+    """The text that a `DataConfig` names. Errors in paths show at once, errors in files when read.
+
+    Attributes:
+        skipped: errors of the bad records that the last reading of `documents` left out.
+    """
 
     def __init__(self, data: DataConfig):
-        self.data = data
+        self.data, self.skipped = data, []
         self.files = find_files([path for path in data.paths if path != PYTHON])
 
     @cached_property
     def corpus(self) -> PythonCorpus | None:
-        """The standard library, if it was asked for."""
+        """The standard library, if `data.paths` names it."""
         return read_python_corpus(self.data.val_fraction) if PYTHON in self.data.paths else None
 
     @property
     def size(self) -> int:
-        """Bytes to read, roughly; for the progress bar."""
+        """Bytes to read, roughly: for the progress bar, and for sampling."""
         python = sum(len(text) for _, (text,) in self.python_documents) if self.corpus else 0
         return python + sum(file.stat().st_size for file in self.files)
 
@@ -53,49 +57,41 @@ class Sources:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that decides the documents: contents, split, limit, and the code that makes them.
-
-        A file above `HASHED_WHOLE` bytes is known by its beginning, path, size and time of change instead of
-        its content: reading it twice would cost more than it is worth.
-        """
+        """A hash of everything that decides the documents: files (by path, size and modification time, since
+        reading a large one twice would cost too much), split, limit, and the code used."""
         data = self.data
-        parts = [code_hash(), str(data.val_fraction), str(data.limit)]
+        parts = [code_hash(), str(data.val_fraction), str(data.limit), data.same_question]
         if self.corpus:
             parts += [self.corpus.digest, str(data.worked_examples)]
         for file in self.files:
-            parts += [file.suffix.lower(), file_identity(file)]
-            if (stat := file.stat()).st_size > HASHED_WHOLE:
-                parts += [str(file.resolve()), str(stat.st_mtime_ns)]
+            stat = file.stat()
+            parts += [str(file.resolve()), str(stat.st_size), str(stat.st_mtime_ns)]
         return hashlib.sha256("\n".join(parts).encode("utf-8")).hexdigest()
 
     def documents(self) -> Iterator[SPLIT_DOCUMENT]:
-        """Every document once: its side and its pieces, at most `data.limit` of them."""
-        if not self.corpus and len(self.files) == 1 and self.files[0].suffix.lower() == ".txt":
-            return self.halves_of(self.files[0])
-        return islice(self.all_documents(), self.data.limit)
+        """Yield every document once: its side and its pieces. Of at most `data.limit` documents, every source
+        gives an equal share, or all it has; the head and the tail of a `.txt` file count as one."""
+        self.skipped.clear()
+        sources = [([one] for one in self.python_documents)] if self.corpus else []
+        sources += map(self.documents_of, self.files)
+        return chain.from_iterable(limited(sources, self.data.limit))
 
-    def all_documents(self) -> Iterator[SPLIT_DOCUMENT]:
-        """Every document, without the limit."""
-        if self.corpus:
-            yield from self.python_documents
-        texts = {file_identity(file) for file in self.files if file.suffix.lower() == ".txt"}
-        always_held_out = min(texts, key=unit_hash) if len(texts) > 1 and not self.corpus else None
-        for file in self.files:
-            for document in read_documents(file):
-                held_out = unit_hash(document.identity) < self.data.val_fraction
-                held_out = held_out or document.identity == always_held_out
-                yield (VAL if held_out else TRAIN), document.pieces
-
-    def halves_of(self, file: Path) -> Iterator[SPLIT_DOCUMENT]:
-        """The beginning of a file for training, its last `data.val_fraction` of characters for validation."""
-        characters = sum(map(len, read_pieces(file)))
-        boundary = int(characters * (1 - self.data.val_fraction))
-        yield TRAIN, part_of(read_pieces(file), 0, boundary)
-        yield VAL, part_of(read_pieces(file), boundary, characters)
+    def documents_of(self, file: Path) -> Iterator[list[SPLIT_DOCUMENT]]:
+        """Yield each record of a `.jsonl` file, or the two parts of a `.txt` file together."""
+        if file.suffix.lower() == ".jsonl":
+            parse = partial(as_document, same_question=self.data.same_question)
+            for identity, text in read_records(file, parse, self.skipped):
+                held_out = unit_hash(identity) < self.data.val_fraction
+                yield [(VAL if held_out else TRAIN, (text,))]
+        else:
+            characters = sum(map(len, read_pieces(file)))
+            boundary = int(characters * (1 - self.data.val_fraction))
+            parts = ((TRAIN, 0, boundary), (VAL, boundary, characters))
+            yield [(side, part_of(read_pieces(file), *part)) for side, *part in parts if part[0] < part[1]]
 
     @cached_property
     def python_documents(self) -> list[SPLIT_DOCUMENT]:
-        """Held-out sources; then the other sources, their docstrings and worked examples, well mixed."""
+        """Held-out sources; then the other sources, their docstrings and worked examples, shuffled."""
         train = [file.text for file in self.corpus.train]
         train += [text for file in self.corpus.train for text in docstring_documents(file)]
         train += worked_examples(self.data.worked_examples)
@@ -103,12 +99,20 @@ class Sources:
         held_out = [file.text for file in self.corpus.val]
         if self.data.limit:
             # Held-out files come first below, so a limit would otherwise leave nothing to train on.
-            held_out = held_out[: max(1, round(self.data.limit * self.data.val_fraction))]
+            share = self.data.limit / (1 + len(self.files))
+            held_out = held_out[: max(1, round(share * self.data.val_fraction))]
         return [(VAL, (text,)) for text in held_out] + [(TRAIN, (text,)) for text in train]
 
 
+def limited(sources: list[Iterator], limit: int | None) -> Iterator:
+    """Chain `sources`; with a `limit`, take that many items from them in turn, so that none is starved."""
+    if limit is None:
+        return chain.from_iterable(sources)
+    return islice(filter(None, chain.from_iterable(zip_longest(*sources))), limit)
+
+
 def part_of(pieces: Iterable[str], start: int, stop: int) -> Iterator[str]:
-    """Characters `start` to `stop` of a text that comes in pieces."""
+    """Yield characters `start` to `stop` of a text given in pieces."""
     position = 0
     for piece in pieces:
         part = piece[max(0, start - position) : max(0, stop - position)]
@@ -117,8 +121,17 @@ def part_of(pieces: Iterable[str], start: int, stop: int) -> Iterator[str]:
             yield part
 
 
+def empty_side(side: str, data: DataConfig) -> UserError:
+    """Return the error for a split that leaves a side empty."""
+    name, change = {TRAIN: ("training", "lower"), VAL: ("validation", "raise")}[side]
+    return UserError(
+        f"--data {' '.join(data.paths)}: after the split there is no {name} text; {change} "
+        f"data.val_fraction (now {data.val_fraction}), or give more text"
+    )
+
+
 def code_hash() -> str:
-    """A hash of the code of load_data/, so that nothing prepared by another version of it is used."""
+    """Return a hash of the code of load_data/, so that data prepared by another version is not used."""
     total = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         total.update(file.read_bytes())

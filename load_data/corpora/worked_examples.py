@@ -1,28 +1,26 @@
 """Worked examples: `>>> expression` and its value, as an interpreter shows them.
 
-An expression is a tree that this file builds itself. Its text and its value come from the same tree, so
-nothing is ever evaluated from text. Reserved items (see `load_data/corpora/reserved.py`) are left out, on
-their own and inside larger expressions.
+This file builds every expression as a tree and derives both text and value from it, so text is never
+evaluated. Reserved items (see `load_data/corpora/reserved.py`) are excluded, alone and inside larger
+expressions.
 """
 
 import operator
 import random
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from load_data.corpora.reserved import is_reserved
+from load_data.corpora.reserved import SMALL_SUM, is_reserved
 
 EXAMPLES_PER_DOCUMENT = 16
-LARGEST = 9999  # of whole numbers on the way; larger ones are arithmetic for machines
-ATOM, PRODUCT, SUM, COMPARISON = 4, 3, 2, 1  # how strongly an expression holds together
-SUM_OF_SMALL = re.compile(r"(?<![\w.])(?=(\d{1,2} [+-] \d{1,2})(?![\w.]))")
+LARGEST = 9999  # largest intermediate whole number
+ATOM, PRODUCT, SUM, COMPARISON = 4, 3, 2, 1  # binding strength of an expression
 WORDS = "apple bird blue cat code dog fish green hello list map moon name node open python red river sun tree"
 
 
 @dataclass(frozen=True)
 class Expression:
-    """A piece of Python and its value. `items`, its own text and its parts', must not be reserved."""
+    """A Python expression and its value. `items` are the texts of it and its parts; none may be reserved."""
 
     text: str
     value: object
@@ -30,78 +28,60 @@ class Expression:
     items: tuple[str, ...] = ()
 
     def within(self, strength: int) -> str:
-        """The text, in parentheses where it would fall apart beside an operator of this `strength`."""
+        """Return the text, in parentheses if an operator of this `strength` would bind more tightly."""
         return self.text if self.strength >= strength else f"({self.text})"
 
 
 def literal(value) -> Expression:
-    """A value written down. There is nothing to work out, so there is nothing to reserve."""
+    """Return a literal value. It needs no computation, so there is nothing to reserve."""
     return Expression(repr(value), value)
 
 
 def infix(left: Expression, sign: str, right: Expression) -> Expression:
-    """`left sign right` for the signs of `INFIX`."""
+    """Return `left sign right` for a sign of `INFIX`."""
     function, strength = INFIX[sign]
-    # Python reads a - b - c from the left: the right side needs parentheses sooner. Comparisons would chain.
+    # a - b - c groups from the left, so the right side needs parentheses sooner. Comparisons would chain.
     left_text = left.within(strength + (strength == COMPARISON))
     text = f"{left_text} {sign} {right.within(strength + 1)}"
     return Expression(text, function(left.value, right.value), strength, (*left.items, *right.items, text))
 
 
 def applied(form: str, function: Callable, *parts: Expression) -> Expression:
-    """`form`, such as `len({})`, filled in with the texts of `parts`; its value is `function` of theirs."""
+    """Return `form`, such as `len({})`, with the texts of `parts`; its value is `function` of theirs."""
     text = form.format(*(part.text for part in parts))
     items = tuple(item for part in parts for item in part.items)
     return Expression(text, function(*(part.value for part in parts)), ATOM, (*items, text))
 
 
 INFIX = {
-    "+": (operator.add, SUM),
-    "-": (operator.sub, SUM),
-    "*": (operator.mul, PRODUCT),
-    "//": (operator.floordiv, PRODUCT),
-    "%": (operator.mod, PRODUCT),
-    "<": (operator.lt, COMPARISON),
-    "<=": (operator.le, COMPARISON),
-    "==": (operator.eq, COMPARISON),
-    "!=": (operator.ne, COMPARISON),
-    ">": (operator.gt, COMPARISON),
-    ">=": (operator.ge, COMPARISON),
-}
+    "+": (operator.add, SUM), "-": (operator.sub, SUM),
+    "*": (operator.mul, PRODUCT), "//": (operator.floordiv, PRODUCT), "%": (operator.mod, PRODUCT),
+    "<": (operator.lt, COMPARISON), "<=": (operator.le, COMPARISON), "==": (operator.eq, COMPARISON),
+    "!=": (operator.ne, COMPARISON), ">": (operator.gt, COMPARISON), ">=": (operator.ge, COMPARISON),
+}  # fmt: skip
 TEXT_TO_TEXT = {
-    "{}.upper()": str.upper,
-    "{}.capitalize()": str.capitalize,
-    "{}[::-1]": lambda text: text[::-1],
-    "{} * 2": lambda text: text * 2,
-    "{}[0]": lambda text: text[0],
-    "{}[-1]": lambda text: text[-1],
-}
+    "{}.upper()": str.upper, "{}.capitalize()": str.capitalize, "{}[::-1]": lambda text: text[::-1],
+    "{} * 2": lambda text: text * 2, "{}[0]": lambda text: text[0], "{}[-1]": lambda text: text[-1],
+}  # fmt: skip
 TEXT_TO_NUMBER = {
-    "len({})": len,
-    "{}.count('e')": lambda text: text.count("e"),
-    "{}.find('o')": lambda t: t.find("o"),
-}
+    "len({})": len, "{}.count('e')": lambda text: text.count("e"), "{}.find('o')": lambda t: t.find("o"),
+}  # fmt: skip
 LIST_TO_ANY = {
-    "len({})": len,
-    "sum({})": sum,
-    "max({})": max,
-    "min({})": min,
-    "sorted({})": sorted,
+    "len({})": len, "sum({})": sum, "max({})": max, "min({})": min, "sorted({})": sorted,
     "sorted({}, reverse=True)": lambda numbers: sorted(numbers, reverse=True),
     "{}[::-1]": lambda numbers: numbers[::-1],
-    "{}[0]": lambda numbers: numbers[0],
-    "{}[-1]": lambda numbers: numbers[-1],
-}
+    "{}[0]": lambda numbers: numbers[0], "{}[-1]": lambda numbers: numbers[-1],
+}  # fmt: skip
 
 
 def small_sum(rng: random.Random) -> Expression:
-    """a + b or a - b of one and two digits; one digit half of the time, since there are fewer of them."""
+    """Return a + b or a - b. Each number has one digit half of the time, though there are fewer of those."""
     left, right = (literal(rng.randrange(rng.choice((10, 100)))) for _ in range(2))
     return infix(left, rng.choice("+-"), right)
 
 
 def number(rng: random.Random, depth: int) -> Expression:
-    """A whole number worked out in at most `depth` levels."""
+    """Return an expression for a whole number, at most `depth` levels deep."""
     if depth == 0 or rng.random() < 0.3:
         return literal(rng.randrange(rng.choice((10, 100))))
     left, right = number(rng, depth - 1), number(rng, depth - 1)
@@ -111,7 +91,7 @@ def number(rng: random.Random, depth: int) -> Expression:
 
 
 def comparison(rng: random.Random) -> Expression:
-    """Two numbers compared, at times negated or joined by `and`."""
+    """Return a comparison of two numbers, sometimes negated or joined by `and`."""
     first = infix(number(rng, 1), rng.choice(["<", "<=", "==", "!=", ">", ">="]), number(rng, 1))
     kind = rng.randrange(4)
     if kind == 0:
@@ -123,7 +103,7 @@ def comparison(rng: random.Random) -> Expression:
 
 
 def about_text(rng: random.Random) -> Expression:
-    """Something asked of a word."""
+    """Return an expression about a word."""
     word = literal(rng.choice(WORDS.split()))
     kind = rng.randrange(4)
     if kind == 0:
@@ -140,7 +120,7 @@ def about_text(rng: random.Random) -> Expression:
 
 
 def about_list(rng: random.Random) -> Expression:
-    """Something asked of a short list of numbers."""
+    """Return an expression about a short list of numbers."""
     numbers = literal([rng.randrange(rng.choice((10, 100))) for _ in range(rng.randrange(1, 6))])
     kind = rng.randrange(4)
     if kind == 0:
@@ -153,7 +133,7 @@ def about_list(rng: random.Random) -> Expression:
     return applied(form, function, numbers)
 
 
-KINDS = (  # how often, and how each is made
+KINDS = (  # weight, and function that makes one
     (8, small_sum),
     (4, lambda rng: number(rng, 2)),
     (2, comparison),
@@ -163,12 +143,12 @@ KINDS = (  # how often, and how each is made
 
 
 def touches_reserved(expression: Expression) -> bool:
-    """Whether the expression or a part is reserved; a small sum counts wherever its text can be read."""
-    return any(map(is_reserved, (*expression.items, *SUM_OF_SMALL.findall(expression.text))))
+    """Return whether the expression, a part of it, or a small sum readable in its text is reserved."""
+    return any(map(is_reserved, (*expression.items, *SMALL_SUM.findall(expression.text))))
 
 
 def random_expression(rng: random.Random) -> Expression:
-    """A random expression that is safe to train on."""
+    """Return a random expression without reserved items."""
     weights, makers = zip(*KINDS, strict=True)
     while True:
         expression = rng.choices(makers, weights)[0](rng)
@@ -177,7 +157,7 @@ def random_expression(rng: random.Random) -> Expression:
 
 
 def worked_examples(count: int, seed: int = 0) -> Iterator[str]:
-    """`count` worked examples in documents of `EXAMPLES_PER_DOCUMENT`; the same ones for the same seed."""
+    """Yield `count` worked examples in documents of `EXAMPLES_PER_DOCUMENT`; a seed gives always the same."""
     rng = random.Random(seed)
     for first in range(0, count, EXAMPLES_PER_DOCUMENT):
         drawn = [random_expression(rng) for _ in range(min(EXAMPLES_PER_DOCUMENT, count - first))]

@@ -4,21 +4,21 @@
     51 - 25   ->   11,5=6 5,2,1=2: 26          ten borrowed for the units, and given back by the tens
     25 - 51   ->   - 11,5=6 5,2,1=2: -26       the larger number comes first
 
-A model that must say `85` at once has to find the carry within one token. Written down, each step is one that
-it has seen often, and far fewer examples suffice (docs/experiments.md). Scored is what follows the colon.
-Numbers of one digit need no working.
+A model that must answer `85` at once has to find the carry within one token. When the steps are written down,
+each of them is a familiar one, and far fewer examples suffice (docs/experiments.md). Only the part after the
+colon is scored. Sums of one-digit numbers have no working.
 
-The key is the sum itself, `12 + 7`, however it is asked for: the same items are left out of the worked
-examples of pre-training. The digits of a column, as `7,8=15`, are not an item: they are what every sum is
-made of, and how the columns are put together is what is asked of an unseen one.
+The key is the sum itself, `12 + 7` (or `7 + 12`, the same key), however the question is phrased: the worked
+examples of pre-training exclude the same items. The digits of a column, as in `7,8=15`, are not an item:
+every sum is made of them, and an unseen sum tests how columns are put together.
 """
 
 import random
 
-from load_data.skills.common import Sample, Skill, by_side
+from load_data.skills.common import Sample
 from load_data.corpora.worked_examples import infix, literal
 
-# Of the numbers. There are few sums of one digit: drawn much more often, they are remembered, not worked out.
+# Share of one-digit numbers. There are few sums of them: drawn much more often, they would be memorised.
 ONE_DIGIT = 0.3
 SIGNED = ("{}", "{} =", "{}?", "{} = ?", ">>> {}", "What is {}?")
 LONGER = ("How much is {}?", "Calculate {}.", "{} 等于多少？", "计算 {}")
@@ -29,7 +29,7 @@ WORDED = {
 
 
 def make(rng: random.Random) -> Sample:
-    """One sum, in signs (at times without spaces) or in words."""
+    """Draw a sum, in signs (sometimes without spaces) or in words."""
     left, right = (rng.randrange(10 if rng.random() < ONE_DIGIT else 100) for _ in range(2))
     sign = rng.choice("+-")
     total = infix(literal(left), sign, literal(right))
@@ -46,7 +46,7 @@ def make(rng: random.Random) -> Sample:
 
 
 def worked_out(left: int, sign: str, right: int, value: int) -> str:
-    """The working and the value, as above."""
+    """Return the working and the value, as above."""
     if max(left, right) < 10:
         return str(value)
     swapped = "- " if value < 0 else ""
@@ -64,9 +64,6 @@ def worked_out(left: int, sign: str, right: int, value: int) -> str:
     return f"{swapped}{first},{second}={units} {','.join(map(str, column))}={tens}: {value}"
 
 
-def is_right(question: str, expected: str, answer: str) -> bool:
-    """The value decides, not the way to it."""
-    return answer.rsplit(":", 1)[-1].strip() == expected.rsplit(":", 1)[-1].strip()
-
-
-SKILL = Skill(by_side(make), is_right)
+def value_of(answer: str) -> str:
+    """Return the part of an answer that is scored: the value, without the working."""
+    return answer.rsplit(":", 1)[-1].strip()

@@ -1,20 +1,19 @@
 """Questions about Python's standard library, answered from its own docstrings and signatures:
-``What does `textwrap.dedent` do?`` -> its first sentence; ``How is `textwrap.dedent` called?`` -> its
-signature.
+``What does `textwrap.dedent` do?`` -> its first sentence; ``How is ... called?`` -> its signature.
 
-Sides follow the files: what pre-training may read is for training, its held-out files are for `val` and
-`test`. Most held-out answers cannot be known, only guessed from the name: a model of this size that scores
-far above zero has seen them.
+Sides follow the files: files that pre-training reads are for training, its held-out files for `val` and
+`test`. Most held-out answers can only be guessed from the name: a model of this size that scores far above
+zero has seen them.
 """
 
 import random
 import re
 from functools import cache
 
-from config.schema import DataConfig
 from load_data.corpora.python_corpus import docstring_documents, read_python_corpus
-from load_data.corpora.reserved import is_reserved
-from load_data.skills.common import SIDES, SMALL_SUM, TRAIN, Sample, Skill, held_out_side, is_exact
+from load_data.corpora.reserved import holds_reserved_sum
+from load_data.skills.common import SIDES, TRAIN, Sample, held_out_side
+from utils.errors import UserError
 
 MOST_WORDS = 20  # of a sentence
 LONGEST_CALL = 60  # characters
@@ -25,9 +24,9 @@ CALLS = ("How is `{}` called?", "What is the signature of `{}`?", "How do I call
 
 
 @cache
-def entries() -> dict[str, list[tuple[str, str, str]]]:
-    """By side: (name, first sentence or "", call or "") of everything public; read once per process."""
-    corpus = read_python_corpus(DataConfig().val_fraction)
+def entries(val_fraction: float) -> dict[str, list[tuple[str, str, str]]]:
+    """Return (name, first sentence or "", call or "") of everything public, by side; cached."""
+    corpus = read_python_corpus(val_fraction)
     found = {side: [] for side in SIDES}
     for file in corpus.train:
         found[TRAIN] += filter(None, map(entry, docstring_documents(file)))
@@ -38,30 +37,31 @@ def entries() -> dict[str, list[tuple[str, str, str]]]:
 
 
 def entry(document: str) -> tuple[str, str, str] | None:
-    """What a document of `docstring_documents` says; None where it says nothing short, or is private."""
+    """Return (name, sentence, call) of a document of `docstring_documents`; None if private or too long."""
     heading, docstring = document.split("\n", maxsplit=1)
     name = heading.removeprefix("class ").removeprefix("module ").partition("(")[0]
     if len(name) > LONGEST_NAME or any(part.startswith("_") for part in name.split(".")):
         return None
     sentence = first_sentence(docstring)
     call = heading if heading.endswith(")") and len(heading) <= LONGEST_CALL else ""
-    sums = SMALL_SUM.findall(f"{sentence} {call}")
-    return (name, sentence, call) if (sentence or call) and not any(map(is_reserved, sums)) else None
+    reserved = holds_reserved_sum(f"{sentence} {call}")
+    return (name, sentence, call) if (sentence or call) and not reserved else None
 
 
 def first_sentence(docstring: str) -> str:
-    """The first sentence of the first paragraph on one line; "" if it has no end or is long."""
+    """Return the first sentence of the first paragraph on one line; "" if it has no end or is long."""
     paragraph = " ".join(docstring.split("\n\n")[0].split())
     match = SENTENCE.match(paragraph)
     return match[1] if match and len(match[1].split()) <= MOST_WORDS else ""
 
 
-def sample(rng: random.Random, side: str) -> Sample:
-    """One question about one entry."""
-    name, sentence, call = rng.choice(entries()[side])
+def sample(rng: random.Random, side: str, val_fraction: float) -> Sample:
+    """Draw a question about one entry."""
+    if not (found := entries(val_fraction)[side]):
+        raise UserError(
+            f"data.val_fraction={val_fraction} leaves skill docstrings no {side} question: raise it"
+        )
+    name, sentence, call = rng.choice(found)
     if call and (not sentence or rng.random() < 0.4):
         return Sample(f"call {name}", rng.choice(CALLS).format(name), call)
     return Sample(f"purpose {name}", rng.choice(PURPOSES).format(name), sentence)
-
-
-SKILL = Skill(sample, is_exact)

@@ -1,14 +1,13 @@
 """Small Python expressions and their values: ``What is `len('apple')`?`` -> `5`.
 
-The expressions of `load_data/corpora/worked_examples.py`, with their own reserved items, less the sums of
-two small
-numbers, which are `arithmetic`. The value comes from the expression's tree; nothing is evaluated from text.
+The expressions of `load_data/corpora/worked_examples.py`, with their own reserved items, except for sums of
+two small numbers, which belong to `arithmetic`. Values come from the tree; text is never evaluated.
 """
 
 import random
 import re
 
-from load_data.skills.common import Sample, Skill, by_side, is_exact
+from load_data.skills.common import Sample
 from load_data.corpora.worked_examples import KINDS, small_sum
 
 FORMS = (">>> {}", "{}", "What is `{}`?", "Evaluate `{}`.", "What does `{}` give?", "`{}` 的值？")
@@ -17,13 +16,10 @@ OTHER_KINDS = [(weight, kind) for weight, kind in KINDS if kind is not small_sum
 
 
 def make(rng: random.Random) -> Sample:
-    """One expression in one of its forms."""
+    """Draw an expression in one of the forms of a question."""
     weights, kinds = zip(*OTHER_KINDS, strict=True)
     expression = rng.choices(kinds, weights)[0](rng)
     while not expression.items or ARITHMETIC.fullmatch(expression.text):
         expression = rng.choices(kinds, weights)[0](rng)
     question = rng.choice(FORMS).format(expression.text)
     return Sample(expression.text, question, repr(expression.value), expression.items)
-
-
-SKILL = Skill(by_side(make), is_exact)

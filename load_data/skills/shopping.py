@@ -1,15 +1,15 @@
 """A request turned into a table: `Could you get two bottles of milk?` -> `|milk|two bottles|`.
 
-Plain fine-tuning does not train it: it is there for adapters to learn. The key is the set of items with their
-amounts, so that a combination that is scored was in no training text, in any order or request.
+Plain fine-tuning does not train this skill; it is meant for adapters. The key is the set of items with their
+amounts, so a scored combination was in no training text, in any order or request.
 """
 
 import random
 
-from load_data.skills.common import Sample, Skill, by_side, is_exact
+from load_data.skills.common import Sample, joined
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-UNITS = {  # one, several, and what is sold in it
+UNITS = {  # singular, plural, and the goods sold in it
     ("bottle", "bottles"): "milk water juice wine vinegar ketchup lemonade shampoo",
     ("loaf", "loaves"): "bread",
     ("bag", "bags"): "rice flour sugar salt potatoes carrots onions apples peanuts coffee",
@@ -25,31 +25,20 @@ UNITS = {  # one, several, and what is sold in it
 }
 GOODS = {good: unit for unit, goods in UNITS.items() for good in goods.split()}
 REQUESTS = (
-    "Could you get {}?",
-    "Please buy {}.",
-    "We need {}.",
-    "On your way home, pick up {}, please.",
-    "I would like {}.",
-    "Can you bring {} from the shop?",
-    "Put {} on the list.",
-    "For the party on Sunday we need {}.",
-    "Mum asked for {}.",
-    "Don't forget {}!",
-    "Order {} for the office.",
-    "The kitchen is empty: get {} today.",
-)
+    "Could you get {}?", "Please buy {}.", "We need {}.", "On your way home, pick up {}, please.",
+    "I would like {}.", "Can you bring {} from the shop?", "Put {} on the list.",
+    "For the party on Sunday we need {}.", "Mum asked for {}.", "Don't forget {}!",
+    "Order {} for the office.", "The kitchen is empty: get {} today.",
+)  # fmt: skip
 
 
 def make(rng: random.Random) -> Sample:
-    """One request for one to three things."""
+    """Draw a request for one to three things."""
     rows = []
     for good in rng.sample(sorted(GOODS), rng.choices((1, 2, 3), (1, 3, 2))[0]):
         number, (one, several) = rng.choice(NUMBERS), GOODS[good]
         rows.append((good, f"{number} {one if number == 'one' else several}"))
     spoken = [f"{amount} of {good}" for good, amount in rows]
-    question = rng.choice(REQUESTS).format(" and ".join(filter(None, (", ".join(spoken[:-1]), spoken[-1]))))
+    question = rng.choice(REQUESTS).format(joined(spoken, ", ", " and "))
     table = "".join(f"|{good}|{amount}" for good, amount in rows) + "|"
     return Sample("shopping: " + ", ".join(sorted(spoken)), question, table)
-
-
-SKILL = Skill(by_side(make), is_exact)

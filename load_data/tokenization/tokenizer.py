@@ -1,15 +1,13 @@
 """Text to token ids and back.
 
 Two kinds share one class. `bpe` is byte-level byte-pair encoding (Sennrich et al., arXiv 1508.07909; bytes as
-in GPT-2): every text is a sequence of UTF-8 bytes, so nothing is ever unknown, and pairs that occur often are
-merged into longer tokens. `char` gives one id to each distinct character, the smallest tokenizer that can be
-explained.
+in GPT-2): every text is a sequence of UTF-8 bytes, so nothing is ever unknown, and frequent pairs are merged
+into longer tokens (load_data/byte_pair.py does it by hand). `char` gives one id to each distinct character.
 
-Special tokens take the first ids and exist only as ids: they are not in the vocabulary that `encode` can
-reach, so no text, whatever it says, can produce one. Only the chat template writes them.
+Special tokens take the first ids and exist only as ids: `encode` cannot reach them, so no text can produce
+one. Only the chat template writes them.
 """
 
-import codecs
 import hashlib
 import json
 from functools import cached_property
@@ -26,9 +24,9 @@ UNKNOWN = "<unk>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", "User：", "Assistant：", "System：", PAD)
 
 # BPE merges only within the pieces that this pattern cuts, from left to right: a word with one leading space
-# or sign; a single digit, so that numbers are written the way sums are done; signs together with the line
-# break and indentation that follow; line breaks with indentation; other white space. Made for code: 3.85
-# bytes per token on held-out Python at 4096 tokens, where GPT-2's pattern with single digits reaches 3.50.
+# or sign; a single digit, so that sums can be computed digit by digit; signs with the line break and
+# indentation that follow; line breaks with indentation; other white space. Designed for code: 3.85 bytes per
+# token on held-out Python with 4096 tokens, where GPT-2's pattern with single digits reaches 3.50.
 SPLIT_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+(?:\s*[\r\n]+[ \t]*)?"
     r"|\s*[\r\n]+[ \t]*|[ \t]+(?!\S)|\s+"
@@ -36,10 +34,10 @@ SPLIT_PATTERN = (
 
 
 def byte_characters() -> list[str]:
-    """The visible character that stands for each of the 256 bytes (GPT-2's table).
+    """Return the visible character that represents each of the 256 bytes (GPT-2's table).
 
-    Printable Latin-1 bytes stand for themselves; the rest are moved up to U+0100 and beyond, so that
-    vocabularies and merges can be read and written without white space or control characters.
+    Printable Latin-1 bytes represent themselves; the rest are moved to U+0100 and beyond, so that
+    vocabularies and merges contain neither white space nor control characters.
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
@@ -47,11 +45,12 @@ def byte_characters() -> list[str]:
 
 
 class Tokenizer:
-    """What both kinds share. A subclass sets `kind` and `special_ids`, fills `id_to_bytes`, and encodes."""
+    """Base of both kinds. A subclass sets these attributes, and encodes."""
 
     kind: str
+    contents: dict  # all else that `from_json` needs
     special_ids: dict[str, int]
-    id_to_bytes: list[bytes]  # what each id stands for; special tokens stand for nothing
+    id_to_bytes: list[bytes]  # the bytes of each id; special tokens have none
 
     @property
     def vocab_size(self) -> int:
@@ -60,17 +59,17 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int:
-        """The id between two documents."""
+        """The id that separates two documents."""
         return self.special_ids[END_OF_TEXT]
 
     @property
     def pad_id(self) -> int:
-        """The id that fills rows up."""
+        """The id that pads rows."""
         return self.special_ids[PAD]
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """(V,) int32: UTF-8 bytes that each id stands for, 0 for special tokens; for bits per byte."""
+        """(V,) int32: UTF-8 bytes of each id, 0 for special tokens; for bits per byte."""
         return np.array([len(part) for part in self.id_to_bytes], dtype=np.int32)
 
     @cached_property
@@ -79,39 +78,31 @@ class Tokenizer:
         return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`. Never a special id (`char` writes `<unk>` for a character it does not know)."""
+        """Return the ids of `text`, never a special one except `<unk>` for what `char` does not know."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text."""
+        """Return the ids of each text."""
         raise NotImplementedError
 
     def decode(self, ids, skip_special: bool = True) -> str:
-        """The text of `ids`, special tokens left out or spelled out; bytes that are not UTF-8 are U+FFFD.
+        """Return the text of `ids`, special tokens left out or spelled out; invalid bytes become U+FFFD.
 
-        A model may have more ids than its tokenizer (a padded vocabulary): the surplus stands for nothing.
+        A model may have more ids than its tokenizer (a padded vocabulary): the surplus has no text.
         """
-        spelled = {} if skip_special else self.special_spellings
+        names = {} if skip_special else self.special_ids
+        spelled = {number: name.encode("utf-8") for name, number in names.items()}
         known = (int(one) for one in ids if one < self.vocab_size)
         parts = (spelled.get(one, self.id_to_bytes[one]) for one in known)
         return b"".join(parts).decode("utf-8", errors="replace")
 
-    @cached_property
-    def special_spellings(self) -> dict[int, bytes]:
-        """Id of each special token and how it is written out."""
-        return {one: name.encode("utf-8") for name, one in self.special_ids.items()}
-
-    def stream_decoder(self) -> "StreamDecoder":
-        """A decoder that takes one id at a time."""
-        return StreamDecoder(self)
-
     def to_json(self) -> str:
-        """Everything there is to know about this tokenizer, as JSON text."""
-        raise NotImplementedError
+        """Return the whole tokenizer as JSON text."""
+        return json.dumps({"kind": self.kind, **self.contents}, ensure_ascii=False)
 
     @staticmethod
     def from_json(text: str, where: str = "tokenizer") -> "Tokenizer":
-        """The tokenizer that `to_json` wrote. Anything else is a `UserError` that begins with `where`."""
+        """Return the tokenizer that `to_json` wrote; raise a `UserError`, begun with `where`, otherwise."""
         try:
             data = json.loads(text)
             if data["kind"] == "char":
@@ -125,20 +116,21 @@ class Tokenizer:
 
 
 class BpeTokenizer(Tokenizer):
-    """Byte-level BPE: special tokens, then the 256 bytes, then one token per merge, in the order learned."""
+    """Byte-level BPE: special tokens, then the 256 bytes, then one token per merge, in order of training."""
 
     kind = "bpe"
 
     def __init__(self, merges: list[tuple[str, str]], pattern: str = SPLIT_PATTERN):
-        """`merges`: pairs of tokens, spelled in `byte_characters`, the earliest learned first."""
-        self.merges, self.pattern = merges, pattern
+        """`merges`: pairs of tokens, spelled in `byte_characters`, in order of training."""
+        self.merges = merges
+        self.contents = {"pattern": pattern, "merges": [" ".join(pair) for pair in merges]}
         self.special_ids = {name: one for one, name in enumerate(SPECIAL_TOKENS)}
         characters = byte_characters()
         vocabulary = {letter: one for one, letter in enumerate(sorted(characters), start=len(SPECIAL_TOKENS))}
         for left, right in merges:
             if left not in vocabulary or right not in vocabulary:
                 raise ValueError(f"merge of {left!r} and {right!r}, which are not both tokens")
-            # Two merges may spell the same token ("a" + "bc", "ab" + "c"): it has one id.
+            # Two merges may give the same token ("a" + "bc", "ab" + "c"): it has one id.
             vocabulary.setdefault(left + right, len(SPECIAL_TOKENS) + len(vocabulary))
         byte_of = {letter: byte for byte, letter in enumerate(characters)}
         self.id_to_bytes = [b""] * len(SPECIAL_TOKENS)
@@ -147,25 +139,19 @@ class BpeTokenizer(Tokenizer):
         self.backend.pre_tokenizer = split_and_spell(pattern)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; half a surrogate pair, which is no character, is read as U+FFFD."""
+        """Return the ids of each text; a lone surrogate, which is not a character, is read as U+FFFD."""
         try:
             encodings = self.backend.encode_batch_fast(texts)
-        except TypeError:  # what the library says to half a surrogate pair
+        except TypeError:  # the library's answer to a lone surrogate
             encodings = self.backend.encode_batch_fast([without_surrogates(text) for text in texts])
         return [encoding.ids for encoding in encodings]
 
-    def to_json(self) -> str:
-        """See `Tokenizer.to_json`: the pattern and the merges are all there is."""
-        data = {
-            "kind": self.kind,
-            "pattern": self.pattern,
-            "merges": [" ".join(pair) for pair in self.merges],
-        }
-        return json.dumps(data, ensure_ascii=False)
-
 
 class CharTokenizer(Tokenizer):
-    """One id per character: special tokens, `<unk>`, then the known characters by code point."""
+    """One id per character: special tokens, `<unk>`, then the known characters by code point.
+
+    An unknown character becomes one `<unk>` for each of its UTF-8 bytes, so that bits per byte counts it.
+    """
 
     kind = "char"
 
@@ -173,44 +159,28 @@ class CharTokenizer(Tokenizer):
         """`characters`: each known character once, sorted."""
         if list(characters) != sorted(set(characters)):
             raise ValueError("characters must be sorted and distinct")
-        self.characters = characters
+        self.contents = {"characters": characters}
         self.special_ids = {name: one for one, name in enumerate((*SPECIAL_TOKENS, UNKNOWN))}
         first = len(self.special_ids)
-        self.id_of = {character: one for one, character in enumerate(characters, start=first)}
+        self.ids_of = {character: [one] for one, character in enumerate(characters, start=first)}
         self.id_to_bytes = [b""] * first + [character.encode("utf-8") for character in characters]
+        self.id_to_bytes[first - 1] = b"\xff"  # <unk>: some byte; not UTF-8, so that it decodes to U+FFFD
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; a character that training did not see is `<unk>`."""
-        unknown = self.special_ids[UNKNOWN]
-        return [[self.id_of.get(character, unknown) for character in text] for text in texts]
-
-    def to_json(self) -> str:
-        """See `Tokenizer.to_json`: the characters are all there is."""
-        return json.dumps({"kind": self.kind, "characters": self.characters}, ensure_ascii=False)
-
-
-class StreamDecoder:
-    """Decodes one id at a time and gives out whole characters only: the bytes of an unfinished one wait."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.id_to_bytes = tokenizer.id_to_bytes
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token_id: int) -> str:
-        """The characters that `token_id` completes, often several, sometimes none."""
-        return self.decoder.decode(self.id_to_bytes[token_id])
-
-    def finish(self) -> str:
-        """What is left at the end: U+FFFD if a character was never completed, otherwise nothing."""
-        return self.decoder.decode(b"", final=True)
+        """Return the ids of each text; see the class for characters that are not known."""
+        known, unknown = self.ids_of, [self.special_ids[UNKNOWN]]
+        return [
+            [i for one in text for i in known.get(one) or unknown * len(one.encode("utf-8", "surrogatepass"))]
+            for text in texts
+        ]
 
 
 def split_and_spell(pattern: str) -> pre_tokenizers.PreTokenizer:
-    """Cut text by `pattern`, then spell each piece in `byte_characters`."""
+    """Return a pre-tokenizer that cuts text by `pattern` and spells each piece in `byte_characters`."""
     split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def without_surrogates(text: str) -> str:
-    """`text` with U+FFFD for each half of a surrogate pair (they come from JSON escapes and terminals)."""
+    """Return `text` with U+FFFD for each lone surrogate (from JSON escapes and terminals)."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,10 +1,11 @@
-"""Learning a tokenizer from text, once: the result is kept and found again.
+"""Train a tokenizer on text, once: the result is cached.
 
 The same text and settings give the same tokenizer, byte for byte, in every process.
 """
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,90 +15,74 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from config.schema import TokenizerConfig
-from load_data.tokenization.tokenizer import (
-    SPECIAL_TOKENS,
-    SPLIT_PATTERN,
-    BpeTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    split_and_spell,
-    without_surrogates,
-)
+from load_data.tokenization.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, BpeTokenizer, CharTokenizer
+from load_data.tokenization.tokenizer import Tokenizer, split_and_spell, without_surrogates
 from utils.errors import UserError
+
+NO_TEXT = "after the split there is no training text; lower data.val_fraction, or give more text"
+BLOCKS = 64  # at least so many samples of texts that are too long to be read whole
 
 
 def train_tokenizer(
-    config: TokenizerConfig, texts: Iterable[str], cache_dir: Path, key: str | None = None
+    config: TokenizerConfig, texts: Iterable[str], cache_dir: Path, key: str, size: int
 ) -> Tokenizer:
-    """A tokenizer learned from `texts`, or the one kept in `cache_dir` from the last time.
-
-    `key` identifies the texts without reading them; without it they are read and hashed. Raises `UserError`
-    when there is no text.
-    """
-    if key is None:
-        texts = list(texts)
-        key = content_hash(texts)
-    settings = {
-        "char": (config.kind,),
-        "bpe": (config.kind, config.vocab_size, config.train_bytes, SPLIT_PATTERN),
-    }
-    name = hashlib.sha256(repr((key, settings[config.kind])).encode("utf-8")).hexdigest()[:16]
+    """Return a tokenizer trained on `texts`, or the one cached in `cache_dir`. `key` identifies the texts,
+    and `size` is roughly their bytes. Raises `UserError` if there is no text."""
+    settings = [config.kind]
+    if config.kind == "bpe":
+        settings += [config.vocab_size, config.train_bytes, SPLIT_PATTERN]
+    name = hashlib.sha256(repr((key, settings)).encode("utf-8")).hexdigest()[:16]
     path = Path(cache_dir) / f"tokenizer_{name}.json"
     if path.is_file():
         return Tokenizer.from_json(path.read_text(encoding="utf-8"), where=f"{path} (delete it to retrain)")
-    learn = {"char": learn_characters, "bpe": learn_merges}
-    tokenizer = learn[config.kind](config, texts)
+    train = {"char": learn_characters, "bpe": learn_merges}
+    tokenizer = train[config.kind](config, texts, size)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(tokenizer.to_json(), encoding="utf-8")
-    partial.replace(path)  # a reader sees the whole file or none
+    partial.replace(path)  # atomic: a reader sees the whole file or none
     return tokenizer
 
 
-def learn_merges(config: TokenizerConfig, texts: Iterable[str]) -> BpeTokenizer:
-    """Byte-level BPE with `config.vocab_size` ids, or fewer where no more pairs occur twice."""
+def learn_merges(config: TokenizerConfig, texts: Iterable[str], size: int = 0) -> BpeTokenizer:
+    """Return byte-level BPE with `config.vocab_size` ids, or fewer if no more pairs occur twice, trained on
+    at most `config.train_bytes` of `texts`, which have about `size` bytes."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = split_and_spell(SPLIT_PATTERN)
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size - len(SPECIAL_TOKENS),
         min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, met or not
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, whether they occur or not
         show_progress=False,
     )
-    print(f"learning a tokenizer of {config.vocab_size} tokens ...", file=sys.stderr, flush=True)
-    backend.train_from_iterator(first_bytes(texts, config.train_bytes), trainer)
+    print(f"training a tokenizer of {config.vocab_size} tokens ...", file=sys.stderr, flush=True)
+    backend.train_from_iterator(sampled(texts, config.train_bytes, size), trainer)
     merges = json.loads(backend.to_str())["model"]["merges"]
     return BpeTokenizer([tuple(pair) for pair in merges])
 
 
-def learn_characters(config: TokenizerConfig, texts: Iterable[str]) -> CharTokenizer:
-    """One id for each distinct character of `texts`."""
+def learn_characters(config: TokenizerConfig, texts: Iterable[str], size: int = 0) -> CharTokenizer:
+    """Return a tokenizer with one id for each distinct character of `texts`."""
     characters = set()
     for text in texts:
         characters.update(without_surrogates(text))
     if not characters:
-        raise UserError("tokenizer.kind=char: there is no training text to take characters from")
+        raise UserError(NO_TEXT)
     return CharTokenizer("".join(sorted(characters)))
 
 
-def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """Texts up to `limit` UTF-8 bytes in all; the last one is cut at a whole character."""
-    empty = True
-    for text in texts:
-        raw = without_surrogates(text).encode("utf-8")[:limit]
-        limit -= len(raw)
-        empty = empty and not raw
-        yield raw.decode("utf-8", errors="ignore")
-        if limit <= 0:
-            break
-    if empty:
-        raise UserError("tokenizer.kind=bpe: there is no training text to learn merges from")
-
-
-def content_hash(texts: Iterable[str]) -> str:
-    """One hash for a sequence of texts; where one ends and the next begins counts too."""
-    total = hashlib.sha256()
+def sampled(texts: Iterable[str], limit: int, size: int) -> Iterator[str]:
+    """Yield at most `limit` UTF-8 bytes of `texts`, which have about `size`: all of them if they fit,
+    otherwise blocks spread evenly, so that the last language in a folder is seen like the first."""
+    share, block, seen, taken = min(1.0, limit / max(size, 1)), limit // BLOCKS, 0, 0
     for text in texts:
         raw = without_surrogates(text).encode("utf-8")
-        total.update(len(raw).to_bytes(8, "little") + raw)
-    return total.hexdigest()
+        seen += len(raw)
+        due = min(limit, math.ceil(share * seen)) - taken
+        if due >= min(len(raw), block, limit - taken):
+            taken += len(raw := raw[:due])
+            yield raw.decode("utf-8", errors="ignore")
+        if taken >= limit:
+            break
+    if not taken:
+        raise UserError(NO_TEXT)

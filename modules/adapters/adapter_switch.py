@@ -6,7 +6,7 @@
     x: (B, T, C), or (N, C) with the N = B*T tokens of all rows one after the other
 
 The base is stored once and adapters are small, so one server can give every user an adapter of their own in
-one batch. All adapted layers of a model hold the same `AdapterSwitch`: one call selects for all of them, and
+one batch. All adapted layers of a model share the same `AdapterSwitch`: one call selects for all of them, and
 no forward needs another argument. Each row gives the same result as it would alone.
 
 S-LoRA (arXiv 2311.03285) serves many adapters with kernels in place of the loop over names. In peft the
@@ -30,21 +30,26 @@ class AdapterSwitch:
         self.choice: str | list[str | None] | None = None
         self.merged: str | None = None
 
+    @property
+    def active(self) -> str | list[str | None] | None:
+        """The selection in force: none beside the weights while an adapter is merged into them."""
+        return None if self.merged is not None else self.choice
+
     def use(self, choice: str | list[str | None] | None) -> None:
         """Select the base (None), an adapter by name, or a list with one of these per row of the batch.
 
         Raises `UserError` for an unknown name, an empty list, or while an adapter is merged.
         """
-        if self.merged is not None:
-            raise UserError(f"adapter {self.merged!r} is merged into the weights: unmerge it to use another")
         if choice == []:
             raise UserError("no adapter for any row: give one name, or one per row of the batch")
         for name in choice if isinstance(choice, list) else [choice]:
-            self.check_known(name)
+            self.check(name)
         self.choice = list(choice) if isinstance(choice, list) else choice
 
-    def check_known(self, name: str | None) -> None:
-        """Raise `UserError` unless `name` is None or the name of an adapter."""
+    def check(self, name: str | None) -> None:
+        """Raise `UserError` if an adapter is merged, or `name` is neither None nor the name of an adapter."""
+        if self.merged is not None:
+            raise UserError(f"adapter {self.merged!r} is merged into the weights: unmerge it first")
         if name is not None and name not in self.configs:
             raise UserError(f"no adapter {name!r} in this model; it has {', '.join(self.configs) or 'none'}")
 
@@ -55,41 +60,39 @@ class AdapterSwitch:
         per name, or are flattened tokens (N, ..) with N = B*T, row after row: token n is in row n // (N / B).
         Raises `UserError` if the batch does not fit the names.
         """
-        if self.merged is not None or not isinstance(self.choice, list):
-            return run(None if self.merged is not None else self.choice, x, *others)
+        if not isinstance(self.active, list):
+            return run(self.active, x, *others)
         B = len(self.choice)
         if len(x) % B or (x.dim() > 2 and len(x) != B):
             raise UserError(f"{B} adapters for a batch of {len(x)}: name one for each of its rows")
-        if len(set(self.choice)) == 1:
-            return run(self.choice[0], x, *others)
-        parts, order = [], []
+        results = [None] * B
         for name in dict.fromkeys(self.choice):
             rows = [row for row in range(B) if self.choice[row] == name]
             part = run(name, *(t.unflatten(0, (B, -1))[rows].flatten(0, 1) for t in (x, *others)))
-            parts.append(part.unflatten(0, (len(rows), -1)))
-            order += rows
-        back = torch.tensor(order).argsort().to(x.device)
-        return torch.cat(parts).index_select(0, back).flatten(0, 1)
+            for row, result in zip(rows, part.chunk(len(rows)), strict=True):
+                results[row] = result
+        return torch.cat(results)
 
 
 @torch.no_grad()
 def lesson():
     """Run three adapters in one batch and compare each row with the same row alone."""
-    from modules.adapters.lora import add_lora
+    from modules.adapters.lora_model import add_lora
 
     torch.manual_seed(0)
-    model, x = torch.nn.Sequential(torch.nn.Linear(64, 64)), torch.randn(4, 8, 64)
+    model, rows = torch.nn.Sequential(torch.nn.Linear(64, 64)), ["b", None, "c", "b"]
+    x = torch.randn(4, 8, 64)
+    base = model(x)
     for name, rank in (("a", 4), ("b", 8), ("c", 16)):
         add_lora(model, LoraConfig(r=rank, target_modules=["0"]), name)
-        model[0].lora_B[name].normal_()
-    rows, switch, base = ["b", None, "c", "b"], model[0].switch, model[0].weight @ x.mT
-    switch.use(rows)
+        model[0].lora_B[name].normal_(std=0.02)
+    model[0].switch.use(rows)
     together = model(x)
     print("one batch of 4 rows, each with an adapter of its own")
     for row, name in enumerate(rows):
-        switch.use(name)
+        model[0].switch.use(name)
         gap = (model(x[row : row + 1])[0] - together[row]).norm() / together[row].norm()
-        change = (together[row] - base[row].T - model[0].bias).norm() / base[row].norm()
+        change = (together[row] - base[row]).norm() / base[row].norm()
         print(f"  row {row}: {name or '-'}   output changed by {change:4.0%}   difference to alone {gap:.0e}")
 
 

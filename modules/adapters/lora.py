@@ -1,60 +1,121 @@
-"""LoRA: adapt a frozen matrix by a trainable product of two thin ones.
+"""LoRA, rsLoRA and DoRA: adapt a frozen matrix by a trainable product of two thin ones.
 
-    y = W x + b + s B A dropout(x)        s = lora_alpha / r, with rsLoRA lora_alpha / sqrt(r)
+    LoRA    W' = W + s B A                    s = lora_alpha / r, with rsLoRA lora_alpha / sqrt(r)
+    DoRA    W' = m * V / ||V||                V = W + s B A     ||V||: the length of each row
 
-    x: (.., in)   W: (out, in)   A: (R, in)   B: (out, R)   ->   y: (.., out)
+    W, V: (out, in)   A: (R, in)   B: (out, R)   m, ||V||: (out,)     or, for experts, a stack of E of each
 
-The change B A has rank R at most: R * (out + in) numbers are trained in place of out * in. B starts at zero,
-so training begins with the model as it is; A is random, or both would stay zero. DoRA
-(modules/adapters/dora.py) also trains the length of each row of W + s B A. Several adapters may share one
-base (modules/adapters/adapter_switch.py); stacked experts have theirs in modules/adapters/lora_experts.py.
+The change B A has rank R at most: R * (out + in) numbers are trained in place of out * in. B starts at zero
+and m as ||W||, so training begins with the model as it is; A is random, or A and B would stay zero.
 
-    names = add_lora(model, config, "default")      freeze_all_but(model, names)      ... train ...
-    switch_of(model).use("default")                 select the adapter in use (see adapted_layer.py)
-    merge(model, "default"), unmerge(model)         into the weights and back
-    fold(model, "default")                          a plain model with the adapter in its weights
+DoRA trains magnitude and direction separately. LoRA turns and stretches a row with the same few numbers; full
+fine-tuning does the two nearly independently. Stretching every row by its own factor is a change of full
+rank, out of reach for B A, yet m does it with one number per row. ||V|| is a constant for the gradient
+(section 4.3 of the paper): this saves the memory of a second matrix and changes accuracy little.
 
-Paper: Hu et al., arXiv 2106.09685. Names as in `peft`; parameters are called `<layer>.lora_A.<adapter>`, and
-those of the base keep their names.
-Traps: without s the learning rate depends on the rank. The output head cannot be adapted, since the loss
-reads its weight directly and the embedding may share it.
+A linear layer adds s B (A x) to its output and never builds B A. Experts meet their tokens in one fast pass
+(modules/experts/grouped.py) that takes matrices, so W' is built for all E at once. That costs R
+multiplications per weight, using it one per weight and token: little, if an expert sees many more than R
+tokens. An expert of width F needs no rank above F.
+
+Papers: Hu et al., arXiv 2106.09685 (LoRA); Kalajdzievski, arXiv 2312.03732 (rsLoRA); Liu et al., arXiv
+2402.09353 (DoRA). Names as in `peft`: `<layer>.lora_A.<adapter>`, and the base keeps its own.
+Trap: without s the learning rate depends on the rank.
+Trap: bf16 keeps 8 bits and loses an optimizer's small steps, so factors are fp32 even where W is bf16. W' of
+experts is rounded as W is: a change below 1/256 of a weight comes through in part only, its gradient whole.
 """
 
-from dataclasses import replace
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from config.adapters import LoraConfig
-from modules.adapters.adapted_layer import Adapted, adapted_layers, effective_weight, replace_layer, scaling
 from modules.adapters.adapter_switch import AdapterSwitch
-from modules.adapters.dora import dora_factor
-from modules.adapters.lora_experts import LoraExperts
-from modules.experts.moe import Experts
-from utils.errors import UserError
-
-GROUPS = ("attention", "dense", "shared", "experts")
-REFUSED = {
-    "lm_head": "the loss reads its weight directly, and the embedding may share it",
-    "gate": "a router is trained as a whole or not at all",
-}
+from modules.experts.moe import Experts, run_experts
 
 
-class LoraLinear(Adapted):
-    """`nn.Linear` with adapters: `forward(x)`, (B, .., in) or (N, in) -> the same with out."""
+def wide(tensor):
+    """Return the tensor in fp32, or unchanged if it is in fp64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def scaling(config: LoraConfig) -> float:
+    """Return s above. With alpha / r, training slows down as the rank grows, unlike with alpha / sqrt(r)."""
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+
+
+def effective_weight(weight, A, B, scale: float, magnitude=None):
+    """Return W' (.., out, in) in fp32 or fp64.
+
+    weight (.., out, in), A (.., R, in), B (.., out, R), magnitude (.., out) for DoRA.
+    """
+    with torch.autocast(weight.device.type, enabled=False):  # it would round B A to bf16
+        V = wide(weight) + scale * (wide(B) @ wide(A))
+        return V if magnitude is None else V * (magnitude / V.detach().norm(dim=-1))[..., None]
+
+
+class LoraLayer(nn.Module):
+    """A layer with adapters, in the place of a plain layer whose parameters it uses. `MATRICES` names the
+    weights to adapt; `kept` holds W while an adapter is merged."""
 
     MATRICES = ("weight",)
     empty_store = nn.ParameterDict
 
-    def empty_layer(self) -> nn.Linear:
-        """Return a plain layer of the same shape."""
-        out, width = self.weight.shape
-        return nn.Linear(width, out, bias=self.bias is not None)
+    def __init__(self, layer: nn.Module, switch: AdapterSwitch):
+        super().__init__()
+        self.switch, self.kept = switch, {}
+        self._parameters.update(layer._parameters)
+        self.lora_A, self.lora_B, self.lora_magnitude_vector = (self.empty_store() for _ in range(3))
+        self.train(layer.training)
 
     def stores(self, matrix: str):
-        """Return A, B and m of the weight, each a dictionary by adapter."""
+        """Return A, B and m of one matrix, each a dictionary from an adapter's name to its parameter."""
         return self.lora_A, self.lora_B, self.lora_magnitude_vector
+
+    @property
+    def idle(self) -> bool:
+        """True if the layer computes W x + b now: no adapter is selected, or one is merged into W."""
+        return self.switch.active is None
+
+    @torch.no_grad()
+    def add(self, name: str, config: LoraConfig) -> None:
+        """Create the parameters of an adapter. A is uniform in +-1/sqrt(in) (He's rule with a = sqrt(5))."""
+        for matrix in self.MATRICES:
+            weight, (A, B, magnitude) = wide(getattr(self, matrix)), self.stores(matrix)
+            *stack, out, width = weight.shape
+            bound = width**-0.5
+            A[name] = nn.Parameter(weight.new_empty(*stack, config.r, width).uniform_(-bound, bound))
+            B[name] = nn.Parameter(weight.new_zeros(*stack, out, config.r))
+            if config.use_dora:
+                magnitude[name] = nn.Parameter(weight.norm(dim=-1))
+
+    def effective(self, matrix: str, name: str):
+        """Return W' of one matrix under one adapter, in fp32 or fp64, with gradient."""
+        A, B, magnitude = self.stores(matrix)
+        scale = scaling(self.switch.configs[name])
+        return effective_weight(getattr(self, matrix), A[name], B[name], scale, magnitude.get(name))
+
+    @torch.no_grad()
+    def merge(self, name: str) -> None:
+        """Replace W by a new parameter W' (other models may share W), if the layer has the adapter."""
+        for matrix in self.MATRICES:
+            if name in self.stores(matrix)[0]:
+                weight = self.kept[matrix] = getattr(self, matrix)
+                whole = self.effective(matrix, name).to(weight.dtype)
+                setattr(self, matrix, nn.Parameter(whole, weight.requires_grad))
+
+    def unmerge(self) -> None:
+        """Restore W, on the device and in the dtype that the model has now."""
+        for matrix, weight in self.kept.items():
+            weight.data = weight.data.to(getattr(self, matrix))
+            setattr(self, matrix, weight)
+        self.kept.clear()
+
+
+class LoraLinear(LoraLayer):
+    """`nn.Linear` with adapters: `forward(x)`, (B, .., in) or (N, in) -> the same with out."""
 
     def forward(self, x):
         """Multiply all rows by W at once, then add what each row's adapter gives."""
@@ -70,113 +131,68 @@ class LoraLinear(Adapted):
             x = x.to(A.dtype)  # factors in fp32 on a base in bf16
         x = F.dropout(x, config.lora_dropout, self.training)
         low = F.linear(F.linear(x, A) * scaling(config), B)
-        if magnitude is not None:
+        if magnitude is not None:  # W' x = W x + (m/||V|| - 1) W x + m/||V|| s B A x
             with torch.no_grad():
-                whole = effective_weight(self.weight, A, B, scaling(config))
+                V = effective_weight(self.weight, A, B, scaling(config))
             plain = base if self.bias is None else base - self.bias
             if config.lora_dropout and self.training:
                 plain = F.linear(x, self.weight.to(x.dtype))  # as in peft: dropout also where m acts on W x
-            factor = dora_factor(magnitude, whole)
+            factor = magnitude / V.norm(dim=-1)
             low = (factor - 1) * plain + factor * low
         return (base + low).to(base.dtype)
 
 
-def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> list[str]:
-    """Add an adapter to the layers that `config.target_modules` names, and use it. Freeze nothing.
+class LoraExperts(LoraLayer):
+    """`Experts` with adapters, without dropout. Parameters: `lora_A.gate_up_proj.<adapter>` and so on."""
 
-    A target is a group: `attention` (linear layers under `self_attn`), `dense` (the plain feed-forwards
-    `mlp`), `shared` and `experts` (of mixtures); or the last part of a linear layer's name, as `q_proj`.
+    MATRICES = ("gate_up_proj", "down_proj")
 
-    Returns the names of the new parameters. Raises `UserError`, and leaves the model unchanged, for a target
-    that matches nothing, the output head or the router, an empty list of targets, an adapter name that is
-    taken or invalid, a merged model, dropout on experts, or DoRA on a weight with a row of zeros.
-    """
-    config.check()
-    targets, adapted = find_targets(model, config.target_modules), adapted_layers(model)
-    switch = adapted[0].switch if adapted else AdapterSwitch()
-    if name in switch.configs:
-        raise UserError(f"the model has an adapter {name!r} already: choose another name")
-    if not name or "." in name or hasattr(nn.ParameterDict(), name):
-        raise UserError(f"an adapter cannot be called {name!r}: use letters and digits, no dot")
-    if switch.merged is not None:
-        raise UserError(f"adapter {switch.merged!r} is merged into the weights: unmerge it to add another")
-    if config.use_dora:
-        for path, layer in targets.items():
-            weights = [w for w in layer.parameters(recurse=False) if w.dim() > 1]  # without adapters' B
-            if not all(w.any(dim=-1).all() for w in weights):
-                raise UserError(f"{path} has a row of zeros, which has no direction: set lora.use_dora=false")
-    before = {key for key, _ in model.named_parameters()}
-    for path, layer in targets.items():
-        if not isinstance(layer, Adapted):
-            layer = (LoraLinear if isinstance(layer, nn.Linear) else LoraExperts)(layer, switch)
-            replace_layer(model, path, layer)
-        layer.add(name, config)
-    switch.configs[name] = replace(config)
-    switch.use(name)
-    return [key for key, _ in model.named_parameters() if key not in before]
+    def __init__(self, layer: Experts, switch: AdapterSwitch):
+        super().__init__(layer, switch)
+        self.implementation = layer.implementation
 
+    def empty_store(self) -> nn.ModuleDict:
+        """Return a home for the parameters of one kind."""
+        return nn.ModuleDict({matrix: nn.ParameterDict() for matrix in self.MATRICES})
 
-def find_targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Module]:
-    """Return the layers that `target_modules` names, by path. Errors as in `add_lora`."""
-    labels, layers = {}, {}
-    for path, layer in model.named_modules():
-        kind, parts = type(layer), path.split(".")
-        if kind in (Experts, LoraExperts):
-            labels[path] = {"experts"}
-        elif kind in (nn.Linear, LoraLinear) and parts[-1] not in REFUSED:
-            labels[path] = {parts[-1]}
-            if "self_attn" in parts:
-                labels[path].add("attention")
-            elif parts[-2:-1] == ["shared_experts"]:
-                labels[path].add("shared")
-            elif parts[-2:-1] == ["mlp"] and parts[-1] in ("gate_proj", "up_proj", "down_proj"):
-                labels[path].add("dense")
-        layers[path] = layer
-    there = set().union(*labels.values())
-    offer = f"this model has {', '.join(sorted(there)) or 'no linear layer'}"
-    for target in wanted:
-        if target in REFUSED:
-            raise UserError(f"lora.target_modules: no adapter on {target}, {REFUSED[target]}")
-        if target not in there and target not in GROUPS:
-            raise UserError(f"lora.target_modules: nothing is called {target!r}; {offer}")
-    found = {path: layers[path] for path, names in labels.items() if names & set(wanted)}
-    if not found:
-        raise UserError(f"lora.target_modules={wanted} matches nothing in this model; {offer}")
-    return found
+    def stores(self, matrix: str):
+        """Return A, B and m of one matrix, each a dictionary from an adapter's name to its parameter."""
+        return [store[matrix] for store in super().stores(matrix)]
 
+    def forward(self, x, indices, weights):
+        """x (N, C), indices and weights (N, K) -> (N, C), under the adapter that each token's row uses."""
+        return self.switch.by_rows(self.run, x, indices, weights)
 
-def freeze_all_but(model: nn.Module, names: list[str]) -> None:
-    """Make only the named parameters trainable. Raise `UserError` for an unknown name."""
-    parameters = dict(model.named_parameters())
-    if missing := sorted(set(names) - parameters.keys()):
-        raise UserError(f"the model has no parameter {missing[0]!r} to train ({len(missing)} such names)")
-    for key, parameter in parameters.items():
-        parameter.requires_grad_(key in names)
+    def run(self, name, x, indices, weights):
+        """Run all of x under one adapter; None, or one that is not here, is the base."""
+        matrices = [self.gate_up_proj, self.down_proj]
+        if name in self.lora_A["down_proj"]:
+            matrices = [self.effective(m, name).to(getattr(self, m).dtype) for m in self.MATRICES]
+        return run_experts(self.implementation, x, indices, weights, *matrices)
 
 
 def lesson():
-    """Fit changes of a matrix, of rank 1 to full rank, by factors of small rank; print the error left."""
+    """Fit changes of a matrix by LoRA of several ranks and by DoRA; print the error left."""
+    from modules.adapters.lora_model import add_lora
+
     torch.manual_seed(0)
-    size, ranks = 64, (1, 4, 16)
-    print(f"LoRA on {size} x {size}: error left, as a share of the change (the least possible)")
-    for true in (1, 4, 64):
-        change = torch.randn(size, true) @ torch.randn(true, size)
-        change *= 8 / change.norm()
-        model, texts = nn.Sequential(nn.Linear(size, size)), []
-        goal = model[0].weight.detach() + change
-        for rank in ranks:
-            names = add_lora(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"]), f"r{rank}")
-            freeze_all_but(model, names)
-            optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
-            for _ in range(120):
-                learned = model(torch.eye(size)) - model[0].bias  # (in, out)
-                loss = (learned.T - goal).square().sum()
+    size, W = 64, torch.randn(64, 64) / 8
+    changes = {f"rank {r}": torch.randn(size, r) @ torch.randn(r, size) for r in (1, 4, 64)}
+    changes["longer rows"] = torch.rand(size, 1) * W
+    print(f"changes of a {size} x {size} matrix: share left over (the least that rank r can leave)")
+    for label, change in changes.items():
+        change, texts = change * (4 / change.norm()), []
+        for kind, r in (("LoRA", 1), ("LoRA", 4), ("LoRA", 16), ("DoRA", 4)):
+            model = nn.Sequential(nn.Linear(size, size, bias=False))
+            model[0].weight.data = W
+            add_lora(model, LoraConfig(r=r, lora_alpha=r, target_modules=["0"], use_dora=kind == "DoRA"))
+            optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if "lora_" in n], lr=0.03)
+            for _ in range(100):
+                loss = (model(torch.eye(size)).T - W - change).square().sum()
                 optimizer.zero_grad(), loss.backward(), optimizer.step()
-            least = torch.linalg.svdvals(change)[rank:].norm() / change.norm()
-            texts.append(f"r = {rank}: {loss.sqrt() / change.norm():4.0%} ({least:.0%})")
-        print(f"  change of rank {true:2d}   ", "   ".join(texts))
-    for rank in ranks:
-        print(f"  rank {rank:2d} on 2048 x 2048: {rank * 4096:6,} trainable numbers, {rank / 1024:.2%} of W")
+            least = torch.linalg.svdvals(change)[r:].norm() / 4
+            texts.append(f"{kind} r = {r}: {loss.sqrt() / 4:.0%} ({least:.0%})")
+        print(f"  {label:12s}", "   ".join(texts))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
     x: (B, T, C)   Wg, Wu: C -> F   Wd: F -> C, frozen   A_k: in -> R   B_k: R -> out   ->   (B, T, C)
 
-Small experts share what is large. Wg x and Wu x do not depend on the expert and are computed once, and so is
-the product with Wd, as sum g_k Wd h_k = Wd (sum g_k h_k).
+The experts share the large products. Wg x and Wu x do not depend on the expert and are computed once, and so
+is the product with Wd, as sum g_k Wd h_k = Wd (sum g_k h_k).
 
 Since ranks are small, tokens need not be sorted. The A of all experts are one matrix (E*R, in), whose product
 holds the ranks of each expert side by side; a mask of zeros and ones keeps those of the chosen expert; the B
@@ -16,7 +16,7 @@ R = 8 cost 2.1 times the frozen SwiGLU in fp32, 2.6 in bf16 (one thread of an AM
 
 A dense layer gets the mixture in place of its SwiGLU. A layer with experts gets it in place of its shared
 experts, which every token uses; routed experts and their router stay frozen. B starts at zero, so the model
-starts unchanged. An optional shared adapter, which every token uses, is part of the three W.
+starts unchanged. An optional shared adapter, which every token uses, is added to the three W.
 
 Paper: Li et al., "MixLoRA", arXiv 2404.15159; balance of its experts: train/engine/load_balancer.py.
 Trap: factors and router are fp32 even on a base in bf16, which would round small steps away.
@@ -28,6 +28,7 @@ from torch import nn
 
 from config.adapters import MixLoraConfig
 from config.model import ModelConfig
+from modules.adapters.lora import wide
 from modules.experts.moe import MoE
 from modules.experts.router import Routing, TopkRouter
 from modules.mlp import SwiGLU
@@ -36,33 +37,21 @@ from utils.errors import UserError
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def wide_dtype(weight) -> torch.dtype:
-    """Return the dtype of what is trained beside a frozen weight: fp32, or fp64 in a model in fp64."""
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
 def cast_like(x, weight):
-    """Return x in the dtype of `weight`; under autocast, which casts for itself, x."""
+    """Return x in the dtype of `weight`, or x itself under autocast, which casts."""
     return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
 
 
 class LoraStack(nn.Module):
-    """The adapters of E experts for one linear layer: `expand(shrink(x) * mask)`.
-
-    Args:
-        linear: the layer, weight (out, in); not kept.
-        experts: E.
-        config: reads r (R), lora_alpha, lora_dropout (of x, in training).
-    """
+    """The adapters of E experts for one linear layer (in -> out): `expand(shrink(x) * mask)`."""
 
     def __init__(self, linear: nn.Linear, experts: int, config: MixLoraConfig):
         super().__init__()
         self.scale, self.dropout = config.lora_alpha / config.r, nn.Dropout(config.lora_dropout)
-        (out, width), place = linear.weight.shape, {"dtype": wide_dtype(linear.weight)}
-        self.lora_A = nn.Parameter(linear.weight.new_empty(experts, config.r, width, **place))
-        self.lora_B = nn.Parameter(linear.weight.new_zeros(experts, out, config.r, **place))
-        for matrix in self.lora_A:
-            nn.init.kaiming_uniform_(matrix, a=5**0.5)  # U(-1/sqrt(in), 1/sqrt(in)), as in LoRA
+        weight = wide(linear.weight)
+        (out, width), bound = weight.shape, weight.shape[1] ** -0.5  # as in LoRA
+        self.lora_A = nn.Parameter(weight.new_empty(experts, config.r, width).uniform_(-bound, bound))
+        self.lora_B = nn.Parameter(weight.new_zeros(experts, out, config.r))
 
     def shrink(self, x):
         """x (N, in) -> (N, E*R), the ranks of all experts."""
@@ -81,20 +70,17 @@ def adapters(base: SwiGLU, experts: int, config: MixLoraConfig) -> nn.ModuleDict
 class MixLoraMLP(nn.Module):
     """`forward(x)`: (B, T, C) -> (B, T, C) and the `Routing` of its N = B*T tokens.
 
-    Args:
-        base: the SwiGLU that it replaces; its three linear layers keep their names here.
-        config: reads num_experts, num_experts_per_tok, r, lora_alpha, lora_dropout, shared_expert.
+    It replaces `base`, whose three linear layers keep their names here.
     """
 
     def __init__(self, base: SwiGLU, config: MixLoraConfig):
         super().__init__()
         weight, E = base.gate_proj.weight, config.num_experts
-        self.gate = TopkRouter(
-            ModelConfig(
-                hidden_size=weight.shape[1], n_routed_experts=E, scoring_func="softmax",
-                num_experts_per_tok=config.num_experts_per_tok,
-            )
-        ).to(weight.device, wide_dtype(weight))  # fmt: skip
+        router = ModelConfig(
+            hidden_size=weight.shape[1], n_routed_experts=E, num_experts_per_tok=config.num_experts_per_tok,
+            scoring_func="softmax",
+        )  # fmt: skip
+        self.gate = TopkRouter(router).to(wide(weight))  # its device and dtype
         nn.init.normal_(self.gate.weight, std=0.02)
         self.gate_proj, self.up_proj, self.down_proj = base.gate_proj, base.up_proj, base.down_proj
         self.lora_experts = adapters(base, E, config)
@@ -148,48 +134,43 @@ class MixLoraMoE(nn.Module):
         return y + shared, routing
 
 
-def add_mixlora(model, config: MixLoraConfig) -> list[str]:
-    """Add a mixture to every layer of a `TinySeek` but not to its MTP head; return the new parameters' names.
+def add_mixlora(model, config: MixLoraConfig) -> None:
+    """Add a mixture to every layer of a `TinySeek` but not to its MTP head.
 
     Raises `UserError`, and leaves the model unchanged, for a layer with experts but without shared ones.
     """
-    layers, before = model.model.layers, {name for name, _ in model.named_parameters()}
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(model.model.layers):
         if isinstance(layer.mlp, MoE) and layer.mlp.shared_experts is None:
             raise UserError(
                 f"mixlora adapts the shared experts of a layer with experts, and layer {number} has none "
                 "(model.n_shared_experts=0): use another base, or lora"
             )
-    for layer in layers:
+    for layer in model.model.layers:
         layer.mlp = (MixLoraMoE if isinstance(layer.mlp, MoE) else MixLoraMLP)(layer.mlp, config)
         layer.has_experts = True
-    return [name for name, _ in model.named_parameters() if name not in before]
 
 
 def lesson():
     """Fit two kinds of tokens that need different changes of one frozen layer: one LoRA of rank 16 against 8
-    experts of rank 2, which have as many parameters."""
+    experts of rank 2, which have about as many parameters."""
     torch.manual_seed(0)
-    N, C, width = 128, 16, 32
-    base, *wanted = (SwiGLU(C, width).requires_grad_(False) for _ in range(3))
+    base, *wanted = (SwiGLU(16, 32).requires_grad_(False) for _ in range(3))
     for name in PROJECTIONS:
         start = getattr(base, name).weight.normal_(0, 0.3)
         for kind in wanted:  # each the base, changed in rank 2
             change = torch.randn(len(start), 2) @ torch.randn(2, start.shape[1]) / 16
             getattr(kind, name).weight.copy_(start + change)
-    x = torch.randn(80, 2, N, C) + torch.tensor([-1.0, 1.0])[:, None, None]  # (step, kind, token, C)
-    y = torch.stack([kind(part) for kind, part in zip(wanted, x.unbind(1), strict=True)], dim=1)
     print("One frozen feed-forward and two kinds of tokens, each of which needs a change of its own")
     for experts, chosen, rank in ((1, 1, 16), (8, 2, 2)):
         mixture = MixLoraMLP(base, MixLoraConfig(experts, chosen, rank, lora_alpha=2 * rank))
-        trained = [weight for weight in mixture.parameters() if weight.requires_grad]
-        optimizer, errors = torch.optim.Adam(trained, lr=0.02), []
-        for rows, target in zip(x, y, strict=True):
-            out, routing = mixture(rows)
-            errors.append((out - target).square().mean() / y.var())
-            optimizer.zero_grad(), errors[-1].backward(), optimizer.step()
-        print(f"  {experts} of rank {rank}: {sum(w.numel() for w in trained)} parameters,", end=" ")
-        print(f"error {errors[0]:.3f}, after 80 steps {errors[-1]:.4f}; tokens of each kind by expert:")
+        optimizer = torch.optim.Adam([w for w in mixture.parameters() if w.requires_grad], lr=0.02)
+        for _ in range(80):
+            x = torch.randn(2, 128, 16) + torch.tensor([-1.0, 1.0])[:, None, None]  # (kind, token, C)
+            y = torch.stack([kind(part) for kind, part in zip(wanted, x, strict=True)])
+            out, routing = mixture(x)
+            error = (out - y).square().mean() / y.var()
+            optimizer.zero_grad(), error.backward(), optimizer.step()
+        print(f"  {experts} of rank {rank}: error {error:.4f} after 80 steps; tokens of each kind by expert:")
         print(*[f"    {kind.bincount(minlength=experts).tolist()}" for kind in routing.indices.view(2, -1)])
 
 

@@ -11,7 +11,7 @@ as text does, with C numbers per position; it need not be the embedding of any t
 that never appears in the data do not change.
 
 Both start as text, as both papers advise: the prefix as keys and values that the model computes from n
-tokens, the prompt as embeddings of tokens. The model then starts in a familiar state, as if it had read them.
+random tokens, the prompt as embeddings of random tokens. The model then starts as if it had read them.
 A prefix needs large steps, about 0.1 to 0.3 with Adam where a weight takes 0.001, since keys and values have
 to move by about 1. Loss with n = 16 on text of another kind (4 layers, 120 steps; 5.27 without a prefix):
 
@@ -39,11 +39,7 @@ ROLES = 3  # System, User, Assistant
 
 
 class PrefixEncoder(nn.Module):
-    """Trained keys and values (L, G, n, D); in a forward without a cache it takes the place of one.
-
-    Args:
-        keys, values: (L, G, n, D), the start values.
-    """
+    """Trained keys and values (L, G, n, D); in a forward without a cache it takes the place of one."""
 
     def __init__(self, keys, values):
         super().__init__()
@@ -66,12 +62,8 @@ class PrefixEncoder(nn.Module):
 
 
 class PromptEmbedding(nn.Module):
-    """An embedding table with more rows; it replaces `embed_tokens` and keeps its weight.
-
-    Args:
-        weight: (V, C), the table's own Parameter, which the output head may share.
-        prompt: (3n, C), the start values of the new rows; row i is the id V + i.
-    """
+    """An embedding table with more rows. It replaces `embed_tokens` and keeps its `weight` (V, C), which the
+    output head may share. Row i of `prompt` (3n, C) is the id V + i."""
 
     def __init__(self, weight: nn.Parameter, prompt):
         super().__init__()
@@ -85,28 +77,19 @@ class PromptEmbedding(nn.Module):
         return torch.where(new[..., None], prompt, text)
 
 
-def add_prefix(model, config, ids: list[int] | None = None) -> list[str]:
-    """Add a prefix or a prompt (`config.kind`) of length n = `config.length` to a `TinySeek`.
-
-    Args:
-        ids: the text that it starts as, cut or repeated to the n tokens of a prefix or the 3n of a prompt;
-            by default random tokens of the vocabulary.
-
-    Returns the names of the new parameters.
-    """
+def add_prefix(model, config) -> None:
+    """Add a prefix or a prompt (`config.kind`) of length n = `config.length` to a `TinySeek`. It starts as
+    random tokens."""
     shape, table = model.config, model.model.embed_tokens
     count = config.length * (ROLES if config.kind == "prompt" else 1)
-    if ids is None:
-        ids = torch.randint(shape.vocab_size, (count,)).tolist()
-    ids = torch.tensor([ids[n % len(ids)] for n in range(count)], device=table.weight.device)
+    ids = torch.randint(shape.vocab_size, (count,)).to(table.weight.device)
     if config.kind == "prompt":
         model.model.embed_tokens = PromptEmbedding(table.weight, table.weight.detach()[ids])
-        return ["model.embed_tokens.prompt"]
-    kind = "attention_kind=mla" if shape.attention_kind == "mla" else "sliding_window"
+        return
     if shape.attention_kind == "mla" or shape.sliding_window is not None:
         raise UserError(
-            f"prefix.kind=prefix needs keys and values that stay, which a model with model.{kind} does not "
-            "keep: use prefix.kind=prompt"
+            "prefix.kind=prefix needs keys and values that stay, which a model with model.attention_kind=mla "
+            "or model.sliding_window does not keep: use prefix.kind=prompt"
         )
     if config.length >= shape.max_position_embeddings:
         raise UserError(
@@ -114,7 +97,6 @@ def add_prefix(model, config, ids: list[int] | None = None) -> list[str]:
             f"{shape.max_position_embeddings}: lower it"
         )
     model.prefix = PrefixEncoder(*keys_and_values(model, ids))
-    return ["prefix.keys", "prefix.values"]
 
 
 @torch.no_grad()
@@ -131,8 +113,8 @@ def keys_and_values(model, ids):
 
 def lesson():
     """Train a prefix so that a frozen attention head adds one vector to its output; embed a prompt."""
-    from modules.attention.grouped_query import eager_attention
     from modules.attention.context import build_context
+    from modules.attention.grouped_query import eager_attention
 
     torch.manual_seed(0)
     B, G, T, D, wish = 8, 2, 10, 16, torch.randn(16)
@@ -141,15 +123,12 @@ def lesson():
     print("A prefix of n keys and values; queries and keys of real tokens stay as they are")
     for n in (1, 4, 16):
         prefix, context = PrefixEncoder(*torch.randn(2, 1, G, n, D)), build_context(T, "cpu", prefix=n)
-        optimizer, shown = torch.optim.Adam(prefix.parameters(), lr=0.1), []
-        for step in range(101):
-            keys, values = prefix.append(0, k, v)  # (B, G, n + T, D)
-            error = (eager_attention(q, keys, values, context, D**-0.5) - target).square().mean()
-            if step in (0, 100):
-                weights = eager_attention(q, keys, torch.eye(n + T).expand(B, G, -1, -1), context, D**-0.5)
-                shown.append(f"error {error:.2f}, {weights[..., :n].sum(-1).mean():.0%} of attention on it")
-            optimizer.zero_grad(), error.backward(), optimizer.step()
-        print(f"  n = {n:2d}   at first: {shown[0]}   after 100 steps: {shown[1]}")
+        optimizer, errors = torch.optim.Adam(prefix.parameters(), lr=0.1), []
+        for _ in range(101):
+            out = eager_attention(q, *prefix.append(0, k, v), context, D**-0.5)
+            errors.append((out - target).square().mean())
+            optimizer.zero_grad(), errors[-1].backward(), optimizer.step()
+        print(f"  n = {n:2d}   error {errors[0]:.2f}, after 100 steps {errors[-1]:.2f}")
     table = PromptEmbedding(nn.Parameter(torch.arange(5.0)[:, None]), torch.tensor([[0.5], [0.25], [0.125]]))
     ids = torch.tensor([[4, 5, 6, 7, 2]])
     print(f"3 rows beside a vocabulary of 5: ids {ids[0].tolist()} ->", table(ids)[0, :, 0].tolist())

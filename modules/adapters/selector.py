@@ -54,14 +54,12 @@ def choices(losses, logits):
 
 def lesson():
     """Train a selector on the losses of three specialists, each good at one kind of question."""
-    generator = torch.Generator().manual_seed(0)
-    C, A, N = 16, 3, 600
-    kinds = torch.randint(A, (N,), generator=generator)
-    centres = torch.randn(A, C, generator=generator)
-    h = centres[kinds] + 0.8 * torch.randn(N, C, generator=generator)
-    losses = 2.0 + 0.3 * torch.randn(N, A, generator=generator).abs()
-    losses[torch.arange(N), kinds] -= 1.5  # each is at home with one kind
     torch.manual_seed(0)
+    C, A, N = 16, 3, 600
+    kinds = torch.randint(A, (N,))
+    h = torch.randn(A, C)[kinds] + 0.8 * torch.randn(N, C)
+    losses = 2.0 + 0.3 * torch.randn(N, A).abs()
+    losses[torch.arange(N), kinds] -= 1.5  # each is good at one kind
     selector = Selector(C, A, width=16)
     optimizer = torch.optim.AdamW(selector.parameters(), lr=1e-2)
     print("a selector over three specialists; nats per answer on 200 unseen questions")

@@ -1,4 +1,4 @@
-"""Who may look at whom: every rule of attention turned, once per forward, into one small object.
+"""The rules of attention, applied once per forward: which query may attend to which key.
 
 The rules, for a query with index q and a key with index k in the same row (counted from the row's start):
 
@@ -7,86 +7,91 @@ The rules, for a query with index q and a key with index k in the same row (coun
   documents  document[k] == document[q]  texts packed into one row do not see each other
   padding    k is a real token
 
-The keys of a prefix (modules/adapters/prefix.py) are no tokens: they stand in front of the row, and every
-query sees them.
+Every query sees the keys of a prefix (modules/adapters/prefix.py), which stand in front of the row.
 
-All layers read the same object; none builds a mask of its own. Where no rule needs a mask (whole causal rows,
-or one new token that may see all the past) there is none, and kernels can use their own triangle. A row with
-nothing to attend to gives zeros: `modules/attention/grouped_query.py` sees to that.
+All layers read the same object; no layer builds a mask of its own. If no rule needs a mask (whole causal
+rows, or one new token that may see all the past) there is none, and kernels can use their own triangle.
 
-    mask: (B or 1, 1, T, S) bool, True = may look     T new tokens (queries), S keys (cached and new)
+    mask: (B or 1, 1, T, S) bool, True = may attend     T new tokens (queries), S keys (cached and new)
+
+Trap: a query with nothing to attend to divides 0 by 0, and some kernels return NaN gradients for it. A real
+token sees at least itself. A padding token would see nothing: it may attend to every key, since nobody reads
+its output.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 
 
-@dataclass(frozen=True)
+@dataclass
 class AttentionContext:
-    """What `modules/attention/grouped_query.py` needs to know beside q, k and v.
+    """The positions and masks of one forward pass, which all layers share.
 
     Attributes:
-        positions: (B or 1, T), the place of each query for rotary embeddings.
-        mask: (B or 1, 1, T, S) bool, True where a query may look, or None if `is_causal` says it all.
-        is_causal: True when T == S and the plain triangle is the only rule (then mask is None).
+        positions: (B or 1, T), the position of each query for rotary embeddings; 0 for padding.
+        mask: (B or 1, 1, T, S) bool, True where a query may attend; None if `is_causal` says it all.
+        is_causal: True if T == S and the plain triangle is the only rule (then mask is None).
     """
 
     positions: torch.Tensor
     mask: torch.Tensor | None
     is_causal: bool
+    shared: torch.Tensor | None = field(default=None, init=False, repr=False)  # the bias, once it was needed
+
+    def bias(self, dtype):
+        """Return 0 where a query may attend and -inf elsewhere, (B or 1, 1, T, S), to be added to scores.
+
+        None if there is nothing to hide. Built on the first call, then shared by all layers.
+        """
+        if self.shared is None or self.shared.dtype != dtype:
+            mask, tokens = self.mask, self.positions.shape[1]
+            if self.is_causal:
+                mask = torch.ones(tokens, tokens, dtype=torch.bool, device=self.positions.device).tril()
+            if mask is not None:
+                zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+                self.shared = zeros.masked_fill_(~mask, -torch.inf)
+        return self.shared
 
     def without_prefix(self, prefix: int):
-        """The same for a layer whose attention has no prefix; `prefix` is what `build_context` was told."""
+        """Return the context of a layer without the prefix; `prefix` is what `build_context` was told."""
         return self if self.mask is None else replace(self, mask=self.mask[..., prefix:])
 
 
 def build_context(
-    tokens: int,
-    device,
-    *,
-    causal: bool = True,
-    window: int | None = None,
-    position_ids=None,
-    document_ids=None,
-    padding_mask=None,
-    cache=None,
-    prefix: int = 0,
-) -> AttentionContext:
-    """The context of one forward over `tokens` new tokens per row.
+    tokens: int, device, *, causal: bool = True, window: int | None = None, position_ids=None,
+    document_ids=None, padding_mask=None, cache=None, prefix: int = 0,
+) -> AttentionContext:  # fmt: skip
+    """Return the context of one forward over `tokens` new tokens per row.
 
     Args:
         tokens: T.
-        device: where positions and mask live.
+        device: the device of positions and mask.
         causal: False lets every token see the whole row (encoders).
         window: W, or None for no limit.
-        position_ids: (B, T) for rotary embeddings; by default the token's index in its row.
-        document_ids: (B, T) int, equal within one document; without cache only.
-        padding_mask: (B, T) bool or 0/1, True = real token; without cache only.
-        cache: a cache of `modules/attention/cache.py` on which `begin` was called for these tokens; it knows
-        how long
-            each row is and which keys its slots hold.
-        prefix: how many keys of a prefix stand in front. `position_ids` count from its end. A cache that
-            starts with the prefix counts its keys among its own.
+        position_ids: (B, T) for rotary embeddings, counted from the end of the prefix; by default the index
+            of a token in its row.
+        document_ids: (B, T) int, equal within one document; without a cache only.
+        padding_mask: (B, T) bool or 0/1, True = real token; without a cache only.
+        cache: a cache on which `begin` was called for these tokens. It counts a prefix among its own keys.
+        prefix: the number of keys that stand in front, without a cache.
     """
     if cache is not None and (document_ids is not None or padding_mask is not None):
         raise ValueError("document_ids and padding_mask go without a cache; it takes `new_tokens` per row")
     if cache is None:
         query_index = key_index = torch.arange(prefix, prefix + tokens, device=device)[None]  # (1, T)
-        past = prefix
+        past, real = prefix, None if padding_mask is None else padding_mask.bool()  # (B, T)
     else:
         query_index, key_index = cache.query_index, cache.key_index  # (B or 1, T), (B or 1, S)
-        past = cache.uniform_past  # None where rows have different lengths
+        past, real = cache.uniform_past, cache.real  # None if rows differ in length, None if all are real
     positions = query_index if position_ids is None else position_ids + prefix
     narrow = window is not None and (past is None or past + tokens > window)
-    if not causal and window is None and document_ids is None and padding_mask is None and cache is None:
-        return AttentionContext(positions, None, is_causal=False)  # everyone sees everyone
-    if causal and not narrow and document_ids is None and padding_mask is None and past is not None:
-        if past == 0:
-            return AttentionContext(positions, None, is_causal=True)
-        if tokens == 1:
-            return AttentionContext(positions, None, is_causal=False)
+    if document_ids is None and real is None and past is not None and not narrow:
+        if not causal and cache is None:
+            return AttentionContext(positions, None, is_causal=False)  # everyone sees everyone
+        if causal and (past == 0 or tokens == 1):
+            return AttentionContext(positions, None, is_causal=past == 0)
 
     query, key = query_index[:, :, None], key_index[:, None, :]  # (B or 1, T, 1), (B or 1, 1, S)
     mask = (key >= 0).expand(-1, tokens, -1)  # an empty slot of a cache has index -1
@@ -99,15 +104,18 @@ def build_context(
     if document_ids is not None:
         mask = mask & (document_ids[:, :, None] == document_ids[:, None, :])
     if padding_mask is not None:
-        mask = mask & padding_mask.bool()[:, None, :]
+        mask = mask & real[:, None, :]
+    if real is not None:
+        mask = mask | ~real[:, :, None]  # padding may attend to every key
+        positions = positions.masked_fill(~real, 0)
     if prefix and cache is None:
         mask = F.pad(mask, (prefix, 0), value=True)  # (B or 1, T, n + T)
     return AttentionContext(positions, mask[:, None], is_causal=False)
 
 
 def lesson():
-    """The mask of one row that holds two documents, with and without a window; and with padding."""
-    print("AttentionContext: rows are queries, columns keys, # may look")
+    """Print the mask of one row with two documents, with a window, and with padding."""
+    print("AttentionContext: rows are queries, columns keys, # may attend")
     documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
     for name, options in {
         "causal with two documents": {"document_ids": documents},

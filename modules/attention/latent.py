@@ -1,4 +1,4 @@
-"""Multi-head latent attention (MLA): keys and values of all heads are expanded from one short latent.
+"""Multi-head latent attention (MLA): the keys and values of all heads are expanded from one short latent.
 
     c_kv = norm(W_dkv x)        k_r = RoPE(W_kr x), one for all heads        kept in the cache: [c_kv | k_r]
     per head:  k = [W_uk c_kv | k_r]      v = W_uv c_kv      q = [q_nope | RoPE(q_r)]
@@ -6,21 +6,21 @@
 
     x: (B, T, C) -> q: (B, H, T, nope + rope), latents: (B, 1, S, R + rope) -> (B, H, T, Dv) -> (B, T, C)
 
-R is kv_lora_rank, Dv v_head_dim. Two ways to the same numbers:
+R is kv_lora_rank, Dv v_head_dim. There are two ways to compute the same result:
 
-  expanded   keys and values are computed for all S tokens. Best for training and prompts: S new queries share
-             the work of expanding S keys.
-  absorbed   W_uk moves to the query's side and W_uv behind the sum: products may be bracketed as we like,
+  expanded   Keys and values are computed for all S tokens. Best for training and prompts, where S new queries
+             share the work of expanding S keys.
+  absorbed   W_uk moves to the query's side and W_uv behind the sum, since matrix products are associative:
                  q_nope . (W_uk c) = (W_uk^T q_nope) . c        sum_s a_s (W_uv c_s) = W_uv (sum_s a_s c_s)
-             Then every head attends to the latents themselves, as if they were one shared key and value head
+             Every head then attends to the latents themselves, as if they were one shared key and value head
              (multi-query attention), and the past is never expanded. Best for decoding.
 
-Position cannot be in W_uk c: a rotation between W_uk and the query would differ for every pair of tokens, and
-nothing could be absorbed. That is why RoPE has its own few channels, q_r and k_r.
+W_uk c must not contain the position: a rotation between W_uk and the query would differ for every pair of
+tokens, and nothing could be absorbed. That is why RoPE has its own few channels, q_r and k_r.
 
 Paper: DeepSeek-V2, arXiv 2405.04434. Names as in Hugging Face's `DeepseekV3Attention`.
-Traps: rows of kv_b_proj lie per head, [keys | values] of head 0, then of head 1; the norms of the latents
-have eps 1e-6 whatever the configuration says; c_kv is cached after its norm, k_r has none.
+Traps: the rows of kv_b_proj are grouped by head, [keys | values] of head 0, then of head 1; the norms of the
+latents have eps 1e-6 whatever the configuration says; c_kv is cached after its norm, k_r has none.
 """
 
 import math
@@ -36,16 +36,18 @@ from modules.norm import RMSNorm
 from modules.rope import apply_rotary
 from modules.rope_scaling import read_scaling
 
-EPS = 1e-6  # of the latents' norms, not a choice
+EPS = 1e-6  # of the latents' norms; not configurable
 
 
 def softmax_scale(config) -> float:
-    """(nope + rope)^-1/2, with DeepSeek's YaRN times m^2, where m = 0.1 * mscale_all_dim * ln(factor) + 1.
+    """Return (nope + rope)^-1/2; with DeepSeek's YaRN times m^2, m = 0.1 * mscale_all_dim * ln(factor) + 1.
 
-    YaRN's temperature usually sits on cos and sin; here they reach only a part of the channels, so it is put
-    on the whole score (and `rope_scaling.py` divides it out of the tables, where `mscale` is given, too).
+    YaRN's temperature usually multiplies cos and sin. Here they reach only some of the channels, so it
+    multiplies the whole score (and if `mscale` is given, `rope_scaling.py` divides it out of the tables).
     """
     scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    if not config.rope_scaling:
+        return scale
     rule, _, p = read_scaling(config.rope_scaling, config.rope_theta)
     if rule == "yarn":  # without mscale_all_dim m is 1
         factor = p["factor"] or config.max_position_embeddings / p["original_max_position_embeddings"]
@@ -60,7 +62,7 @@ class LatentAttention(nn.Module):
         config: reads hidden_size, num_attention_heads, q_lora_rank, kv_lora_rank, qk_nope_head_dim,
             qk_rope_head_dim, v_head_dim, attention_bias, attention_dropout, attn_implementation,
             rope_interleaved and, for the scale, rope_scaling, rope_theta, max_position_embeddings.
-        layer: this layer's number, its place in the cache.
+        layer: this layer's number, which is its place in the cache.
     """
 
     def __init__(self, config, layer: int):
@@ -73,7 +75,7 @@ class LatentAttention(nn.Module):
         queries = self.heads * (self.nope + self.rope)
         if self.q_rank is None:
             self.q_proj = nn.Linear(width, queries, bias=False)
-        else:  # saves activations and weights in training; nothing of it is cached
+        else:  # saves weights and activations in training; queries are never cached
             self.q_a_proj = nn.Linear(width, self.q_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(self.q_rank, EPS)
             self.q_b_proj = nn.Linear(self.q_rank, queries, bias=False)
@@ -97,14 +99,15 @@ class LatentAttention(nn.Module):
         latents = torch.cat([self.kv_a_layernorm(latent), k_rope], dim=-1)  # (B, 1, T, R + rope)
         if cache is not None:
             latents = cache.append(self.layer, latents)  # (B, 1, S, R + rope)
-        plain = type(self.kv_b_proj) is nn.Linear  # with adapters the weight alone is not what it computes
+        layer = self.kv_b_proj  # with an adapter beside it, the weight alone is not what it computes
+        plain = type(layer) is nn.Linear or getattr(layer, "idle", False)
         absorb = cache is not None and plain and self.absorbing_pays(T, latents.shape[2])
         form = self.absorbed if absorb else self.expanded
         out = form(q_nope, q_rope, latents, context)  # (B, H, T, Dv)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, H*Dv) -> (B, T, C)
 
     def absorbing_pays(self, tokens: int, keys: int) -> bool:
-        """Whether T queries on S keys take fewer multiplications absorbed; per head they are
+        """Return whether T queries on S keys take fewer multiplications absorbed. Per head they are
 
           expanded   S R (nope + Dv)  to expand the past  +  T S (nope + rope + Dv)  to attend
           absorbed   T R (nope + Dv)  for both ends       +  T S (R + rope + R)      on the wider latents
@@ -114,8 +117,10 @@ class LatentAttention(nn.Module):
         return tokens * (ends + keys * wider) < keys * ends
 
     def expanded(self, q_nope, q_rope, latents, context: AttentionContext):
-        """Every key and value in full. q_nope (B, H, T, nope), q_rope (B, H, T, rope), latents
-        (B, 1, S, R + rope) -> (B, H, T, Dv)."""
+        """Attend to keys and values in full.
+
+        q_nope (B, H, T, nope), q_rope (B, H, T, rope), latents (B, 1, S, R + rope) -> (B, H, T, Dv)
+        """
         B, _, S, _ = latents.shape
         latent, k_rope = latents.split([self.rank, self.rope], dim=-1)
         both = self.kv_b_proj(latent).view(B, S, self.heads, -1).transpose(1, 2)  # (B, H, S, nope + Dv)
@@ -125,10 +130,10 @@ class LatentAttention(nn.Module):
         return attend(self.implementation, q, k, v, context, self.scale, self.dropout)
 
     def absorbed(self, q_nope, q_rope, latents, context: AttentionContext):
-        """Attention to the latents themselves, one key/value head for all. Shapes as in `expanded`.
+        """Attend to the latents themselves, one key/value head for all. Shapes as in `expanded`.
 
         Always by plain products, where all heads are rows of one matrix: PyTorch's kernel would copy the
-        shared latents for every head. The scores of a few new tokens are small, so there is no need for it.
+        shared latents for every head, and the scores of a few new tokens are small.
         """
         weight = self.kv_b_proj.weight.view(self.heads, self.nope + self.v_dim, self.rank)
         w_uk, w_uv = weight.split([self.nope, self.v_dim], dim=1)  # (H, nope, R), (H, Dv, R)
@@ -140,13 +145,13 @@ class LatentAttention(nn.Module):
 
     @property
     def dropout(self) -> float:
-        """The share of attention weights to drop now."""
+        """The share of attention weights to drop: none outside of training."""
         return self.attention_dropout if self.training else 0.0
 
 
 @torch.no_grad()
 def lesson():
-    """Numbers cached per token; and one new token after a growing past: one output, two amounts of work."""
+    """Print the numbers cached per token, and the work of both forms for one new token."""
     from torch.utils.flop_counter import FlopCounterMode
 
     torch.manual_seed(0)
@@ -158,7 +163,7 @@ def lesson():
     layer = LatentAttention(config, 0)
     print("MLA: numbers cached per token and layer, for 8 heads of 32:")
     print(f"  MHA {2 * H * 32}   GQA with 4 key/value heads {2 * 4 * 32}   MLA with rank {R} {R + rope}")
-    print("One new token after a past: FLOPs of attention, expanded and absorbed")
+    print("One new token after a past of n tokens: FLOPs of attention, expanded and absorbed")
     for past in (0, 1, 15, 255, 4095):
         latents = torch.randn(1, 1, past + 1, R + rope)
         inputs = torch.randn(1, H, 1, nope), torch.randn(1, H, 1, rope), latents

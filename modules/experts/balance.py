@@ -91,11 +91,11 @@ def lesson():
     config = ModelConfig(hidden_size=C, n_routed_experts=E, num_experts_per_tok=K, scoring_func="softmax")
     mask = torch.ones(1, N, dtype=torch.bool)
     print("8 experts, 2 per token: MaxVio (0 even, 3 worst) in training, each a mean over 30 steps")
-    for weight, form, measure in ((0, "no", "balance"), (0.5, "switch", "hard"), (0.5, "kl", "hard")):
+    for form, weight in (("switch", 0), ("switch", 0.5), ("kl", 0.5)):
         torch.manual_seed(0)
         router, experts = TopkRouter(config), torch.zeros(E, C, C, requires_grad=True)
         torch.nn.init.normal_(router.weight, std=0.1)
-        target = torch.randn(2, C, C) / C**0.5  # which of two maps is asked for depends on the input's sign
+        target = torch.randn(2, C, C) / C**0.5  # two maps, one for each sign of x_0 - 2
         optimizer, vio = torch.optim.Adam([router.weight, experts], lr=0.02), torch.zeros(120)
         for step in range(120):
             x = torch.randn(N, C) + 2  # hidden states of a real model share a direction too
@@ -103,12 +103,12 @@ def lesson():
             y = (routing.weights[..., None] * (experts[routing.indices] @ x[:, None, :, None])[..., 0]).sum(1)
             error = (y - (target[(x[:, 0] > 2).long()] @ x[..., None])[..., 0]).square().mean()
             counts, probs = expert_sums(routing, mask)
-            balance = balance_value(*shares(counts, probs, K), form, measure).sum()
-            optimizer.zero_grad(); (error + weight * balance).backward(); optimizer.step()
+            balance = balance_value(*shares(counts, probs, K), form, "hard").sum()
+            optimizer.zero_grad(), (error + weight * balance).backward(), optimizer.step()
             vio[step] = max_vio(counts[0])
         loads = "  ".join(f"{part:.2f}" for part in vio.view(4, 30).mean(1).tolist())
         counts = counts[0].int().tolist()
-        print(f"  {form:>6s} {measure:7s}   MaxVio {loads}   tokens per expert at the end {counts}")
+        print(f"  {form:6s} x {weight:3}   MaxVio {loads}   tokens per expert at the end {counts}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 
 `loop_experts` in modules/experts/moe.py is the reference. Only the products go expert by expert. `Dispatch`
 copies tokens to rows and multiplies them, `Combine` multiplies rows and adds them up per token; each is the
-mirror image of the other, and so are their backward passes. What lies between is plain PyTorch.
+mirror image of the other, and so are their backward passes. Everything between them is plain PyTorch.
 
 No token is dropped: MegaBlocks (Gale et al., arXiv 2211.15841). Rows are copied by `index_select` and added
 up by `embedding_bag`, never by atomic additions: the same input gives the same bits.

@@ -63,12 +63,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """`forward(x)`: (B, T, C) -> (B, T, C) and the `Routing` of its N = B*T tokens.
-
-    Args:
-        config: reads hidden_size, moe_intermediate_size, n_shared_experts, moe_implementation and what
-            `TopkRouter` reads.
-    """
+    """`forward(x)`: (B, T, C) -> (B, T, C) and the `Routing` of its N = B*T tokens."""
 
     def __init__(self, config):
         super().__init__()

@@ -56,12 +56,7 @@ class ExactLinear(torch.autograd.Function):
 
 
 class TopkRouter(nn.Module):
-    """`forward(x)`: (N, C) -> `Routing` of N tokens.
-
-    Args:
-        config: reads hidden_size, n_routed_experts, num_experts_per_tok, scoring_func, norm_topk_prob,
-            routed_scaling_factor, n_group, topk_group, router_jitter_noise.
-    """
+    """`forward(x)`: (N, C) -> `Routing` of N tokens."""
 
     def __init__(self, config):
         super().__init__()

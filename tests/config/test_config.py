@@ -85,6 +85,20 @@ def test_mistakes_on_the_command_line(setting, words):
     assert all(word in line for word in words), line
 
 
+def test_no_stage_scores_what_its_base_trained_on():
+    """A fraction is inherited; a larger one is refused, a smaller one holds out a part of the same (D1)."""
+    base = {"data": {"val_fraction": 0.1}}
+    assert load_config("tiny", inherited=base).data.val_fraction == 0.1
+    assert load_config("shakespeare", inherited={"data": {"val_fraction": 0.02}}).data.val_fraction == 0.02
+    assert load_config("tiny", ["data.val_fraction=0.05"], base).data.val_fraction == 0.05
+    with pytest.raises(UserError, match=r"^data.val_fraction=0.2 is more than the 0.1 .*omit the setting"):
+        load_config("tiny", ["data.val_fraction=0.2"], base)
+    for broken in ("a lot", 2.0, None):
+        with pytest.raises(UserError, match="^data.val_fraction"):
+            load_config("tiny", ["data.val_fraction=0.2"], {"data": {"val_fraction": broken}})
+    assert load_config("tiny", ["data.val_fraction=0.2"]).data.val_fraction == 0.2
+
+
 def test_settings_are_read_as_what_their_field_is():
     settings = ["optim.lr=1", "train.max_seconds=null", "data.paths=[\"a.txt\"]", "train.compile=true",
                 "data.cache_dir=123", "model.rope_scaling={\"type\": \"linear\", \"factor\": 2}"]  # fmt: skip
@@ -155,6 +169,23 @@ def test_head_dim_follows_the_heads():
     explicit = ModelConfig(hidden_size=100, num_attention_heads=6, num_key_value_heads=2, head_dim=16)
     validate_section("model", explicit)
     assert explicit.head_dim == 16
+
+
+def test_latent_attention_does_not_read_the_heads_of_the_other_kind():
+    config = ModelConfig(hidden_size=100, num_attention_heads=6, num_key_value_heads=4, attention_kind="mla")
+    validate_section("model", config)
+    assert config.head_dim == 16 and config.rotary_dim == config.qk_rope_head_dim
+    validate_section("model", ModelConfig(attention_kind="mla", head_dim=33))
+    assert "odd" in line_of("model.attention_kind=mla", "model.qk_rope_head_dim=3")
+
+
+def test_experts_in_no_layer_at_all_are_refused():
+    """It would silently be a dense model. With sequential MTP the layer of the second head may have them."""
+    settings = ["model.num_hidden_layers=2", "model.n_routed_experts=8", "model.first_k_dense_replace=2"]
+    line = line_of(*settings)
+    assert "model.first_k_dense_replace=2" in line and "model.n_routed_experts=0" in line
+    load_config("tiny", [*settings, "model.mtp=sequential"])
+    assert "3 layers" in line_of(*settings[:2], "model.mtp=sequential", "model.first_k_dense_replace=3")
 
 
 def test_an_error_is_one_line_and_exit_code_two(capsys):

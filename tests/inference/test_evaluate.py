@@ -7,7 +7,9 @@ import pytest
 from inference import evaluate
 from inference.generation.generator import Generator
 from inference.evaluate import BATCH, Score, report, score_dialogues, score_skills, table_items
+from config.schema import DataConfig
 from load_data.chat.chat_template import ChatTemplate
+from load_data.corpora.reserved import unit_hash
 from load_data.skills import scored_items
 from tests.inference.adapters import write_adapter
 from tests.inference.tools import byte_tokenizer, write_checkpoint
@@ -73,6 +75,15 @@ def test_answers_come_back_in_order_from_many_batches():
     endless = told(dict.fromkeys(answers, "x" * 10_000))
     score = score_dialogues(endless, TEMPLATE, dialogues)
     assert score.right == 0 and 1.4 * len(score.wrong[2]) < len(score.wrong[1]) < 300
+
+
+def test_only_turns_whose_own_question_is_held_out_are_scored():
+    """A held-out dialogue may go on with a question that other dialogues train on (D2)."""
+    talks = [dialogue(f"question {n}", "a", f"Question {n + 1}!", "b") for n in range(100)]
+    data = DataConfig(val_fraction=0.3)
+    asked = [q for n in range(100) for q in (n, n + 1) if unit_hash(f"question{q}") < 0.3]
+    assert score_dialogues(Scripted(lambda text: "x"), TEMPLATE, talks, data=data).of == len(asked)
+    assert score_dialogues(Scripted(lambda text: "x"), TEMPLATE, talks).of == 200 > 2 * len(asked) > 40
 
 
 @pytest.mark.parametrize(
@@ -152,14 +163,14 @@ def test_what_does_not_fit_is_left_out_turn_by_turn():
 
 
 def test_skills_judge_their_own_answers():
-    """Identity wants a name in a language; arithmetic the number and nothing else."""
+    """Identity wants the answer of its question; arithmetic the number and nothing else."""
     model = Scripted(lambda text: "It is TinySeek." if text.isascii() else "我叫 TinySeek。")
-    english = sum(item.messages[0]["content"].isascii() for item in scored_items("identity", 30, 0))
+    named = sum(item.expected == "我叫 TinySeek。" for item in scored_items("identity", 30, 0))
     scores = score_skills(model, TEMPLATE, ["identity", "arithmetic"], count=30)
-    assert list(scores) == ["identity", "arithmetic"] and 0 < english < 30
+    assert list(scores) == ["identity", "arithmetic"] and 0 < named < 30
     assert scores["identity"].of == scores["arithmetic"].of == 30
     assert scores["arithmetic"].right == 0 and scores["arithmetic"].wrong[1].startswith("我叫")
-    assert scores["identity"].right == 30 - english  # the markers of roles are not ASCII: always Chinese
+    assert scores["identity"].right == named  # the markers of roles are not ASCII: always Chinese
     assert {text[0] for text in model.asked} == {"U"} and len(set(model.asked)) == 60
     right = {item.messages[0]["content"]: item.expected for item in scored_items("arithmetic", 30, 0)}
     assert score_skills(told(right), TEMPLATE, ["arithmetic"], count=30)["arithmetic"].percent == 100
@@ -209,7 +220,7 @@ def test_the_command_scores_held_out_dialogues_of_a_file(monkeypatch, capsys, mo
     path.write_text("".join(record % n for n in range(200)), encoding="utf-8")
     asked = []
     monkeypatch.setattr(
-        evaluate, "score_dialogues", lambda g, t, d, s: asked.append((d, s)) or Score(1, 4, 25.0, None)
+        evaluate, "score_dialogues", lambda g, t, d, s, c: asked.append((d, s)) or Score(1, 4, 25.0, None)
     )
     args = ["--checkpoint", model, "--data", path, "--count", 4, "--score", score, "--device", "cpu"]
     code, lines, _ = run(monkeypatch, capsys, *args)
@@ -221,8 +232,6 @@ def test_the_command_scores_held_out_dialogues_of_a_file(monkeypatch, capsys, mo
 def test_the_command_scores_an_adapter(monkeypatch, capsys, model, tmp_path):
     """Its base is found, its template used, and held out is what its own training held out: half of the
     dialogues here, of the first 100."""
-    from load_data.corpora.reserved import unit_hash
-
     settings = {"val_fraction": 0.5, "template": "chatml", "limit": 100}
     adapter = write_adapter(tmp_path / "a.pkl", model, "prompt", data=settings)
     path = tmp_path / "talk.jsonl"
@@ -230,9 +239,9 @@ def test_the_command_scores_an_adapter(monkeypatch, capsys, model, tmp_path):
     path.write_text("".join(record % n for n in range(200)), encoding="utf-8")
     asked = []
 
-    def scored(generator, template, dialogues, score):
+    def scored(generator, template, dialogues, score, data):
         asked.append((generator.model, template, [messages[0]["content"] for messages in dialogues]))
-        return score_dialogues(generator, template, dialogues, score)
+        return score_dialogues(generator, template, dialogues, score, data)
 
     monkeypatch.setattr(evaluate, "score_dialogues", scored)
     args = ["--adapter", adapter, "--data", path, "--device", "cpu"]

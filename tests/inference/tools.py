@@ -24,6 +24,7 @@ def run_config(model: TinySeek) -> dict:
     """The nested configuration that a run with `model` would save."""
     config = RunConfig(model=model.config)
     config.train.max_steps = 10
+    config.data.val_fraction = 0.3  # a later stage may hold out less, not more
     return to_dict(config.validate())
 
 

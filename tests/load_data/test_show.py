@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from load_data import show
-from load_data.chat.records import message
+from load_data.chat.records import message, question_key
 from load_data.corpora.reserved import unit_hash
 from tests.inference.tools import write_checkpoint
 from utils.errors import run_main
@@ -18,7 +18,7 @@ TALKS = [
     [
         message("user", "long question"),
         message("assistant", "no"),
-        message("user", "x"),
+        message("user", "z"),
         message("assistant", "y"),
     ],
 ]
@@ -42,7 +42,7 @@ def data(write, monkeypatch, tmp_path):
 
 
 HAND_MADE = """\
-dialogue 0: 9 places
+dialogue 0: 9 positions
 
 User：hi
 Assistant：⟦你<|im_end|>⟧
@@ -75,7 +75,7 @@ def test_the_tokenizer_and_settings_of_a_checkpoint(short, data, monkeypatch, ca
         write_checkpoint(show.OUT / "TinySeek_Pre_final.pkl")
     out = run(monkeypatch, capsys, "--data", data, "--template", "chatml", "--index", 1)[1]
     assert out.startswith(f"{path}; template chatml; ")
-    assert "<|im_start|>assistant\n⟦no<|im_end|>⟧\n<|im_start|>user\nx<|im_end|>\n" in out
+    assert "<|im_start|>assistant\n⟦no<|im_end|>⟧\n<|im_start|>user\nz<|im_end|>\n" in out
     assert out.count("-100") == sum(line.endswith("-100") for line in out.splitlines()) > 20
     assert sum(not line.endswith("-100") for line in out.split("label\n")[1].splitlines()) == 5
 
@@ -83,12 +83,16 @@ def test_the_tokenizer_and_settings_of_a_checkpoint(short, data, monkeypatch, ca
 def test_by_default_there_are_three(data, write, monkeypatch, capsys):
     out = run(monkeypatch, capsys, "--data", data)[1]
     assert [line for line in out.splitlines() if line.startswith("dialogue ")] == [
-        "dialogue 0: 9 places", "dialogue 1: 26 places", "dialogue 2: 15 places"
+        "dialogue 0: 9 positions", "dialogue 1: 26 positions", "dialogue 2: 15 positions"
     ]  # fmt: skip
-    few = write("few.jsonl", [{"messages": TALKS[0]}, {"messages": held_out()}])
-    code, out, _ = run(monkeypatch, capsys, "--data", few)
-    assert code == 0
+    few = write("few.jsonl", [{"messages": TALKS[0]}, {"messages": held_out()}, {"messages": []}])
+    code, out, err = run(monkeypatch, capsys, "--data", few)
+    assert code == 0 and err.startswith("skipped records: 1\n")
     assert "1 dialogues for training" in out and out.count("dialogue 0") == 1 and "dialogue 1" not in out
+    three = write("three.jsonl", [{"messages": talk} for talk in (*TALKS, TALKS[0])])  # none held out (D17)
+    assert "3 dialogues for training" in run(monkeypatch, capsys, "--data", three)[1]
+    code, _, err = run(monkeypatch, capsys, "--data", write("none.jsonl", [{"messages": held_out()}]))
+    assert code == 2 and "every dialogue is held out" in err
 
 
 def test_as_many_dialogues_of_a_skill_as_needed(data, monkeypatch, capsys):
@@ -100,7 +104,7 @@ def test_as_many_dialogues_of_a_skill_as_needed(data, monkeypatch, capsys):
 def held_out():
     """One dialogue that is for validation."""
     questions = (f"question {number}" for number in range(1000))
-    question = next(one for one in questions if unit_hash(one) < 0.05)
+    question = next(one for one in questions if unit_hash(question_key(one)) < 0.05)
     return [message("user", question), message("assistant", "a")]
 
 
@@ -123,12 +127,11 @@ def test_colours_are_for_terminals(data, monkeypatch, capsys):
         isatty = lambda self: True  # noqa: E731
         reconfigure = lambda self, **_: None  # noqa: E731
 
-    for args, expected in (([], "\033[32m你<|im_end|>\033[0m"), (["--plain"], "⟦你<|im_end|>⟧")):
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", terminal := Terminal())
-            patch.setattr(sys, "argv", ["show.py", "--data", str(data), "--index", "0", *args])
-            show.main()
-        assert expected in terminal.getvalue()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal := Terminal())
+        patch.setattr(sys, "argv", ["show.py", "--data", str(data), "--index", "0"])
+        show.main()
+    assert "\033[32m你<|im_end|>\033[0m" in terminal.getvalue()
 
 
 @pytest.mark.parametrize("args, problem", [

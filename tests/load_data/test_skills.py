@@ -7,11 +7,13 @@ import re
 
 import pytest
 
+from load_data.corpora.python_corpus import PythonCorpus
 from load_data.corpora.reserved import is_reserved
 from load_data.skills import (
     SFT_SKILLS,
     SKILLS,
     Item,
+    docstrings,
     held_out_dialogues,
     identity,
     is_right,
@@ -25,13 +27,26 @@ from utils.errors import UserError
 
 CHINESE = re.compile("[\u4e00-\u9fff]")
 SUM = re.compile(r"(?<![\w.])(\d{1,2})\s*([+-])\s*(?=(\d{1,2})(?!\w|[.]\d))")
+MODULES = {"textwrap", "json", "string", "queue", "shlex", "calendar", "csv", "shutil", "copy"}
 WORDED = re.compile(r"(\d+) (?:and|plus|minus|加|减) (\d+)")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_reading(library):
+    """Let the skill docstrings use what the other tests read: some files to train on, all held-out ones."""
+    names = [file.name.split("/")[0].removesuffix(".py") for file in library.train]
+    some = [file for n, file in enumerate(library.train) if n % 4 == 0 or names[n] in MODULES]
+    library = PythonCorpus(some, library.val)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(docstrings, "read_python_corpus", lambda fraction: library)
+        docstrings.entries.cache_clear()
+        yield
+
+
 @pytest.fixture(scope="module")
-def dialogues():
-    """One epoch of fine-tuning."""
-    return list(training_dialogues(SFT_SKILLS, 40_000, 0))
+def dialogues(one_reading):
+    """A part of one epoch of fine-tuning."""
+    return list(training_dialogues(SFT_SKILLS, 12_000, 0))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +90,7 @@ def written(question):
 
 
 def test_dialogues_are_turns_of_user_and_assistant(dialogues):
-    assert len(dialogues) == 40_000
+    assert len(dialogues) == 12_000
     for messages in dialogues:
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
         assert all(m["content"] and m["content"] == m["content"].strip() for m in messages)
@@ -105,11 +120,10 @@ def test_only_the_named_skills_are_trained():
 
 
 @pytest.mark.parametrize("call", [
-    lambda: training_dialogues(["sums"], 1, 0), lambda: held_out_dialogues(["sums"], 1, 0),
+    lambda: next(training_dialogues(["sums"], 1, 0)), lambda: held_out_dialogues(["sums"], 1, 0),
     lambda: scored_items("sums", 1, 0), lambda: is_right(Item("sums", [], ""), ""),
 ])  # fmt: skip
 def test_an_unknown_skill_is_named(call):
-    """At once, not when the first dialogue is taken."""
     with pytest.raises(UserError, match="unknown skill 'sums'; skills: identity, arithmetic"):
         call()
 
@@ -190,9 +204,9 @@ def test_sides_are_disjoint(name, dialogues, trained, unseen):
         assert not any(f"`{key}`" in texts for key in test)
 
 
-def test_the_first_questions_of_all_are_trained(trained):
+def test_the_first_questions_of_all_are_trained():
     """Held out by accident, they would be what everybody asks first."""
-    questions = {q for q, _ in trained}
+    questions = {messages[0]["content"] for messages in training_dialogues(["identity"], 4000, 0)}
     assert {
         "你是谁？",
         "Who are you?",
@@ -224,14 +238,9 @@ def test_identity_names_tinyseek_in_the_language_of_the_question(unseen):
     assert len({question for question, _ in pairs}) > 1200
     for question, answer in pairs:
         assert "TinySeek" in answer and bool(CHINESE.search(question)) == bool(CHINESE.search(answer))
-    english = Item("identity", [{"role": "user", "content": "Are you Qwen"}], "")
-    chinese = Item("identity", [{"role": "user", "content": "你是 Qwen 吗"}], "")
-    for item, right, wrong in (
-        (english, "Hi, TinySeek.", "我叫 TinySeek。"),
-        (chinese, "叫 TinySeek", "TinySeek"),
-    ):
-        assert is_right(item, right) and not is_right(item, wrong)
-        assert not is_right(item, right.replace("TinySeek", "tinyseek"))
+    for item in unseen["identity"]:  # naming TinySeek is not enough (D6)
+        wrong = ("Yes, TinySeek, ChatGPT, whatever", "TinySeek 是", item.expected.lower(), item.expected[:-2])
+        assert is_right(item, item.expected + "\n") and not any(is_right(item, one) for one in wrong)
     for language in ("en", "zh"):
         cores = identity.QUESTIONS[language]
         assert len({core for core, _ in cores}) == len(cores) >= 40
@@ -287,9 +296,9 @@ def test_lists_are_those_of_the_sentence(unseen):
     pairs = samples("lists", unseen)
     pools = {True: [], False: []}
     for language in (lists.ENGLISH, lists.CHINESE):
-        for words, *sentences in language.values():
+        for words, sentences in language.values():
             pools[language is lists.CHINESE] += words.split()
-            assert len(sentences) >= 5
+            assert sentences.count("|") >= 4
     for pool in pools.values():
         assert len(set(pool)) == len(pool) >= 110
     for question, answer in pairs:
@@ -315,13 +324,12 @@ def test_expressions_are_what_python_says(unseen):
 
 def test_docstrings_are_those_of_the_modules(unseen):
     """The interpreter's own signatures and docstrings, where a module can be imported without a fuss."""
-    modules = {"textwrap", "json", "string", "queue", "shlex", "calendar", "csv", "shutil", "copy"}
     seen = set()
     for question, answer in samples("docstrings", unseen, 12_000):
         name = re.search("`(.*)`", question)[1]
         assert not any(part.startswith("_") for part in name.split("."))
         parts = name.split(".")
-        if parts[0] not in modules or (question, answer) in seen:
+        if parts[0] not in MODULES or (question, answer) in seen:
             continue
         seen.add((question, answer))
         found = importlib.import_module(parts[0])

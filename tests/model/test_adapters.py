@@ -10,7 +10,7 @@ from inference.fast.decoder import refusal
 from model.adapters import ADAPTERS, adapted, attach, soft_tokens, twin
 from model.selecting import SelectingModel
 from model.tinyseek import TinySeek
-from modules.adapters.adapted_layer import fold
+from modules.adapters.lora_model import fold
 from modules.adapters.prefix import PrefixEncoder
 from tests.inference.adapters import ADAPTED, MOE, run_settings, shake_added
 from tests.modules.tools import shake, small_config

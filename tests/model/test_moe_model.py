@@ -166,7 +166,7 @@ def test_the_cache_takes_what_the_cost_card_says(changes, bytes_per_token):
     config = small_config(**shape, **MOE, **changes)
     model = TinySeek(config).bfloat16()
     assert make_cache(model, 3, 100).bytes == 3 * 100 * bytes_per_token
-    assert cost_card(config, 64).kv_cache_bytes() == bytes_per_token
+    assert cost_card(model, 64).kv_cache_bytes() == bytes_per_token
 
 
 @pytest.mark.parametrize("kind", ["parallel", "sequential"])

@@ -7,13 +7,22 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from modules.norm import rms_norm
-from modules.rope import RotaryEmbedding, apply_rotary, interleaved_to_half
+from modules.rope import RotaryEmbedding, apply_rotary
 from tests.modules.tools import slow_rotation
 
 
 def odd_positions(B, T):
     """Positions that neither start at zero nor rise by one."""
     return torch.randint(0, 500, (B, T), generator=torch.Generator().manual_seed(3))
+
+
+def interleaved_to_half(weight, num_heads):
+    """Reorder the rows of a q or k projection (H*D, C), or its bias (H*D,), from interleaved to half-split.
+
+    The gains of QK-norm (D,) need the same permutation: pass them with num_heads=1.
+    """
+    rows = weight.reshape(num_heads, -1, 2, *weight.shape[1:])  # (H, D/2, 2, ...)
+    return rows.transpose(1, 2).reshape(weight.shape)
 
 
 @pytest.mark.parametrize("head_dim, theta", [(2, 10000.0), (8, 10000.0), (64, 5e5), (128, 1e6)])
@@ -112,3 +121,20 @@ def test_casting_a_model_does_not_round_the_angles():
     meta = RotaryEmbedding(64).to("meta").to_empty(device="cpu")
     assert torch.equal(meta(positions)[0], cos)
     assert not RotaryEmbedding(64).state_dict()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_in_bf16_only_the_result_is_rounded(interleaved):
+    """Half a unit in the last place (2^-8), and 1e-4 for fp32 angles of up to 500: tables in bf16 are off by
+    more."""
+    torch.manual_seed(0)
+    x, positions = torch.randn(2, 3, 7, 64).bfloat16().requires_grad_(), odd_positions(2, 7)
+    rope = RotaryEmbedding(64, interleaved=interleaved)
+    exact_x = x.detach().double().requires_grad_()
+    exact = apply_rotary(exact_x, *rope.double()(positions), interleaved)
+    ours = apply_rotary(x, *rope.float()(positions), interleaved)
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.double(), exact, rtol=2**-8, atol=1e-4)
+    upstream = torch.randn_like(x)
+    ours.backward(upstream), exact.backward(upstream.double())
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=2**-8, atol=1e-4)

@@ -86,8 +86,8 @@ def test_dynamic_is_hugging_faces(length, head_dim):
 def test_the_tables_follow_the_scaling():
     """The factor reaches cos and sin both, and `dynamic` looks at the longest position: against Hugging
     Face's module."""
-    for scaling, length in ((YARN, 50), ({"rope_type": "dynamic", "factor": 2.0}, 40),
-                            ({"rope_type": "dynamic", "factor": 2.0}, 300), (LLAMA3, 50)):  # fmt: skip
+    dynamic = {"rope_type": "dynamic", "factor": 2.0}
+    for scaling, length in ((YARN, 50), (dynamic, 40), (dynamic, 300), (LLAMA3, 50)):
         config = LlamaConfig(head_dim=16, hidden_size=64, num_attention_heads=4, max_position_embeddings=64)
         config.rope_parameters = {"rope_theta": 1e4, **scaling}
         positions = torch.arange(length)[None]
@@ -99,6 +99,10 @@ def test_the_tables_follow_the_scaling():
             torch.testing.assert_close(
                 ours[0] ** 2 + ours[1] ** 2, torch.full_like(ours[0], (0.1 * math.log(4) + 1) ** 2)
             )
+    spelled = RotaryEmbedding(16, 1e4, {"rope_type": None, "type": "dynamic", "factor": 2.0}, 64)
+    assert torch.equal(spelled(positions[:, :50])[0], RotaryEmbedding(16)(positions[:, :50])[0])
+    longer = torch.arange(300)[None]  # a null is as good as absent, also beyond the trained length
+    assert torch.equal(spelled(longer)[0], RotaryEmbedding(16, 1e4, dynamic, 64)(longer)[0])
 
 
 def test_published_numbers():

@@ -20,6 +20,13 @@ def small_config(**changes) -> ModelConfig:
     return config
 
 
+def added(add, model, *settings):
+    """The names of the parameters that `add(model, *settings)` adds."""
+    before = {name for name, _ in model.named_parameters()}
+    add(model, *settings)
+    return [name for name, _ in model.named_parameters() if name not in before]
+
+
 @torch.no_grad()
 def shake(module, seed=0, scale=0.3):
     """Random weights, gains and biases: ones and zeros hide mistakes."""

@@ -87,17 +87,17 @@ def test_the_good_case_is_good(old_run, monkeypatch):
     ("name", "content", "words"),
     [
         ("gone.txt", None, "gone.txt: no such file or folder"),
-        ("empty.txt", b"", "empty.txt: the file is empty"),
+        ("empty.txt", b"", "empty.txt: nothing to read"),
         ("blank.jsonl", b"\n\n", "no training text"),
         ("binary.txt", b"text\nmore\n\x00\x01", "binary.txt, line 3: a NUL byte"),
         ("latin.txt", "one\ntwo\ncaf\u00e9".encode("latin-1"), "latin.txt, line 3: not UTF-8"),
-        ("torn.jsonl", b'{"text": "a"}\n{"text": "b\n', "torn.jsonl, line 2: not valid JSON"),
-        ("list.jsonl", b'{"text": "a"}\n\n["b"]\n', "list.jsonl, line 3: each line must hold"),
-        ("shape.jsonl", b'{"text": "a"}\n{"content": "b"}\n', "shape.jsonl, line 2: a record of unknown"),
+        ("torn.jsonl", b'\n{"text": "b\n', "torn.jsonl, line 2: not valid JSON"),
+        ("list.jsonl", b'\n\n["b"]\n', "list.jsonl, line 3: each line must hold"),
+        ("shape.jsonl", b'\n{"content": "b"}\n', "shape.jsonl, line 2: a record of unknown"),
         ("number.jsonl", b'{"text": 5}\n', "number.jsonl, line 1: text must be a text, not 5"),
         ("role.jsonl", b'{"messages": [{"role": "god", "content": "x"}]}\n', "line 1: message 1 of mess"),
         ("turns.jsonl", b'{"conversations": "hello"}\n', "line 1: conversations must be a list"),
-        ("table.csv", b"a,b\n", "table.csv: .txt and .jsonl files are read"),
+        ("table.csv", b"a,b\n", "table.csv: nothing to read; .txt and .jsonl files"),
         ("one.jsonl", b'{"text": "the only document"}\n', "there is no validation text"),
         ("short.txt", b"too short for one window of sixty-four tokens", "data.sequence_length"),
     ],
@@ -109,9 +109,9 @@ def test_bad_data(refused, tmp_path, name, content, words):
 
 
 def test_an_empty_folder_and_a_bad_file_in_a_folder(refused, tmp_path):
-    assert "no file with text in this folder" in refused("--data", tmp_path)
+    assert "nothing to read" in refused("--data", tmp_path)
     (tmp_path / "good.jsonl").write_text('{"text": "fine"}\n' * 5, encoding="utf-8")
-    (tmp_path / "torn.jsonl").write_text('{"text": "fine"}\n{"te', encoding="utf-8")
+    (tmp_path / "torn.jsonl").write_text('\n{"te', encoding="utf-8")
     assert "torn.jsonl, line 2: not valid JSON" in refused("--data", tmp_path)
 
 
@@ -127,8 +127,8 @@ def test_an_empty_folder_and_a_bad_file_in_a_folder(refused, tmp_path):
         (["--set", "train.batch_size=2.5"], "train.batch_size must be int, not 2.5"),
         (["--set", "train.batch_size"], "write it as section.key=value"),
         (["--set", "model.head_dim=7"], "model.head_dim=7 is odd"),
-        (["--set", "model.num_attention_heads=5"], "does not divide"),
-        (["--set", "model.num_key_value_heads=3"], "does not divide"),
+        (["--set", "model.num_attention_heads=5"], "is not divisible"),
+        (["--set", "model.num_key_value_heads=3"], "is not divisible"),
         (["--set", "model.vocab_size=5"], "model.vocab_size=5"),
         (["--set", 'model.rope_scaling={"rope_type": "elastic"}'], "rope_scaling"),
         (["--set", 'model.rope_scaling={"rope_type": "linear"}'], "factor"),
@@ -157,7 +157,8 @@ def test_bad_settings(refused, arguments, words):
 
 def test_a_bad_configuration_file(refused, tmp_path):
     (tmp_path / "c.json").write_text('{"train": {"max_steps": 2,}}', encoding="utf-8")
-    assert "c.json, line 1: not valid JSON" in refused("--config", tmp_path / "c.json")
+    line = refused("--config", tmp_path / "c.json")
+    assert "c.json: cannot be read as JSON" in line and "line 1 column 27" in line
     (tmp_path / "c.json").write_text('{"train": {"max_step": 2}}', encoding="utf-8")
     assert "did you mean max_steps?" in refused("--config", tmp_path / "c.json")
 
@@ -300,7 +301,7 @@ def test_bad_calls_of_every_stage(refuse, bases, tmp_path, stage):
     assert "bad.pkl: no such checkpoint" in refuse(stage, "--init", tmp_path / "bad.pkl")
     candidates = ["--set", 'gate.candidates=["base", "base"]']
     line = refuse(stage, "--data", "python", *candidates)
-    assert "--data python: source code is for train/pre_train.py" in line
+    assert "--data python: plain text is for train/pre_train.py" in line
     line = refuse(stage, overwrite=False)
     chat = {"SFT": "chat.py --out ", "Gate": "chat.py --gate "}.get(SHORTS[stage], "chat.py --adapter ")
     assert f"is a finished run of {stage.STAGE}" in line and chat in line and "--overwrite" in line
@@ -312,11 +313,11 @@ def test_bad_calls_of_every_stage(refuse, bases, tmp_path, stage):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("gone.jsonl", None, "gone.jsonl: no such file or folder; the word skills means"),
-        ("book.txt", b"once upon a time", "book.txt: plain text; chat stages read dialogues"),
+        ("gone.jsonl", None, "gone.jsonl: no such file or folder; embedded are python"),
+        ("book.txt", b"once upon a time", "book.txt: plain text is for train/pre_train.py"),
         ("text.jsonl", b'{"text": "once"}\n', "text.jsonl, line 1: "),
-        ("none.jsonl", b"\n\n", "no dialogue for"),
-        ("few.jsonl", (TURN % (1, 1)).encode(), "no dialogue for"),
+        ("none.jsonl", b"\n\n", "there is no training text"),
+        ("few.jsonl", (TURN % (1, 1)).encode(), "there is no training text"),
         ("empty.jsonl", b'{"messages": []}\n', "line 1: messages must be a list of at least one message"),
         ("asked.jsonl", b'{"messages": [{"role": "user", "content": "?"}]}\n', "no message of the assistant"),
         (
@@ -339,7 +340,7 @@ def test_bad_dialogues(refuse, tmp_path, name, content, words):
         (sft_train, ["--set", "data.template=llama"], "must be one of tinyseek, chatml"),
         (sft_train, ["--set", "data.sequence_length=3"], "data.sequence_length=3 is too short"),
         (sft_train, ["--set", "model.hidden_size=8"], "does not fit this model"),
-        (sft_train, ["--limit", "1"], "no dialogue for"),
+        (sft_train, ["--limit", "1"], "there is no training text"),
         (lora_train, ["--set", 'lora.target_modules=["nose"]'], "nothing is called 'nose'; this model has"),
         (lora_train, ["--set", 'lora.target_modules=["experts"]'], "matches nothing in this model"),
         (lora_train, ["--set", 'lora.target_modules=["lm_head"]'], "no adapter on lm_head"),

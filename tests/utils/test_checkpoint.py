@@ -75,7 +75,7 @@ def test_tied_weights_are_stored_once(tmp_path):
 
 @pytest.mark.parametrize("value", [Path("x"), torch.float32, {1, 2}, nn.Linear(1, 1)])
 def test_what_could_not_be_read_again_is_not_written(tmp_path, value):
-    with pytest.raises(TypeError, match=r"checkpoint\.deep\[1\]"):
+    with pytest.raises(TypeError, match=r"checkpoint\['deep'\]\[1\]"):
         save_checkpoint(tmp_path / "a.pkl", {"deep": [0, value]})
     assert not list(tmp_path.iterdir())
 

@@ -1,5 +1,7 @@
 """The cost card against transformers' parameter counts, published totals and PyTorch's own FLOP counter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -12,13 +14,19 @@ from config.schema import OptimConfig
 from model.tinyseek import TinySeek
 from modules.mtp import ParallelMTP
 from train.engine.optimizers import build_optimizers
-from utils.cost import activation_numbers, cost_card
+from utils.cost import CostCard, activation_numbers, cost_card
 
 
 def model_config(**settings) -> ModelConfig:
     config = ModelConfig(**settings)
     validate_section("model", config)
     return config
+
+
+def card_of(config: ModelConfig, *arguments, **settings) -> CostCard:
+    """The card of a model without memory."""
+    with torch.device("meta"):
+        return cost_card(TinySeek(config), *arguments, **settings)
 
 
 TINY = {
@@ -45,7 +53,7 @@ VARIANTS = {  # by the class in transformers that has such layers
     "Dots1": [
         EXPERTS,
         EXPERTS | {"first_k_dense_replace": 0, "n_shared_experts": 1, "tie_word_embeddings": False},
-        EXPERTS | {"first_k_dense_replace": 3, "num_experts_per_tok": 6},
+        EXPERTS | {"first_k_dense_replace": 2, "num_experts_per_tok": 6},
     ],
     "DeepseekV3": [
         EXPERTS | LATENT,
@@ -88,7 +96,7 @@ def part_of(name: str) -> str:
 def test_parameters_as_in_transformers(name, changes):
     config = model_config(**TINY | changes)
     model = twin(name, config)
-    card = cost_card(config, batch_tokens=64)
+    card = card_of(config, batch_tokens=64)
     counted = dict.fromkeys(card.groups, 0)
     for key, parameter in model.named_parameters():
         counted[part_of(key)] += parameter.numel()
@@ -117,13 +125,13 @@ def published(name: str) -> ModelConfig:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_totals(name):
-    assert cost_card(published(name), batch_tokens=1).parameters == PUBLISHED[name][1]
+    assert card_of(published(name), batch_tokens=1).parameters == PUBLISHED[name][1]
 
 
 def test_published_cache_sizes():
-    assert cost_card(published("Llama-3-8B"), 1).kv_cache_bytes(2) == 131_072
-    assert cost_card(published("Llama-2-7B"), 1).kv_cache_bytes(2) == 524_288
-    embedding = cost_card(published("Qwen3-0.6B"), 1).groups["embedding"].total
+    assert card_of(published("Llama-3-8B"), 1).kv_cache_bytes(2) == 131_072
+    assert card_of(published("Llama-2-7B"), 1).kv_cache_bytes(2) == 524_288
+    embedding = card_of(published("Qwen3-0.6B"), 1).groups["embedding"].total
     assert 596_049_920 - embedding == 440_467_456
 
 
@@ -144,9 +152,9 @@ BIG = {
 
 
 def test_published_mixtures_of_experts():
-    qwen = cost_card(model_config(**BIG["Qwen3-30B-A3B"]), 1)
+    qwen = card_of(model_config(**BIG["Qwen3-30B-A3B"]), 1)
     assert (qwen.parameters, qwen.active_parameters) == (30_532_122_624, 3_353_032_704)
-    deepseek = cost_card(model_config(**BIG["DeepSeek-V3"]), 1)
+    deepseek = card_of(model_config(**BIG["DeepSeek-V3"]), 1)
     assert deepseek.parameters == 671_026_419_200 - 58 * 256  # the published files hold the routers' biases
     assert deepseek.active_parameters / 1e9 == pytest.approx(37.55, abs=0.01)
     assert deepseek.kv_cache_bytes(2) == 70_272
@@ -154,7 +162,7 @@ def test_published_mixtures_of_experts():
     # its own and 2.4B active with both tables: the numbers of its decoder layer, without eh_proj
     table, eh_proj = deepseek.groups["embedding"].total, 2 * 7168 * 7168
     assert (deepseek.active_parameters - table) / 1e9 == pytest.approx(36.7, abs=0.1)
-    extra = cost_card(model_config(**BIG["DeepSeek-V3"], mtp="sequential"), 1)
+    extra = card_of(model_config(**BIG["DeepSeek-V3"], mtp="sequential"), 1)
     assert (extra.groups["mtp"].total - eh_proj) / 1e9 == pytest.approx(11.5, abs=0.01)
     assert (extra.groups["mtp"].multiplied - eh_proj + table) / 1e9 == pytest.approx(2.4, abs=0.05)
     assert extra.active_parameters == deepseek.active_parameters
@@ -174,10 +182,10 @@ def test_flops_as_pytorch_counts_them(name, changes):
     config = model_config(**TINY | changes)
     model, tokens = twin(name, config), 16
     ids = torch.arange(tokens)[None] % config.vocab_size
-    card = cost_card(config, batch_tokens=tokens, sequence_length=tokens)
+    card = card_of(config, batch_tokens=tokens, sequence_length=tokens)
     forward, both = counted_flops(lambda: model(ids).logits)
-    assert forward == tokens * card.forward_flops(full_attention=True)
-    assert both == tokens * card.train_flops(full_attention=True)
+    full = replace(card, keys_seen=tokens)  # masked keys cost as much there
+    assert (forward, both) == (tokens * full.forward_flops(), tokens * full.train_flops())
     scores, values = (15, 11) if config.attention_kind == "mla" else (config.head_dim, config.head_dim)
     half = 3 * config.num_hidden_layers * config.num_attention_heads * (scores + values) * tokens
     assert card.train_flops() == 6 * card.matmul_parameters + half
@@ -193,11 +201,11 @@ def mtp_block(longer) -> MtpLayer:
 def test_sequential_mtp_costs_what_the_layer_in_transformers_does(name, changes):
     plain, config = model_config(**TINY | changes), model_config(**TINY | changes | {"mtp": "sequential"})
     tokens = 16
-    card = cost_card(config, batch_tokens=tokens, sequence_length=tokens)
+    card = card_of(config, batch_tokens=tokens, sequence_length=tokens)
     longer = twin(name, config, num_hidden_layers=config.num_hidden_layers + 1)
     mtp = mtp_block(longer)
     assert card.groups["mtp"].total == sum(p.numel() for p in mtp.parameters())
-    without = cost_card(plain, tokens, tokens)
+    without = card_of(plain, tokens, tokens)
     assert card.parameters - without.parameters == card.groups["mtp"].total
     assert card.active_parameters == without.active_parameters
     assert card.forward_flops() == without.forward_flops()
@@ -210,22 +218,22 @@ def test_sequential_mtp_costs_what_the_layer_in_transformers_does(name, changes)
         return longer.lm_head(mtp(embeddings, hidden, rotary, None, None, None))
 
     forward, both = counted_flops(run)
-    assert forward == tokens * card.mtp_flops(full_attention=True)
-    assert both == 3 * tokens * card.mtp_flops(full_attention=True)
+    assert forward == tokens * replace(card, keys_seen=tokens).mtp_flops()
+    assert both == 3 * forward
 
 
 def test_parallel_mtp_costs_its_block_and_a_second_head():
     config, tokens = model_config(**TINY, mtp="parallel"), 16
-    card = cost_card(config, batch_tokens=tokens, sequence_length=tokens)
+    card = card_of(config, batch_tokens=tokens, sequence_length=tokens)
     block = ParallelMTP(config)
     head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
     assert card.groups["mtp"].total == sum(p.numel() for p in block.parameters())
     hidden = torch.randn(1, tokens, config.hidden_size, requires_grad=True)
     block.norm = torch.nn.Identity()  # its backward sums rows by a product with ones, which would be counted
     forward, both = counted_flops(lambda: head(block(hidden)[0]))
-    assert forward == tokens * card.mtp_flops() == tokens * card.mtp_flops(full_attention=True)
+    assert forward == tokens * card.mtp_flops() == tokens * replace(card, keys_seen=tokens).mtp_flops()
     assert both == 3 * forward
-    without = cost_card(model_config(**TINY), tokens, tokens)
+    without = card_of(model_config(**TINY), tokens, tokens)
     assert card.forward_flops() == without.forward_flops()
     assert card.train_flops() == without.train_flops() + 3 * card.mtp_flops()
     assert card.active_parameters == without.active_parameters
@@ -234,7 +242,7 @@ def test_parallel_mtp_costs_its_block_and_a_second_head():
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 99])
 def test_keys_seen_is_the_average_of_a_mask(window):
     tokens = 512
-    card = cost_card(model_config(**TINY, sliding_window=window and window * 8), 1, sequence_length=tokens)
+    card = card_of(model_config(**TINY, sliding_window=window and window * 8), 1, sequence_length=tokens)
     positions = torch.arange(tokens)
     distance = positions[:, None] - positions[None]
     mask = (distance >= 0) & (distance < (window * 8 if window else tokens))
@@ -250,7 +258,7 @@ def test_memory_of_the_optimizer_is_what_the_optimizer_holds(name, changes):
         parameter.grad = torch.ones_like(parameter) if parameter.grad is None else parameter.grad
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.step()
-    card = cost_card(config, batch_tokens=8)
+    card = card_of(config, batch_tokens=8)
     assert card.state_bytes["optimizer"] == held_by(optimizer)
     weights = sum(p.nbytes for p in model.parameters())
     assert card.state_bytes["weights"] == card.state_bytes["gradients"] == weights
@@ -267,7 +275,7 @@ def test_memory_of_the_optimizer_is_what_the_optimizer_holds(name, changes):
     muon.step()
     adam.step()
     held = held_by(muon) + held_by(adam)
-    assert cost_card(config, batch_tokens=8, optimizer="muon").state_bytes["optimizer"] == held
+    assert card_of(config, batch_tokens=8, optimizer="muon").state_bytes["optimizer"] == held
 
 
 def held_by(optimizer) -> int:
@@ -287,7 +295,7 @@ def test_the_card_is_that_of_the_model_and_the_optimizers_that_are_trained(name,
         for part in build_optimizers(model, OptimConfig(optimizer=optimizer)):
             part.step()
             held += held_by(part)
-        card = cost_card(config, batch_tokens=8, optimizer=optimizer)
+        card = cost_card(model, batch_tokens=8, optimizer=optimizer)
         assert card.parameters == sum(p.numel() for p in model.parameters())
         assert card.state_bytes["optimizer"] == held
 
@@ -367,7 +375,7 @@ def test_logits_of_both_heads_are_kept(kind):
 
 
 def test_the_card_reads_well():
-    lines = cost_card(published("Qwen3-0.6B"), batch_tokens=8192, sequence_length=1024).lines()
+    lines = card_of(published("Qwen3-0.6B"), batch_tokens=8192, sequence_length=1024).lines()
     assert [line.split()[0] for line in lines] == ["parameters", "compute", "kv", "memory"]
     assert "596,049,920" in lines[0]
     assert "active" not in lines[0]
@@ -376,7 +384,7 @@ def test_the_card_reads_well():
 
 @pytest.mark.parametrize("kind, parameters", [("parallel", "1,056"), ("sequential", "12,992")])
 def test_mtp_has_a_line_of_its_own(kind, parameters):
-    lines = cost_card(model_config(**TINY, mtp=kind), batch_tokens=64).lines()
+    lines = card_of(model_config(**TINY, mtp=kind), batch_tokens=64).lines()
     assert [line.split()[0] for line in lines] == ["parameters", "compute", "mtp", "kv", "memory"]
     assert "active" in lines[0]
     assert lines[2].split()[1] == parameters

@@ -57,22 +57,12 @@ def test_more_processes_than_gpus_is_one_line(monkeypatch):
         distributed.start("cuda")
 
 
-def test_buckets_keep_order_size_and_dtype(monkeypatch):
-    monkeypatch.setattr(distributed, "BUCKET_BYTES", 40)
-    sizes = [5, 5, 1, 30, 2]
-    tensors = [torch.zeros(size) for size in sizes] + [torch.zeros(2, dtype=torch.float64)]
-    groups = list(distributed.buckets(tensors))
-    assert [[t.numel() for t in group] for group in groups] == [[5, 5], [1], [30], [2], [2]]
-    assert all(a is b for a, b in zip([t for group in groups for t in group], tensors))
-
-
 TWO_PROCESSES = """
     import pathlib, sys, time, torch
     from torch import nn
     from utils import distributed
     from utils.errors import UserError
 
-    distributed.BUCKET_BYTES = 64  # several messages, and one tensor larger than a bucket
     folder = pathlib.Path(sys.argv[1])
     world = distributed.start("cpu")
     assert world.size == 2 and world.is_first == (world.rank == 0) and world.local_rank == world.rank

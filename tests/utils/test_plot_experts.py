@@ -1,14 +1,12 @@
 """Pictures of experts: the numbers drawn against numbers computed by hand, and logs that cannot be drawn."""
 
-import sys
-
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from utils.errors import UserError, run_main
+from utils.errors import UserError
 from utils.log import RunLog
-from utils.plot_experts import main, plot_expert_load, plot_expert_tokens
+from utils.plot_experts import plot_expert_load, plot_expert_tokens
 
 
 @pytest.fixture
@@ -105,6 +103,8 @@ def test_a_broken_log_is_one_line_and_no_picture(tmp_path, text):
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     log = write_log(tmp_path / "e.txt", [0])
+    with pytest.raises(UserError, match="nowhere.txt: cannot read the log"):
+        plot_expert_load(tmp_path / "nowhere.txt", tmp_path / "e.png")
     with pytest.raises(UserError, match="cannot write"):
         plot_expert_load(log, log / "e.png")
 
@@ -133,14 +133,3 @@ def test_layers_may_be_named(tmp_path, drawn):
     plot_expert_tokens([[[0.25, 0.75]]], ["word"], tmp_path / "t.png", layers=[3])
     assert [axes.get_title() for axes in panels_of(drawn[0])] == ["Layer 3"]
     assert "grey" not in drawn[0].get_suptitle()
-
-
-def test_the_command(tmp_path, monkeypatch, capsys):
-    log = write_log(tmp_path / "run" / "experts.txt", [0, 1])
-    for arguments, code in (([log], 0), ([log, "--out", tmp_path / "other.png"], 0), (["nowhere.txt"], 2)):
-        monkeypatch.setattr(sys, "argv", ["plot_experts.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            run_main(main)
-        assert ended.value.code == code
-    assert (tmp_path / "run" / "experts.png").is_file() and (tmp_path / "other.png").is_file()
-    assert capsys.readouterr().err.startswith("error: nowhere.txt: cannot read the log")

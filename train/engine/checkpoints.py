@@ -6,19 +6,22 @@ them after its own first save, and puts them back if it fails before that. The e
 new one replaces it: the new run may start from it.
 """
 
+import math
 from pathlib import Path
 
 from config.load import to_dict
 from config.schema import RunConfig
+from train.engine import parallel
 from train.engine.schedule import lr_factor, progress
 from utils import checkpoint as files
 from utils import distributed
 from utils.errors import UserError
 from utils.lock import FolderLock
 
-# Settings that a resumed run may change: its end, reporting, and where it computes or reads.
+# Settings that a resumed run may change: its end, reporting, where it computes or reads, and the rule of the
+# split, which the digest of the data knows.
 MAY_CHANGE = {"max_steps", "max_seconds", "log_every", "eval_every", "eval_batches", "save_every", "device",
-              "paths", "cache_dir"}  # fmt: skip
+              "paths", "cache_dir", "same_question"}  # fmt: skip
 SIZES = ("batch_size", "accumulation_steps")  # may change if their product, times the processes, does not
 OLD = ".old"  # is appended to the name of a checkpoint that was moved aside
 
@@ -49,7 +52,8 @@ class Checkpoints:
         """Write an intermediate checkpoint."""
         run = self.run
         if run.machine.world.size > 1:
-            run.parallel.digest(run.model)
+            digest = files.weights_digest(run.model.state_dict())
+            distributed.same_on_all_ranks(digest, "weights, which have drifted apart")
         if run.stage.source.epoch != self.epoch:
             self.epoch, self.index = run.stage.source.epoch, 0
         self.index += 1
@@ -71,7 +75,7 @@ class Checkpoints:
         run, stage = self.run, self.run.stage
         return {
             "stage": stage.name, "short": stage.short, "config": to_dict(run.config),
-            "weights": run.parallel.state_dict(run.model, stage.own), "base": stage.base,
+            "weights": parallel.state_dict(run.model, stage.own), "base": stage.base,
             "tokenizer": stage.tokenizer.to_json() if stage.tokenizer else None,
             "data_digest": stage.data_digest, "step": run.step, "tokens": run.tokens,
         }  # fmt: skip
@@ -86,7 +90,7 @@ class Checkpoints:
             "log": run.log.state_dict(),
             "elapsed": run.elapsed, "skipped": run.skipped, "finished": run.finished,
             "saved": [self.index, self.epoch], "warm_from": run.warm_from,
-            "processes": run.machine.world.size, "frozen": run.frozen.digests,
+            "processes": run.machine.world.size, "frozen": run.frozen,
             **run.held_out.state_dict(),
         }  # fmt: skip
 
@@ -115,7 +119,7 @@ class Checkpoints:
     def restore(self, saved: dict, path: Path) -> None:
         """Restore the state of the run at the time of `path`."""
         run = self.run
-        run.parallel.load(run.model, saved["weights"], str(path), run.stage.own)
+        files.load_weights(run.model, saved["weights"], str(path), run.stage.own)
         state = saved["training"]
         for optimizer, values in zip(run.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
@@ -152,10 +156,10 @@ class Checkpoints:
                         f"{path} was trained with {section}.{key}={known[key]}, this command says {value}: "
                         "resume with the same settings, or start over with --overwrite or in another --out"
                     )
-        train, world, state = saved["config"]["train"], self.run.machine.world, saved["training"]
-        was = [train[key] for key in SIZES] + [state.get("processes", world.size)]
-        now = [getattr(self.run.config.train, key) for key in SIZES] + [world.size]
-        if was[0] * was[1] * was[2] != now[0] * now[1] * now[2]:
+        train, size, state = saved["config"]["train"], self.run.machine.world.size, saved["training"]
+        was = [*(train[key] for key in SIZES), state.get("processes", size)]
+        now = [*(getattr(self.run.config.train, key) for key in SIZES), size]
+        if math.prod(was) != math.prod(now):
             words = "train.batch_size={} x train.accumulation_steps={} x {} processes"
             raise UserError(
                 f"{path} was trained with {words.format(*was)}, this command says {words.format(*now)}: "
@@ -167,7 +171,7 @@ class Checkpoints:
                 f"{path} adapts {earlier.get('path')} (weights {earlier.get('digest')}), this command starts "
                 f"from {base.get('path')} ({base.get('digest')}): name the same base with --init"
             )
-        if state.get("frozen", {}) != self.run.frozen.digests:
+        if state.get("frozen", {}) != self.run.frozen:
             raise UserError(f"{path} was trained with other frozen models: name the same ones")
         if saved["data_digest"] != self.run.stage.data_digest:
             raise UserError(f"{path} was trained on other data: resume with the same, or write elsewhere")

@@ -24,7 +24,6 @@ class Command:
     init: dict | None  # the checkpoint to start from, loaded
     init_path: Path | None
     resume: bool
-    overwrite: bool
 
 
 def parse_command(
@@ -37,11 +36,10 @@ def parse_command(
     """
     parser = Parser(description)
     add = parser.add_argument
-    words = ".txt, .jsonl, a folder of them, or the word python"
+    words, default = ".txt, .jsonl, a folder of them, or the word python", ""
     if bases:
         words = ".jsonl, a folder of them, or the word skills (skills:lists,naming; skills:all)"
-    where = ", then ".join(final_name(base) for base in bases)
-    default = f" (default: {where} in --out, then in out/)" if bases else ""
+        default = f" (default: {', then '.join(map(final_name, bases))} in --out, then in out/)"
     add("--config", metavar="NAME|FILE.json", help=f"preset ({', '.join(preset_names(stage))}) or JSON file")
     add("--data", nargs="+", metavar="PATH", help=words)
     add("--init", metavar="CHECKPOINT", help="start from these weights, model and tokenizer" + default)
@@ -73,7 +71,7 @@ def parse_command(
     config = load_config(args.config, args.settings, inherited, flag_settings(args), stage)
     if not args.overwrite:
         refuse_to_overwrite(out, stage, short, args.resume)
-    return Command(config, out, init, init_path, args.resume, args.overwrite)
+    return Command(config, out, init, init_path, args.resume)
 
 
 def default_base(stage: str, bases: tuple, out: Path) -> Path:
@@ -89,8 +87,8 @@ def default_base(stage: str, bases: tuple, out: Path) -> Path:
 
 
 def inherited_sections(init: dict, path: str) -> dict:
-    """The settings that a checkpoint decides: its model and its tokenizer; of one that was trained on
-    dialogues the template too, as it reads no other."""
+    """Return the settings that a checkpoint decides: its model and tokenizer; the held-out fraction, since a
+    later stage must not score what this one trained on; and after dialogues their template."""
     if init.get("base"):
         raise UserError(
             f"--init {path} holds an adapter, not a whole model: name its base ({init['base'].get('path')})"
@@ -103,9 +101,12 @@ def inherited_sections(init: dict, path: str) -> dict:
         raise UserError(
             f"--init {path}: a checkpoint without {', '.join(missing)}; name one of a training run"
         )
-    if init.get("short") != "Pre" and "template" in init["config"].get("data", {}):
-        sections["data"] = {"template": init["config"]["data"]["template"]}
-    return sections
+    data = init["config"].get("data") or {}
+    names = ["same_question"] + ["template"] * (init.get("short") != "Pre")
+    if not all(str(path).lower().endswith(".txt") for path in data.get("paths") or [""]):
+        names.append("val_fraction")  # plain text shares no held-out question with a later stage
+    old = {"same_question": "exact"}  # the split of checkpoints that do not name theirs
+    return sections | {"data": old | {name: data[name] for name in names if name in data}}
 
 
 def flag_settings(args) -> dict:
@@ -114,31 +115,25 @@ def flag_settings(args) -> dict:
     if args.max_steps is not None or args.max_seconds is not None:
         train |= {"max_steps": args.max_steps, "max_seconds": args.max_seconds}
     data = {"paths": args.data, "limit": args.limit}
-    data = {key: value for key, value in data.items() if value is not None}
-    return {"train": train, "data": data}
+    return {"train": train, "data": {key: value for key, value in data.items() if value is not None}}
 
 
 def refuse_to_overwrite(out: Path, stage: str, short: str, resume: bool) -> None:
     """Raise `UserError` if `out` holds a run of this stage that would be lost."""
     final, newest = out / final_name(short), latest_checkpoint(out, short)
-    if resume:
-        if final.exists() and not newest:
-            raise UserError(
-                f"{final} has no checkpoint beside it to resume from: start from its weights with --init "
-                f"{final} --out DIR, or start over with --overwrite"
-            )
-        return
-    if final.exists():
+    others = "start over with --overwrite, or write elsewhere with --out DIR"
+    if resume and final.exists() and not newest:
+        raise UserError(
+            f"{final} has no checkpoint beside it to resume from: start from its weights with --init "
+            f"{final} --out DIR, or start over with --overwrite"
+        )
+    if final.exists() and not resume:
         raise UserError(
             f"{final} is a finished run of {stage}: talk to it with `{chat_command(short, out)}`, give it "
-            "more steps with --resume --max-steps N, start over with --overwrite, or write elsewhere with "
-            "--out DIR"
+            f"more steps with --resume --max-steps N, {others}"
         )
-    if newest:
-        raise UserError(
-            f"{newest} is an unfinished run of {stage}: resume it with --resume, start over with "
-            "--overwrite, or write elsewhere with --out DIR"
-        )
+    if newest and not resume:
+        raise UserError(f"{newest} is an unfinished run of {stage}: resume it with --resume, {others}")
 
 
 def chat_command(short: str, out: Path) -> str:

@@ -96,13 +96,11 @@ class Evaluation:
         self.loads = batch if self.loads is None else self.loads + batch
 
 
-class LanguageModelEvaluation(Evaluation):
-    """`Evaluation` on held-out ids, `tokens` (N,), in windows of `sequence_length`."""
-
-    def __init__(
-        self, tokens: np.ndarray, tokenizer: Tokenizer, sequence_length: int, batch_size: int, machine
-    ):
-        rank, size = machine.world.rank, machine.world.size
-        windows = partial(eval_windows, tokens, sequence_length, batch_size, rank=rank, world_size=size)
-        rows = -(-(len(tokens) - 1) // sequence_length)  # rounded up
-        super().__init__(lambda bound: windows(max_batches=bound), rows, batch_size, tokenizer, machine)
+def text_evaluation(
+    tokens: np.ndarray, tokenizer: Tokenizer, sequence_length: int, batch_size: int, machine
+) -> Evaluation:
+    """Return the evaluation on held-out ids, `tokens` (N,), in windows of `sequence_length`."""
+    rank, size = machine.world.rank, machine.world.size
+    windows = partial(eval_windows, tokens, sequence_length, batch_size, rank=rank, world_size=size)
+    rows = -(-(len(tokens) - 1) // sequence_length)  # rounded up
+    return Evaluation(windows, rows, batch_size, tokenizer, machine)

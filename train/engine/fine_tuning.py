@@ -1,17 +1,18 @@
 """Shared parts of the fine-tuning stages: the base model, dialogues, adapters, and scores."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from config.load import from_dict
 from config.model import ModelConfig
 from config.schema import RunConfig
 from inference.evaluate import score_dialogues, score_skills
 from inference.generation.generator import Generator
-from load_data.chat.chat_data import SKILL_WORD, ChatData, chosen_skills
+from load_data.chat.chat_data import SKILL_WORD, ChatData, Sample, chosen_skills, prepare_chat
 from load_data.chat.chat_loader import ChatLoader, count_eval_rows, eval_chat_batches
 from load_data.skills import SFT_SKILLS
 from load_data.tokenization.tokenizer import Tokenizer
-from model.adapters import soft_tokens
+from model.adapters import attach, soft_tokens
 from model.tinyseek import TinySeek
 from train.engine.command import Command, chat_command, parse_command
 from train.engine.trainer import Trainer
@@ -77,56 +78,48 @@ def check_same_model(config: ModelConfig, trained: ModelConfig) -> None:
             )
 
 
-def dialogue_batches(data: ChatData, config, machine: Machine) -> tuple[ChatLoader, Evaluation]:
-    """Return training batches, and the evaluation on held-out dialogues."""
-    machine.say("\n".join(data.summary))
-    train, length, world = config.train, config.data.sequence_length, machine.world
-    rows = {"packing": config.data.packing, "pad_id": data.tokenizer.pad_id}
+def chat_source(samples: list[Sample], tokenizer: Tokenizer, config, machine: Machine) -> LoaderSource:
+    """Return the training data of a stage on `samples`, packed into rows."""
+    train, world = config.train, machine.world
     steps = (train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed)
-    loader = ChatLoader(data.train, length, *steps, **rows)
-
-    def held_out(max_batches):
-        return eval_chat_batches(
-            data.val, length, train.batch_size, max_batches, world.rank, world.size, **rows
-        )
-
-    count = count_eval_rows(data.val, length, config.data.packing)
-    return loader, Evaluation(held_out, count, train.batch_size, data.tokenizer, machine)
+    rows = {"packing": config.data.packing, "pad_id": tokenizer.pad_id}
+    return LoaderSource(ChatLoader(samples, config.data.sequence_length, *steps, **rows))
 
 
 def dialogue_stage(
-    name: str, short: str, base: Base, data: ChatData, config, machine: Machine,
-    own: frozenset | None = None, loss=LanguageModelLoss,
-) -> Stage:  # fmt: skip
+    name: str, short: str, base: Base, data: ChatData, config, machine: Machine, own: frozenset | None = None
+) -> Stage:
     """Return a stage on dialogues that keeps the weights most confident on held-out answers.
 
     `own`: the weights of an adapter, which alone are trained and saved; None for all.
     """
-    loader, evaluation = dialogue_batches(data, config, machine)
+    machine.say("\n".join(data.summary))
+    length, size, packing = config.data.sequence_length, config.train.batch_size, config.data.packing
+    held_out = partial(
+        eval_chat_batches, data.val, length, size, rank=machine.world.rank, world_size=machine.world.size,
+        packing=packing, pad_id=base.tokenizer.pad_id,
+    )  # fmt: skip
+    rows = count_eval_rows(data.val, length, packing)
     adapter = {} if own is None else {"trains": own.__contains__, "own": own, "base": base.record}
     return Stage(
-        name=name, short=short, model=base.model, source=LoaderSource(loader),
-        loss=loss(base.model, config, machine), evaluate=evaluation,
+        name=name, short=short, model=base.model,
+        source=chat_source(data.train, base.tokenizer, config, machine),
+        loss=LanguageModelLoss(base.model, config, machine),
+        evaluate=Evaluation(held_out, rows, size, base.tokenizer, machine),
         tokenizer=base.tokenizer, data_digest=data.digest, keep_best="val_conf", **adapter,
     )  # fmt: skip
 
 
-def train_adapter(name: str, short: str, description: str, *, data, loss, trainable) -> None:
-    """Run a stage that trains an adapter beside a frozen base, from its command line to its last line.
-
-    Args:
-        data: (config, tokenizer, soft tokens) -> dialogues.
-        loss: (model, config, machine) -> the `Loss`.
-        trainable: (model, short, config) -> names of the new weights; it freezes all others.
-    """
+def train_adapter(name: str, short: str, description: str) -> None:
+    """Run a stage that trains an adapter beside a frozen base, from its command line to its last line."""
     command = parse_command(name, short, description, bases=("SFT", "Pre"))
     config, machine = command.config, start_machine(command.config)
     base = open_base(command, machine, adapted=True)
-    own = trainable(base.model, short, config)
+    own = attach(base.model, short, config)  # freezes everything else
     check_length(config, base.model.prefix_length)
-    dialogues = data(config, base.tokenizer, soft_tokens(short, config))
-    stage = dialogue_stage(name, short, base, dialogues, config, machine, own, loss)
-    train_and_score(stage, dialogues, command, machine)
+    data = prepare_chat(config, base.tokenizer, soft_tokens(short, config))
+    stage = dialogue_stage(name, short, base, data, config, machine, own)
+    train_and_score(stage, data, command, machine)
     machine.say(f"\nnext: {chat_command(short, command.out)}")
     distributed.finish()
 
@@ -159,10 +152,10 @@ def scores(model: TinySeek, data: ChatData, command: Command, machine: Machine) 
     skills = chosen_skills(command.config.data.paths)
     if skills:
         names = dict.fromkeys((*SFT_SKILLS, *skills))
-        found = score_skills(generator, data.template, names, SCORED)
+        found = score_skills(generator, data.template, names, SCORED, command.config.data.val_fraction)
     if any(not path.startswith(SKILL_WORD) for path in command.config.data.paths):
         some = data.val_dialogues[-SCORED_DIALOGUES:]  # those of files are behind those of skills
         tables = all(message["content"].startswith("|") for messages in some for message in messages[-1:])
         for kind in ("exact", "items") if tables else ("exact",):
-            found[kind] = score_dialogues(generator, data.template, some, kind)
+            found[kind] = score_dialogues(generator, data.template, some, kind, command.config.data)
     return {name: score.percent for name, score in found.items()}

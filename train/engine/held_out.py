@@ -5,7 +5,9 @@ import time
 
 import torch
 
+from train.engine import parallel
 from utils import distributed
+from utils.checkpoint import load_weights
 
 
 class HeldOut:
@@ -42,7 +44,7 @@ class HeldOut:
             return
         self.measured_at = run.step
         if (key := run.stage.keep_best) and values[key] > (self.best or {}).get("value", -math.inf):
-            weights = run.parallel.state_dict(run.model, run.stage.own)
+            weights = parallel.state_dict(run.model, run.stage.own)
             weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
             self.best = {"step": run.step, "tokens": run.tokens, "value": values[key],
                          "evaluation": values, "weights": weights}  # fmt: skip
@@ -61,7 +63,7 @@ class HeldOut:
         """Restore the weights that did best."""
         run, best = self.run, self.best
         if best and best["step"] != run.step:
-            run.parallel.load(run.model, best["weights"], "the best weights", run.stage.own)
+            load_weights(run.model, best["weights"], "the best weights", run.stage.own)
             run.step, run.tokens, self.last = best["step"], best["tokens"], best["evaluation"]
             run.machine.say(f"best: step {run.step}, {run.stage.keep_best} {best['value']:.4f}")
 

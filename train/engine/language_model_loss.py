@@ -20,11 +20,8 @@ MTP_WEIGHT = {"none": 0.0, "parallel": 1.0, "sequential": 0.3}  # lambda, the pa
 class LanguageModelLoss(Loss):
     """`loss(model, micro-batch, supervised tokens of the step)` -> (terms, measures for the log).
 
-    Args:
-        model: its trainable routers are balanced, its second head is trained; frozen ones, as under an
-            adapter, are left alone.
-        config: sections model, train (`mtp_weight`) and balance.
-        machine: autocast of the counting pass.
+    Trainable routers of the model are balanced, and its second head is trained; frozen ones, as under an
+    adapter, are left alone.
     """
 
     def __init__(self, model, config, machine):
@@ -80,11 +77,8 @@ class LanguageModelLoss(Loss):
         return terms, measures
 
     def after_step(self, lr_factor: float) -> dict[str, float]:
-        """Move the loss-free bias, at a rate that decays with the learning rate.
-
-        Return for the log the worst layer's max_vio, the experts without tokens, and the load of each
-        (`L0E3`: share of the assignments of layer 0 that went to expert 3).
-        """
+        """Move the loss-free bias, at a rate that decays with the learning rate. Return numbers for the log:
+        `LoadBalancer.end_step`, and loads (`L0E3`: the share of layer 0's assignments that expert 3 got)."""
         if self.balancer is None:
             return {}
         values = self.balancer.end_step(lr_factor)

@@ -54,12 +54,9 @@ class LoadBalancer:
     def __init__(self, config, routers):
         self.config, self.routers = config, list(routers)
         self.shared = config.weight > 0 and config.scope == "global"
+        # True: each step begins with a pass of `count` over all its micro-batches
+        self.needs_counting_pass = self.shared and config.statistics == "exact"
         self.begin_step(0)
-
-    @property
-    def needs_counting_pass(self) -> bool:
-        """True if each step must begin with a pass of `count` over all its micro-batches."""
-        return self.shared and self.config.statistics == "exact"
 
     def begin_step(self, tokens: float) -> None:
         """Begin a step with this many real tokens, in all micro-batches of all processes."""
@@ -68,11 +65,11 @@ class LoadBalancer:
         self.total = None  # (L, 2, E) fp64, of all processes
 
     @torch.no_grad()
-    def count(self, routings, mask=None) -> None:
+    def count(self, routings, mask) -> None:
         """Add one micro-batch to the statistics. routings: one per layer; mask (B, T), True if real."""
         self.pending.append(self.sums(routings, mask).sum(2))
 
-    def loss(self, routings, mask=None):
+    def loss(self, routings, mask):
         """Return this micro-batch's share of the step's loss; without a counting pass, count it as well.
 
         -> terms {"balance", "z"} whose weight is above 0, weight applied, and measures: the same without
@@ -84,8 +81,7 @@ class LoadBalancer:
         if self.config.weight > 0:
             values["balance"] = self.balance(sums, routings[0].indices.shape[1])
         if self.config.z_loss > 0:
-            total = sum(z_loss(r.logits, self.mask_of(r, mask)) for r in routings)
-            values["z"] = total / self.tokens / len(routings)
+            values["z"] = sum(z_loss(r.logits, mask) for r in routings) / self.tokens / len(routings)
         weights = {"balance": self.config.weight, "z": self.config.z_loss}
         terms = {name: weights[name] * value for name, value in values.items()}
         return terms, {name: value.detach() for name, value in values.items()}
@@ -136,18 +132,11 @@ class LoadBalancer:
 
     def sums(self, routings, mask):
         """Return counts and probabilities of each expert in each row, by layer (L, 2, B, E)."""
-        return torch.stack([torch.stack(expert_sums(r, self.mask_of(r, mask))) for r in routings])
-
-    def mask_of(self, routing, mask):
-        """Return the mask (B, T); without one (1, N): all tokens are real, and rows do not matter."""
-        if mask is None and self.config.scope == "sequence":
-            raise ValueError("scope sequence needs the mask (B, T), which says where rows end")
-        return routing.indices.new_ones(1, len(routing.indices)) if mask is None else mask
+        return torch.stack([torch.stack(expert_sums(routing, mask)) for routing in routings])
 
 
 def first_order(P, step_f, step_P, form: str, measure: str):
-    """Return L(f, P) of the whole step as a linear function of one micro-batch's P: (L, 1, E) each -> (L,
-    1)."""
+    """Return L(f, P) of the whole step, linear in one micro-batch's P: (L, 1, E) each -> (L, 1)."""
     with torch.enable_grad():
         step_P = step_P.detach().requires_grad_()
         value = balance_value(step_f, step_P, form, measure)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from inference.generation.conversation import Message, prompt_within
 from inference.generation.load import Loaded
 from load_data.chat.chat_data import Sample
+from load_data.chat.chat_loader import DialogueRows
 from load_data.loader import IGNORED
 from utils.errors import UserError
 
@@ -39,18 +40,17 @@ def turns_of(dialogues: list[list[Message]], base: Loaded, length: int) -> list[
     return turns
 
 
-def question_ids(base: Loaded, turn: list[Message]) -> list[int]:
-    """Return the ids of the question of a turn, up to where the answer begins."""
-    return base.template.prompt(turn[-2:-1])
-
-
 def selector_samples(base: Loaded, turns: list[list[Message]], table: torch.Tensor) -> list[Sample]:
     """Return questions labelled with the number of the best candidate, in place of the next token."""
-    samples = []
-    for turn, best in zip(turns, table.argmin(dim=1).tolist(), strict=True):
-        ids = [*question_ids(base, turn), best]
-        samples.append(Sample(np.array(ids, dtype=np.int32), np.arange(len(ids)) == len(ids) - 1))
-    return samples
+    questions = [base.template.prompt(turn[-2:-1]) for turn in turns]  # up to where the answer begins
+    best = table.argmin(dim=1).tolist()
+    return [sample(question, [number]) for question, number in zip(questions, best, strict=True)]
+
+
+def sample(prompt: list[int], targets: list[int]) -> Sample:
+    """Return a sample whose loss is that of `targets`, given `prompt`."""
+    ids = np.array([*prompt, *targets], dtype=np.int32)
+    return Sample(ids, np.arange(len(ids)) >= len(prompt))
 
 
 def answer_losses(candidates: list[Loaded], turns: list[list[Message]], machine) -> torch.Tensor:
@@ -65,28 +65,24 @@ def answer_losses(candidates: list[Loaded], turns: list[list[Message]], machine)
 @torch.no_grad()
 def losses_of(candidate: Loaded, turns: list[list[Message]], machine) -> torch.Tensor:
     """Return (turns,): the loss of one candidate, nats per token."""
-    rows = [labelled(candidate, turn) for turn in turns]
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number][0]))  # little padding
-    losses = torch.zeros(len(rows), dtype=torch.float64)
+    samples = [answer_sample(candidate, turn) for turn in turns]
+    rows = DialogueRows(samples, max(len(one.ids) for one in samples), packing=False, pad_id=0)
+    order = np.argsort(rows.lengths, kind="stable").tolist()  # little padding
+    losses = torch.zeros(len(order), dtype=torch.float64)
     bar = {"desc": "losses", "leave": False, "disable": None if machine.world.is_first else True}
     for first in tqdm(range(0, len(order), ROWS), **bar):
         chosen = order[first : first + ROWS]
-        width = max(len(rows[number][0]) for number in chosen)
-        ids = torch.zeros(len(chosen), width, dtype=torch.long)
-        labels = torch.full((len(chosen), width), IGNORED)
-        for row, number in enumerate(chosen):
-            some, targets = rows[number]
-            ids[row, : len(some)], labels[row, : len(some)] = torch.tensor(some), torch.tensor(targets)
+        batch = rows.batch([[number] for number in chosen])
+        ids, labels = (batch[key].to(machine.device) for key in ("input_ids", "labels"))
         with machine.autocast():  # padding follows the text, and no token attends to it
-            output = candidate.model(ids.to(machine.device), labels=labels.to(machine.device))
-        counts = (labels != IGNORED).sum(dim=1).tolist()
-        means = [part.double().mean() for part in output.nll.cpu().split(counts)]
-        losses[chosen] = torch.stack(means)
+            nll = candidate.model(ids, labels=labels).nll.cpu()
+        counts = (batch["labels"] != IGNORED).sum(dim=1).tolist()
+        losses[chosen] = torch.stack([part.double().mean() for part in nll.split(counts)])
     return losses
 
 
-def labelled(candidate: Loaded, turn: list[Message]) -> tuple[list[int], list[int]]:
-    """Return the ids of a turn and their labels: the next token, in the last answer only.
+def answer_sample(candidate: Loaded, turn: list[Message]) -> Sample:
+    """Return the tokens of a turn; targets are those of its last answer.
 
     A turn that does not fit into the context of the candidate is shortened as in a conversation: the template
     or the prefix of the candidate may need more room than those of the base.
@@ -95,6 +91,4 @@ def labelled(candidate: Loaded, turn: list[Message]) -> tuple[list[int], list[in
     marker = len(candidate.template.before["assistant"])
     answer = answer[marker : len(learned) - learned[::-1].index(True)]  # its end included, no line break
     room = candidate.model.config.max_position_embeddings - candidate.model.prefix_length
-    prompt = prompt_within(candidate.template, turn[:-1], room + 1 - len(answer))
-    labels = [IGNORED] * (len(prompt) - 1) + answer
-    return [*prompt, *answer[:-1]], labels
+    return sample(prompt_within(candidate.template, turn[:-1], room + 1 - len(answer)), answer)

@@ -26,7 +26,7 @@ class Step(NamedTuple):
 
 
 class Source(Protocol):
-    """Where training data come from.
+    """The training data of a stage.
 
     `next_step` is called with the random generators seeded for the step, and may generate text with the
     models: a resumed run repeats it. `sample` returns data for the gradient proof and consumes none.
@@ -123,7 +123,8 @@ class LoaderSource:
     def next_step(self, models=None) -> Step:
         """Return the next micro-batches, weighted by their supervised tokens."""
         micro_batches = self.loader.next_step()
-        counts = [sum(map(supervised, micro_batches)), sum(b["labels"].numel() for b in micro_batches)]
+        labels = [batch["labels"] for batch in micro_batches]
+        counts = [sum((part != IGNORED).sum() for part in labels), sum(part.numel() for part in labels)]
         weight, tokens = distributed.sum_scalars(counts)
         return Step(micro_batches, weight, int(tokens))
 
@@ -136,8 +137,3 @@ class LoaderSource:
         if found is None:
             raise UserError(f"no label in the first {SEARCHED} steps of data: nothing to learn from")
         return found
-
-
-def supervised(batch: Batch) -> int:
-    """Count the tokens of a micro-batch that have a label."""
-    return int((batch["labels"] != IGNORED).sum())

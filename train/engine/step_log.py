@@ -22,6 +22,7 @@ class StepLog:
     def __init__(self, folder: Path):
         self.folder = folder
         self.window: dict[str, float] = {}  # sums since the last line
+        self.pending: list[tuple] = []  # names and values to add; tensors may still be computed
         self.log = self.experts = None
         self.positions = [None, None]  # of the two files, where a checkpoint says so
 
@@ -32,22 +33,19 @@ class StepLog:
         self.log = RunLog(self.folder / "log.txt", resume_at=self.positions[0])
 
     def note(self, values: dict[str, float], waited: float, took: float) -> None:
-        """Add one step (times in seconds); a skipped one has no values. Values may be tensors on a GPU."""
+        """Add one step (times in seconds); a skipped one has no values. Tensors are fetched later."""
         times = {"data_ms": waited * 1e3, "step_ms": took * 1e3, "steps": 1, "taken": int(bool(values))}
-        for name, value in {**values, **times}.items():
-            self.window[name] = self.window.get(name, 0.0) + value
+        self.pending += (values | times).items()
 
     def fetch(self) -> dict[str, float]:
-        """Bring the sums since the last line from the GPU, in one message, and return them."""
-        if far := [name for name, value in self.window.items() if isinstance(value, torch.Tensor)]:
-            values = torch.stack([self.window[name].double() for name in far]).tolist()
-            self.window |= dict(zip(far, values, strict=True))
+        """Return the sums since the last line. All tensors leave the GPU in one message."""
+        tensors = [value for _, value in self.pending if isinstance(value, torch.Tensor)]
+        numbers = iter(torch.stack(tensors).tolist() if tensors else ())
+        for name, value in self.pending:
+            number = next(numbers) if isinstance(value, torch.Tensor) else value
+            self.window[name] = self.window.get(name, 0.0) + number
+        self.pending = []
         return self.window
-
-    def so_far(self) -> tuple[float, float]:
-        """Return the mean loss and the mean milliseconds of the steps since the last line."""
-        window = self.fetch()
-        return window.get("loss", 0) / max(1, window["taken"]), window["step_ms"] / window["steps"]
 
     def write(self, place: dict, lr: float, tokens_per_step: float, skipped: int) -> None:
         """Write one line: the means of the steps since the last one. `place`: step, tokens, epoch."""
@@ -55,12 +53,12 @@ class StepLog:
         steps, taken = window.pop("steps"), window.pop("taken")
         mean = {name: value / (steps if name.endswith("_ms") else taken) for name, value in window.items()}
         loads = {name: mean.pop(name) for name in list(mean) if EXPERT.fullmatch(name)}
+        times = {name: mean.pop(name) for name in ("data_ms", "step_ms")}
         row = place | {name: mean[name] for name in ("loss", "ce", "mtp", "balance") if name in mean}
         if "ce" in mean:
             row["ppl"] = math.exp(min(mean["ce"], 700.0))
-        row |= {name: value for name, value in mean.items() if name not in row and not name.endswith("_ms")}
-        row |= {"lr": lr, "tok_s": tokens_per_step / (mean["step_ms"] / 1e3)}
-        row |= {"data_ms": mean["data_ms"], "step_ms": mean["step_ms"]}
+        row |= {name: value for name, value in mean.items() if name not in row}
+        row |= {"lr": lr, "tok_s": tokens_per_step / times["step_ms"] * 1e3, **times}
         if skipped:
             row["skipped"] = skipped
         self.write_row(row)
@@ -89,19 +87,18 @@ class StepLog:
             log.close()
 
 
-def progress_bar(shown: bool) -> tqdm:
-    """Return a bar that is closed by `with`."""
-    style = "{percentage:3.0f}%|{bar:24}| {postfix}"
-    return tqdm(total=100, disable=None if shown else True, leave=False, bar_format=style)
+def progress_bar(run) -> tqdm:
+    """Return a bar for `run`, a `Trainer`, that is closed by `with`."""
+    style = "{percentage:3.0f}%|{bar:24}| {desc}  {remaining} left"
+    shown = None if run.machine.world.is_first else True  # None: on a terminal only
+    return tqdm(total=1.0, initial=run.progress, disable=shown, leave=False, bar_format=style)
 
 
 def show(bar: tqdm, run) -> None:
-    """Redraw the bar for `run`, a `Trainer`: share of the run, loss, speed and time left."""
-    if bar.disable:
-        return
-    done, (loss, milliseconds) = run.progress, run.log.so_far()
-    left = int(run.elapsed * (1 - done) / max(done, 1e-9))
-    speed = run.tokens / run.step / milliseconds * 1e3
-    bar.n = min(100, 100 * done)
-    words = f"step {run.step}  loss {loss:.3f}  {speed:,.0f} tok/s  {left // 60}:{left % 60:02d} left"
-    bar.set_postfix_str(words)
+    """Redraw the bar: share of the run, and loss and speed since the last log line."""
+    if not bar.disable:
+        window = run.log.fetch()
+        loss = window.get("loss", 0) / max(1, window["taken"])
+        speed = run.tokens / run.step / (window["step_ms"] / window["steps"]) * 1e3
+        bar.n = run.progress
+        bar.set_description_str(f"step {run.step}  loss {loss:.3f}  {speed:,.0f} tok/s")

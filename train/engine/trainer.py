@@ -20,19 +20,20 @@ from pathlib import Path
 import torch
 
 from config.schema import RunConfig
+from train.engine import parallel
 from train.engine.checkpoints import Checkpoints
 from train.engine.machine import Machine
 from train.engine.optimizers import build_optimizers, set_lr
 from train.engine.held_out import HeldOut
-from train.engine.parallel import DataParallel, FrozenModels
 from train.engine.schedule import lr_factor, progress
-from train.engine.stage import Batch, Stage
+from train.engine.stage import Batch, Stage, Step
 from train.engine.step_log import StepLog, progress_bar, show
 from train.engine.stopping import StopSignals
 from train.proof.gradient_check import prove_gradients_before
 from train.proof.model_check import check_saved
 from train.proof.weight_witness import WeightWitness
 from utils import distributed
+from utils.checkpoint import weights_digest
 from utils.device import seed_everything, synchronize
 from utils.errors import UserError
 from utils.plot import plot_curves
@@ -46,16 +47,17 @@ class Trainer:
         self.step = self.tokens = self.skipped = 0
         self.elapsed, self.finished = 0.0, False  # seconds of training so far
         self.warm_from = 0  # the step at which the last warmup began
-        self.signals, self.parallel, self.held_out = StopSignals(), DataParallel(), HeldOut(self)
+        self.signals, self.held_out = StopSignals(), HeldOut(self)
         self.model = self.runner = stage.model
-        self.parallel.place(stage.model, machine.device)
+        parallel.place(stage.model, machine.device)
         distributed.same_on_all_ranks(stage.data_digest, "training data")
-        self.frozen = FrozenModels(stage.frozen, self.parallel, machine.device)
-        self.models = stage.trained | stage.frozen
+        for model in stage.frozen.values():
+            parallel.place(model.requires_grad_(False).eval(), machine.device)
+        self.frozen = self.frozen_digests()
         parts = [(part, stage.optim.get(name, config.optim)) for name, part in stage.trained.items()]
         self.optimizers = [each for part, optim in parts for each in build_optimizers(part, optim)]
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.scaled)
-        self.lazy = machine.device.type == "cuda" and not machine.scaled  # numbers stay on the device
+        self.lazy = machine.device.type == "cuda"  # fetch numbers from the device only where they are due
         self.log = StepLog(self.out / stage.name)
         self.checkpoints = Checkpoints(self)
         if resume:
@@ -72,12 +74,10 @@ class Trainer:
                 self.open_log()
             else:
                 self.prove_before()
-                self.runner = self.parallel.prepare(self.model, self.config.train.compile)
+                self.runner = parallel.prepare(self.model, self.config.train.compile)
                 self.open_log()
-                witness = self.parallel.witness(self.model)
+                witness = WeightWitness(self.model)
                 self.train(witness)
-                if self.signals.agreed:
-                    self.leave_interrupted()
                 self.finish(witness)
             self.held_out.take_best()
             with distributed.all_or_none():
@@ -91,24 +91,22 @@ class Trainer:
 
     def prove_before(self) -> None:
         """Prove that every trainable parameter gets a gradient from a real batch, and no frozen one does."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        held = {id(p) for group in groups for p in group["params"]}
+        held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups
+                for p in group["params"]}  # fmt: skip
         if odd := [name for name, p in self.model.named_parameters() if p.requires_grad != (id(p) in held)]:
             raise UserError(f"frozen or unfrozen after the optimizer was built: {', '.join(odd[:3])}")
-        sample = self.stage.source.sample()
+        sample, loss = self.stage.source.sample(), self.stage.loss
         batches = [self.to_device(batch) for batch in sample.micro_batches]
         scale = 2.0**12 if self.machine.scaled else 1.0  # in fp16 small gradients would underflow to zero
 
-        def terms(model, batch):
+        def scaled_terms(model, batch):
             with self.machine.autocast():
-                found, _ = self.stage.loss(model, batch, sample.weight)
-            return {name: scale * term for name, term in found.items()}
+                terms, _ = loss(model, batch, sample.weight)
+            return {name: scale * term for name, term in terms.items()}
 
-        report = prove_gradients_before(
-            self.model, terms, batches, prepare=self.stage.loss.before_step,
-            claims=self.stage.loss.claims(), trains=self.stage.trains,
-        )  # fmt: skip
-        check_saved(self.model, self.parallel.state_dict(self.model, self.stage.own))
+        report = prove_gradients_before(self.model, scaled_terms, batches, prepare=loss.before_step,
+                                        claims=loss.claims(), trains=self.stage.trains)  # fmt: skip
+        check_saved(self.model, parallel.state_dict(self.model, self.stage.own))
         self.machine.say(report)
 
     def open_log(self) -> None:
@@ -122,12 +120,17 @@ class Trainer:
     def train(self, witness: WeightWitness) -> None:
         """Take steps until a bound or a signal ends them."""
         self.started, self.began_at = time.monotonic() - self.elapsed, self.step - self.skipped
-        with self.signals, progress_bar(self.machine.world.is_first) as bar:
+        with self.signals, progress_bar(self) as bar:
             if self.step == 0:
                 self.held_out.measure(1)  # the first batch of a process is slow and would make all look slow
                 self.held_out.evaluate(self.config.train.eval_batches)
             while self.progress < 1 and not self.signals.agreed:
                 self.one_step(witness, bar)
+        if number := self.signals.agreed:  # the last step has saved a checkpoint
+            self.log.close()
+            self.machine.say(f"stopped by {signal.Signals(number).name} at step {self.step}; saved "
+                             f"{self.checkpoints.last_good}; resume with --resume")  # fmt: skip
+            distributed.leave(128 + number)
 
     @property
     def progress(self) -> float:
@@ -140,116 +143,113 @@ class Trainer:
 
     def one_step(self, witness: WeightWitness, bar) -> None:
         """Take one optimizer step, then log, evaluate and save what is due."""
-        source, world, train = self.stage.source, self.machine.world, self.config.train
-        epoch, clock = int(source.epoch_progress), time.perf_counter()
-        seed_everything((train.seed * 1_000_003 + self.step * world.size + world.rank) % 2**63)
+        source, world, seed = self.stage.source, self.machine.world, self.config.train.seed
+        epoch = int(source.epoch_progress)
         factor = lr_factor(self.config.optim, self.step - self.warm_from, self.progress)
+        seed_everything((seed * 1_000_003 + self.step * world.size + world.rank) % 2**63)
         set_lr(self.optimizers, factor)
-        asked = time.perf_counter()
-        step = source.next_step(self.models)
-        waited = time.perf_counter() - asked
+        clock = time.perf_counter()
+        step = source.next_step(self.stage.trained | self.stage.frozen)
+        waited = time.perf_counter() - clock
         if step.weight:
-            micro_batches = [self.to_device(batch) for batch in step.micro_batches]
-            values = self.forward_backward(micro_batches, step.weight)
-            self.parallel.sum_gradients(self.model)
-            values["grad_norm"] = self.update(witness)
+            values = self.forward_backward(step)
+            distributed.sum_gradients(self.model.parameters())
+            values["grad_norm"] = self.clip_and_step(witness)
             values |= self.stage.loss.after_step(factor)
         else:  # nothing to learn from: no step, no NaN
             values, self.skipped = {}, self.skipped + 1
         self.step += 1
         self.tokens += step.tokens
-        if here := not self.lazy or self.step % train.log_every == 0:
+        if not self.lazy or self.step % self.config.train.log_every == 0:
             synchronize(self.machine.device)
         self.log.note(values, waited, time.perf_counter() - clock)
         self.elapsed = self.signals.agree(time.monotonic() - self.started if world.is_first else 0.0)
-        if here:
-            show(bar, self)
-        self.after_step(factor, new_epoch=int(source.epoch_progress) > epoch)
+        self.after_step(factor, new_epoch=int(source.epoch_progress) > epoch, bar=bar)
 
-    def forward_backward(self, micro_batches: list[Batch], weight: float) -> dict:
-        """Add up the gradients of the step's mean loss in this process; return the step's numbers."""
+    def forward_backward(self, step: Step) -> dict[str, torch.Tensor]:
+        """Add up the gradients of the step's mean loss in this process; return the numbers of the step."""
         totals: dict[str, torch.Tensor] = {}
+        micro_batches = [self.to_device(batch) for batch in step.micro_batches]
         self.stage.loss.before_step(self.runner, micro_batches)
         for batch in micro_batches:
             with self.machine.autocast():
-                terms, measures = self.stage.loss(self.runner, batch, weight)
+                terms, measures = self.stage.loss(self.runner, batch, step.weight)
                 loss = sum(terms.values())
             self.scaler.scale(loss).backward()
             for name, value in {"loss": loss, **terms, **measures}.items():
                 totals[name] = totals.get(name, 0) + value.detach()
-        sums = distributed.sum_on_device if self.lazy else distributed.sum_scalars
-        values = dict(zip(totals, sums(list(totals.values())), strict=True))
-        if not self.lazy and not math.isfinite(values["loss"]):
-            self.stop_on_nan(values["loss"])
-        return values
+        return dict(zip(totals, distributed.reduce(torch.stack(list(totals.values()))), strict=True))
 
-    def update(self, witness: WeightWitness) -> float:
+    def clip_and_step(self, witness: WeightWitness) -> torch.Tensor:
         """Clip and step; return the gradient norm before clipping, of all models together."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        limit = self.config.optim.grad_clip
-        norms = [self.parallel.clip(part, limit) for part in self.stage.trained.values()]
+        norms = [parallel.clip(part, self.config.optim.grad_clip) for part in self.stage.trained.values()]
         norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
-        norm = norm if self.lazy else float(norm)
-        finite = self.lazy or math.isfinite(norm)
-        if not finite and not self.machine.scaled:
-            self.stop_on_nan(norm, "gradient norm")
+        overflow = self.machine.scaled and not math.isfinite(norm)
         for optimizer in self.optimizers:
-            if finite:  # under fp16 it may overflow: no step, and a smaller scale next time
+            if not overflow:  # else the fp16 scaler lowers its scale for the next step
                 self.scaler.step(optimizer)
                 witness.note_step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         return norm
 
-    def stop_on_nan(self, value: float, what: str = "loss") -> None:
-        """Raise `UserError`: say when the run went wrong, what is still good, and what to try."""
-        last = self.checkpoints.last_good
-        good = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
-        raise UserError(
-            f"the {what} is {value} at step {self.step + 1}; {good}; try a lower optim.lr (and "
-            "optim.muon_lr), more optim.warmup_steps, optim.grad_clip=1.0, or train.dtype=fp32"
-        )
+    def to_device(self, batch: Batch) -> Batch:
+        """Move a micro-batch to the device of the run."""
+        if self.machine.device.type == "cuda":  # only pinned memory is copied while the GPU computes
+            batch = {key: value.pin_memory() for key, value in batch.items()}
+        return {key: value.to(self.machine.device, non_blocking=True) for key, value in batch.items()}
 
     # --------------------------------------------------------------------------------------- after each step
 
-    def after_step(self, factor: float, new_epoch: bool) -> None:
-        """Log, evaluate and save where they are due.
+    def after_step(self, factor: float, new_epoch: bool, bar) -> None:
+        """Check, log, evaluate and save where they are due.
 
         A signal adds no line to the log: that of a resumed run equals that of an uninterrupted one.
         """
-        train = self.config.train
-        ending = self.progress >= 1
-        every = ("log_every", "eval_every", "save_every")
-        due = {key: self.step % getattr(train, key) == 0 for key in every}
-        if self.lazy and (any(due.values()) or ending or new_epoch or self.signals.agreed):
+        train, stopping, ending = self.config.train, self.signals.agreed, self.progress >= 1
+        log_due, eval_due, save_due = (
+            self.step % every == 0 for every in (train.log_every, train.eval_every, train.save_every)
+        )
+        if not self.lazy or log_due or eval_due or save_due or new_epoch or stopping or ending:
             self.check_finite()
-        if due["log_every"] or ending:
+            show(bar, self)
+        if log_due or ending:
             place = {"step": self.step, "tokens": self.tokens, "epoch": self.stage.source.epoch_progress}
             self.log.write(place, self.config.optim.lr * factor, self.tokens / self.step, self.skipped)
         # Epochs may be shorter than a step: whole evaluations keep a distance.
         spaced = self.step - self.held_out.measured_at >= train.eval_every // 100
         if self.stage.keep_best and new_epoch and spaced and not ending:
             self.held_out.evaluate(None)
-        elif due["eval_every"] and not ending:
+        elif eval_due and not ending:
             self.held_out.evaluate(train.eval_batches)
-        if (due["save_every"] and not ending) or self.signals.agreed:
+        if (save_due and not ending) or stopping:
             self.checkpoints.save()
 
     def check_finite(self) -> None:
-        """Fetch the numbers of the steps since the last time, and stop on a NaN among them."""
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(value := self.log.fetch().get(name, 0.0)):
-                self.stop_on_nan(value, name)
+        """Raise `UserError` if the loss or gradients were NaN or infinite since the last log line."""
+        numbers, last = self.log.fetch(), self.checkpoints.last_good
+        for key, what in (("loss", "loss"), ("grad_norm", "gradient norm")):
+            value = numbers.get(key, 0.0)
+            if math.isfinite(value) or (key == "grad_norm" and self.machine.scaled):
+                continue  # fp16 gradients may overflow
+            good = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
+            raise UserError(
+                f"the {what} is {value} at step {self.step}; {good}; try a lower optim.lr (and "
+                "optim.muon_lr), more optim.warmup_steps, optim.grad_clip=1.0, or train.dtype=fp32"
+            )
 
     # ----------------------------------------------------------------------------------------------- the end
 
     def finish(self, witness: WeightWitness) -> None:
         """After the last step: prove that weights have moved, evaluate on all held-out data, and save."""
-        if self.step - self.skipped > self.began_at and not witness.steps:
+        if self.step - self.skipped > self.began_at and not witness.notes:
             raise UserError("no optimizer step was taken: gradients overflowed; set train.dtype=bf16 or fp32")
         self.machine.say(witness.prove_moved())
-        self.frozen.prove_unchanged()
+        for name, digest in self.frozen_digests().items():
+            if digest != self.frozen[name]:
+                raise UserError(f"the frozen model {name} was changed by training: is it in an optimizer?")
         self.checkpoints.save()  # the evaluation may take a while, and somebody may lose patience
         self.held_out.evaluate(None)
         self.elapsed = time.monotonic() - self.started
@@ -257,16 +257,6 @@ class Trainer:
         self.checkpoints.save()
         self.machine.say(f"{self.step:,} steps, {self.tokens:,} tokens in {self.elapsed:.0f} seconds")
 
-    def leave_interrupted(self) -> None:
-        """End a run that a signal has stopped, its checkpoint written."""
-        self.log.close()
-        number = self.signals.agreed
-        self.machine.say(f"stopped by {signal.Signals(number).name} at step {self.step}; saved "
-                         f"{self.checkpoints.last_good}; resume with --resume")  # fmt: skip
-        distributed.leave(128 + number)
-
-    def to_device(self, batch: Batch) -> Batch:
-        """Move a micro-batch to the device of the run."""
-        if self.machine.device.type == "cuda":  # only pinned memory is copied while the GPU computes
-            batch = {key: value.pin_memory() for key, value in batch.items()}
-        return {key: value.to(self.machine.device, non_blocking=True) for key, value in batch.items()}
+    def frozen_digests(self) -> dict[str, str]:
+        """Return a digest of the weights of each frozen model."""
+        return {name: weights_digest(model.state_dict()) for name, model in self.stage.frozen.items()}

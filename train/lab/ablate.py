@@ -40,6 +40,7 @@ from config.schema import RunConfig
 from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint, prune_checkpoints
 from utils.errors import Parser, UserError, run_main
 from utils.log import read_log
+from train.engine.checkpoints import MAY_CHANGE
 from train.lab.ablation_table import cost_of, table
 from train.lab.plot_ablation import plot_losses, plot_results
 
@@ -202,14 +203,14 @@ def is_finished(out: Path, seed: int, cell: Cell) -> bool:
 def check_settings(saved: dict, folder: Path, seed: int, cell: Cell) -> None:
     """Raise `UserError` unless a run has the settings of this grid, its number of steps included; paths and
     reporting intervals may differ."""
-    free = {"max_seconds", "log_every", "eval_every", "eval_batches", "save_every", "device", "paths"}
+    free = MAY_CHANGE - {"max_steps"}
     wanted = to_dict(cell.config)
     wanted["train"]["seed"] = seed
     wanted["model"]["vocab_size"] = wanted["model"]["vocab_size"] or saved["model"]["vocab_size"]
     for section, values in wanted.items():
         for key, value in values.items():
             was = saved.get(section, {}).get(key)
-            if was != value and key not in free | {"cache_dir"}:
+            if was != value and key not in free:
                 raise UserError(
                     f"{folder} holds a run with {section}.{key}={was}, this grid says {value}: write to "
                     "another --out, or delete that folder"

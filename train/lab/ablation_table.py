@@ -3,8 +3,11 @@
 import math
 from statistics import median
 
+import torch
+
 from config.load import from_dict, to_dict
 from config.schema import RunConfig
+from model.tinyseek import TinySeek
 from utils.cost import cost_card
 
 
@@ -13,7 +16,8 @@ def cost_of(config: RunConfig, vocab_size: int) -> dict:
     config = from_dict(to_dict(config), "a cell")
     config.model.vocab_size = vocab_size
     length = config.data.sequence_length
-    card = cost_card(config.model, config.train.batch_size * length, length, config.optim.optimizer)
+    with torch.device("meta"):
+        card = cost_card(TinySeek(config.model), config.train.batch_size * length, length)
     return {
         "parameters": card.parameters,
         "active_parameters": card.active_parameters,

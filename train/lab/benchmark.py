@@ -1,4 +1,4 @@
-"""How fast does a model train and write, and how fast is its Hugging Face twin on the same machine?
+"""Measure training and decoding speed, against Hugging Face transformers of the same shape on this machine.
 
     python train/lab/benchmark.py                                     the shape that the README quotes
     python train/lab/benchmark.py --config benchmark_moe              with experts, also against dense
@@ -227,7 +227,8 @@ def twins_steps(config, machine):
 def compare_training(config, machine, steps: int) -> None:
     """Print training tokens per second, with the default attention of each and with SDPA in both."""
     rows, length = config.train.batch_size, config.data.sequence_length
-    cost = cost_card(config.model, rows * length, length).train_flops()
+    with torch.device("meta"):
+        cost = cost_card(TinySeek(config.model), rows * length, length).train_flops()
     print(f"training, {rows} x {length} tokens, {machine.dtype}, {cost / 1e6:.1f} MFLOP per token")
     peak = peak_flops(torch.cuda.get_device_name() if machine.device.type == "cuda" else "", machine.dtype)
 

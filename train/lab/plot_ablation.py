@@ -7,7 +7,9 @@ Both take `results`: {cell: {"runs": [...], "train_flops_per_token": ...}} as in
 from pathlib import Path
 from statistics import median
 
-from utils.plot import new_figure, save_figure
+from matplotlib.figure import Figure
+
+from utils.plot import save_figure
 
 BASE_COLOR = "black"
 COLORS = ["tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple",
@@ -16,7 +18,7 @@ COLORS = ["tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple",
 
 def plot_losses(results: dict, png: Path) -> None:
     """Draw validation loss over tokens, training FLOPs and seconds: median over seeds, and their range."""
-    figure = new_figure(15, 6)
+    figure = Figure((15, 6), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     units = ["tokens (thousands)", "training compute (TFLOP)", "seconds of training steps"]
     for (name, result), color in zip(results.items(), colors(results)):
@@ -50,7 +52,7 @@ def over_seeds(curves: list[list]) -> dict[int, list[float]]:
 
 def plot_results(results: dict, png: Path) -> None:
     """Draw the final bits per byte: a row for each cell, a dot for each seed, a bar at the median."""
-    figure = new_figure(9, 1.5 + 0.45 * len(results))
+    figure = Figure((9, 1.5 + 0.45 * len(results)), layout="constrained")
     axes = figure.subplots()
     base = [run["val_bpb"] for run in results["base"]["runs"]]
     axes.axvspan(min(base), max(base), color="0.85", zorder=0)

@@ -5,7 +5,7 @@
 
 Runs the script in this process and lists our files of which a function was called, each with all its lines.
 Statements of modules and class bodies do not count, since an import runs them whether they are used or not.
-Other processes are not seen.
+Other processes are not seen. Nothing of ours is imported here: that would hide what the imports call.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
@@ -13,8 +13,6 @@ import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().par
 import inspect
 import runpy
 import threading
-
-from utils.errors import UserError, run_main
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PARTS = ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>")  # functions of the interpreter's own making
@@ -51,7 +49,8 @@ def lines_called(script: str, arguments: list[str], root: pathlib.Path = ROOT) -
 def main():
     """Print a table of the files, and their sum."""
     if len(sys.argv) < 2 or not pathlib.Path(sys.argv[1]).is_file():
-        raise UserError("name a script: python train/lab/reading.py train/minimal.py [its flags]")
+        print("error: name a script: train/lab/reading.py train/minimal.py [its flags]", file=sys.stderr)
+        sys.exit(2)
     counts = lines_called(sys.argv[1], sys.argv[2:])
     for name, lines in counts.items():
         print(f"{lines:7,}  {name}")
@@ -59,4 +58,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

@@ -7,7 +7,6 @@ never trained; nor is a layer that a name filter froze by mistake. Both are foun
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from types import FunctionType, ModuleType
 
 import torch
@@ -15,15 +14,14 @@ from torch import nn
 
 from utils.errors import UserError
 
-TIES = (("lm_head.weight", "embed_tokens.weight"),)  # one matrix under both names, as ends of names
+TIE = {"lm_head.weight", "embed_tokens.weight"}  # ends of the two names that one matrix may have
 DEPTH = 6  # how deep lists in dictionaries in objects are searched for hidden tensors
-CONTAINERS = (list, tuple, set, frozenset, deque)
 
 
-def check_model(model: nn.Module, batches=(), trains: Callable[[str], bool] = lambda name: True, ties=TIES):
+def check_model(model: nn.Module, batches=(), trains: Callable[[str], bool] = lambda name: True) -> None:
     """Run all checks below. Raise `UserError` naming the tensor."""
     check_hidden(model)
-    check_shared(model, ties)
+    check_shared(model)
     check_trainable(model, trains)
     check_one_device(model, batches)
     check_one_dtype(model)
@@ -86,7 +84,7 @@ def search(value, where: str, seen: set[int], depth: int = 0):
     parts = {}
     if isinstance(value, Mapping):
         parts = {f"{where}[{key!r}]": part for key, part in value.items()}
-    elif isinstance(value, CONTAINERS):
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
         parts = {f"{where}[{index}]": part for index, part in enumerate(value)}
     elif not isinstance(value, (type, FunctionType, ModuleType)):
         parts = {f"{where}.{key}": part for key, part in getattr(value, "__dict__", {}).items()}
@@ -94,15 +92,14 @@ def search(value, where: str, seen: set[int], depth: int = 0):
         yield from search(part, place, seen, depth + 1)
 
 
-def check_shared(model: nn.Module, ties=TIES) -> None:
-    """Raise `UserError` if two names outside `ties` share memory. `[Layer()] * n` is one layer n times."""
+def check_shared(model: nn.Module) -> None:
+    """Raise `UserError` if two names share memory, except for the tie of the output head."""
     names = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         key = (parameter.device, parameter.data_ptr()) if parameter.data_ptr() else id(parameter)
         names.setdefault(key, []).append(name)
     for group in names.values():
-        tied = any(sorted(end for end in tie for name in group if name.endswith(end)) == sorted(tie)
-                   for tie in ties if len(tie) == len(group))  # fmt: skip
+        tied = len(group) == 2 and all(any(name.endswith(end) for name in group) for end in TIE)
         if len(group) > 1 and not tied:
             raise UserError(
                 f"the same numbers under {len(group)} names: {describe(model, group)}; make one layer for "
@@ -117,9 +114,7 @@ def check_saved(model: nn.Module, saved_names) -> None:
     changes = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     changes += [name for name, _ in model.named_buffers() if balances(model, name)]
     if lost := [name for name in changes if name not in saved]:
-        raise UserError(
-            f"trained, but not saved: {describe(model, lost)}; the checkpoint would lose it"
-        )
+        raise UserError(f"trained, but not saved: {describe(model, lost)}; the checkpoint would lose it")
 
 
 def balances(model: nn.Module, name: str) -> bool:
@@ -133,7 +128,7 @@ def check_one_device(model: nn.Module, batches) -> None:
     """Raise `UserError` naming a tensor that is not on the device of the others."""
     places = {f"parameter {name}": parameter.device for name, parameter in model.named_parameters()}
     places |= {f"buffer {name}": buffer.device for name, buffer in model.named_buffers()}
-    places |= {name: tensor.device for name, tensor in tensors_in(batches, "batches")}
+    places |= {where: tensor.device for where, tensor in search(batches, "batches", set())}
     if not places:
         return
     usual = Counter(places.values()).most_common(1)[0][0]
@@ -150,21 +145,6 @@ def check_one_dtype(model: nn.Module) -> None:
             f"trainable parameters must have one dtype: {describe(model, odd)} is {dtypes[odd[0]]}, the "
             f"others are {usual}"
         )
-
-
-def tensors_in(value, where: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield all tensors within nested dictionaries, lists, tuples and dataclasses, with their places."""
-    if isinstance(value, torch.Tensor):
-        yield where, value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from tensors_in(part, f"{where}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for index, part in enumerate(value):
-            yield from tensors_in(part, f"{where}[{index}]")
-    elif is_dataclass(value):
-        for item in fields(value):
-            yield from tensors_in(getattr(value, item.name), f"{where}.{item.name}")
 
 
 def describe(model: nn.Module, names: list[str]) -> str:

@@ -9,7 +9,7 @@ without gradient stays so forever, such as a LoRA whose A and B both start at ze
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -24,43 +24,8 @@ NOISE = 0.02  # standard deviation of the numbers that replace zeros in the copy
 TABLE = re.compile(r"(^|\.)(embed_tokens|lm_head|gate)\.\w+$")  # of a vocabulary, or a router
 
 
-class Findings:
-    """Gradients of all terms and micro-batches, summed up by `Trial.measure`."""
-
-    def __init__(self, trainable: dict[str, torch.Tensor]):
-        self.terms: dict[str, dict[str, float]] = {}  # term -> parameter -> squared gradient norm
-        self.alive = {  # for each dimension of a matrix, the largest gradient norm of each slice
-            name: [p.new_zeros(size, dtype=torch.float32) for size in p.shape] if p.dim() > 1 else []
-            for name, p in trainable.items()
-        }
-        self.steady = []  # for each labelled micro-batch: has it many labels, and what its main term reached
-
-    def add(self, term: str, norms: dict[str, float], parameters: dict[str, torch.Tensor]) -> None:
-        """Take in the gradients of one term of one micro-batch."""
-        squares = self.terms.setdefault(term, {})
-        for name, norm in norms.items():
-            squares[name] = squares.get(name, 0.0) + norm**2
-            for dim, largest in enumerate(self.alive.get(name, ())):
-                rest = [other for other in range(parameters[name].dim()) if other != dim]
-                slices = torch.linalg.vector_norm(parameters[name].grad, dim=rest, dtype=torch.float32)
-                torch.maximum(largest, slices, out=largest)
-
-    def agree(self, names: list[str]) -> None:
-        """Sum up over all processes, so that all judge alike."""
-        squares = {
-            term: dict(zip(names, sum_scalars([found.get(name, 0.0) for name in names]), strict=True))
-            for term, found in self.terms.items()
-        }
-        self.reached = {term: {n for n, square in found.items() if square} for term, found in squares.items()}
-        self.norms = {name: sum(found[name] for found in squares.values()) ** 0.5 for name in names}
-        union = set().union(*(reached for _, reached in self.steady))
-        lapsed = [any(name in union and name not in reached and (enough or not reached)
-                      for enough, reached in self.steady) for name in names]  # fmt: skip
-        self.lapsed = [name for name, lapse in zip(names, agreed(lapsed), strict=True) if lapse]
-
-
 class Trial:
-    """A copy of a model, on which the first steps are played."""
+    """A copy of a model, on which the first steps are played, and the gradients that it got."""
 
     def __init__(self, model: nn.Module, loss_fn: Callable, batches: list, prepare: Callable):
         self.original, self.loss_fn, self.batches, self.prepare = model, loss_fn, batches, prepare
@@ -68,28 +33,31 @@ class Trial:
         self.parameters = dict(self.model.named_parameters())
         self.trainable = {name: p for name, p in self.parameters.items() if p.requires_grad}
         self.woken = set()  # names of zeros that were given numbers
+        self.generator = torch.Generator().manual_seed(0)  # its own, so that the global one is not disturbed
         self.plain = {id(tensor): (where, tensor) for where, tensor in hidden_parts(self.model)}
         for _, tensor in self.plain.values():  # so that the graph shows whether the loss depends on it
             if tensor.is_floating_point():
                 tensor.requires_grad_()
+        self.squares = {}  # term -> parameter -> squared gradient norm, summed over micro-batches
+        self.alive = {  # for each dimension of a matrix, the largest gradient norm of each slice
+            name: [p.new_zeros(size, dtype=torch.float32) for size in p.shape] if p.dim() > 1 else []
+            for name, p in self.trainable.items()
+        }
+        self.steady = []  # for each labelled micro-batch: has it many labels, and what its main term reached
 
     def wake_zeros(self) -> list[str]:
         """Give small random numbers to the zeros that get a gradient, and to those behind them, and so on;
         return the names of all that start at zero."""
-        generator = torch.Generator().manual_seed(0)  # its own, so that the global one is not disturbed
         start = zeros = [name for name, parameter in self.trainable.items() if not parameter.any()]
-        while zeros:
-            moving = self.with_gradient(zeros)
-            if not moving:
-                break
-            self.fill(moving, generator)
+        while moving := self.with_gradient(zeros):
+            self.fill(moving)
             zeros = [name for name in zeros if name not in moving]
         return start
 
-    def fill(self, names: list[str], generator: torch.Generator) -> None:
+    def fill(self, names: list[str]) -> None:
         """Replace zeros by small random numbers."""
         for name in names:
-            noise = torch.randn(self.parameters[name].shape, generator=generator) * NOISE
+            noise = torch.randn(self.parameters[name].shape, generator=self.generator) * NOISE
             self.parameters[name].data.copy_(noise)
         self.woken |= set(names)
 
@@ -148,11 +116,11 @@ class Trial:
             if name not in self.woken and not torch.equal(parameter, self.original.get_parameter(name)):
                 raise UserError(f"the forward itself changes {describe(self.model, [name])}: in place?")
 
-    def gradient_norms(self, term: str, loss: torch.Tensor, names, keep_graph=False) -> dict[str, float]:
+    def gradient_norms(self, term: str, loss: torch.Tensor, names: Iterable[str]) -> dict[str, float]:
         """Run backward from one term; return the gradient norm of each of these parameters that has one."""
         self.model.zero_grad(set_to_none=True)
         inputs = [self.parameters[name] for name in names if self.parameters[name].requires_grad]
-        loss.backward(retain_graph=keep_graph, inputs=inputs)  # no work for others
+        loss.backward(retain_graph=True, inputs=inputs)  # no work for others
         names = [name for name in names if self.parameters[name].grad is not None]
         norms = torch._foreach_norm([self.parameters[name].grad for name in names]) if names else [loss * 0]
         norms = dict(zip(names, torch.stack([norm.float() for norm in norms]).tolist()))
@@ -162,67 +130,83 @@ class Trial:
 
     def with_gradient(self, names: list[str]) -> list[str]:
         """Return those of `names` that the whole loss gives a gradient now."""
+        if not names:
+            return []
         hits = dict.fromkeys(names, False)
         self.prepare(self.model, self.batches)
         for batch in self.batches:
             norms = self.gradient_norms("loss", sum(self.forward(batch).values()), names)
             hits |= {name: True for name, norm in norms.items() if norm}
         self.check_unchanged()
-        return [name for name, hit in zip(names, agreed(list(hits.values())), strict=True) if hit]
+        return agreed(hits)
 
     # --- findings -------------------------------------------------------------------------------------
 
-    def measure(self, found: Findings | None = None) -> Findings:
-        """Run all micro-batches forward and backward, one at a time, and add up what their terms reach."""
-        found = found or Findings(self.trainable)
+    def measure(self) -> None:
+        """Run all micro-batches forward and backward, one at a time, and add up what their terms reach, over
+        all processes: `reached` names, by term; `norms` of all terms; names with a `lapsed` gradient."""
         self.prepare(self.model, self.batches)
         for batch in self.batches:
-            self.measure_one(batch, found)
+            self.measure_one(batch)
         self.check_unchanged()
         self.model.zero_grad(set_to_none=True)
-        found.agree(list(self.parameters))
-        for term, reached in found.reached.items():
+        names = list(self.parameters)
+        squares = {
+            term: dict(zip(names, sum_scalars([found.get(name, 0.0) for name in names]), strict=True))
+            for term, found in self.squares.items()
+        }
+        self.norms = {name: sum(found[name] for found in squares.values()) ** 0.5 for name in names}
+        self.reached = {term: {n for n, square in found.items() if square} for term, found in squares.items()}
+        for term, reached in self.reached.items():
             if thawed := sorted(reached - self.trainable.keys()):
                 raise UserError(
                     f"frozen, yet {term} gives it a gradient: {describe(self.model, thawed)}; does the "
                     "forward set requires_grad?"
                 )
-        return found
+        union = set().union(*(reached for _, reached in self.steady))
+        self.lapsed = agreed({name: name in union and any(name not in reached and (many or not reached)
+                                                          for many, reached in self.steady)
+                              for name in names})  # fmt: skip
 
-    def measure_one(self, batch, found: Findings) -> None:
+    def measure_one(self, batch) -> None:
         """Measure one micro-batch; its graph is freed on return."""
-        labelled, enough = labels_in(batch)
+        labelled, many = labels_in(batch)
         terms = self.forward(batch)
         for term, loss in terms.items():
-            norms = self.gradient_norms(term, loss, self.parameters, keep_graph=True)
-            found.add(term, norms, self.parameters)
+            norms = self.gradient_norms(term, loss, self.parameters)
             if labelled and term == next(iter(terms)):
-                found.steady.append((enough, {name for name, norm in norms.items() if norm}))
+                self.steady.append((many, {name for name, norm in norms.items() if norm}))
+            squares = self.squares.setdefault(term, {})
+            for name, norm in norms.items():
+                squares[name] = squares.get(name, 0.0) + norm**2
+                for dim, largest in enumerate(self.alive.get(name, ())):
+                    rest = [other for other in range(self.parameters[name].dim()) if other != dim]
+                    grad = self.parameters[name].grad
+                    slices = torch.linalg.vector_norm(grad, dim=rest, dtype=torch.float32)
+                    torch.maximum(largest, slices, out=largest)
 
-    def dead_slices(self, found: Findings) -> tuple[list[str], list[str]]:
+    def dead_slices(self) -> tuple[list[str], list[str]]:
         """Return rows and columns of matrices whose gradient is exactly zero, and experts without a token.
 
         Dropout may hit a column by chance, so only what `CONFIRMING` further passes confirm is dead."""
-        dead, idle = self.without_gradient(found)
+        dead, idle = self.without_gradient()
         confirmed = 0
         while dead and confirmed < CONFIRMING:
             before = dead
-            dead, idle = self.without_gradient(self.measure(found))
+            self.measure()
+            dead, idle = self.without_gradient()
             confirmed = confirmed + 1 if dead == before else 0
         return dead, idle
 
-    def without_gradient(self, found: Findings) -> tuple[list[str], list[str]]:
+    def without_gradient(self) -> tuple[list[str], list[str]]:
         """Return the `dead_slices` so far. In tables of the vocabulary and in routers, rows may be idle."""
-        reached = set().union(*found.reached.values())
         dead, idle = [], []
-        for name, dims in found.alive.items():
-            counts = [sum(1 for hit in agreed((norms > 0).tolist()) if not hit) for norms in dims]
-            for dim, (count, norms) in enumerate(zip(counts, dims, strict=True)):
-                if not count or name not in reached:
-                    continue
-                if dim == 0 and len(dims) == 3:
+        for name, dims in self.alive.items():
+            for dim, norms in enumerate(dims):
+                count = len(norms) - len(agreed(dict(enumerate((norms > 0).tolist()))))
+                if count and dim == 0 and len(dims) == 3:
                     idle.append(f"{count} of {len(norms)} experts of {name}")
-                elif dim or not self.is_table(name):
+                elif count and (dim or not self.is_table(name)):
                     dead.append(f"{name} ({count} of {len(norms)} slices of dimension {dim})")
         return dead, idle
 
@@ -231,20 +215,23 @@ class Trial:
         module = self.model.get_submodule(name.rpartition(".")[0])
         return isinstance(module, nn.Embedding) or bool(TABLE.search(name))
 
-    def explain(self, cut_off: list[str]) -> None:
-        """Raise the error with its cause: zeros that hold each other, frozen zeros, or a cut on the way. To
-        tell them apart, the former are filled, then the latter."""
-        generator = torch.Generator().manual_seed(0)
+    def explain_missed(self) -> None:
+        """Raise an error about parameters that no term reaches, with its cause: zeros that block each other,
+        frozen zeros, or a cut in between. To tell them apart, the former are filled, then the latter."""
+        reached = set().union(*self.reached.values())
+        cut_off = [name for name in self.trainable if name not in reached]
+        if not cut_off:
+            return
         zeros = [name for name, parameter in self.parameters.items() if not parameter.any()]
         walls = [name for name in zeros if name not in self.trainable]
         walls.sort(key=lambda name: -self.parameters[name].dim())  # matrices before biases
-        self.fill([name for name in zeros if name in self.trainable], generator)
+        self.fill([name for name in zeros if name in self.trainable])
         if woken := self.with_gradient(cut_off):
             raise UserError(
                 f"A and B both start at zero: neither can move: {describe(self.model, woken)}; one factor of "
                 "a product must start with random numbers"
             )
-        self.fill(walls, generator)
+        self.fill(walls)
         if woken := self.with_gradient(cut_off):
             raise UserError(
                 f"no gradient will ever reach it: {describe(self.model, woken)}; what follows it is frozen "
@@ -252,7 +239,7 @@ class Trial:
             )
         raise UserError(
             f"cut off from the loss, so never trained: {describe(self.model, cut_off)}; is it used in the "
-            "forward, or is there a detach(), a no_grad(), an .item() or a multiplication by zero on the way?"
+            "forward, or is there a detach(), a no_grad(), an .item() or a multiplication by zero in between?"
         )
 
 
@@ -266,9 +253,10 @@ def labels_in(batch) -> tuple[bool, bool]:
     return count > 0, count > len(labels)
 
 
-def agreed(flags: list[bool]) -> list[bool]:
-    """Return True where any process has True, so that all processes decide alike."""
-    return [total > 0 for total in sum_scalars([float(flag) for flag in flags])]
+def agreed(flags: dict) -> list:
+    """Return the keys that are True in any process, so that all processes decide alike."""
+    totals = sum_scalars([float(flag) for flag in flags.values()])
+    return [key for key, total in zip(flags, totals, strict=True) if total]
 
 
 def leaves(loss: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -54,7 +54,7 @@ UNSUPPORTED = {
 TOLERANCE = {  # of logits whose standard deviation is 1 to 3
     torch.float64: 1e-12,
     torch.float32: 1e-4,
-    torch.bfloat16: 0.25,
+    torch.bfloat16: 0.5,  # the plain path rounds every activation: its own error is up to 0.2
 }
 
 

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from load_data.corpora.python_corpus import SourceFile, docstring_documents, read_python_corpus
-from load_data.corpora.reserved import unit_hash
+from load_data.corpora.reserved import holds_reserved_sum, is_reserved, unit_hash
 from utils.errors import UserError
 
 MODULE = '''"""About this module, at some length."""
@@ -37,12 +37,6 @@ if os.name:
 def short():
     """Too short."""
 '''
-
-
-@pytest.fixture(scope="module")
-def corpus():
-    """The real one."""
-    return read_python_corpus(0.05)
 
 
 def test_docstrings_are_documents_of_their_own():
@@ -91,20 +85,41 @@ def test_an_interpreter_without_sources_is_an_error(tmp_path):
         read_python_corpus(0.05, root=tmp_path)
 
 
-def test_the_split_is_by_file_and_stable(corpus):
-    train, val = ({file.name for file in side} for side in (corpus.train, corpus.val))
+def test_the_split_is_by_file_and_stable(library, tmp_path):
+    train, val = ({file.name for file in side} for side in (library.train, library.val))
     assert train and val and not train & val
     assert all(unit_hash(name) < 0.05 for name in val) and all(unit_hash(name) >= 0.05 for name in train)
-    wider = {file.name for file in read_python_corpus(0.2).val}
-    assert val < wider  # a larger share adds files, it does not shuffle them
+    for number in range(50):
+        (tmp_path / f"{number}.py").write_text("x = 1")
+    some, more = ({file.name for file in read_python_corpus(share, tmp_path).val} for share in (0.2, 0.5))
+    assert some < more  # a larger share adds files, it does not shuffle them
 
 
-def test_the_real_corpus_is_large_and_clean(corpus):
-    names = {file.name for file in corpus.files}
+def test_the_real_corpus_is_large_and_clean(library):
+    names = {file.name for file in library.files}
     assert {"argparse.py", "json/decoder.py", "asyncio/base_events.py"} <= names
     assert not any("/test/" in f"/{name}" or "/tests/" in f"/{name}" for name in names)
-    assert 5e6 < sum(len(file.text) for file in corpus.files) < 20e6
-    assert f"{len(corpus.val)} held out" in corpus.summary and corpus.digest in corpus.summary
+    assert 5e6 < sum(len(file.text) for file in library.files) < 20e6
+    assert f"{len(library.val)} held out" in library.summary and library.digest in library.summary
+
+
+def test_no_reserved_sum_is_trained_on_and_copied_lines_are_counted(tmp_path):
+    """Files with a reserved sum are not for training; the summary is honest about boilerplate (D19)."""
+    held_out = next(f"{n}.py" for n in range(99) if unit_hash(f"{n}.py") < 0.2)
+    kept, left_out = [f"{n}.py" for n in range(99) if unit_hash(f"{n}.py") >= 0.2][:2]
+    copied, own = "    raise NotImplementedError('subclasses do')\n", "x = 'a line that no other file has'\n"
+    assert is_reserved("2 + 3") and not is_reserved("1 + 7")
+    (tmp_path / held_out).write_text(own + copied + "y = 2+3\n")
+    (tmp_path / kept).write_text(copied + "y = 1+7")
+    (tmp_path / left_out).write_text("y = 3+2")
+    corpus = read_python_corpus(0.2, root=tmp_path)
+    assert [[file.name for file in side] for side in (corpus.train, corpus.val)] == [[kept], [held_out]]
+    assert corpus.repeated_share == len(copied) / len(corpus.val[0].text)
+    assert f"{corpus.repeated_share:.1%} of the held-out text is lines" in corpus.summary
+
+
+def test_no_file_to_train_on_holds_a_reserved_sum(library):
+    assert not any(holds_reserved_sum(file.text) for file in library.train[:40])
 
 
 def test_the_digest_follows_names_and_contents_only(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import regex
 
 from config.schema import TokenizerConfig
+from inference.generation.text_stream import TextStream
 from load_data.tokenization.tokenizer import (
     SPECIAL_TOKENS,
     UNKNOWN,
@@ -47,7 +48,7 @@ def slow_bpe(tokenizer, text):
     rank = {pair: number for number, pair in enumerate(tokenizer.merges)}
     id_of = {part: one for one, part in enumerate(tokenizer.id_to_bytes)}
     ids = []
-    for piece in regex.findall(tokenizer.pattern, text):
+    for piece in regex.findall(tokenizer.contents["pattern"], text):
         parts = [names[byte] for byte in piece.encode("utf-8")]
         while pairs := [pair for pair in pairwise(parts) if pair in rank]:
             best = min(pairs, key=rank.get)
@@ -129,11 +130,11 @@ def test_half_a_surrogate_pair_is_read_as_the_replacement_character(bpe):
 
 def test_stream_gives_whole_characters_only(bpe):
     for text in ODD_TEXTS + random_texts(100):
-        stream = bpe.stream_decoder()
+        stream = TextStream(bpe)
         parts = [stream.push(one) for one in bpe.encode(text)]
         assert "".join(parts) + stream.finish() == text
         assert "\ufffd" not in "".join(parts)
-    stream = bpe.stream_decoder()
+    stream = TextStream(bpe)
     first, *rest = bpe.encode("世")
     assert rest and stream.push(first) == "" and stream.push(bpe.eos_id) == ""
     assert stream.finish() == "\ufffd"
@@ -143,7 +144,7 @@ def test_stream_equals_decode_for_any_ids(bpe):
     rng = random.Random(1)
     for _ in range(200):
         ids = [rng.randrange(bpe.vocab_size) for _ in range(20)]
-        stream = bpe.stream_decoder()
+        stream = TextStream(bpe)
         assert "".join(map(stream.push, ids)) + stream.finish() == bpe.decode(ids)
 
 
@@ -154,6 +155,15 @@ def test_char_gives_one_id_per_character():
     assert tokenizer.decode([12, 9, 10, 8]) == "你 a\n"
     assert tokenizer.encode("ab") == [10, tokenizer.special_ids[UNKNOWN]]
     assert tokenizer.token_bytes[8:].tolist() == [1, 1, 1, 2, 3]
+
+
+def test_char_counts_the_bytes_of_what_it_does_not_know():
+    """Unknown characters once vanished, and bits per byte with them (D20)."""
+    tokenizer, text = CharTokenizer("abc"), "aéb😀c\ud800"
+    ids = tokenizer.encode(text)
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode("utf-8", "surrogatepass")) == 12
+    assert ids.count(tokenizer.special_ids[UNKNOWN]) == 9
+    assert tokenizer.decode(ids) == "a��b����c���" == "".join(map(TextStream(tokenizer).push, ids))
 
 
 def test_json_keeps_everything(bpe, source_text):

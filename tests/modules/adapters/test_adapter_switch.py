@@ -6,9 +6,8 @@ from torch import nn
 
 from config.adapters import LoraConfig
 from model.caches import make_cache
-from modules.adapters.adapted_layer import switch_of
 from modules.adapters.adapter_switch import AdapterSwitch
-from modules.adapters.lora import add_lora
+from modules.adapters.lora_model import add_lora, switch_of
 from tests.model import test_moe_model
 from tests.model.test_tinyseek import text
 from tests.modules.adapters.test_lora import our_model, shake_adapters

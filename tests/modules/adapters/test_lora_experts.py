@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from config.adapters import LoraConfig
-from modules.adapters.lora import add_lora, freeze_all_but
+from modules.adapters.lora_model import add_lora
 from modules.experts.moe import Experts
-from tests.modules.adapters.test_lora import KINDS, settings_of, shake_adapters
+from tests.modules.adapters.test_lora import KINDS, freeze_all_but, settings_of, shake_adapters
 from tests.modules.experts.test_moe import slow_experts
-from tests.modules.tools import shake
+from tests.modules.tools import added, shake
 
 E, C, F, K, R = 5, 6, 4, 2, 3
 
@@ -16,7 +16,7 @@ E, C, F, K, R = 5, 6, 4, 2, 3
 def experts(kind="LoRA", path="auto", seed=0, **more):
     """Five experts in fp64 with random weights and factors, and the names of these."""
     model = torch.nn.Sequential(shake(Experts(E, C, F, path), seed).double())
-    names = add_lora(model, LoraConfig(**settings_of(kind, R, **more), target_modules=["experts"]))
+    names = added(add_lora, model, LoraConfig(**settings_of(kind, R, **more), target_modules=["experts"]))
     shake_adapters(model)
     return model, names
 
@@ -98,7 +98,7 @@ def test_under_autocast_the_sum_is_built_in_fp32():
 def test_on_a_base_in_bf16():
     """Factors stay in fp32, W' is rounded once."""
     model = torch.nn.Sequential(shake(Experts(E, C, F)).bfloat16())
-    names = add_lora(model, LoraConfig(r=R, target_modules=["experts"]))
+    names = added(add_lora, model, LoraConfig(r=R, target_modules=["experts"]))
     shake_adapters(model)
     assert {model.get_parameter(name).dtype for name in names} == {torch.float32}
     x, indices, weights = inputs(9)

@@ -17,7 +17,7 @@ from model.tinyseek import TinySeek
 from train.engine.load_balancer import LoadBalancer
 from modules.adapters.mixlora import PROJECTIONS, LoraStack, MixLoraMLP, MixLoraMoE, add_mixlora
 from modules.mlp import SwiGLU
-from tests.modules.tools import shake, small_config
+from tests.modules.tools import added, shake, small_config
 from utils.errors import UserError
 
 MOE = {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 2, "moe_intermediate_size": 5}
@@ -223,7 +223,7 @@ def model_of(config=None, seed=0, **changes):
     """A random model, frozen but for its mixture, whose matrices are random too; and the mixture's names."""
     model = shake(TinySeek(small_config(**changes)), seed)
     model.requires_grad_(False)
-    names = add_mixlora(model, config or MixLoraConfig(4, 2, 3))
+    names = added(add_mixlora, model, config or MixLoraConfig(4, 2, 3))
     return shake(model, seed), names
 
 
@@ -238,7 +238,7 @@ def test_in_a_model_exactly_routers_and_adapters_learn(changes):
     model.requires_grad_(False)
     before, plain = dict(model.named_parameters()), model(ids()).logits
     shapes = set(model.state_dict())
-    names = add_mixlora(model.eval(), MixLoraConfig(4, 2, 3, shared_expert=True))
+    names = added(add_mixlora, model.eval(), MixLoraConfig(4, 2, 3, shared_expert=True))
     after = dict(model.named_parameters())
     assert set(after) - set(before) == set(names) and not any(module.training for module in model.modules())
     assert all(after[name] is before[name] for name in before) and shapes <= set(model.state_dict())

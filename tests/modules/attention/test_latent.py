@@ -13,6 +13,10 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RotaryEmbedding,
 )
 
+from config.adapters import LoraConfig
+from model.caches import make_cache
+from model.tinyseek import TinySeek
+from modules.adapters.lora_model import add_lora, merge, switch_of
 from modules.attention import latent as mla
 from modules.attention.grouped_query import attend
 from modules.attention.context import AttentionContext, build_context
@@ -392,6 +396,35 @@ def test_the_past_is_not_expanded_when_a_token_is_decoded():
         layer(torch.randn(1, tokens, 24), context, RotaryEmbedding(4)(context.positions), cache)
         cache.advance()
     assert lengths == [16]
+
+
+@torch.no_grad()
+def test_a_merged_adapter_and_the_base_alone_are_decoded_absorbed():
+    """As a plain layer is, or a merged adapter would cost the expansion of the whole past at each token. An
+    adapter beside the weights is expanded: there the weight alone is not what the layer computes."""
+    model = TinySeek(mla_config()).eval()
+    add_lora(model, LoraConfig(target_modules=["kv_b_proj"]))
+    shake(model)
+    calls = []
+    for layer in model.model.layers:
+        layer.self_attn.absorbed = (lambda real: lambda *rest: calls.append(1) or real(*rest))(
+            layer.self_attn.absorbed
+        )
+
+    def decode():
+        calls.clear()
+        cache, text = make_cache(model, 1, 16), torch.arange(1, 13)[None]
+        parts = [model(part, cache=cache).logits for part in text.split([9, 1, 1, 1], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(text).logits, rtol=1e-4, atol=1e-4)
+        return len(calls)
+
+    layers, switch = len(model.model.layers), switch_of(model)
+    switch.use("default")
+    assert decode() == 0
+    switch.use(None)
+    assert decode() == 3 * layers
+    merge(model, "default")
+    assert decode() == 3 * layers
 
 
 def test_training_expands_and_takes_the_path_of_the_configuration(monkeypatch):

@@ -15,14 +15,14 @@ from load_data.chat.chat_loader import count_eval_rows, eval_chat_batches
 from load_data.chat.chat_template import ChatTemplate
 from load_data.tokenization.token_kinds import token_kinds
 from load_data.tokenization.tokenizer import CharTokenizer
-from load_data.tokenization.train_tokenizer import train_tokenizer
+from load_data.tokenization.train_tokenizer import learn_merges
 from model.tinyseek import TinySeek
 from modules.experts.balance import max_vio
 from modules.adapters.prefix import add_prefix
 from tests.inference.tools import byte_tokenizer, tiny_model
 from tests.train.tools import machine, small_config
 from train.engine import evaluation as evaluation_module
-from train.engine.evaluation import Evaluation, LanguageModelEvaluation
+from train.engine.evaluation import Evaluation, text_evaluation
 from utils.distributed import World
 
 TEXT = "def größe(x):\n    return x * 2  # 大きさ, \N{ROCKET}\n" * 40
@@ -30,13 +30,13 @@ LENGTH = 16
 
 
 @pytest.fixture(scope="module", params=["char", "bpe"])
-def case(request, tmp_path_factory):
+def case(request):
     """A tokenizer, held-out tokens that do not fill the last window, and a model with random weights."""
     if request.param == "char":
         tokenizer = CharTokenizer("".join(sorted(set(TEXT))))
     else:
         config = TokenizerConfig(kind="bpe", vocab_size=320)
-        tokenizer = train_tokenizer(config, [TEXT], tmp_path_factory.mktemp("cache"))
+        tokenizer = learn_merges(config, [TEXT])
     tokens = np.array(tokenizer.encode(TEXT), dtype=np.uint16)[:213]
     config = small_config(f"model.vocab_size={tokenizer.vocab_size}", f"data.sequence_length={LENGTH}")
     torch.manual_seed(3)
@@ -70,7 +70,7 @@ def evaluate(case, max_batches=None, batch_size=3, world=None):
     tokenizer, tokens, model = case
     place = machine(world=world or World())
     with torch.no_grad():
-        return LanguageModelEvaluation(tokens, tokenizer, LENGTH, batch_size, place)(model, max_batches)
+        return text_evaluation(tokens, tokenizer, LENGTH, batch_size, place)(model, max_batches)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -127,7 +127,7 @@ def test_the_number_of_batches_is_what_a_whole_evaluation_takes(case):
     handle = model.register_forward_pre_hook(count)
     evaluate(case, batch_size=4)
     handle.remove()
-    evaluation = LanguageModelEvaluation(tokens, tokenizer, LENGTH, 4, machine())
+    evaluation = text_evaluation(tokens, tokenizer, LENGTH, 4, machine())
     assert evaluation.batches == len(seen) == 4 and sum(seen) == -(-212 // LENGTH)
 
 

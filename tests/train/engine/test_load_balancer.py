@@ -172,7 +172,7 @@ def test_running_loads_approach_the_exact_ones_within_the_bound():
 
 def test_pure_micro_batches_cost_e_over_k_each_by_batch_and_one_globally():
     experts, chosen, n = 6, 2, 10
-    pure = []
+    pure, real = [], torch.ones(1, n)
     for d in range(experts // chosen):
         indices = torch.tensor([[2 * d, 2 * d + 1]]).expand(n, 2)
         scores = torch.full((n, experts), 1e-9, dtype=torch.float64).scatter(1, indices, 0.5)
@@ -184,8 +184,8 @@ def test_pure_micro_batches_cost_e_over_k_each_by_batch_and_one_globally():
         balancer.begin_step(3 * n)
         if balancer.needs_counting_pass:
             for routings in pure:
-                balancer.count(routings)
-        values = [3 * balancer.loss(routings)[1]["balance"].item() for routings in pure]
+                balancer.count(routings, real)
+        values = [3 * balancer.loss(routings, real)[1]["balance"].item() for routings in pure]
         assert values == pytest.approx(costs, abs=1e-6)
 
 
@@ -348,25 +348,9 @@ def test_only_tokens_without_real_ones_give_zeros():
                 assert torch.equal(router.e_score_correction_bias, bias)
 
 
-@pytest.mark.parametrize("scope", ["batch", "global"])
-def test_no_mask_means_that_all_tokens_are_real(scope):
-    routers = make_routers()
-    (xs, mask), values = make_step([(3, 4)])[0], []
-    for given in (None, torch.ones_like(mask), torch.ones(3, 4, dtype=torch.long)):
-        balancer = LoadBalancer(settings("kl", "soft", scope, z_loss=1.0), routers)
-        balancer.begin_step(12)
-        routings = [router(x) for router, x in zip(routers, xs, strict=True)]
-        if balancer.needs_counting_pass:
-            balancer.count(routings, given)
-        values.append({name: value.item() for name, value in balancer.loss(routings, given)[0].items()})
-    assert values[0] == pytest.approx(values[1], rel=1e-14) and values[1] == values[2]
-
-
 def test_calls_that_cannot_be_right_are_errors():
     routers, ((xs, mask),) = make_routers(), make_step([(2, 3)])
     routings = [router(x) for router, x in zip(routers, xs, strict=True)]
-    with pytest.raises(ValueError, match="sequence needs the mask"):
-        LoadBalancer(settings(scope="sequence"), routers).loss(routings)
     balancer = LoadBalancer(settings(), routers)
     balancer.begin_step(6)
     with pytest.raises(RuntimeError, match="before the first loss"):
@@ -448,7 +432,7 @@ def test_a_router_trained_with_balance_alone_becomes_even(settings):
     optimizer, vios = torch.optim.Adam([router.weight], lr=0.02), []
     for _ in range(200):
         balancer.begin_step(len(x))
-        terms, _ = balancer.loss([router(x)])
+        terms, _ = balancer.loss([router(x)], torch.ones(1, len(x)))
         optimizer.zero_grad()
         if terms:
             terms["balance"].backward()

@@ -20,7 +20,7 @@ from utils.errors import UserError, run_main
 def drifting(out, world):
     """T7: the second process scales a gain after every step."""
     trainer = make_trainer(out, small_config(steps=2), world=world)
-    whole = trainer.update
+    whole = trainer.clip_and_step
 
     def update(witness):
         norm = whole(witness)
@@ -28,7 +28,7 @@ def drifting(out, world):
             trainer.model.model.norm.weight.data *= 1.01
         return norm
 
-    trainer.update = update
+    trainer.clip_and_step = update
     trainer.run()
 
 

@@ -13,7 +13,7 @@ from tests.inference.adapters import MOE, write_adapter, write_base
 from tests.inference.tools import byte_tokenizer
 from tests.train.tools import machine
 from train.gate_train import SelectorEvaluation
-from train.engine.selector_data import ROWS, answer_losses, selector_samples, labelled, question_ids, turns_of
+from train.engine.selector_data import ROWS, answer_losses, answer_sample, sample, selector_samples, turns_of
 from utils.errors import UserError
 
 TOKENIZER = byte_tokenizer()
@@ -34,6 +34,12 @@ DIALOGUES = [
     talk("<|im_end|>", "x", "y", "Assistant：", "z", "last", system="be brief"),
 ]
 TURNS = [DIALOGUES[0], DIALOGUES[1][:2], DIALOGUES[1], DIALOGUES[2][:3], DIALOGUES[2][:5], DIALOGUES[2]]
+
+
+def labelled(candidate, turn):
+    """Ids and labels of a turn, as the model gets them."""
+    one = answer_sample(candidate, turn)
+    return one.ids[:-1].tolist(), np.where(one.targets, one.ids, IGNORED)[1:].tolist()
 
 
 def silent():
@@ -127,11 +133,11 @@ def test_a_sample_is_the_question_alone_and_the_best_candidate(candidates):
     table = torch.tensor([[2.0, 1.0, 3.0], [1.0, 1.0, 2.0], [3.0, 2.0, 1.0]])
     turns = [TURNS[0], TURNS[2], TURNS[5]]
     samples = selector_samples(base, turns, table)
-    named = [TOKENIZER.decode(question_ids(base, turn), skip_special=False) for turn in turns]
+    named = [TOKENIZER.decode(one.ids[:-1].tolist(), skip_special=False) for one in samples]
     assert named == [f"User：{text}\nAssistant：" for text in ("a", "again", "z")]
-    for sample, turn, best in zip(samples, turns, (1, 0, 2), strict=True):  # of equals the first
-        assert sample.ids.dtype == np.int32 and sample.ids.tolist() == [*question_ids(base, turn), best]
-        assert sample.targets.tolist() == [False] * (len(sample.ids) - 1) + [True]
+    for one, best in zip(samples, (1, 0, 2), strict=True):  # of equals the first
+        assert one.ids.dtype == np.int32 and one.ids[-1] == best
+        assert one.targets.tolist() == [False] * (len(one.ids) - 1) + [True]
     loader = ChatLoader(samples, 24, 3, 1, 0, 1, 0, packing=False, pad_id=TOKENIZER.pad_id)
     loader.start_epoch(0)
     (batch,) = loader.next_step()
@@ -143,7 +149,7 @@ def test_a_sample_is_the_question_alone_and_the_best_candidate(candidates):
 
 def test_a_part_of_the_questions_takes_its_share_of_the_time():
     """T9: the engine estimates from `batches` how long a whole evaluation will take."""
-    questions, sizes = [[1, 2]] * (2 * ROWS + 5), []
+    questions, sizes = [sample([1, 2], [0])] * (2 * ROWS + 5), []
     table = torch.rand(len(questions), 2, generator=torch.Generator().manual_seed(0))
 
     def model(ids):

@@ -1,11 +1,12 @@
 """The reading command: which of our files a script calls into, and how long they are."""
 
+import subprocess
 import sys
 
 import pytest
 
+from tests.train.tools import ROOT
 from train.lab import reading
-from utils.errors import UserError
 
 FILES = {
     "toy.py": "import called, imported, threaded\nimport threading\n\n\ndef main():\n    called.act()\n"
@@ -49,5 +50,13 @@ def test_a_script_that_fails_fails_here_too(folder, monkeypatch):
         reading.lines_called(str(folder / "toy.py"), [], folder)
     assert sys.getprofile() is None
     monkeypatch.setattr(sys, "argv", ["reading.py", str(folder / "none.py")])
-    with pytest.raises(UserError, match="name a script"):
+    with pytest.raises(SystemExit, match="2"):
         reading.main()
+
+
+def test_functions_called_by_an_import_of_the_script_count(tmp_path):
+    """`import utils` measures the machine, which a test in a process that has imported it cannot see."""
+    (tmp_path / "script.py").write_text("import utils\n", encoding="utf-8")
+    command = [sys.executable, ROOT / "train" / "lab" / "reading.py", tmp_path / "script.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[0].endswith("  utils/waking.py") and "in 1 files" in done.stdout

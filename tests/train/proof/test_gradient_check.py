@@ -49,12 +49,11 @@ def test_a_healthy_model_passes_and_nothing_is_touched(batches):
     model.first.weight.grad = torch.full_like(model.first.weight, 7.0)
     weights = copy.deepcopy(model.state_dict())
     report = prove(model, loss_fn, batches)
-    assert report.trainable == {"first": 24, "last": 18}
-    assert report.frozen == {"norm": 12}
+    assert (report.trainable, report.frozen) == (24 + 18, 12)
     assert report.starts_at_zero == ["last.weight"]
     assert report.reached_by == {"loss": 2}
-    assert "first 24" in str(report)
-    assert "last.weight" in str(report)
+    assert "42 parameters are trainable, 12 frozen" in str(report)
+    assert "last.weight" in str(report) and len(str(report).splitlines()) <= 5
     # without the noise in the zeros, the same healthy model would look cut off
     loss_fn(twin := copy.deepcopy(model), batches[0]).backward()
     assert not twin.first.weight.grad.any()
@@ -118,9 +117,6 @@ def test_a_parameter_cut_off_is_named_with_its_module(batches):
     model.spare.weight.grad = torch.ones(2, 2)  # an old gradient proves nothing
     with pytest.raises(UserError, match=r"spare\.weight \(in Linear\)"):
         prove(model, loss_fn, batches)
-    report = prove(model, loss_fn, batches, may_be_unreached=lambda name: "spare" in name)
-    assert report.unreached == ["spare.weight"]
-    assert "spare.weight" in str(report)
 
 
 def test_a_gradient_of_zeros_counts_as_cut_off(batches):
@@ -177,9 +173,9 @@ def test_experts_without_a_token_are_counted_apart():
     x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     use = lambda model, number: model(x, torch.full((2,), number)).sum()  # noqa: E731
     report = prove(Stack(), lambda m, _: {"a": use(m, 0), "b": use(m, 2)}, [None])
-    assert report.unreached == ["1 of 3 experts of experts"] and "1 of 3 experts" in str(report)
+    assert report.idle == ["1 of 3 experts of experts"] and "1 of 3 experts" in str(report)
     everyone = prove(Stack(), lambda m, _: use(m, 0) + use(m, 1) + use(m, 2), [None])
-    assert everyone.unreached == []
+    assert everyone.idle == []
 
 
 def test_a_loss_of_another_model_is_refused(batches):
@@ -213,7 +209,7 @@ def test_the_tensor_on_the_wrong_device_is_named(batches):
     with pytest.raises(UserError, match=r"parameter last\.weight is on meta; the others are on cpu"):
         prove(model, loss_fn, batches)
     batches[0]["y"] = batches[0]["y"].to("meta")
-    with pytest.raises(UserError, match=r"batches\[0\]\.y is on meta"):
+    with pytest.raises(UserError, match=r"batches\[0\]\['y'\] is on meta"):
         prove(Toy(), loss_fn, batches)
 
 
@@ -287,9 +283,9 @@ def test_dropout_is_not_taken_for_a_cut(batches):
         model = Dropped()
         nn.init.normal_(model.last.weight)
         trial = Trial(model, loss_fn, one * 2, lambda *_: None)
-        first = trial.measure()
-        several += bool(trial.without_gradient(first)[0])
-        assert trial.dead_slices(first)[0] == []
+        trial.measure()
+        several += bool(trial.without_gradient()[0])
+        assert trial.dead_slices()[0] == []
     assert several  # or this test shows nothing
 
 
@@ -317,7 +313,7 @@ def test_a_part_whose_gradient_vanishes_is_named(batches):
         model.extra = nn.Linear(4, 2, bias=False)
         if fine:
             ratios = prove(model, faint(scale), batches).ratios
-            assert ratios.keys() == {"first", "last", "extra"} and ratios["extra"] < ratios["first"]
+            assert len(ratios) == 3 and ratios["extra.weight"] < ratios["first.weight"]
         else:
             with pytest.raises(UserError, match=r"\de-\d\d of the usual.*: extra\.weight \(in Linear\)"):
                 prove(model, faint(scale), batches)
@@ -376,9 +372,6 @@ def test_one_factor_at_zero_is_fine_and_two_are_not(batches):
     model.lora_A.data.zero_()
     with pytest.raises(UserError, match=r"neither can move: lora_A \(in Product\), lora_B"):
         prove_gradients_before(model, loss_fn, batches, trains=lora)
-    fine = dict(trains=lora, may_be_unreached=lora)
-    with pytest.raises(UserError, match="reaches no trainable parameter"):
-        prove_gradients_before(model, loss_fn, batches, **fine)
 
 
 def test_a_frozen_zero_in_the_way_is_named_and_one_beside_it_is_fine(batches):

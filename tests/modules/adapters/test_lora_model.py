@@ -9,12 +9,12 @@ import torch
 from config.adapters import LoraConfig
 from model.caches import make_cache
 from inference.fast.decoder import FastDecoder, refusal
-from modules.adapters.adapted_layer import fold, merge, switch_of, unmerge
-from modules.adapters.lora import add_lora, freeze_all_but
+from modules.adapters.lora_model import add_lora, fold, merge, switch_of, unmerge
 from tests.model import test_moe_model
 from tests.model.test_tinyseek import text
 from tests.modules.adapters.test_adapter_switch import adapted
-from tests.modules.adapters.test_lora import our_model, shake_adapters
+from tests.modules.adapters.test_lora import freeze_all_but, our_model, shake_adapters
+from tests.modules.tools import added
 from utils.errors import UserError
 
 MOE = test_moe_model.MOE | {"first_k_dense_replace": 1}
@@ -140,12 +140,12 @@ def test_folded_it_is_a_plain_model(name, changes):
 
 def test_folding_keeps_what_learns_and_allows_new_adapters():
     model = our_model()
-    freeze_all_but(model, add_lora(model, LoraConfig(target_modules=["q_proj"])))
+    freeze_all_but(model, added(add_lora, model, LoraConfig(target_modules=["q_proj"])))
     merge(model, "default")
     assert not any(p.requires_grad for n, p in model.named_parameters() if "lora_" not in n)
     fold(model, "default")
     assert not any(p.requires_grad for p in model.parameters())
     model.requires_grad_(True)
-    assert len(add_lora(model, LoraConfig(target_modules=["q_proj"]))) == 4
+    assert len(added(add_lora, model, LoraConfig(target_modules=["q_proj"]))) == 4
     fold(model, "default")
     assert all(p.requires_grad for p in model.parameters())

@@ -1,0 +1,25 @@
+"""What a stage inherits from the checkpoint it starts from, so that no held-out text is trained on."""
+
+import pytest
+
+from train.engine.command import inherited_sections
+
+SECTIONS = {"model": {}, "tokenizer": {}}
+OLD, NEW = {"val_fraction": 0.1}, {"val_fraction": 0.1, "same_question": "folded"}
+
+
+@pytest.mark.parametrize(
+    ("short", "data", "expected"),
+    [
+        ("Pre", OLD | {"paths": ["a.jsonl"]}, {"val_fraction": 0.1, "same_question": "exact"}),
+        ("Pre", NEW | {"paths": ["python"]}, NEW),
+        ("Pre", NEW | {"paths": ["book.TXT", "more.jsonl"]}, NEW),
+        ("Pre", NEW | {"paths": ["book.txt"]}, {"same_question": "folded"}),  # no question can leak
+        ("SFT", NEW | {"paths": ["skills"], "template": "chatml", "limit": 5}, NEW | {"template": "chatml"}),
+        ("SFT", {}, {"same_question": "exact"}),
+    ],
+)
+def test_the_split_is_inherited(short, data, expected):
+    """The fraction and the rule of the split (D1); a checkpoint without a rule has the first one."""
+    init = {"config": SECTIONS | {"data": data}, "weights": {}, "tokenizer": "", "short": short}
+    assert inherited_sections(init, "a.pkl") == SECTIONS | {"data": expected}
