@@ -273,8 +273,7 @@ def compare_drafts(checkpoint: str, count: int) -> None:
     """Decode 64 tokens after each of `count` prompts, plain and with drafts; print speeds and differences."""
     set_threads()
     loaded = load_full(checkpoint)
-    model = loaded.model
-    held_out = prepare_pretraining(loaded.config, loaded.tokenizer).val
+    model, held_out = loaded.model, prepare_pretraining(loaded.config, loaded.tokenizer).val
     places = [len(held_out) * number // count for number in range(count)]
     prompts = [held_out[place : place + PROMPT].tolist() for place in places]
     params = SamplingParams(temperature=0.0, max_new_tokens=64)
@@ -288,10 +287,9 @@ def compare_drafts(checkpoint: str, count: int) -> None:
         seconds[name] += time.perf_counter() - start
     print(f"{count} prompts of {PROMPT} tokens, greedy; drafts are made and verified on the plain path")
     plain, *_ = answers.values()
-    tokens = sum(map(len, plain))
     for name, engine in engines.items():
         same = sum(one == other for one, other in zip(answers[name], plain, strict=True))
-        speed, gain = tokens / seconds[name], seconds["plain path"] / seconds[name]
+        speed, gain = sum(map(len, plain)) / seconds[name], seconds["plain path"] / seconds[name]
         line = f"  {name:12s} {speed:8,.0f} tokens/s  ratio {gain:.2f}"
         if isinstance(engine, SpeculativeGenerator):
             line += f"  accepted {engine.accepted / engine.drafted:.1%}  same output {same} of {count}"
