@@ -18,14 +18,14 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends without a traceback
 
-import dataclasses
 import re
+from dataclasses import fields, replace
 
 import utils  # noqa: F401  first: it sets how threads wait, before PyTorch loads
 from inference.generation.conversation import Conversation
 from inference.generation.selector import LoadedSelector
 from inference.generation.generator import Generator
-from inference.generation.load import Loaded, load_adapter, load_base, newer_model
+from inference.generation.load import DEFAULT_OUT, Loaded, load_adapter, load_base
 from inference.generation.sampling import SamplingParams, row_seed
 from inference.generation.speculative import SpeculativeGenerator
 from inference.generation.terminal import RED, closed_pipe_ends, edit_lines, open_streams, read_message
@@ -33,7 +33,6 @@ from inference.generation.terminal import show, tell
 from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, run_main
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 HELP = """\
 /help                  list the commands
 /clear                 forget the conversation; the system message stays
@@ -53,7 +52,7 @@ def parse_command():
     add("--system", metavar="TEXT", default="", help="the system message, for a model that answers")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", metavar="FILE", help="the model (default: the latest stage in --out)")
-    source.add_argument("--out", metavar="DIR", default=ROOT / "out", help="the folder of the trained models")
+    source.add_argument("--out", metavar="DIR", default=DEFAULT_OUT, help="the folder of the trained models")
     extra = parser.add_mutually_exclusive_group()
     extra.add_argument("--adapter", nargs="+", metavar="FILE", help="results of lora_train, prefix_train, ..")
     extra.add_argument("--gate", metavar="FILE", help="the result of gate_train: a selector of the model")
@@ -70,18 +69,13 @@ def parse_command():
     return parser.parse_args()
 
 
+@closed_pipe_ends()
 def main():
-    """Run the command."""
+    """Open the models, then answer the one prompt or each message."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     open_streams()
-    with closed_pipe_ends():
-        run(parse_command())
-
-
-def run(args):
-    """Open the models, then answer the one prompt or each message."""
-    names = [field.name for field in dataclasses.fields(SamplingParams)]
-    params = SamplingParams(**{name: getattr(args, name) for name in names})
+    args = parse_command()
+    params = SamplingParams(**{field.name: getattr(args, field.name) for field in fields(SamplingParams)})
     device = pick_device(args.device)
     set_threads()
     if args.draft and (args.adapter or args.gate):
@@ -89,10 +83,11 @@ def run(args):
     models, choose = open_models(args, device)
     generators = [Generator(one.model, one.tokenizer.eos_id) for one in models]
     if args.draft:
-        generators = [SpeculativeGenerator(models[0].model, models[0].tokenizer.eos_id, args.draft)]
+        generators = [SpeculativeGenerator(models[0].model, generators[0].start_id, args.draft)]
     chat = Chat(Conversation(models, generators, choose, tuple(args.stop), tell), params)
     chat.conversation.use = 1 if args.adapter else 0
-    chat.set_system(args.system)
+    if args.system:
+        chat.obey(f"/system {args.system}")
     try:
         if args.prompt is not None:
             show("" if chat.model.answers else args.prompt)
@@ -101,19 +96,16 @@ def run(args):
             chat.run()
     except KeyboardInterrupt:
         show("\n")
-    generator = generators[0]
-    if args.draft and generator.drafted:
-        share = generator.accepted / generator.drafted
-        tell(f"{generator.accepted} of {generator.drafted} drafted tokens were accepted ({share:.0%})")
+    if args.draft and (drafted := generators[0].drafted):
+        accepted = generators[0].accepted
+        tell(f"{accepted} of {drafted} drafted tokens were accepted ({accepted / drafted:.0%})")
 
 
 def open_models(args, device):
     """Return the models that may answer, the base before its adapters, and the function that chooses."""
-    base = load_base(args.checkpoint, device, args.out, args.adapter and args.adapter[0], args.gate)
+    base = load_base(args.checkpoint, device, args.out, args.adapter and args.adapter[0], args.gate, tell)
     does = "answers" if base.answers else "is pre-trained: it continues each text"
-    tell(f"{base.path} ({trained(base)}, {device}) {does}")
-    if not (args.checkpoint or args.adapter or args.gate) and (newer := newer_model(base.path)):
-        tell(f"(note: {newer} is newer, but of an earlier stage; --checkpoint opens it)")
+    tell(f"{base.path} ({base.about['stage']}, step {base.about['step']:,}, {device}) {does}")
     if args.gate:
         gate = LoadedSelector(args.gate, base)
 
@@ -126,13 +118,9 @@ def open_models(args, device):
         return gate.models, choose
     adapters = [load_adapter(file, base) for file in args.adapter or []]
     for number, adapter in enumerate(adapters, start=1):
-        tell(f"{number}: {adapter.path} ({trained(adapter)}) answers")
+        about = adapter.about
+        tell(f"{number}: {adapter.path} ({about['stage']}, step {about['step']:,}) answers")
     return [base, *adapters], None
-
-
-def trained(model: Loaded) -> str:
-    """Return the stage of a model and the number of its steps."""
-    return model.about["stage"] + (f", step {model.about['step']:,}" if "step" in model.about else "")
 
 
 class Chat:
@@ -179,7 +167,7 @@ class Chat:
         seed = row_seed(self.settings.seed, self.answered)  # each answer draws other numbers
         self.answered += 1
         try:
-            self.conversation.say(text, dataclasses.replace(self.settings, seed=seed), show)
+            self.conversation.say(text, replace(self.settings, seed=seed), show)
             remark = self.conversation.cut
         except KeyboardInterrupt:
             remark = "(stopped)"
@@ -196,7 +184,9 @@ class Chat:
             conversation.messages = []
             tell("(a new conversation)")
         elif name == "/system":
-            self.set_system(rest)
+            if rest and not self.model.answers:
+                raise UserError(f"{self.model.path} reads no system message: only fine-tuned models do")
+            conversation.system = rest
             tell("(system message set)" if rest else "(no system message)")
         elif name == "/params":
             self.change(rest.split())
@@ -211,15 +201,9 @@ class Chat:
             conversation.use = int(rest)
             tell(f"({self.model.path})")
 
-    def set_system(self, text: str) -> None:
-        """Set the system message, or remove it if `text` is empty."""
-        if text and not self.model.answers:
-            raise UserError(f"{self.model.path} reads no system message: only fine-tuned models do")
-        self.conversation.system = text
-
     def change(self, changes: list[str]) -> None:
         """Change sampling settings by `name=value`."""
-        kinds, new = {field.name: field.type for field in dataclasses.fields(SamplingParams)}, {}
+        kinds, new = {field.name: field.type for field in fields(SamplingParams)}, {}
         for change in changes:
             name, _, value = change.partition("=")
             name = name.replace("-", "_")
@@ -229,7 +213,7 @@ class Chat:
                 raise UserError(f"/params {change}: write NAME=VALUE for {', '.join(kinds)}") from None
             except ValueError:
                 raise UserError(f"/params {change}: {value!r} is not {kinds[name].__name__}") from None
-        self.settings = dataclasses.replace(self.settings, **new)
+        self.settings = replace(self.settings, **new)
         self.answered = 0 if "seed" in new else self.answered
 
 

@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 import utils  # noqa: F401  first: it sets how threads wait, before PyTorch loads
-from inference.generation.conversation import prompt_within, room_for
+from inference.generation.conversation import prompt_within
 from inference.generation.generator import Generator
-from inference.generation.load import Loaded, load_adapter, load_base, newer_model
+from inference.generation.load import DEFAULT_OUT, Loaded, load_adapter, load_base
 from inference.generation.sampling import SamplingParams
-from inference.generation.terminal import closed_pipe_ends, open_streams
+from inference.generation.terminal import closed_pipe_ends, open_streams, tell
 from config.schema import DataConfig
 from load_data.chat.chat_data import split_dialogues
 from load_data.chat.records import scored_answers
@@ -31,7 +31,6 @@ from load_data.corpora.sources import VAL
 from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, run_main
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 BATCH = 50  # questions that are answered together
 COLUMNS = 3  # of a table: name, amount, note
 DATA = "data"  # the name of the score of held-out dialogues
@@ -39,19 +38,12 @@ DATA = "data"  # the name of the score of held-out dialogues
 
 @dataclass(frozen=True)
 class Score:
-    """The result of one set of questions.
-
-    Attributes:
-        right: the number of right answers, or of right items of tables.
-        of: the number of questions, or of items of the true tables.
-        percent: the share of right answers, or the F1 of items, which surplus items lower too.
-        wrong: the first question with a wrong answer, that answer, and the true one; None if there is none.
-    """
+    """The result of one set of questions. With `items`, the items of tables are counted, not the answers."""
 
     right: int
-    of: int
-    percent: float
-    wrong: tuple[str, str, str] | None
+    of: int  # the number of expected answers or items
+    percent: float  # the share of right answers, or the F1 of the items, which surplus items also lower
+    wrong: tuple[str, str, str] | None  # the first wrong answer: question, answer, expected answer
 
 
 def score_skills(
@@ -65,12 +57,10 @@ def score_skills(
     scores = {}
     for name in names:
         items = scored_items(name, count, 0, val_fraction)
-        answers = greedy_answers(generator, template, [(item.messages, item.expected) for item in items])
-        judged = [
-            (item.messages[-1]["content"], answer, item.expected, is_right(item, answer))
-            for item, answer in zip(items, answers, strict=True)
-        ]
-        scores[name] = share_of_right(judged)
+        tasks = [(item.messages, item.expected) for item in items]
+        answers = greedy_answers(generator, template, tasks)
+        judged = [(is_right(item, answer), 1, 1) for item, answer in zip(items, answers, strict=True)]
+        scores[name] = total(tasks, answers, judged)
     return scores
 
 
@@ -88,14 +78,14 @@ def score_dialogues(
         for messages in dialogues
         for turn in scored_answers(messages, *rule)
     ]
-    answers = greedy_answers(generator, template, tasks)
-    judge = {"exact": share_of_right, "items": f1_of_items}[score]
-    return judge(
-        [
-            (messages[-1]["content"], answer, expected, answer.strip() == expected.strip())
-            for (messages, expected), answer in zip(tasks, answers, strict=True)
-        ]
-    )
+    answers, judged = greedy_answers(generator, template, tasks), []
+    for (_, expected), answer in zip(tasks, answers, strict=True):
+        if score == "exact":
+            judged.append((answer.strip() == expected.strip(), 1, 1))
+        else:
+            found, true = table_items(answer), table_items(expected)
+            judged.append(((found & true).total(), found.total(), true.total()))
+    return total(tasks, answers, judged)
 
 
 def greedy_answers(generator, template, tasks: list[tuple[list[dict], str]]) -> list[str]:
@@ -111,7 +101,7 @@ def greedy_answers(generator, template, tasks: list[tuple[list[dict], str]]) -> 
     for first in range(0, len(order), BATCH):
         batch = order[first : first + BATCH]
         params = SamplingParams(temperature=0, max_new_tokens=16 + lengths[batch[-1]] * 3 // 2)
-        room = room_for(generator, params)
+        room = generator.room(params.max_new_tokens)
         prompts = [prompt_within(template, tasks[number][0], room) for number in batch]
         written = generator.generate(prompts, params, template.stop_ids)
         for number, ids in zip(batch, written, strict=True):
@@ -119,40 +109,26 @@ def greedy_answers(generator, template, tasks: list[tuple[list[dict], str]]) -> 
     return answers
 
 
-def share_of_right(judged: list[tuple[str, str, str, bool]]) -> Score:
-    """Return the score by answers, from (question, answer, true answer, is it right?)."""
-    right = sum(good for *_, good in judged)
-    wrong = next((example for *example, good in judged if not good), None)
-    return Score(right, len(judged), percent(right, len(judged)), wrong and tuple(wrong))
+def total(tasks, answers: list[str], judged: list[tuple[int, int, int]]) -> Score:
+    """Return the score of all answers, from (right, given, expected) items of each.
+
+    The F1, 2 right / (given + expected), is the share of right answers where each answer is one item.
+    """
+    right, given, wanted = map(sum, zip((0, 0, 0), *judged, strict=True))
+    cases = zip(tasks, answers, judged, strict=True)
+    wrong = [(task[0][-1]["content"], answer, task[1]) for task, answer, one in cases if len({*one}) > 1]
+    return Score(right, wanted, 200 * right / max(given + wanted, 1), wrong[0] if wrong else None)
 
 
-def f1_of_items(judged: list[tuple[str, str, str, bool]]) -> Score:
-    """Return the score by items, from the same: micro F1, 2 * right / (given + wanted) over all answers."""
-    right = given = wanted = 0
-    wrong = None
-    for question, answer, expected, _ in judged:
-        found, true = table_items(answer), table_items(expected)
-        right += (found & true).total()
-        given, wanted = given + found.total(), wanted + true.total()
-        if found != true and wrong is None:
-            wrong = (question, answer, expected)
-    return Score(right, wanted, percent(2 * right, given + wanted), wrong)
-
-
-def table_items(text: str, columns: int = COLUMNS) -> Counter:
-    """Return the items of `|name|amount|note|name|...|`, in groups of `columns` cells.
+def table_items(text: str) -> Counter:
+    """Return the items of `|name|amount|note|name|...|`.
 
     Cells left over at the end make one shorter item. It equals no whole item, so it counts as wrong unless
     the other table ends in the same way.
     """
     inner = text.strip().removeprefix("|").removesuffix("|")
     cells = [cell.strip() for cell in inner.split("|")] if inner else []
-    return Counter(tuple(cells[first : first + columns]) for first in range(0, len(cells), columns))
-
-
-def percent(part: float, whole: float) -> float:
-    """Return `part` in percent of `whole`, and 0 if `whole` is 0."""
-    return 100 * part / whole if whole else 0.0
+    return Counter(tuple(cells[first : first + COLUMNS]) for first in range(0, len(cells), COLUMNS))
 
 
 def report(scores: dict[str, Score]) -> str:
@@ -161,15 +137,10 @@ def report(scores: dict[str, Score]) -> str:
     for name, score in scores.items():
         line = f"{name:12} {score.right:6} {score.of:6} {score.percent:8.1f}"
         if score.wrong:
-            question, answer, expected = map(shortened, score.wrong)
-            line += f"  {question} -> {answer}, not {expected}"
+            short = (text if len(text) <= 48 else text[:45] + "..." for text in score.wrong)
+            line += "  {!r} -> {!r}, not {!r}".format(*short)
         lines.append(line)
     return "\n".join([*lines, " ".join(f"{name}={score.percent:.2f}" for name, score in scores.items())])
-
-
-def shortened(text: str, most: int = 48) -> str:
-    """Return a text on one line, in quotes."""
-    return repr(text if len(text) <= most else text[: most - 3] + "...")
 
 
 def parse_command():
@@ -178,7 +149,7 @@ def parse_command():
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", metavar="FILE", help="the model (default: the latest stage in --out)")
-    source.add_argument("--out", metavar="DIR", default=ROOT / "out", help="the folder of the trained models")
+    source.add_argument("--out", metavar="DIR", default=DEFAULT_OUT, help="the folder of the trained models")
     add("--adapter", metavar="FILE", help="score the base with this result of lora_train, ..")
     add("--skills", metavar="A,B", help=f"some of {','.join(SKILLS)} (default: those of fine-tuning)")
     add("--data", nargs="+", default=[], metavar="FILE", help="score the held-out dialogues of these files")
@@ -205,23 +176,17 @@ def held_out(paths: list[str], loaded: Loaded, count: int) -> list[list[dict]]:
     return dialogues
 
 
+@closed_pipe_ends()
 def main():
-    """Run the command."""
-    open_streams()
-    with closed_pipe_ends():
-        run(parse_command())
-
-
-def run(args):
     """Load the model, score it, and print the report."""
+    open_streams()
+    args = parse_command()
     device = pick_device(args.device)
     set_threads()
-    loaded = load_base(args.checkpoint, device, args.out, args.adapter)
+    loaded = load_base(args.checkpoint, device, args.out, args.adapter, tell=tell)
     if args.adapter:
         loaded = load_adapter(args.adapter, loaded)
-    print(f"{loaded.path} ({loaded.about['stage']}, {device})", file=sys.stderr, flush=True)
-    if not (args.checkpoint or args.adapter) and (newer := newer_model(loaded.path)):
-        print(f"(note: {newer} is newer, but of an earlier stage)", file=sys.stderr, flush=True)
+    tell(f"{loaded.path} ({loaded.about['stage']}, {device})")
     generator = Generator(loaded.model, loaded.tokenizer.eos_id)
     rule = loaded.config.data
     scores = score_skills(generator, loaded.template, args.skills, args.count, rule.val_fraction)

@@ -96,7 +96,8 @@ def show_samples(model, data, config):
         prompts = [tokenizer.decode(data.val[place : place + 24]) for place in places]
     params = SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=64, seed=0)
     generator = Generator(model)
-    ids = [generator.fit(tokenizer.encode(prompt), params.max_new_tokens) for prompt in prompts]
+    room = generator.room(params.max_new_tokens)
+    ids = [tokenizer.encode(prompt)[-room:] for prompt in prompts]
     answers = generator.generate(ids, params, stop_ids={tokenizer.eos_id})
     for prompt, answer in zip(prompts, answers, strict=True):
         print(f"\n--- sample ---\n{prompt}|{tokenizer.decode(answer)}")

@@ -1,12 +1,12 @@
-"""A conversation: the turns so far, and how the next text is put to one model or to one of several.
+"""A conversation: the turns so far, and the next message for one model or for one of several.
 
-A pre-trained model only continues each text. A model trained on dialogues answers, and reads the turns
-before; the oldest are dropped when they no longer fit. Past turns are kept as text, and the template writes
-them anew each time: so models with different templates can take turns, and nothing that a user types can
-become a role marker.
+A pre-trained model only continues each text. A model trained on dialogues answers and reads the turns before;
+the oldest are dropped when they no longer fit. Past turns are kept as text and encoded anew each time, so
+models with different templates can take turns, and nothing that a user types can become a role marker.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from inference.generation.generator import Generator
 from inference.generation.load import Loaded
@@ -17,37 +17,22 @@ from load_data.chat.chat_template import ChatTemplate, cut_turn, fit_turns
 Message = dict[str, str]
 
 
+@dataclass
 class Conversation:
-    """The state of a chat; call `say(text, params, show)` for each message.
+    """The state of a chat; call `say(text, params, show)` for each message."""
 
-    Args:
-        models: the models that may answer. Either all of them answer, or there is one that continues.
-        generators: one for each model.
-        choose: a function from the messages so far to the number of the model that answers; None: `use`.
-        stop: texts that end an answer.
-        tell: a function that gets remarks of one line.
-
-    Attributes:
-        messages: the turns that the next answer can read, without the system message.
-        system: the system message; empty for none.
-        use: the number of the model that answers.
-        cut: the reason why the last answer was cut; empty if it was not.
-    """
-
-    def __init__(
-        self,
-        models: list[Loaded],
-        generators: list[Generator],
-        choose: Callable[[list[Message]], int] | None = None,
-        stop: tuple[str, ...] = (),
-        tell: Callable[[str], None] = lambda line: None,
-    ):
-        self.models, self.generators, self.choose = models, generators, choose
-        self.stop, self.tell = stop, tell
-        self.messages, self.system, self.use, self.cut = [], "", 0, ""
+    models: list[Loaded]  # those that may answer
+    generators: list[Generator]  # one for each model
+    choose: Callable[[list[Message]], int] | None = None  # messages -> number of the model; None for `use`
+    stop: tuple[str, ...] = ()  # texts that end an answer
+    tell: Callable[[str], None] = lambda line: None  # receives remarks of one line
+    messages: list[Message] = field(default_factory=list)  # turns for the next answer, without the system's
+    system: str = ""  # the system message; empty for none
+    use: int = 0  # the number of the model that answers
+    cut: str = ""  # the reason why the last answer was cut; empty if it was not
 
     def say(self, text: str, params: SamplingParams, show: Callable[[str], None]) -> str:
-        """Put `text` to the model and return its answer; `show(piece)` gets each piece as it is written.
+        """Return the model's answer to `text`; `show(piece)` receives each piece as it is written.
 
         Ctrl-C ends the answer with `KeyboardInterrupt`; the part that was shown stays in `messages`.
         """
@@ -55,7 +40,7 @@ class Conversation:
         if self.choose is not None:
             self.use = self.choose(messages)
         model, generator = self.models[self.use], self.generators[self.use]
-        tokenizer, template, room = model.tokenizer, model.template, room_for(generator, params)
+        tokenizer, template, room = model.tokenizer, model.template, generator.room(params.max_new_tokens)
         system = [{"role": "system", "content": self.system}] if self.system else []
         if model.answers:
             kept = fit_turns(template, [*system, *messages], room)
@@ -93,11 +78,6 @@ class Conversation:
             limit = f"the context of {generator.context} tokens is full" if full else "max_new_tokens"
             self.cut = f"(cut after {len(answer)} tokens: {limit})"
         return written
-
-
-def room_for(generator: Generator, params: SamplingParams) -> int:
-    """Return how many ids a prompt may have to leave room for the answer; see `Generator.fit`."""
-    return len(generator.fit(range(generator.context), params.max_new_tokens))
 
 
 def prompt_within(template: ChatTemplate, messages: list[Message], room: int) -> list[int]:

@@ -4,53 +4,43 @@
 
 Prompts of different lengths share one batch: they are padded on the right, and the cache knows how many real
 tokens each row has. A row ends at a stop token, after `max_new_tokens`, when the context is full, or when
-`on_token` returns True; the batch ends when all rows have ended. The result of a row does not depend on the
-rows beside it: in fp64 exactly, while in fp32 two almost equal candidates may change places, because sums are
-taken in another order.
+`on_token` returns True. Its result does not depend on the other rows, except that in fp32 two almost equal
+candidates may change places, because sums are taken in another order.
 
-The limit: prompt and answer together never exceed `max_position_embeddings`. A prompt is never shortened
-here: the answer gets the places that are left. `fit` cuts a prompt to leave room for the answer.
+Prompt and answer together never exceed `max_position_embeddings`. A prompt is never shortened here; callers
+keep its last `room` tokens.
 """
 
+import warnings
 from collections.abc import Callable, Collection
 from contextlib import contextmanager
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from inference.fast.decoder import FastDecoder, fingerprint, prepare, refusal
+from inference.fast.decoder import FastDecoder, agree, decoders, fingerprint, refusal
 from inference.generation.sampling import Sampler, SamplingParams
 from model.caches import make_cache
 from utils.errors import UserError
 
-SMALL = 32 * 2**20  # bytes of weights up to which, and
-FEW = 32  # tokens in one forward up to which a second CPU thread does not help
+SMALL = 32 * 2**20  # a second CPU thread does not help a model of up to so many bytes
+FEW = 32  # with up to so many tokens in one forward
 open_contexts = []  # the number of threads that each open `few_threads` found; the first is restored
 
 
 class Answer(list):
-    """The new tokens of one row, the stop token included.
+    """The new tokens of one row, including the stop token."""
 
-    `finish_reason` is `stop` after a stop token or where `on_token` ended the row, and `length` where the
-    answer was cut: after `max_new_tokens`, or because the context was full.
-    """
-
-    finish_reason = "length"
-
-    def add(self, token: int, stopped: bool, room: int) -> bool:
-        """Append `token`; return True if the row ends with it."""
-        self.append(token)
-        if stopped:
-            self.finish_reason = "stop"
-        return stopped or len(self) == room
+    finish_reason = "length"  # cut after `max_new_tokens` or by a full context; "stop" for any other end
 
 
 class Generator:
     """Continue rows of tokens with `model`.
 
     Args:
-        model: a `TinySeek`, or a module with its `forward(ids, cache, new_tokens, last_only)` and `config`.
+        model: a `TinySeek`, or a module with the same `forward` and `config`.
         start_id: the token that replaces an empty prompt; 0 is the end-of-text token of every tokenizer here.
-        fast: whether a single row may use `FastDecoder`.
+        fast: True if a single row may use `FastDecoder`.
 
     Attributes:
         why_plain: the reason why the last single row did not use `FastDecoder`; empty if it did.
@@ -60,6 +50,11 @@ class Generator:
         self.model, self.start_id, self.fast = model, start_id, fast
         self.context = model.config.max_position_embeddings - getattr(model, "prefix_length", 0)
         self.decoder, self.prepared_from, self.why_plain = None, None, ""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return next(self.model.parameters()).device
 
     @torch.inference_mode()
     def generate(
@@ -71,46 +66,55 @@ class Generator:
     ) -> list[Answer]:
         """Return the new tokens of each row.
 
-        `on_token(row, token)` is called for each new token at once; where it returns True, the row ends.
+        Each new token is passed to `on_token(row, token)` at once; the row ends where that returns True.
         Raises `TypeError` for anything but lists of ids, and `UserError` for a prompt beyond the context.
         """
         prompts = self.check(prompts)
-        if not prompts:
-            return []
         room = [min(params.max_new_tokens, self.context - len(prompt)) for prompt in prompts]
         answers = [Answer() for _ in prompts]
-        active = [places > 0 for places in room]
+
+        def add(row: int, token: int) -> bool:
+            answers[row].append(token)
+            if (on_token and on_token(row, token)) or token in stop_ids:
+                answers[row].finish_reason = "stop"
+                return False
+            return len(answers[row]) < room[row]
+
         training = self.model.training
         self.model.eval()
         try:
-            device = next(self.model.parameters()).device
-            sampler = Sampler(params, prompts, self.model.config.vocab_size, device, stop_ids)
-            capacity = max(len(prompt) + places for prompt, places in zip(prompts, room, strict=True))
-            cache = make_cache(self.model, len(prompts), capacity)
-            decoder = self.fast_decoder() if len(prompts) == 1 else None
-            with few_threads(self.model, sum(map(len, prompts))):
-                logits = self.prefill(prompts, cache, device)  # (B, V)
-            with few_threads(self.model, len(prompts)):
-                while True:
-                    tokens = sampler.pick(logits)
-                    for row, token in enumerate(tokens):
-                        if active[row]:
-                            stopped = bool(on_token and on_token(row, token)) or token in stop_ids
-                            active[row] = not answers[row].add(token, stopped, room[row])
-                    if not any(active):
-                        return answers
-                    if decoder is not None:
-                        logits = decoder.step(tokens[0], cache)
-                    else:
-                        new = None if all(active) else [int(one) for one in active]  # the others stand still
-                        ids = torch.tensor(tokens, device=device)[:, None]  # (B, 1)
-                        logits = self.model(ids, cache=cache, new_tokens=new, last_only=True).logits[:, 0]
+            if any(room):
+                sampler = Sampler(params, prompts, self.model.config.vocab_size, self.device, stop_ids)
+                self.write(prompts, room, sampler, add)
         finally:
             self.model.train(training)
+        return answers
 
-    def fit(self, prompt: list[int], max_new_tokens: int) -> list[int]:
-        """Return the end of `prompt` that leaves room for the answer, but at least half of the context."""
-        return prompt[-max(self.context - max_new_tokens, self.context // 2, 1) :]
+    def write(self, prompts: list[list[int]], room: list[int], sampler: Sampler, add) -> None:
+        """Write up to `room[row]` tokens in each row; `add(row, token)` returns False if the row ends."""
+        lengths = [len(prompt) for prompt in prompts]
+        cache = make_cache(self.model, len(prompts), max(map(sum, zip(lengths, room, strict=True))))
+        decoder = self.fast_decoder() if len(prompts) == 1 else None
+        active = [places > 0 for places in room]
+        ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)  # (B, T)
+        new = None if min(lengths) == max(lengths) else lengths
+        with few_threads(self.model, sum(lengths)):
+            logits = self.forward(ids, cache, new)
+        with few_threads(self.model, len(prompts)):
+            while True:
+                tokens = sampler.pick(logits)
+                active = [go and add(row, tokens[row]) for row, go in enumerate(active)]
+                if not any(active):
+                    return
+                if decoder is not None:
+                    logits = decoder.step(tokens[0], cache)
+                else:
+                    new = None if all(active) else [int(one) for one in active]  # the others stand still
+                    logits = self.forward(torch.tensor(tokens)[:, None], cache, new)
+
+    def room(self, max_new_tokens: int) -> int:
+        """Return the length of a prompt that leaves room for the answer: at least half of the context."""
+        return max(self.context - max_new_tokens, self.context // 2, 1)
 
     def check(self, prompts: list[list[int]]) -> list[list[int]]:
         """Return `prompts` with a start token in empty ones. Raises as `generate` does."""
@@ -121,31 +125,27 @@ class Generator:
                 "[tokenizer.encode(text)], and write a tensor as tensor.tolist()"
             )
         prompts = [list(prompt) or [self.start_id] for prompt in prompts]
-        longest = max(map(len, prompts), default=0)
-        if longest > self.context:
-            raise UserError(
-                f"a prompt of {longest} tokens does not fit in the context of {self.context}: shorten it, "
-                "or cut it with Generator.fit"
-            )
+        longest, context = max(map(len, prompts), default=0), self.context
+        if longest > context:
+            raise UserError(f"a prompt of {longest} tokens does not fit in the context of {context}: cut it")
         return prompts
 
-    def prefill(self, prompts: list[list[int]], cache, device):
-        """Run all prompts, padded on the right, in one forward; return logits (B, V) after each row."""
-        lengths = [len(prompt) for prompt in prompts]
-        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)  # (B, T)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt)
-        new = None if min(lengths) == max(lengths) else lengths
-        return self.model(ids.to(device), cache=cache, new_tokens=new, last_only=True).logits[:, 0]
+    def forward(self, ids, cache, new: list[int] | None):
+        """Run the model on ids (B, T), of which `new` are real (None: all); return each row's last logits."""
+        return self.model(ids.to(self.device), cache=cache, new_tokens=new, last_only=True).logits[:, 0]
 
     def fast_decoder(self) -> FastDecoder | None:
-        """Return the prepared decoder, made anew if the model has changed, or None; `why_plain` says why."""
+        """Return the prepared decoder, made anew if the model has changed, or None: `why_plain`."""
         self.why_plain = refusal(self.model) if self.fast else "the fast path is switched off"
         if self.why_plain:
             return None
-        state = fingerprint(self.model)
-        if state != self.prepared_from:
-            self.decoder, self.prepared_from = prepare(self.model, state), state
+        if self.prepared_from != (state := fingerprint(self.model)):
+            self.decoder, self.prepared_from = decoders.get(state) or FastDecoder(self.model), state
+            if state in decoders or agree(self.decoder, self.model):
+                decoders[state] = self.decoder
+            else:
+                self.decoder = None
+                warnings.warn("FastDecoder and the model disagree: the plain path is used", stacklevel=3)
         self.why_plain = "" if self.decoder else "logits differ"
         return self.decoder
 
@@ -154,9 +154,8 @@ class Generator:
 def few_threads(model, tokens: int):
     """Use one CPU thread while a small model reads few `tokens`: their products are too short to share.
 
-    Measured on two cores: for one row on a nearly idle machine a second thread makes decoding 2 to 7 %
-    slower. On a busy one threads wait for each other a hundred times a token: 10 to 100 times as slow, at 1
-    to 16 rows. Contexts may overlap in any order, also in several Python threads.
+    Measured on two cores, a second thread makes decoding of one row 2 to 7 % slower if the machine is idle,
+    and 10 to 100 times slower if it is busy. Contexts may overlap in any order, also across Python threads.
     """
     if tokens > FEW or sum(weight.numel() * weight.element_size() for weight in model.parameters()) > SMALL:
         yield

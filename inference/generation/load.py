@@ -1,14 +1,14 @@
 """Load checkpoints as models that are ready to use: a file holds shape, weights and tokenizer.
 
 The file of an adapter holds the adapter alone. Its base is the model that the user names, or the one it was
-trained on, and a hash of all weights shows whether that is the right one.
+trained on; a hash of all weights identifies it.
 
 A file may come from a stranger: the types of its entries are checked, its shapes are compared before memory
-is taken for them, and the paths in it are not trusted.
+is allocated, and the paths in it are not trusted.
 """
 
 import warnings
-
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
@@ -28,34 +28,31 @@ from utils.errors import UserError
 CHAT_STAGES = ("GRPO", "DPO", "SFT")  # stages whose models answer, the latest first
 FULL_MODELS = (*CHAT_STAGES, "Pre")  # a pre-trained model continues
 DEFAULT_OUT = Path(__file__).resolve().parents[2] / "out"
-KINDS = {"--checkpoint": "a full model", "--adapter": "an adapter", "--gate": "a gate"}  # by flag
-ENTRIES = {"stage": str, "short": str, "config": dict, "tokenizer": str}  # of a checkpoint
+ENTRIES = {"stage": str, "short": str, "config": dict, "tokenizer": str, "step": int}  # of any checkpoint
+RECORD = {"path": str, "digest": str}  # what a checkpoint says about another file
+KINDS = {  # by flag: the name of the kind, and the form of its entry `base`
+    "--checkpoint": ("a full model", {}),
+    "--adapter": ("an adapter", {"base": RECORD}),
+    "--gate": ("a gate", {"base": RECORD | {"candidates": [RECORD]}}),
+}
 
 
 @dataclass
 class Loaded:
-    """A model that is ready to be used.
-
-    Attributes:
-        config: the configuration of the run that trained it (for an adapter: that trained the adapter).
-        answers: True if it was trained on dialogues; otherwise it continues texts.
-        template: the chat template of its training.
-        about: the checkpoint without its weights.
-        own: the weights in its file; for an adapter those of the adapter alone.
-    """
+    """A model that is ready to be used."""
 
     model: TinySeek
     tokenizer: Tokenizer
-    config: RunConfig
+    config: RunConfig  # of the run that trained it; for an adapter, of the run that trained the adapter
     path: Path
-    answers: bool
+    answers: bool  # True if it was trained on dialogues; otherwise it continues texts
     template: ChatTemplate
-    about: dict
-    own: dict[str, torch.Tensor]
+    about: dict  # the checkpoint without its weights
+    own: dict[str, torch.Tensor]  # the weights in its file; for an adapter those of the adapter alone
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the weights in its file. (Not of folded ones: machines round them differently.)"""
+        """A hash of the weights in its file, not of folded ones: machines round those differently."""
         return weights_digest(self.own)
 
     @property
@@ -64,112 +61,86 @@ class Loaded:
         return self.model.lm_head.weight.device
 
 
-def find_model(out: str | Path) -> Path:
+def find_model(out: str | Path, tell: Callable[[str], None] = lambda line: None) -> Path:
     """Return the model of the latest stage in `out`: its result, or its newest intermediate checkpoint.
 
-    Stages decide, not dates: fine-tuning comes after pre-training. `newer_model` finds what that overlooks.
+    Stages decide, not dates: fine-tuning comes after pre-training. `tell` gets a line about a newer result.
     """
-    for short in FULL_MODELS:
-        final = Path(out) / final_name(short)
-        if final.is_file():
-            return final
-        if newest := latest_checkpoint(out, short):
-            return newest
+    results = [Path(out) / final_name(short) for short in FULL_MODELS]
+    for short, result in zip(FULL_MODELS, results, strict=True):
+        if found := result if result.is_file() else latest_checkpoint(out, short):
+            newest = max([found, *filter(Path.is_file, results)], key=lambda path: path.stat().st_mtime)
+            if newest != found:
+                tell(f"(note: {newest} is newer, but of an earlier stage; --checkpoint opens it)")
+            return found
     where = "" if Path(out).resolve() == DEFAULT_OUT else f" --out {out}"
     raise UserError(
         f"no model in {out}: train one with python train/pre_train.py{where}, or name one with --checkpoint"
     )
 
 
-def newer_model(path: Path) -> Path | None:
-    """Return the newest result of a stage beside `path` if it is newer than `path`, or None."""
-    results = [path.with_name(final_name(short)) for short in FULL_MODELS]
-    newest = max([path, *filter(Path.is_file, results)], key=lambda one: one.stat().st_mtime)
-    return newest if newest != path else None
-
-
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[TinySeek, Tokenizer, dict]:
-    """Return the model (on `device`, ready to generate), its tokenizer, and the checkpoint without weights.
+def load_full(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
+    """Return a whole model on `device`, with all that a chat needs to know about it.
 
     Raises `UserError` if the file is missing, damaged, or holds no full model.
     """
-    checkpoint = open_as("--checkpoint", path)
-    tokenizer = Tokenizer.from_json(checkpoint["tokenizer"], str(path))
-    config = from_dict(checkpoint["config"], str(path)).model
-    config.vocab_size = config.vocab_size or tokenizer.vocab_size
-    if config.vocab_size < tokenizer.vocab_size:
+    about = open_as("--checkpoint", path)
+    tokenizer = Tokenizer.from_json(about["tokenizer"], str(path))
+    config, weights = from_dict(about["config"], str(path)), about.pop("weights")
+    shape = config.model
+    shape.vocab_size = shape.vocab_size or tokenizer.vocab_size
+    if shape.vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {config.vocab_size}"
+            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {shape.vocab_size}"
         )
-    weights = checkpoint.pop("weights")
-    if config.num_hidden_layers > len(weights):
-        raise UserError(f"{path}: it names {config.num_hidden_layers} layers and has {len(weights)} weights")
+    if shape.num_hidden_layers > len(weights):
+        raise UserError(f"{path}: it names {shape.num_hidden_layers} layers and has {len(weights)} weights")
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        load_weights(TinySeek(config), weights, str(path))  # compares shapes; a meta tensor has no memory
-    model = TinySeek(config)
+        load_weights(TinySeek(shape), weights, str(path))  # compares shapes; a meta tensor has no memory
+    model = TinySeek(shape)
     load_weights(model, weights, str(path))
-    return model.to(device).eval(), tokenizer, checkpoint
-
-
-def load_full(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
-    """Return a whole model with all that a chat needs to know about it."""
-    model, tokenizer, about = load_model(path, device)
-    config = from_dict(about["config"], str(path))
+    model.to(device).eval()
     template = ChatTemplate(tokenizer, config.data.template)
     answers = about["short"] in CHAT_STAGES
     return Loaded(model, tokenizer, config, Path(path), answers, template, about, model.state_dict())
 
 
-def load_base(
-    checkpoint: str | None,
-    device: str | torch.device,
-    out: str | Path,
-    adapter: str | None = None,
-    gate: str | None = None,
-) -> Loaded:
+def load_base(checkpoint, device, out, adapter=None, gate=None, tell=lambda line: None) -> Loaded:
     """Return the whole model of a command: `checkpoint`, or the base of the adapter or of the gate, or else
-    the model of the latest stage in folder `out`."""
-    if not checkpoint and adapter:
-        checkpoint = find_base("--adapter", adapter)
-    if not checkpoint and gate:
-        checkpoint = find_base("--gate", gate)
-    return load_full(checkpoint or find_model(out), device)
+    the model that `find_model` finds."""
+    if not checkpoint and (adapter or gate):
+        checkpoint = find_base("--adapter", adapter) if adapter else find_base("--gate", gate)
+    return load_full(checkpoint or find_model(out, tell), device)
 
 
 def open_as(flag: str, path: str | Path) -> dict:
     """Return the checkpoint in `path`. Raises `UserError` unless it is sound and of the kind of `flag`."""
-    checkpoint = load_checkpoint(path)
-    needed = [*ENTRIES, "weights", *([] if flag == "--checkpoint" else ["base"])]
+    checkpoint, (name, base) = load_checkpoint(path), KINDS[flag]
     short = checkpoint.get("short")
     kind = "--adapter" if short in ADAPTERS else "--gate" if short == "Gate" else "--checkpoint"
     if short is not None and kind != flag:
         stage = checkpoint.get("stage")
-        raise UserError(f"{path}: {KINDS[kind]} of {stage}, not {KINDS[flag]}; use {kind} {path}")
-    if missing := [key for key in needed if checkpoint.get(key) is None]:
-        raise UserError(f"{path}: not {KINDS[flag]}, it has no {', '.join(missing)}")
-    right = {key: isinstance(checkpoint[key], kind) for key, kind in ENTRIES.items()}
-    right |= {"weights": are_weights(checkpoint["weights"]), "step": type(checkpoint.get("step", 0)) is int}
-    if "base" in needed:
-        base = checkpoint["base"]
-        right["base"] = is_record(base) and (flag != "--gate" or "candidates" in base)
-    if wrong := [key for key in right if not right[key]]:
+        raise UserError(f"{path}: {KINDS[kind][0]} of {stage}, not {name}; use {kind} {path}")
+    forms = ENTRIES | {"weights": are_weights} | base
+    if missing := [key for key in forms if checkpoint.get(key) is None]:
+        raise UserError(f"{path}: not {name}, it has no {', '.join(missing)}")
+    if wrong := [key for key, form in forms.items() if not has_form(checkpoint[key], form)]:
         raise UserError(f"{path}: no run has written it, its {', '.join(wrong)} are of a wrong type")
     return checkpoint
 
 
+def has_form(value, form) -> bool:
+    """Return True if `value` has `form`: a type, [form of each element], {key: form} or a test function."""
+    if isinstance(form, list):
+        return isinstance(value, list) and all(has_form(one, form[0]) for one in value)
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(has_form(value.get(key), one) for key, one in form.items())
+    return isinstance(value, form) if isinstance(form, type) else form(value)
+
+
 def are_weights(value) -> bool:
     """Return True for a dictionary of tensors."""
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
-    )
-
-
-def is_record(value) -> bool:
-    """Return True for what a checkpoint says about another file: its path, its hash, a gate's candidates."""
-    if not isinstance(value, dict) or {type(value.get("path")), type(value.get("digest"))} != {str}:
-        return False
-    candidates = value.get("candidates", [])
-    return isinstance(candidates, list) and all(map(is_record, candidates))
+    return has_form(value, {}) and has_form([*value], [str]) and has_form([*value.values()], [torch.Tensor])
 
 
 def find_base(flag: str, path: str | Path) -> Path:
@@ -181,14 +152,14 @@ def find_base(flag: str, path: str | Path) -> Path:
 
 
 def find_file(was: str, digest: str, path: str | Path) -> Path | None:
-    """Return the file that the one in `path` calls `was`, or None.
+    """Return the file that the checkpoint in `path` calls `was`, or None.
 
-    Searched are the folder of `path`, then `was` seen from there, from the folders above and from the working
-    directory, and last an absolute `was`. The first file whose weights have `digest` is taken, or else the
-    first of all.
+    The search goes through the folder of `path`, then takes `was` relative to it, to the folders above and to
+    the working directory, or as it is if absolute. The first file whose weights have `digest` wins, or else
+    the first file.
 
-    Trap: a path in a stranger's file is no more than a hint. A network path is never opened, because Windows
-    would send the user's name and a hash of the password to that host.
+    Trap: a stranger wrote that path. A network path is never opened, because Windows would send the user's
+    name and a hash of the password to that host.
     """
     folder, name = Path(path).resolve().parent, PureWindowsPath(was)  # knows the slashes of both worlds
     places = [folder / name.name]
@@ -207,8 +178,8 @@ def find_file(was: str, digest: str, path: str | Path) -> Path | None:
 
 
 def load_adapter(path: str | Path, base: Loaded) -> Loaded:
-    """Return `base` with the adapter in `path`. Both share the tensors of the base, except for matrices that
-    LoRA changes: it is folded into copies of them, which cost memory but decode as fast as the base."""
+    """Return `base` with the adapter in `path`. They share the tensors of the base, except for the matrices
+    that LoRA changes: LoRA is folded into copies, which cost memory but decode as fast as the base."""
     checkpoint = open_as("--adapter", path)
     check_base(checkpoint, path, base)
     config, own = from_dict(checkpoint["config"], str(path)), checkpoint.pop("weights")

@@ -14,7 +14,6 @@ Filtering and drawing are separate: speculative decoding compares the filtered p
 """
 
 import hashlib
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -52,9 +51,9 @@ class SamplingParams:
 
 
 def filtered_probs(logits, params: SamplingParams, seen=None):
-    """Return the probabilities (B, V) that logits (B, V) have after all filters, in fp32 or wider.
+    """Return the probabilities (B, V) of logits (B, V) after all filters, in fp32 or wider.
 
-    `seen` (B, V) bool, the tokens of each row so far, is needed for the repetition penalty only.
+    `seen` (B, V) bool marks the tokens of each row so far; only the repetition penalty needs it.
     """
     scores = penalised(logits, params, seen)
     if params.temperature == 0:
@@ -87,11 +86,11 @@ def penalised(logits, params: SamplingParams, seen=None):
 def draw(probs, uniforms):
     """Draw tokens (B,) from probs (B, V) with uniforms (B, 1) in (0, 1].
 
-    The first token whose cumulated probability reaches the uniform number is taken. A token of probability 0
-    is never drawn: its cumulated probability is that of the token before it.
+    The first token whose cumulative probability reaches the uniform number is taken. A token of probability 0
+    is never drawn: its cumulative probability is that of the token before it.
     """
-    cumulated = probs.cumsum(dim=1)
-    return torch.searchsorted(cumulated, uniforms * cumulated[:, -1:])[:, 0]
+    cumulative = probs.cumsum(dim=1)
+    return torch.searchsorted(cumulative, uniforms * cumulative[:, -1:])[:, 0]
 
 
 def row_seed(seed: int, row: int) -> int:
@@ -107,27 +106,15 @@ def row_seed(seed: int, row: int) -> int:
 class Sampler:
     """Choose the tokens of one batch. Each row has its own random generator, so rows are independent.
 
-    Args:
-        prompts: the ids of each row so far.
-        device: the device of the logits. Random numbers come from the CPU: the same for every device.
-        stop_ids: tokens without repetition penalty. In a conversation they end each past answer, and with a
-            penalty answers would grow longer with every turn.
+    Random numbers come from the CPU, so they are the same on every `device`. The repetition penalty spares
+    `stop_ids`: they end each past answer of a conversation, and answers would grow longer with every turn.
     """
 
-    def __init__(
-        self,
-        params: SamplingParams,
-        prompts: list[list[int]],
-        vocab_size: int,
-        device,
-        stop_ids: Collection[int] = (),
-    ):
-        self.params, self.seen = params, None
-        if params.repetition_penalty != 1:
-            self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-            for row, prompt in enumerate(prompts):  # trained embeddings have ids beyond the vocabulary
-                penalised = [token for token in prompt if token < vocab_size and token not in stop_ids]
-                self.seen[row, penalised] = True
+    def __init__(self, params: SamplingParams, prompts: list[list[int]], vocab_size, device, stop_ids=()):
+        self.params = params
+        self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in enumerate(prompts):  # trained embeddings have ids beyond the vocabulary
+            self.seen[row, [one for one in prompt if one < vocab_size and one not in stop_ids]] = True
         seeds = [row_seed(params.seed, row) for row in range(len(prompts))]
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -139,6 +126,5 @@ class Sampler:
             probs = filtered_probs(logits, self.params, self.seen)
             uniforms = [1 - torch.rand(1, generator=generator) for generator in self.generators]  # (0, 1]
             tokens = draw(probs, torch.stack(uniforms).to(probs))
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
+        self.seen.scatter_(1, tokens[:, None], True)
         return tokens.tolist()

@@ -15,7 +15,7 @@ from utils.errors import UserError
 BASE = "base"  # the candidate without an adapter
 
 
-def open_candidates(paths: list[str], base: Loaded) -> list[Loaded]:
+def open_candidates(paths: list[str | Path], base: Loaded) -> list[Loaded]:
     """Return the candidates of a selector: adapters on `base`, whole models, or the word `base`.
 
     Whole models must have the tokenizer of the base, so that losses per token can be compared.
@@ -38,31 +38,28 @@ def open_candidates(paths: list[str], base: Loaded) -> list[Loaded]:
 
 def candidate_records(models: list[Loaded], base: Loaded) -> list[dict]:
     """Return what a gate's checkpoint records of its candidates: paths, and hashes of the weights."""
-    records = []
-    for model in models:
-        path = BASE if model is base else str(model.path)
-        records.append({"path": path, "digest": model.digest})
-    return records
+    paths = [BASE if model is base else str(model.path) for model in models]
+    return [{"path": path, "digest": model.digest} for path, model in zip(paths, models, strict=True)]
 
 
 class LoadedSelector:
-    """A trained selector: `choose(messages)` returns the number of the model that answers.
+    """The result of gate_train in `path`: `choose(messages)` returns the number of the model that answers.
 
-    Args:
-        path: the result of gate_train.
-        base: the model that reads the questions for it.
-
-    Attributes:
-        models: the candidates. All of them answer, as in training, a pre-trained one included.
-        names: the paths of the candidates in training.
+    `base` reads the questions. `models` are the candidates, `names` their paths in training. All candidates
+    answer, as in training, including a pre-trained one.
     """
 
     def __init__(self, path: str | Path, base: Loaded):
         checkpoint = open_as("--gate", path)
         check_base(checkpoint, path, base)
         records = checkpoint["base"]["candidates"]
-        width = from_dict(checkpoint["config"], str(path)).gate.width
-        models = open_candidates([self.find(record, path) for record in records], base)
+        self.names = [record["path"] for record in records]
+        files = [BASE if was == BASE else find_file(was, record["digest"], path)
+                 for was, record in zip(self.names, records, strict=True)]  # fmt: skip
+        if None in files:
+            was = self.names[files.index(None)]
+            raise UserError(f"{path}: its candidate {was} was not found; put it beside the gate")
+        models = open_candidates(files, base)
         for record, model in zip(records, models, strict=True):
             if record["digest"] != model.digest:
                 raise UserError(
@@ -70,20 +67,11 @@ class LoadedSelector:
                     "train the gate again"
                 )
         self.base, self.models = base, [replace(model, answers=True) for model in models]
-        self.names = [record["path"] for record in records]
+        width = from_dict(checkpoint["config"], str(path)).gate.width
         self.selecting = SelectingModel(base.model, len(records), width)
         own = {name for name in self.selecting.state_dict() if name.startswith("selector.")}
         load_weights(self.selecting, checkpoint["weights"], str(path), own)
         self.selecting.to(base.device).eval()
-
-    @staticmethod
-    def find(record: dict, path: str | Path) -> str:
-        """Return the path of the candidate in `record`, seen from the gate in `path`."""
-        was = record["path"]
-        found = was if was == BASE else find_file(was, record["digest"], path)
-        if found is None:
-            raise UserError(f"{path}: its candidate {was} was not found; put it beside the gate")
-        return str(found)
 
     @torch.inference_mode()
     def choose(self, messages: list[Message]) -> int:

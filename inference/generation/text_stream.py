@@ -1,4 +1,4 @@
-"""Token ids to text that can be shown at once: whole characters only, and no part of a stop string."""
+"""Decode tokens to text that can be shown at once: whole characters only, and no part of a stop string."""
 
 import codecs
 
@@ -8,7 +8,7 @@ from load_data.tokenization.tokenizer import Tokenizer
 class TextStream:
     """Decode one token at a time; `stopped` is True after a stop string.
 
-    Text that may turn out to be the beginning of a stop string is held back until that is decided.
+    Text that may be the beginning of a stop string is held back until the next tokens decide.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
@@ -27,18 +27,14 @@ class TextStream:
         if found:  # the one that is complete first
             text, self.waiting, self.stopped = self.waiting[: min(found)[1]], "", True
             return text
-        keep = max((overlap(self.waiting, stop) for stop in self.stop), default=0)
-        cut = len(self.waiting) - keep
-        text, self.waiting = self.waiting[:cut], self.waiting[cut:]
-        return text
+        text, cut = self.waiting, 0
+        while not any(stop.startswith(text[cut:]) for stop in self.stop) and cut < len(text):
+            cut += 1
+        self.waiting = text[cut:]
+        return text[:cut]
 
     def finish(self) -> str:
         """Return the text that was still held back when the tokens ended."""
         text = "" if self.stopped else self.waiting + self.decoder.decode(b"", final=True)
         self.waiting = ""
         return text
-
-
-def overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
-    return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))

@@ -4,7 +4,7 @@ import torch
 
 from config.load import to_dict
 from config.schema import RunConfig
-from inference.generation.load import load_model
+from inference.generation.load import load_full
 from model.adapters import attach
 from modules.adapters.selector import Selector
 from tests.inference.tools import byte_tokenizer, run_config, tiny_model, write_checkpoint
@@ -52,7 +52,8 @@ def write_adapter(path, base, /, like="lora", seed=1, **changes):
     entries of the file. Returns the path."""
     short, sections = ADAPTED[like]
     entries = {key: changes.pop(key) for key in list(changes) if key not in ("data", "lora", "prefix")}
-    model, tokenizer, _ = load_model(base)
+    full = load_full(base)
+    model, tokenizer = full.model, full.tokenizer
     digest = weights_digest(model.state_dict())
     config = run_settings(model.config, sections | changes)
     added = attach(model, short, config)
@@ -69,7 +70,7 @@ def write_adapter(path, base, /, like="lora", seed=1, **changes):
 def write_gate(path, base, candidates, seed=1, favours=None, width=4):
     """A gate over `candidates`, paths or the word `base`; with `favours` it always chooses that number."""
     saved = load_checkpoint(base)
-    config = run_settings(load_model(base)[0].config, {"gate": {"width": width}})
+    config = run_settings(load_full(base).model.config, {"gate": {"width": width}})
     torch.manual_seed(seed)
     gate = Selector(config.model.hidden_size, len(candidates), width)
     with torch.no_grad():

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 
-from inference.fast.decoder import supports
+from inference.fast.decoder import refusal
 from model.adapters import ADAPTERS, adapted, attach, soft_tokens, twin
 from model.selecting import SelectingModel
 from model.tinyseek import TinySeek
@@ -84,7 +84,7 @@ def test_the_adapted_model_is_the_one_made_by_hand(like, shape):
         fold(model, "default")
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-9, atol=1e-9)
         assert model.state_dict().keys() == base.state_dict().keys()
-    assert supports(model) == (short == "Lora")
+    assert (not refusal(model)) == (short == "Lora")
     assert weights_digest(base.state_dict()) == before and torch.equal(base(IDS).logits, logits)
     theirs = {part.data_ptr() for part in base.state_dict().values()}
     own = [part for part in model.state_dict().values() if part.data_ptr() not in theirs]
@@ -130,7 +130,7 @@ def test_experts_are_folded_too():
     before = base(IDS).logits
     fold(other, "default")
     torch.testing.assert_close(other(IDS).logits, model(IDS).logits, rtol=1e-9, atol=1e-9)
-    assert supports(other) and torch.equal(base(IDS).logits, before)
+    assert not refusal(other) and torch.equal(base(IDS).logits, before)
     assert (other(IDS).logits - before).abs().max() > 0.1
 
 

@@ -30,9 +30,9 @@ from importlib.util import find_spec
 import utils  # noqa: F401  sets OMP_WAIT_POLICY, so it must precede torch
 import torch
 
-from config.load import from_dict, load_config
+from config.load import load_config
 from inference.generation.generator import Generator
-from inference.generation.load import load_model
+from inference.generation.load import load_full
 from inference.generation.sampling import SamplingParams
 from inference.generation.speculative import SpeculativeGenerator
 from load_data.packing import prepare_pretraining
@@ -251,29 +251,28 @@ def compare_decoding(config, machine, dtype, turns: int) -> None:
 def compare_drafts(checkpoint: str, count: int) -> None:
     """Decode 64 tokens after each of `count` prompts, plain and with drafts; print speeds and differences."""
     set_threads()
-    model, tokenizer, saved = load_model(checkpoint)
-    held_out = prepare_pretraining(from_dict(saved["config"], checkpoint), tokenizer).val
+    loaded = load_full(checkpoint)
+    model, held_out = loaded.model, prepare_pretraining(loaded.config, loaded.tokenizer).val
     places = [len(held_out) * number // count for number in range(count)]
     prompts = [held_out[place : place + PROMPT].tolist() for place in places]
     params = SamplingParams(temperature=0.0, max_new_tokens=64)
-    for fast in (True, False):
-        lengths = (1, 2, 3) if saved["config"]["model"]["mtp"] == "sequential" else (1,)
-        engines = {"plain": Generator(model, fast=fast)}
-        engines |= {f"{n} drafted": SpeculativeGenerator(model, 0, n, fast) for n in lengths}
-        seconds, answers = dict.fromkeys(engines, 0.0), {name: [] for name in engines}
-        for prompt, (name, engine) in itertools.product(prompts, engines.items()):
-            start = time.perf_counter()
-            answers[name].append(engine.generate([prompt], params)[0])
-            seconds[name] += time.perf_counter() - start
-        print(f"{count} prompts of {PROMPT} tokens, greedy, {'fast' if fast else 'plain'} path")
-        tokens = sum(map(len, answers["plain"]))
-        for name, engine in engines.items():
-            line = f"  {name:12s} {tokens / seconds[name]:8,.0f} tokens/s"
-            line += f"  ratio {seconds['plain'] / seconds[name]:.2f}"
-            if name != "plain":
-                same = sum(map(list.__eq__, answers[name], answers["plain"]))
-                line += f"  accepted {engine.accepted / engine.drafted:.1%}  same output {same} of {count}"
-            print(line)
+    lengths = (1, 2, 3) if model.config.mtp == "sequential" else (1,)
+    engines = {"plain path": Generator(model, fast=False), "fast path": Generator(model)}
+    engines |= {f"{n} drafted": SpeculativeGenerator(model, 0, n) for n in lengths}
+    seconds, answers = dict.fromkeys(engines, 0.0), {name: [] for name in engines}
+    for prompt, (name, engine) in itertools.product(prompts, engines.items()):
+        start = time.perf_counter()
+        answers[name].append(engine.generate([prompt], params)[0])
+        seconds[name] += time.perf_counter() - start
+    print(f"{count} prompts of {PROMPT} tokens, greedy; drafts are made and verified on the plain path")
+    plain, *_ = answers.values()
+    for name, engine in engines.items():
+        same = sum(one == other for one, other in zip(answers[name], plain, strict=True))
+        speed, gain = sum(map(len, plain)) / seconds[name], seconds["plain path"] / seconds[name]
+        line = f"  {name:12s} {speed:8,.0f} tokens/s  ratio {gain:.2f}"
+        if isinstance(engine, SpeculativeGenerator):
+            line += f"  accepted {engine.accepted / engine.drafted:.1%}  same output {same} of {count}"
+        print(line)
 
 
 if __name__ == "__main__":

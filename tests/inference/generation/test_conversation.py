@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from inference.generation.conversation import Conversation, prompt_within, room_for
+from inference.generation.conversation import Conversation, prompt_within
 from inference.generation.generator import Answer, Generator
 from inference.generation.sampling import SamplingParams
 from load_data.chat.chat_data import prepare_chat
 from load_data.chat.chat_template import ChatTemplate
 from tests.inference.adapters import run_settings
-from tests.inference.tools import byte_tokenizer, tiny_model
+from tests.inference.tools import byte_tokenizer
 from tests.modules.tools import small_config
 
 TOKENIZER = byte_tokenizer()
@@ -43,7 +43,7 @@ class Scripted:
     def __init__(self, *answers, context=64):
         self.answers, self.asked, self.context = list(answers), [], context
 
-    fit = Generator.fit
+    room = Generator.room
 
     def generate(self, prompts, params, stop_ids, on_token):
         self.asked.append(list(prompts[0]))
@@ -52,8 +52,9 @@ class Scripted:
         assert SPECIAL["<|im_end|>"] in stop_ids
         written = Answer()
         for token in answer:
-            written.add(token, on_token(0, token) or token in stop_ids, 0)
-            if written.finish_reason == "stop":
+            written.append(token)
+            if on_token(0, token) or token in stop_ids:
+                written.finish_reason = "stop"
                 break
         return [written]
 
@@ -267,13 +268,6 @@ def test_a_prompt_within_a_room():
                     [id for id in whole if id < 7][-len(markers) :],
                 )
                 assert len(ids) < len(whole) and markers[-1] == template.before["assistant"][0]
-
-
-def test_room_is_what_the_generator_reads():
-    generator = Generator(tiny_model())
-    for new in (1, 12, 40, 63, 64, 1000):
-        params = SamplingParams(max_new_tokens=new)
-        assert room_for(generator, params) == len(generator.fit([1] * 500, new)) == max(64 - new, 32)
 
 
 def test_a_pretrained_model_continues_and_remembers_nothing():

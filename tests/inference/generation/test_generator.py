@@ -169,7 +169,7 @@ def test_the_context_is_never_exceeded():
         (100, 1, 63, 1), (10, 200, 10, 54), (100, 200, 32, 32), (32, 64, 32, 32), (1, 64, 1, 63),
     ]:  # fmt: skip
         params = SamplingParams(temperature=0, max_new_tokens=wanted)
-        prompt = generator.fit(text[:length], wanted)
+        prompt = text[:length][-generator.room(wanted) :]
         assert prompt == text[:length][-kept:]
         answer = generator.generate([prompt], params)[0]
         assert answer == slow_greedy(model, prompt, given)[0] and answer.finish_reason == "length"

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.fast.decoder import supports
+from inference.fast.decoder import refusal
 from inference.generation.generator import Generator
-from inference.generation.load import find_base, find_model, load_adapter, load_base, load_full, load_model
-from inference.generation.load import newer_model
+from inference.generation.load import find_base, find_model, load_adapter, load_base, load_full
 from inference.generation.sampling import SamplingParams
 from inference.generation.speculative import SpeculativeGenerator
 from load_data.chat.chat_template import ChatTemplate
@@ -45,14 +44,16 @@ def test_a_newer_model_of_an_earlier_stage_is_noticed(tmp_path):
         path = tmp_path / f"TinySeek_{short}_final.pkl"
         path.touch()
         os.utime(path, (second, second))
-    assert find_model(tmp_path) == path and newer_model(path) is None
+    told = []
+    assert find_model(tmp_path, told.append) == path and told == []
     os.utime(tmp_path / "TinySeek_Pre_final.pkl", (9, 9))
-    assert find_model(tmp_path) == path and newer_model(path) == tmp_path / "TinySeek_Pre_final.pkl"
+    assert find_model(tmp_path, told.append) == path and "TinySeek_Pre_final.pkl is newer" in told[0]
 
 
 def test_what_was_saved_is_what_is_loaded(tmp_path):
     path = write_checkpoint(tmp_path / "a.pkl", "SFT", seed=3)
-    model, tokenizer, checkpoint = load_model(path, torch.device("cpu"))
+    full = load_full(path, torch.device("cpu"))
+    model, tokenizer, checkpoint = full.model, full.tokenizer, full.about
     ids = torch.tensor([tokenizer.encode("déjà vu")])
     assert torch.equal(model(ids).logits, tiny_model(3)(ids).logits)
     assert not model.training and tokenizer.to_json() == byte_tokenizer().to_json()
@@ -62,8 +63,8 @@ def test_what_was_saved_is_what_is_loaded(tmp_path):
 def test_a_config_without_vocabulary_size_takes_the_tokenizers(tmp_path):
     config = run_config(tiny_model())
     config["model"]["vocab_size"] = 0
-    model, tokenizer, _ = load_model(write_checkpoint(tmp_path / "a.pkl", config=config))
-    assert model.config.vocab_size == tokenizer.vocab_size
+    full = load_full(write_checkpoint(tmp_path / "a.pkl", config=config))
+    assert full.model.config.vocab_size == full.tokenizer.vocab_size
 
 
 def test_broken_checkpoints_are_one_clear_error(tmp_path):
@@ -89,10 +90,10 @@ def test_broken_checkpoints_are_one_clear_error(tmp_path):
     for message, changes in cases.items():
         path = write_checkpoint(tmp_path / "broken.pkl", **changes)
         with pytest.raises(UserError, match=message) as caught:
-            load_model(path)
+            load_full(path)
         assert "broken.pkl" in str(caught.value)
     with pytest.raises(UserError, match="no such checkpoint"):
-        load_model(tmp_path / "missing.pkl")
+        load_full(tmp_path / "missing.pkl")
 
 
 # --- adapters ---------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def test_adapters_beside_each_other_leave_the_base_alone(base, like, tmp_path):
     assert Generator(full.model).generate([IDS], GREEDY) == said
     one = models[0]
     assert one.answers and one.path == own and one.about["step"] == 7 and "weights" not in one.about
-    assert supports(one.model) == (ADAPTED[like][0] == "Lora")
+    assert (not refusal(one.model)) == (ADAPTED[like][0] == "Lora")
     assert one.digest == weights_digest(load_checkpoint(own)["weights"]) and full.digest == weights_digest(
         before
     )

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.generation.utils import _speculative_sampling
 
-from inference.fast.decoder import supports
 from inference.generation import speculative
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams, filtered_probs
@@ -142,12 +141,12 @@ WHEN = {
 @pytest.mark.parametrize("kind, lengths", [("parallel", [1]), ("sequential", [1, 4])])
 @pytest.mark.parametrize("name", SHAPES)
 def test_greedy_writes_what_the_trunk_would(name, kind, lengths):
-    """Token for token in fp64, whatever a head of random weights drafts, by both paths if there are two."""
+    """Token for token in fp64, whatever a head of random weights drafts."""
     model = build(kind, **SHAPES[name])
     expected = [slow_greedy(model, prompt, 15)[0] for prompt in PROMPTS]
     params = SamplingParams(temperature=0, max_new_tokens=15)
-    for length, fast in itertools.product(lengths, {supports(model), False}):
-        generator = SpeculativeGenerator(model, draft_length=length, fast=fast)
+    for length in lengths:
+        generator = SpeculativeGenerator(model, draft_length=length)
         assert [generator.generate([prompt], params)[0] for prompt in PROMPTS] == expected
         assert generator.drafted > 0
 
@@ -220,24 +219,25 @@ def test_fp32_differs_only_at_near_ties(length):
 
 
 @pytest.mark.parametrize("kind, length", [("parallel", 1), ("sequential", 1), ("sequential", 3)])
-@pytest.mark.parametrize("name, fast", [("GQA", True), ("experts", True), ("window", False), ("MLA", False)])
-def test_drafts_are_those_of_the_head_without_a_cache(name, kind, length, fast):
+@pytest.mark.parametrize("name", ["GQA", "experts", "window", "MLA"])
+def test_drafts_are_those_of_the_head_without_a_cache(monkeypatch, name, kind, length):
     """Each logit that the engine got, against the head over the whole text: the trunk's hidden states, then
     one of the head's own for each draft."""
     model = build(kind, **SHAPES[name])
-    generator, heard = SpeculativeGenerator(model, draft_length=length, fast=fast), []
-    guess, draft = generator.guess, generator.draft
+    generator, heard = SpeculativeGenerator(model, draft_length=length), []
+    guess, draft = generator.guess, speculative.draft
 
     def spy_on_guess(length, hidden, following, cache, sampler):
         heard.append([])
         return guess(length, hidden, following, cache, sampler)
 
-    def spy_on_draft(hidden, following, cache):
-        answer = draft(hidden, following, cache)
-        heard[-1].append((following[-1], answer[0]))
+    def spy_on_draft(model, hidden, following, cache, last_only):
+        answer = draft(model, hidden, following, cache, last_only)
+        heard[-1].append((following[0, -1].item(), answer[0][0]))
         return answer
 
-    generator.guess, generator.draft = spy_on_guess, spy_on_draft
+    generator.guess = spy_on_guess
+    monkeypatch.setattr(speculative, "draft", spy_on_draft)
     written, moments = [], []
     params = SamplingParams(temperature=1.0, max_new_tokens=15, seed=3)
 
@@ -254,7 +254,7 @@ def test_drafts_are_those_of_the_head_without_a_cache(name, kind, length, fast):
             following = text[1:]
             assert not drafts or drafts[0][0] == following[-1]
             for place, (_, logits) in enumerate(drafts):
-                expected, second = speculative.draft(model, hidden, torch.tensor([following]))
+                expected, second = draft(model, hidden, torch.tensor([following]))
                 torch.testing.assert_close(logits, expected[:, -1], rtol=0, atol=1e-9)
                 hidden = torch.cat([hidden, second[:, -1:]], dim=1)
                 following += [token for token, _ in drafts[place + 1 : place + 2]]

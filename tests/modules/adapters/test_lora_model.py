@@ -8,7 +8,7 @@ import torch
 
 from config.adapters import LoraConfig
 from model.caches import make_cache
-from inference.fast.decoder import FastDecoder, supports
+from inference.fast.decoder import FastDecoder, refusal
 from modules.adapters.lora_model import add_lora, fold, merge, switch_of, unmerge
 from tests.model import test_moe_model
 from tests.model.test_tinyseek import text
@@ -116,7 +116,7 @@ def test_folded_it_is_a_plain_model(name, changes):
     ids = text(2, 6)
     switch.use(name)
     expected = model(ids).logits
-    assert not supports(model)
+    assert refusal(model)
     twin = copy.deepcopy(model)
     if name:
         merge(twin, name)
@@ -124,14 +124,14 @@ def test_folded_it_is_a_plain_model(name, changes):
         fold(folded, name)
         torch.testing.assert_close(folded(ids).logits, expected, rtol=1e-4, atol=1e-4)
         assert [type(m) for m in folded.modules()] == [type(m) for m in plain.modules()]
-        assert set(folded.state_dict()) == set(plain.state_dict()) and supports(folded) == supports(plain)
+        assert set(folded.state_dict()) == set(plain.state_dict()) and refusal(folded) == refusal(plain)
         assert all(vars(a).keys() == vars(b).keys() for a, b in zip(folded.modules(), plain.modules()))
         with pytest.raises(UserError, match="no adapter"):
             switch_of(folded)
     assert same(parameters, dict(plain.named_parameters()))  # whoever shares the base finds it as it was
     kept = {n for n, p in model.named_parameters() if p is parameters[n]}
     assert "model.norm.weight" in kept and (len(kept) == len(parameters)) == (name is None)
-    if supports(plain):
+    if not refusal(plain):
         cache = make_cache(model, 1, 6)
         model(ids[:1, :5], cache=cache)
         step = FastDecoder(model).step(int(ids[0, 5]), cache)

@@ -12,7 +12,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from config.adapters import MixLoraConfig
 from config.schema import BalanceConfig
-from inference.fast.decoder import supports
+from inference.fast.decoder import refusal
 from model.tinyseek import TinySeek
 from train.engine.load_balancer import LoadBalancer
 from modules.adapters.mixlora import PROJECTIONS, LoraStack, MixLoraMLP, MixLoraMoE, add_mixlora
@@ -251,7 +251,7 @@ def test_in_a_model_exactly_routers_and_adapters_learn(changes):
     out.loss_sum.backward()
     assert all(after[name].grad.abs().max() > 0 for name in names)
     assert [(r.logits.shape, r.indices.shape) for r in out.routings] == [((15, 4), (15, 2))] * 2
-    assert not supports(model)
+    assert refusal(model)
 
 
 def test_in_a_layer_with_experts_the_routed_ones_stay_as_they_are():

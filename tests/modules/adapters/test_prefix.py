@@ -11,7 +11,7 @@ from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from config.adapters import PrefixConfig
 from inference.generation.speculative import draft
 from model.caches import make_cache, make_draft_cache
-from inference.fast.decoder import supports
+from inference.fast.decoder import refusal
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams
 from model.tinyseek import TinySeek
@@ -195,7 +195,7 @@ def test_generation_with_a_cache_is_generation_without(changes):
     """Rows of different lengths, token for token, through a cache that starts with the prefix; the fast
     decoder, which knows no prefix, leaves a single row to the plain path."""
     model = prefixed(n=5, **changes)
-    assert not supports(model)
+    assert refusal(model)
     prompts = [text(1, size, seed=size)[0].tolist() for size in (1, 4, 9)]
     expected = [greedy(model, prompt, 8) for prompt in prompts]
     model.prefix, prefix = None, model.prefix
