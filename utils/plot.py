@@ -1,7 +1,7 @@
 """The curves of a run: loss, perplexity, learning rate, throughput, and expert load where there are experts.
 
     python utils/plot.py                         # out/pre_train/log.txt -> out/pre_train/curves.png
-    python utils/plot.py LOG LOG --out both.png  # several runs over each other
+    python utils/plot.py LOG LOG --out both.png  # several runs in one picture
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root

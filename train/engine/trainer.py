@@ -93,7 +93,7 @@ class Trainer:
         held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups
                 for p in group["params"]}  # fmt: skip
         if odd := [name for name, p in self.model.named_parameters() if p.requires_grad != (id(p) in held)]:
-            raise UserError(f"frozen or unfrozen after the optimizer was built: {', '.join(odd[:3])}")
+            raise UserError(f"requires_grad changed after the optimizer was built: {', '.join(odd[:3])}")
         sample, loss = self.stage.source.sample(), self.stage.loss
         batches = [self.to_device(batch) for batch in sample.micro_batches]
         scale = 2.0**12 if self.machine.scaled else 1.0  # in fp16 small gradients would underflow to zero

@@ -103,7 +103,7 @@ class WeightWitness:
 
     def prove_steady(self, parameters: dict[str, torch.Tensor]) -> str:
         """Raise `UserError` if a tensor had no gradient in over a tenth of the steps: a layer that freezes in
-        the middle of a run has moved, and stopped. Return words about rarer gaps.
+        the middle of a run has moved, and stopped. Describe the parameters that missed a few steps.
 
         Two steps are always allowed: what lies before zeros waits for them to move."""
         counts = Counter()
