@@ -64,16 +64,8 @@ def format_line(values: dict[str, int | float]) -> str:
 
 def parse_line(line: str) -> dict[str, int | float]:
     """Return the numbers of one line. Raises `ValueError` if it has another form."""
-    values = {}
-    for pair in line.split():
-        key, equals, text = pair.partition("=")
-        if not (key and equals):
-            raise ValueError(pair)
-        try:
-            values[key] = int(text)
-        except ValueError:
-            values[key] = float(text)
-    return values
+    pairs = [pair.split("=") for pair in line.split()]
+    return {key: int(text) if text.lstrip("-").isdecimal() else float(text) for key, text in pairs}
 
 
 def read_log(path: str | Path) -> list[dict[str, int | float]]:
