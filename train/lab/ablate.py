@@ -19,6 +19,7 @@ import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().par
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -226,8 +227,7 @@ def train_run(command: list[str], output: Path, where: str) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     if code:
-        lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        errors = re.findall("^error: (.*)", output.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
         raise UserError(f"{where}: {errors[-1] if errors else f'ended with code {code}, see {output}'}")
 
 
