@@ -65,8 +65,8 @@ def kinds(config) -> dict[str, tuple]:
         found["LoRA, experts too"] = ("Lora", [*default, "experts"])
     if not config.model.n_routed_experts or config.model.n_shared_experts:
         found["MixLoRA"] = ("MixLora", default)
-    latent_or_local = config.model.attention_kind == "mla" or config.model.sliding_window is not None
-    if config.prefix.kind == "prompt" or not latent_or_local:
+    plain = config.model.attention_kind != "mla" and config.model.sliding_window is None
+    if config.prefix.kind == "prompt" or plain:
         found["prefix"] = ("Prefix", default)
     return found
 
