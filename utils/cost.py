@@ -109,6 +109,7 @@ def cost_card(
     """
     config, groups = model.config, parameter_groups(model)
     length = sequence_length or config.max_position_embeddings
+    window = min(config.sliding_window or length, length)
     total = sum(group.total for group in groups.values())
     # Adam keeps two moments of each parameter; Muon one of each matrix in the blocks, and Adam the rest
     moments = total + (sum(group.adam for group in groups.values()) if optimizer == "muon" else total)
@@ -119,7 +120,7 @@ def cost_card(
         mtp_layers=1 if config.mtp == "sequential" else 0,
         attention_width=config.num_attention_heads * (scores + values),
         sequence_length=length,
-        keys_seen=keys_seen(length, config.sliding_window),
+        keys_seen=window - window**2 / (2 * length),  # without a window: length / 2
         kv_cache_numbers=config.num_hidden_layers * cached,
         batch_tokens=batch_tokens,
         state_bytes={"weights": FP32 * total, "gradients": FP32 * total, "optimizer": FP32 * moments},
@@ -151,13 +152,6 @@ def head_widths(config: ModelConfig) -> tuple[int, int, int]:
         scores = config.qk_nope_head_dim + config.qk_rope_head_dim
         return scores, config.v_head_dim, config.kv_lora_rank + config.qk_rope_head_dim
     return config.head_dim, config.head_dim, 2 * config.num_key_value_heads * config.head_dim
-
-
-def keys_seen(length: int, window: int | None) -> float:
-    """Return the average number of keys that a causal query sees: T/2, or less in a sliding window."""
-    if window is None or window >= length:
-        return length / 2
-    return window - window**2 / (2 * length)
 
 
 def activation_numbers(config: ModelConfig) -> int:

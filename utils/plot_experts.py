@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import TwoSlopeNorm
-from matplotlib.figure import Figure
 
 from utils.errors import UserError
 from utils.log import read_log
-from utils.plot import save_figure
+from utils.plot import make_panels, save_figure
 
 KEY = re.compile(r"L(\d+)E(\d+)")
 TOP = 3.0  # loads of three times the mean and more have one colour
@@ -40,8 +39,8 @@ def plot_expert_load(log_path: str | Path, png_path: str | Path) -> None:
                  xlabel="step (optimizer updates)", yticks=some(load.shape[1], 8))  # fmt: skip
         columns = some(len(steps), 8)  # a column per logged step, so that uneven steps are named rightly
         axes.set_xticks(columns, [f"{steps[column]:,}" for column in columns])
-    bar = figure.colorbar(image, ax=panels, extend="max", ticks=[0, 0.5, 1, 2, TOP], aspect=40)
-    bar.set_label("load / mean load (1 is balanced)", fontsize=11)
+    figure.colorbar(image, ax=panels, extend="max", ticks=[0, 0.5, 1, 2, TOP], aspect=40,
+                    label="load / mean load (1 is balanced)")  # fmt: skip
     figure.suptitle("Load of the experts over training", fontsize=15)
     save_figure(figure, png_path)
 
@@ -62,8 +61,8 @@ def plot_expert_tokens(shares, kinds: list[str], png_path: str | Path) -> None:
         image = axes.imshow(share, aspect="auto", interpolation="nearest", cmap=colors, vmin=0, vmax=top)
         axes.set(title=f"Layer {layer}", xlabel="expert", xticks=some(experts, 16))
         axes.set_yticks(range(len(kinds)), kinds)
-    bar = figure.colorbar(image, ax=panels, format=lambda share, _: f"{share:.0%}", aspect=40)
-    bar.set_label(f"share (even would be {100 / experts:.3g}%)", fontsize=11)
+    figure.colorbar(image, ax=panels, format=lambda share, _: f"{share:.0%}", aspect=40,
+                    label=f"share (even would be {100 / experts:.3g}%)")  # fmt: skip
     caption = "Which experts each kind of token goes to (each row adds up to 100%)"
     if missing := [kind for row, kind in enumerate(kinds) if np.isnan(shares[:, row]).all()]:
         caption += f"\ngrey: no tokens of this kind here ({', '.join(missing)})"
@@ -87,14 +86,6 @@ def read_loads(path: str | Path) -> tuple[list[int], dict[int, np.ndarray]]:
             raise UserError(f"{path}, step {rows[broken.argmax()]['step']}: {wanted}")
         loads[layer] = table / table.mean(axis=1, keepdims=True)
     return [row["step"] for row in rows], loads
-
-
-def make_panels(count: int, width: float, height: float) -> tuple[Figure, list]:
-    """Return a figure with `count` panels of this size in inches, two in a row."""
-    columns = min(count, 2)
-    rows = math.ceil(count / columns)
-    figure = Figure((width * columns + 1, height * rows + 0.5), layout="constrained")
-    return figure, [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]
 
 
 def some(count: int, most: int) -> list[int]:

@@ -19,6 +19,7 @@ import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().par
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -182,8 +183,7 @@ def is_finished(out: Path, seed: int, cell: Cell) -> bool:
     """Return True if the run is finished. Raise `UserError` if its folder holds one with other settings."""
     folder = out / cell.name / f"seed{seed}"
     final = folder / final_name(SHORT)
-    path = final if final.exists() else latest_checkpoint(folder, SHORT)
-    if path:
+    if path := final if final.exists() else latest_checkpoint(folder, SHORT):
         check_settings(load_checkpoint(path)["config"], folder, seed, cell)
     return final.exists()
 
@@ -226,8 +226,7 @@ def train_run(command: list[str], output: Path, where: str) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     if code:
-        lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        errors = re.findall("(?m)^error: (.*)", output.read_text(encoding="utf-8", errors="replace"))
         raise UserError(f"{where}: {errors[-1] if errors else f'ended with code {code}, see {output}'}")
 
 

@@ -114,8 +114,7 @@ def plot_losses(results: dict, png: Path) -> None:
         axes.locator_params(axis="x", nbins=6)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("validation loss (nats per token)", fontsize=12)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=6)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     save_figure(figure, png)
 
 

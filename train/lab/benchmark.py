@@ -78,12 +78,10 @@ def twin_kind(model) -> str | None:
 
 
 def hugging_face_twin(config, attention: str):
-    """Return the Hugging Face model of the same shape, or None."""
-    model, kind = config.model, twin_kind(config.model)
-    if kind is None:
-        return None
+    """Return the Hugging Face model of the same shape."""
     import transformers
 
+    model, kind = config.model, twin_kind(config.model)
     shape_class = getattr(transformers, f"{kind}Config")
     names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "head_dim", "intermediate_size", "max_position_embeddings", "tie_word_embeddings",
@@ -236,9 +234,8 @@ def compare_decoding(config, machine, dtype, turns: int) -> None:
     engines = {"TinySeek": Generator(model), "TinySeek, plain path": Generator(model, fast=False)}
     contenders = {name: functools.partial(engine.generate, prompt, params, stop_ids=set())
                   for name, engine in engines.items()}  # fmt: skip
-    twin = hugging_face_twin(config, "sdpa")
-    if twin is not None:
-        twin.to(machine.device, dtype).eval()
+    if twin_kind(config.model):
+        twin = hugging_face_twin(config, "sdpa").to(machine.device, dtype).eval()
         ids = torch.tensor(prompt, device=machine.device)
         contenders[f"{type(twin).__name__}.generate"] = torch.inference_mode()(functools.partial(
             twin.generate, ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None,

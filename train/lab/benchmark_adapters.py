@@ -4,8 +4,8 @@
     python train/lab/benchmark_adapters.py --config gpu_small --steps 5 --set train.batch_size=1
     python train/lab/benchmark_adapters.py --config dense --set lora.r=64
 
-One step is forward, backward, clipping and AdamW, on random tokens and random weights; the contenders take
-turns, step by step. Bytes are those of existing tensors:
+One step is forward, backward, clipping and AdamW, on random tokens; the contenders take turns, step by step.
+Bytes are those of existing tensors:
 
     weights, gradients, optimizer     AdamW holds two numbers for each trainable one
     fixed           kept by the forward pass for the backward pass, independent of the batch: weights in bf16,
@@ -65,8 +65,8 @@ def kinds(config) -> dict[str, tuple]:
         found["LoRA, experts too"] = ("Lora", [*default, "experts"])
     if not config.model.n_routed_experts or config.model.n_shared_experts:
         found["MixLoRA"] = ("MixLora", default)
-    latent_or_local = config.model.attention_kind == "mla" or config.model.sliding_window is not None
-    if config.prefix.kind == "prompt" or not latent_or_local:
+    plain = config.model.attention_kind != "mla" and config.model.sliding_window is None
+    if config.prefix.kind == "prompt" or plain:
         found["prefix"] = ("Prefix", default)
     return found
 

@@ -215,8 +215,8 @@ class Trial:
         if not cut_off:
             return
         zeros = [name for name, parameter in self.parameters.items() if not parameter.any()]
+        zeros.sort(key=lambda name: -self.parameters[name].dim())  # matrices before biases
         walls = [name for name in zeros if name not in self.trainable]
-        walls.sort(key=lambda name: -self.parameters[name].dim())  # matrices before biases
         self.fill([name for name in zeros if name in self.trainable])
         if woken := self.with_gradient(cut_off):
             raise UserError(
