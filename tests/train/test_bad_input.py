@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from tests.inference.tools import run_config, tiny_model, write_checkpoint
+from tests.processes import fork, without_pictures
 from tests.train.tools import PRE_TRAIN, run
 from train import gate_train, lora_train, mixlora_train, pre_train, prefix_train, sft_train
 from train.engine.command import parse_command
+from utils import checkpoint
 from utils.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from utils.errors import run_main
 
@@ -420,49 +422,35 @@ def test_the_script_itself(old_run):
     assert files_in(old_run / "out") == before
 
 
-FULL_DISK = """
-import resource, runpy, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit is an OSError then
-from utils import checkpoint
-whole = checkpoint.save_checkpoint
-def save(path, data):
-    if data["step"] >= 3:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-    whole(path, data)
-checkpoint.save_checkpoint = save
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def on_a_small_disk(*words):
+    """Pre-train where no file may grow beyond 50 kB from the third checkpoint on."""
+    import resource
+
+    whole = checkpoint.save_checkpoint
+
+    def save(path, data):
+        if data["step"] >= 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+        whole(path, data)
+
+    checkpoint.save_checkpoint = save
+    without_pictures("train.pre_train", *words)
 
 
 @pytest.mark.slow
 def test_a_full_disk_while_saving(old_run, tmp_path, monkeypatch):
-    """From the third checkpoint on no file may grow beyond 50 kB. The earlier ones are intact, and resuming
-    goes on."""
-    wrapper = tmp_path / "wrapper.py"
-    wrapper.write_text(FULL_DISK, encoding="utf-8")
+    """The checkpoints before are intact, and resuming goes on."""
+    pytest.importorskip("resource")
     out = tmp_path / "out"
     command = [
-        PRE_TRAIN,
-        "--config",
-        "tiny",
-        "--data",
-        old_run / "text.txt",
-        *QUICK,
-        "--out",
-        out,
-        "--max-steps",
-        "4",
-        "--set",
-        "train.save_every=1",
-        "--set",
-        f"data.cache_dir={old_run / 'cache'}",
-    ]
-    done = run(wrapper, *command)
+        "--config", "tiny", "--data", old_run / "text.txt", *QUICK, "--out", out, "--max-steps", "4",
+        "--set", "train.save_every=1", "--set", f"data.cache_dir={old_run / 'cache'}",
+    ]  # fmt: skip
+    done = fork(on_a_small_disk, *command)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: could not write") and "Earlier checkpoints are intact" in line
     assert [path.name for path in sorted(out.glob("*.*"))] == ["TinySeek_Pre1_0.pkl", "TinySeek_Pre2_0.pkl"]
     assert [load_checkpoint(path)["step"] for path in find_checkpoints(out, "Pre")] == [1, 2]
-    assert call_main(monkeypatch, old_run, *command[1:], "--resume") == 0
+    assert call_main(monkeypatch, old_run, *command, "--resume") == 0
     assert load_checkpoint(out / "TinySeek_Pre_final.pkl")["step"] == 4
