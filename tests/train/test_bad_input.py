@@ -35,7 +35,7 @@ def old_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("old")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
         code = call_main(patch, folder, "--data", folder / "text.txt", *QUICK, "--out", folder / "out")
     assert code == 0
     return folder
@@ -55,7 +55,6 @@ def call_main(monkeypatch, folder, *arguments):
 @pytest.fixture
 def refused(old_run, monkeypatch, capsys):
     """Calls main with the arguments of a case; returns its one line of error."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def call(*arguments, overwrite=True):
         out = [] if "--out" in arguments else ["--out", old_run / "out"]
@@ -76,7 +75,6 @@ def refused(old_run, monkeypatch, capsys):
 
 def test_the_good_case_is_good(old_run, monkeypatch):
     """The cases below are refused for what is wrong with them, and not for something else."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     arguments = ["--data", old_run / "text.txt", "--out", old_run / "again", *QUICK]
     assert call_main(monkeypatch, old_run, *arguments) == 0
     assert call_main(monkeypatch, old_run, *arguments, "--overwrite") == 0
@@ -270,7 +268,6 @@ def bases(tmp_path_factory):
 def refuse(bases, monkeypatch, capsys):
     """Calls main of a stage with the arguments of a case, over a finished run of that stage; returns its one
     line of error."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr("train.engine.command.ROOT", bases / "empty")
 
     def call(stage, *arguments, overwrite=True):
@@ -398,7 +395,6 @@ def test_the_base_that_is_taken_where_none_is_named(stage, tmp_path, monkeypatch
 
 def test_prompt_tuning_from_the_command_line(bases, tmp_path, monkeypatch):
     """The good case beside the bad ones: learned embeddings, whose ids are beyond the vocabulary."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = ["--data", bases / "dialogues.jsonl", "--init", bases / "SFT.pkl", "--out", tmp_path]
     settings = ("prefix.kind=prompt", "prefix.length=3", "data.sequence_length=48")
     flags += ["--max-steps", "3", "--device", "cpu", *(f"--set={setting}" for setting in settings)]

@@ -109,7 +109,6 @@ def test_the_real_script_gives_the_same_however_a_step_is_divided(tmp_path, monk
     Here the processes prepare the data themselves, from a cache that is empty for the two of them."""
     text = tmp_path / "text.txt"
     text.write_text((Path(__file__).read_text(encoding="utf-8") + "\n") * 3, encoding="utf-8")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     big, big_log = pre_train(monkeypatch, tmp_path / "big", 8, 1, 1, text, tmp_path / "cache")
     for batch_size, accumulation, processes in ((2, 4, 1), (2, 2, 2)):
         out = tmp_path / f"{processes}"

@@ -38,9 +38,7 @@ def dialogues(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """One thread, no pictures, few scores: they would take longer than training."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
+    """Few scores: they would take longer than training."""
     monkeypatch.setattr("train.engine.fine_tuning.SCORED_DIALOGUES", 2)
 
 

@@ -33,12 +33,6 @@ EXPERTS = ("model.n_routed_experts=4", "model.num_experts_per_tok=2", "model.n_s
            "model.moe_intermediate_size=12")  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    """Curves take longer to draw than these runs to train."""
-    monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
-
-
 def moe_config(*settings, steps=2):
     return small_config(*PLAIN, *EXPERTS, *settings, steps=steps)
 
