@@ -59,7 +59,7 @@ def main():
     if args.steps < 1:
         raise UserError("--steps must be at least 1")
     if args.drafts:
-        return compare_drafts(args.drafts, PASSAGES)
+        return compare_drafts(args.drafts)
     config = load_config(args.config, args.settings)
     config.model.vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
     machine = start_machine(config)
@@ -245,12 +245,12 @@ def compare_decoding(config, machine, dtype, turns: int) -> None:
     report(take_turns(contenders, turns, machine), NEW_TOKENS, "tokens/s")
 
 
-def compare_drafts(checkpoint: str, count: int) -> None:
-    """Decode 64 tokens after each of `count` prompts, plain and with drafts; print speeds and differences."""
+def compare_drafts(checkpoint: str) -> None:
+    """Decode 64 tokens after each passage, plain and with drafts; print speeds and differences."""
     set_threads()
     loaded = load_full(checkpoint)
     model, held_out = loaded.model, prepare_pretraining(loaded.config, loaded.tokenizer).val
-    places = [len(held_out) * number // count for number in range(count)]
+    places = [len(held_out) * number // PASSAGES for number in range(PASSAGES)]
     prompts = [held_out[place : place + PROMPT].tolist() for place in places]
     params = SamplingParams(temperature=0.0, max_new_tokens=64)
     lengths = (1, 2, 3) if model.config.mtp == "sequential" else (1,)
@@ -261,14 +261,14 @@ def compare_drafts(checkpoint: str, count: int) -> None:
         start = time.perf_counter()
         answers[name].append(engine.generate([prompt], params)[0])
         seconds[name] += time.perf_counter() - start
-    print(f"{count} prompts of {PROMPT} tokens, greedy; drafts are made and verified on the plain path")
+    print(f"{PASSAGES} prompts of {PROMPT} tokens, greedy; drafts are made and verified on the plain path")
     plain, *_ = answers.values()
     for name, engine in engines.items():
         same = sum(one == other for one, other in zip(answers[name], plain, strict=True))
         speed, gain = sum(map(len, plain)) / seconds[name], seconds["plain path"] / seconds[name]
         line = f"  {name:12s} {speed:8,.0f} tokens/s  ratio {gain:.2f}"
         if isinstance(engine, SpeculativeGenerator):
-            line += f"  accepted {engine.accepted / engine.drafted:.1%}  same output {same} of {count}"
+            line += f"  accepted {engine.accepted / engine.drafted:.1%}  same output {same} of {PASSAGES}"
         print(line)
 
 

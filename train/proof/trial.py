@@ -84,9 +84,7 @@ class Trial:
                     "no_grad(), detached, or turned into a number with .item()?"
                 )
             if not torch.isfinite(loss).all():
-                raise UserError(
-                    f"{term} is {loss.item()} on the first batch: check the data and the initial weights"
-                )
+                raise UserError(f"{term} is {loss.item()} on the first batch: check data and initial weights")
             self.check_leaves(term, loss)
         return losses
 
@@ -246,7 +244,7 @@ def labels_in(batch) -> tuple[bool, bool]:
 
 
 def agreed(flags: dict) -> list:
-    """Return the keys that are True in any process, so that all processes decide alike."""
+    """Return the keys of what is True in any process, so that all processes decide alike."""
     totals = sum_scalars([float(flag) for flag in flags.values()])
     return [key for key, total in zip(flags, totals, strict=True) if total]
 

@@ -80,9 +80,7 @@ class WeightWitness:
             now, first = parameters[name].detach().to("cpu", torch.float64), start.double()
             note = self.notes.get(id(parameters[name]), Note())
             if not torch.isfinite(now).all():
-                raise UserError(
-                    f"training made it infinite or NaN: {describe(self.model, [name])}; lower the lr"
-                )
+                raise UserError(f"training made it infinite or NaN: {describe(self.model, [name])}; lower lr")
             if learned(first, now, note, torch.finfo(start.dtype).eps):
                 relative[name] = ((now - first).norm() / first.norm().clamp_min(1e-12)).item()
             else:
@@ -145,10 +143,7 @@ def reason(note: Note, dtype: torch.dtype) -> str:
         return "the learning rate was 0 in every step"
     moments = [part for what, part in note.state.items() if what != "step"]
     if any(torch.is_tensor(part) and part.any() for part in moments):
-        return (
-            f"its gradients came, but each step was rounded away in {dtype}: keep trainable weights in fp32, "
-            "or raise the lr"
-        )
+        return f"its gradients came, but were rounded away in {dtype}: use fp32 weights or a higher lr"
     return UNREACHED
 
 
