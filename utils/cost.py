@@ -6,8 +6,7 @@ the token did not choose. Attention compares each query with the keys it may see
 FLOPs for the scores and as many for the weighted sum, each with its own D in latent attention; three times
 that in training. A causal query sees T / 2 keys on average; published numbers often count all T.
 Recomputation does not count (these are model FLOPs, as in MFU). Latent attention is counted in its expanded
-form, that of training and prefill. Multi-token prediction adds parameters and training FLOPs only, no active
-parameters.
+form, that of training and prefill. Multi-token prediction counts in training only, and is never active.
 """
 
 import math
