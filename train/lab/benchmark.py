@@ -7,9 +7,8 @@
 
 Machines are shared and noisy, so the contenders take turns, step by step, and the results are medians: of
 speeds, and of the ratio in each turn. Training: forward, backward and an AdamW step on random tokens, the
-twin in a process of its own. Decoding: greedy, 128 new tokens after a prompt of 16, one row. The twin needs
-`transformers`. Drafts: a trained model continues 200 passages of its own held-out text, with and without its
-MTP head.
+twin in a process of its own. Decoding: greedy, 128 new tokens after a prompt of 16, one row. Drafts: a model
+continues 200 passages of its own held-out text, with and without its MTP head. The twin needs `transformers`.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
@@ -194,14 +193,15 @@ def twins_steps(config, machine):
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, start_twins, (config, machine)) as pool:
 
-        def step(attention):
+        def ask(*call):
             try:
-                pool.submit(step_twin, attention, machine.device).result()
+                pool.submit(*call).result()
             except BrokenProcessPool as error:
                 raise UserError("the process of the Hugging Face twins ended; it says why above") from error
 
-        names = {attention: f"{kind}ForCausalLM ({attention})" for attention in ("eager", "sdpa")}
-        yield {name: functools.partial(step, attention) for attention, name in names.items()}
+        ask(int)  # returns when the twins are built
+        yield {f"{kind}ForCausalLM ({name})": functools.partial(ask, step_twin, name, machine.device)
+               for name in ("eager", "sdpa")}  # fmt: skip
 
 
 def compare_training(config, machine, steps: int) -> None:
