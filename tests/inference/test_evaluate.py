@@ -264,7 +264,7 @@ def test_the_command_scores_an_adapter(monkeypatch, capsys, model, tmp_path):
         (["--data", "none.jsonl"], "none.jsonl: no such file"),
         (["--checkpoint", "none.pkl"], "none.pkl: no such checkpoint"),
         (["--adapter", "none.pkl"], "none.pkl: no such checkpoint"),
-        (["--data", "python"], "source code is for train/pre_train.py"),
+        (["--data", "python"], "plain text is for train/pre_train.py"),
     ],
 )
 def test_wrong_flags(monkeypatch, capsys, model, args, words):
