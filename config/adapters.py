@@ -41,12 +41,10 @@ class MixLoraConfig:
 
     def check(self):
         """Refuse numbers of experts that the router cannot choose or be trained on."""
-        if self.num_experts_per_tok > self.num_experts:
-            raise UserError(
-                f"mixlora.num_experts_per_tok={self.num_experts_per_tok} is more than "
-                f"mixlora.num_experts={self.num_experts}: lower it"
-            )
-        if self.num_experts_per_tok == 1:
+        K, E = self.num_experts_per_tok, self.num_experts
+        if K > E:
+            raise UserError(f"mixlora.num_experts_per_tok={K} is more than mixlora.num_experts={E}: lower it")
+        if K == 1:
             raise UserError(
                 "mixlora.num_experts_per_tok=1 makes every weight 1, so the router gets no gradient from "
                 "the language-model loss: use two experts or more"

@@ -19,9 +19,9 @@ RULES = {
 
 
 def option(default, **limits):
-    """Return a dataclass field with `limits`: a bound for each of some names of `RULES`."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=limits)
+    """Return a dataclass field; `limits` are bounds by the names of `RULES`, for example `at_least=1`."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=limits)
     return field(default=default, metadata=limits)
 
 

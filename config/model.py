@@ -79,8 +79,7 @@ class ModelConfig:
         """Yield the rules of grouped-query attention: whether each is broken, and the error."""
         C, H, G, D = self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
         yield D is None and C % H, (
-            f"model.hidden_size={C} is not divisible by model.num_attention_heads={H}: change one, or set "
-            "model.head_dim"
+            f"model.hidden_size={C} is not divisible by model.num_attention_heads={H}: set model.head_dim"
         )
         D = D or C // H
         yield D % 2, f"model.head_dim={D} is odd: rotary embeddings rotate pairs of channels"
@@ -112,8 +111,7 @@ class ModelConfig:
         yield E % groups, f"model.n_routed_experts={E} is not divisible by model.n_group={groups}: change one"
         yield best > groups, f"model.topk_group={best} is more than model.n_group={groups}: lower it"
         yield best * E // groups < K, (
-            f"model.num_experts_per_tok={K} is more than the experts in model.topk_group={best} groups of "
-            f"{E // groups}: raise model.topk_group"
+            f"model.topk_group={best} groups have fewer than model.num_experts_per_tok={K} experts: raise it"
         )
         yield groups > 1 and E // groups < 2, (
             f"model.n_group={groups} leaves one expert per group, and groups are ranked by two: lower it"

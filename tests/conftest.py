@@ -2,11 +2,18 @@
 tensors."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands, which set threads for the whole process
 
+import pytest
 import torch
+
+from load_data.corpora import sources
+from load_data.corpora.python_corpus import PythonCorpus, read_python_corpus
+from load_data.skills import docstrings
 
 torch.set_num_threads(1)
 
@@ -14,3 +21,23 @@ torch.set_num_threads(1)
 def pytest_configure(config):
     """`pytest -m "not slow"` leaves out the tests of more than a few seconds."""
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def library():
+    """The standard library, split as by default: reading it takes seconds."""
+    return read_python_corpus(0.05)
+
+
+@pytest.fixture(scope="module")
+def part_of_the_library(library):
+    """Every twentieth file of the standard library in the place of all, for commands that train on it."""
+    part = PythonCorpus(library.train[::20], library.val[::20])
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (sources, docstrings):
+            patch.setattr(module, "read_python_corpus", lambda fraction: part)
+        docstrings.entries.cache_clear()
+        yield part
+    docstrings.entries.cache_clear()

@@ -57,7 +57,6 @@ def folder(tmp_path_factory):
 def there(folder, monkeypatch):
     """Enter the folder, as old files name each other by relative paths. Draw no pictures: they are slow."""
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
     for name in ("plot_expert_load", "plot_expert_tokens"):
         monkeypatch.setattr(f"train.pre_train.{name}", lambda *_: None)

@@ -4,8 +4,8 @@ Every fenced block marked `bash` is read, and a `make` target stands for the com
 run in the order in which they stand, on a tiny model, with two steps and little data: what one leaves is what
 the next begins with. All that is `out/` there is a folder of the test here, and the real one stays as it is.
 A text or a file of dialogues that a command names and that is not in the repository is made. What is left,
-`make` itself and pip's files, must exist. `torchrun` is started as such; the rest runs in this process, which
-saves the start of PyTorch each time.
+`make` itself and pip's files, must exist. The first `torchrun` is started as such, the others are parsed; the
+rest runs in this process, which saves the start of PyTorch each time, on a part of the standard library.
 """
 
 import json
@@ -23,7 +23,7 @@ from tests.inference.tools import write_checkpoint
 from tests.train.tools import ROOT, environment
 from train.engine.command import parse_command
 
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("fine_tuning", "usage", "results"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS_GPU = ("gpu_", "--device cuda", "nccl")
 STAGES = {
     "pre_train": ("Pre", ()), "sft_train": ("SFT", ("Pre",)), "lora_train": ("Lora", ("SFT", "Pre")),
@@ -88,7 +88,10 @@ def stage_of(words: list[str]) -> str | None:
 
 
 TRAINING = [command for command in OURS if stage_of(shlex.split(command))]
-RUN_HERE = [command for command in OURS if not any(word in command for word in NEEDS_GPU)]
+SHORTEST_PATH = "python train/minimal.py"
+RUN_HERE = [SHORTEST_PATH, *(one for one in OURS if not any(word in one for word in (*NEEDS_GPU, "minimal")))]
+MORE_TORCHRUN = [command for command in RUN_HERE if command.startswith("torchrun")][1:]  # the same launcher
+RUN_HERE = [command for command in RUN_HERE if command not in MORE_TORCHRUN]
 
 
 def test_the_reader_of_blocks_can_fail():
@@ -132,7 +135,7 @@ def test_what_the_pages_name_exists():
     """Links, pictures and files in backticks; and README.md fits on five screens."""
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
     folders = "config|modules|model|load_data|train|inference|utils|tests|docs"
-    for page in [*PAGES, ROOT / "docs" / "proof.md"]:
+    for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: no {target}"
@@ -188,7 +191,7 @@ def test_training_commands_are_parsed(command, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(part_of_the_library, tmp_path_factory):
     """A folder whose out/ takes the place of the real one."""
     return tmp_path_factory.mktemp("home")
 
@@ -197,7 +200,6 @@ def home(tmp_path_factory):
 def run(home, monkeypatch, capfd):
     """Runs a command from the repository root, and returns what it said."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr("train.engine.command.ROOT", home)  # where stages write and look for a base
     monkeypatch.setattr("load_data.chat.chat_data.VAL_PER_SKILL", 3)
     monkeypatch.setattr("train.engine.fine_tuning.SCORED", 2)
@@ -224,6 +226,12 @@ def run(home, monkeypatch, capfd):
     return call
 
 
+def a_text(folder: Path) -> str:
+    """The path of a short text, for a command that would read the whole standard library."""
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return str(folder / "text.txt")
+
+
 def small(words: list[str], home: Path) -> list[str]:
     """The command as it is run here."""
     words, script, stage = with_files(words, home), script_of(words), stage_of(words)
@@ -235,10 +243,14 @@ def small(words: list[str], home: Path) -> list[str]:
         if words[0] == "torchrun":
             words = ["torchrun", "--nproc_per_node", "2", *words[1:]]
             assert "--out" in words, "of another process the test does not know where it writes by default"
+            words += [] if "--data" in words else ["--data", a_text(home)]
         settings = [*COMMON, *(FEW_DIALOGUES if STAGES[stage][1] else SMALL_MODEL)]
         settings += [f"data.cache_dir={home / 'cache'}"]
         words += ["--max-steps", "2", "--device", "cpu", *(f"--set={setting}" for setting in settings)]
         return words if "--resume" in words else [*words, "--overwrite"]
+    if script == "train/minimal.py":
+        words += [] if "--data" in words else ["--data", a_text(home)]
+        return [*without(words, "--steps", "--seconds"), "--steps", "2"]
     if script.startswith("inference/") and not {"--out", "--checkpoint", "--adapter", "--gate"} & {*words}:
         words += ["--out", str(home / "out")]
     if script == "inference/chat.py":
@@ -255,9 +267,13 @@ def small(words: list[str], home: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUN_HERE)
-def test_commands_run(command, home, run):
+def test_commands_run(command, home, run, monkeypatch):
     """As they are written, but small; with `-k`, name those that make what a command needs, too."""
     words = small(shlex.split(command), home)
+    if command != TRAINING[0]:  # pictures take longer than two steps
+        monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
+        for name in ("load", "tokens"):
+            monkeypatch.setattr(f"utils.plot_experts.plot_expert_{name}", lambda *given: None)
     before = results(home)
     code, output, error = run(words)
     assert code == 0, f"`{command}`\n{output[-1500:]}\n{error[-1500:]}"

@@ -77,7 +77,7 @@ def train(model: TinySeek, ids, held_out, bits: float, steps: int, seconds: floa
     ids, held_out: (N,) tokens. `bits` turns nats per token into the bits per byte that are printed.
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    gains = [p for p in model.parameters() if p.dim() < 2]  # of norms; decay would pull them to 0, from 1
+    gains = [p for p in model.parameters() if p.dim() < 2]  # gains of norms: decay pulls 1 to 0
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": gains, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))  # 0.999 averages over more steps than there are
     generator = torch.Generator().manual_seed(seed)

@@ -38,15 +38,12 @@ PYTHON_PROMPTS = ["def read_lines(path):\n", "import os\nimport sys\n\nclass ", 
 def main():
     """Train a model on plain text, then print samples."""
     command = parse_command(STAGE, SHORT, __doc__)
-    config = command.config
-    machine = start_machine(config)
-    train, world = config.train, machine.world
-
+    config, machine = command.config, start_machine(command.config)
+    train, world, length = config.train, machine.world, config.data.sequence_length
     tokenizer = Tokenizer.from_json(command.init["tokenizer"]) if command.init else None
     with rank_zero_first():
         data = prepare_pretraining(config, tokenizer)
     machine.say("\n".join(data.summary))
-    length = config.data.sequence_length
     loader = TokenLoader(
         data.train, length, train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed
     )

@@ -42,12 +42,8 @@ def final_name(short: str) -> str:
 def find_checkpoints(out: str | Path, short: str) -> list[Path]:
     """Return the intermediate checkpoints of stage `short` in `out`, oldest first (epoch, then index)."""
     pattern = re.compile(rf"TinySeek_{re.escape(short)}(\d+)_(\d+)\.pkl")
-    found = []
-    for path in Path(out).glob("TinySeek_*.pkl"):
-        if match := pattern.fullmatch(path.name):
-            index, epoch = map(int, match.groups())
-            found.append((epoch, index, path))
-    return [path for _, _, path in sorted(found)]
+    found = [path for path in Path(out).glob("TinySeek_*.pkl") if pattern.fullmatch(path.name)]
+    return sorted(found, key=lambda path: [int(n) for n in pattern.fullmatch(path.name).groups()[::-1]])
 
 
 def latest_checkpoint(out: str | Path, short: str) -> Path | None:
@@ -83,8 +79,7 @@ def save_checkpoint(path: str | Path, data: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        with suppress(OSError):  # makes the rename durable; Windows and some network file systems refuse
-            sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -108,12 +103,13 @@ def check_plain(value, where: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the entries of `folder` to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make a rename in `folder` durable. Windows and some network file systems refuse, and do not need it."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -153,8 +149,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
                 "data only"
             ) from None
         raise UserError(
-            f"{path}: the checkpoint is damaged ({type(error).__name__}); delete it (the one before is good), "
-            "or copy it again"
+            f"{path}: the checkpoint is damaged ({type(error).__name__}); delete it (the one before is "
+            "good), or copy it again"
         ) from None
     if not isinstance(data, dict) or "format_version" not in data:
         raise UserError(f"{path}: not a TinySeek checkpoint (it has no format_version)")
@@ -167,10 +163,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
 
 
 def upgrade(data: dict) -> dict:
-    """Return a checkpoint of an older format in the current one.
-
-    1 -> 2: the weights of gate_train's selector were named `gate.*`, and are named `selector.*`.
-    """
+    """Return a checkpoint in the current format. 1 -> 2: the selector's weights were named `gate.*`."""
     if data["format_version"] == 1 and data.get("short") == "Gate":
         for holder in (data, data.get("training", {}).get("best") or {}):
             old = holder.get("weights", {})
@@ -179,10 +172,7 @@ def upgrade(data: dict) -> dict:
 
 
 def load_weights(
-    module: torch.nn.Module,
-    state_dict: dict[str, torch.Tensor],
-    where: str,
-    names: Collection[str] | None = None,
+    module: torch.nn.Module, state_dict: dict, where: str, names: Collection[str] | None = None
 ) -> None:
     """Copy all of `state_dict` into `module`; `where` names its source in the error.
 

@@ -6,12 +6,11 @@ the token did not choose. Attention compares each query with the keys it may see
 FLOPs for the scores and as many for the weighted sum, each with its own D in latent attention; three times
 that in training. A causal query sees T / 2 keys on average; published numbers often count all T.
 Recomputation does not count (these are model FLOPs, as in MFU). Latent attention is counted in its expanded
-form, that of training and prefill.
-
-Multi-token prediction has parameters and training FLOPs; a forward pass and the active parameters are those
-of the model without it.
+form, that of training and prefill. Multi-token prediction adds parameters and training FLOPs only, no active
+parameters.
 """
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -72,8 +71,8 @@ class CostCard:
 
     def mtp_flops(self) -> float:
         """Return the FLOPs per token that multi-token prediction adds to the forward pass of training."""
-        products = self.groups["mtp"].multiplied + self.mtp_layers * self.attention_width * self.keys_seen
-        return 2 * products
+        attention = self.mtp_layers * self.attention_width * self.keys_seen
+        return 2 * (self.groups["mtp"].multiplied + attention)
 
     def train_flops(self) -> float:
         """Return the FLOPs per token of a training step: forward, and twice as many backward."""
@@ -88,13 +87,12 @@ class CostCard:
         parts = ", ".join(f"{name} {group.total:,}" for name, group in self.groups.items() if group.total)
         state = ", ".join(f"{name} {size(count)}" for name, count in self.state_bytes.items())
         active = f", {self.active_parameters:,} active" if self.active_parameters != self.parameters else ""
-        mtp = self.groups["mtp"].total
-        second = f"mtp         {mtp:,} parameters, {flops(3 * self.mtp_flops())} per token: in training only"
+        extra = f"{self.groups['mtp'].total:,} parameters, {flops(3 * self.mtp_flops())} per token"
         return [
             f"parameters  {self.parameters:,}{active} ({parts})",
             f"compute     {flops(self.train_flops())} per token to train, "
             + f"{flops(self.forward_flops())} forward (causal, sequences of {self.sequence_length})",
-            *([second] if mtp else []),
+            *([f"mtp         {extra}: in training only"] if self.groups["mtp"].total else []),
             f"kv cache    {size(self.kv_cache_bytes(BF16))} per token in bf16, "
             + f"{size(self.kv_cache_bytes(FP32))} in fp32",
             f"memory      {size(sum(self.state_bytes.values()) + self.activation_bytes)} to train ({state}, "
@@ -111,6 +109,7 @@ def cost_card(
     """
     config, groups = model.config, parameter_groups(model)
     length = sequence_length or config.max_position_embeddings
+    window = min(config.sliding_window or length, length)
     total = sum(group.total for group in groups.values())
     # Adam keeps two moments of each parameter; Muon one of each matrix in the blocks, and Adam the rest
     moments = total + (sum(group.adam for group in groups.values()) if optimizer == "muon" else total)
@@ -121,7 +120,7 @@ def cost_card(
         mtp_layers=1 if config.mtp == "sequential" else 0,
         attention_width=config.num_attention_heads * (scores + values),
         sequence_length=length,
-        keys_seen=keys_seen(length, config.sliding_window),
+        keys_seen=window - window**2 / (2 * length),  # without a window: length / 2
         kv_cache_numbers=config.num_hidden_layers * cached,
         batch_tokens=batch_tokens,
         state_bytes={"weights": FP32 * total, "gradients": FP32 * total, "optimizer": FP32 * moments},
@@ -155,13 +154,6 @@ def head_widths(config: ModelConfig) -> tuple[int, int, int]:
     return config.head_dim, config.head_dim, 2 * config.num_key_value_heads * config.head_dim
 
 
-def keys_seen(length: int, window: int | None) -> float:
-    """Return the average number of keys that a causal query sees: T/2, or less in a sliding window."""
-    if window is None or window >= length:
-        return length / 2
-    return window - window**2 / (2 * length)
-
-
 def activation_numbers(config: ModelConfig) -> int:
     """Return roughly how many numbers per token are kept for the backward pass; kernels differ.
 
@@ -189,18 +181,12 @@ def activation_numbers(config: ModelConfig) -> int:
 
 
 def size(count: float) -> str:
-    """Format bytes with a unit."""
-    return scaled(count, 1024, ["bytes", "KiB", "MiB", "GiB", "TiB"])
+    """Format bytes with the unit that leaves one to four digits before the point."""
+    power = min(int(math.log2(max(count, 1))) // 10, 4)
+    return f"{count / 1024**power:.4g} {['bytes', 'KiB', 'MiB', 'GiB', 'TiB'][power]}"
 
 
 def flops(count: float) -> str:
-    """Format FLOPs with a unit."""
-    return scaled(count, 1000, ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"])
-
-
-def scaled(count: float, base: int, units: list[str]) -> str:
-    """Format `count` with the unit that leaves one to four digits before the point."""
-    unit = 0
-    while count >= base and unit < len(units) - 1:
-        count, unit = count / base, unit + 1
-    return f"{count:.4g} {units[unit]}"
+    """Format FLOPs with the unit that leaves one to three digits before the point."""
+    power = min(int(math.log10(max(count, 1))) // 3, 4)
+    return f"{count / 1000**power:.4g} {['', 'k', 'M', 'G', 'T'][power]}FLOP"

@@ -23,13 +23,10 @@ PEAK_FLOPS_BF16 = {
 def pick_device(name: str) -> torch.device:
     """Return the device for `auto`, `cpu`, `cuda` or `mps`; `auto` takes the fastest available."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    if name not in there:
-        raise UserError(f"--device {name}: choose auto, {', '.join(there)}")
-    if not there[name]:
-        here = ", ".join(kind for kind in there if there[kind])
-        raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) sees none; it sees {here}")
+    here = [kind for kind in there if there[kind]]
+    name = here[0] if name == "auto" else name
+    if name not in here:
+        raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) only sees {', '.join(here)}")
     return torch.device(name)
 
 

@@ -54,11 +54,8 @@ def start(device_type: str = "cpu") -> World:
         return World()
     world = World(*(int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     if device_type == "cuda":
-        if world.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {world.local_rank} of this machine has no GPU, there are "
-                f"{torch.cuda.device_count()}: lower --nproc_per_node"
-            )
+        if world.local_rank >= (gpus := torch.cuda.device_count()):
+            raise UserError(f"--nproc_per_node is more than the {gpus} GPUs of this machine: lower it")
         torch.cuda.set_device(world.local_rank)
     if world.size > 1:
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
@@ -157,9 +154,7 @@ def same_on_all_ranks(text: str, what: str = "settings") -> None:
     code = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:7], "big")
     largest, smallest = reduce(torch.tensor([code, -code]), op=dist.ReduceOp.MAX).tolist()
     if largest != -smallest:
-        raise UserError(
-            f"the processes of this run disagree about the {what}: start all with the same command"
-        )
+        raise UserError(f"the processes disagree about the {what}: start all with the same command")
 
 
 def barrier() -> None:
@@ -170,10 +165,9 @@ def barrier() -> None:
 @contextmanager
 def rank_zero_first():
     """Run the block in the first process of each machine before the others: it makes files that they find."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        with all_or_none():
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    with all_or_none():  # raises in all if the block failed in the first
+        if first:
             yield
-    else:
-        with all_or_none():  # raises if the block failed there
-            pass
+    if not first:
         yield

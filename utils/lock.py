@@ -34,7 +34,8 @@ class FolderLock:
             holder = self.file.read() or "another process"
             self.file.close()
             raise UserError(
-                f"{folder} is in use by another run ({holder}): wait for it, or write elsewhere with --out DIR"
+                f"{folder} is in use by another run ({holder}): wait for it, or write elsewhere with "
+                "--out DIR"
             ) from None
         self.file.truncate(0)
         self.file.write(f"{owner}, process {os.getpid()}")

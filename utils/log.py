@@ -64,16 +64,8 @@ def format_line(values: dict[str, int | float]) -> str:
 
 def parse_line(line: str) -> dict[str, int | float]:
     """Return the numbers of one line. Raises `ValueError` if it has another form."""
-    values = {}
-    for pair in line.split():
-        key, equals, text = pair.partition("=")
-        if not (key and equals):
-            raise ValueError(pair)
-        try:
-            values[key] = int(text)
-        except ValueError:
-            values[key] = float(text)
-    return values
+    pairs = [pair.split("=") for pair in line.split()]
+    return {key: int(text) if text.lstrip("-").isdecimal() else float(text) for key, text in pairs}
 
 
 def read_log(path: str | Path) -> list[dict[str, int | float]]:
@@ -86,12 +78,11 @@ def read_log(path: str | Path) -> list[dict[str, int | float]]:
     except OSError as error:
         raise UserError(f"{path}: cannot read the log ({error.strerror})") from None
     rows = []
-    complete = lines[:-1]  # after the last line end there is nothing, or half a line
-    for number, line in enumerate(complete, start=1):
+    for number, line in enumerate(lines[:-1], start=1):  # behind the last line end: nothing, or half a line
         try:
             rows.append(parse_line(line))
         except ValueError:
-            if number < len(complete):
+            if number < len(lines) - 1:
                 raise UserError(f"{path}, line {number}: no key=value pairs: {line[:60]!r}") from None
     return rows
 

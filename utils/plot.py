@@ -1,7 +1,7 @@
 """The curves of a run: loss, perplexity, learning rate, throughput, and expert load where there are experts.
 
     python utils/plot.py                         # out/pre_train/log.txt -> out/pre_train/curves.png
-    python utils/plot.py LOG LOG --out both.png  # several runs over each other
+    python utils/plot.py LOG LOG --out both.png  # several runs in one picture
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
@@ -42,23 +42,27 @@ def plot_curves(log_path: str | Path | list, png_path: str | Path) -> None:
     if not panels:
         raise UserError(f"{paths[0]}: none of the keys {', '.join(panel[2][0] for panel in PANELS)} is in it")
 
-    figure = Figure((10, 3.2 * math.ceil(len(panels) / 2)), layout="constrained")
+    figure, places = make_panels(len(panels), width=4.5, height=3)
     names = run_names(list(logs))
-    for place, (title, unit, keys) in enumerate(panels, start=1):
-        axes = figure.add_subplot(math.ceil(len(panels) / 2), 2, place)
+    for axes, (title, unit, keys) in zip(places, panels):
         for rows, name, color in zip(logs.values(), names, COLORS * len(names)):
             draw(axes, rows, keys, name if len(names) > 1 else "", color)
-        axes.set_title(title, fontsize=13)
-        axes.set_xlabel("step (optimizer updates)", fontsize=11)
-        axes.set_ylabel(unit, fontsize=11)
+        scale = "log" if title == "Perplexity" else "linear"
+        axes.set(title=title, xlabel="step (optimizer updates)", ylabel=unit, yscale=scale)
         axes.grid(alpha=0.3)
-        if title == "Perplexity":
-            axes.set_yscale("log")
         if title == "Throughput":
             axes.set_ylim(bottom=0)  # otherwise a little noise fills the panel
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=10)
     save_figure(figure, png_path)
+
+
+def make_panels(count: int, width: float, height: float) -> tuple[Figure, list]:
+    """Return a figure with `count` panels of this size in inches, two in a row."""
+    columns = min(count, 2)
+    rows = math.ceil(count / columns)
+    figure = Figure((width * columns + 1, height * rows + 0.5), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]
 
 
 def save_figure(figure: Figure, png: str | Path) -> None:
@@ -93,11 +97,12 @@ def run_names(paths: list[str]) -> list[str]:
 def main() -> None:
     """Run the command."""
     parser = Parser("Draw the curves of one or more runs.")
-    parser.add_argument("logs", nargs="*", metavar="LOG", help="log files (default: out/pre_train/log.txt)")
-    parser.add_argument("--out", metavar="PNG", help="the picture (default: curves.png beside the first log)")
+    add = parser.add_argument
+    add("logs", nargs="*", type=Path, metavar="LOG", help="log files (default: out/pre_train/log.txt)")
+    add("--out", metavar="PNG", help="the picture (default: curves.png beside the first log)")
     args = parser.parse_args()
-    logs = [Path(log) for log in args.logs] or [ROOT / "out" / "pre_train" / "log.txt"]
-    png = Path(args.out) if args.out else logs[0].parent / "curves.png"
+    logs = args.logs or [ROOT / "out" / "pre_train" / "log.txt"]
+    png = args.out or logs[0].parent / "curves.png"
     plot_curves(logs, png)
     print(f"drawn: {png}")
 

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import TwoSlopeNorm
-from matplotlib.figure import Figure
 
 from utils.errors import UserError
 from utils.log import read_log
-from utils.plot import save_figure
+from utils.plot import make_panels, save_figure
 
 KEY = re.compile(r"L(\d+)E(\d+)")
 TOP = 3.0  # loads of three times the mean and more have one colour
@@ -36,38 +35,34 @@ def plot_expert_load(log_path: str | Path, png_path: str | Path) -> None:
             norm=TwoSlopeNorm(1.0, 0.0, TOP),
         )  # fmt: skip
         violation = load[-1].max() - 1  # in units of the mean
-        axes.set_title(f"Layer {layer}: MaxVio {violation:.2f} at step {steps[-1]:,}", fontsize=13)
-        axes.set_ylabel("expert", fontsize=11)
-        axes.set_yticks(some(load.shape[1], 8))
+        axes.set(title=f"Layer {layer}: MaxVio {violation:.2f} at step {steps[-1]:,}", ylabel="expert",
+                 xlabel="step (optimizer updates)", yticks=some(load.shape[1], 8))  # fmt: skip
         columns = some(len(steps), 8)  # a column per logged step, so that uneven steps are named rightly
         axes.set_xticks(columns, [f"{steps[column]:,}" for column in columns])
-        axes.set_xlabel("step (optimizer updates)", fontsize=11)
-    bar = figure.colorbar(image, ax=panels, extend="max", ticks=[0, 0.5, 1, 2, TOP], aspect=40)
-    bar.set_label("load / mean load (1 is balanced)", fontsize=11)
+    figure.colorbar(image, ax=panels, extend="max", ticks=[0, 0.5, 1, 2, TOP], aspect=40,
+                    label="load / mean load (1 is balanced)")  # fmt: skip
     figure.suptitle("Load of the experts over training", fontsize=15)
     save_figure(figure, png_path)
 
 
-def plot_expert_tokens(shares, kinds: list[str], png_path: str | Path, layers=None) -> None:
+def plot_expert_tokens(shares, kinds: list[str], png_path: str | Path) -> None:
     """Draw one heat map per layer: the share of the assignments of each kind of token (y) that went to each
     expert (x).
 
     `shares` (layers, kinds, experts): rows add up to 1; a row of NaN, a kind that did not occur, stays grey,
-    and the caption says so. `layers`: the numbers of the layers, if not 0, 1, 2, ..
+    and the caption says so.
     """
     shares = np.asarray(shares, dtype=float)
     count, _, experts = shares.shape
     colors = colormaps["viridis"].with_extremes(bad="lightgrey")
     top = np.nanmax(shares, initial=1 / experts)
     figure, panels = make_panels(count, width=4 + 0.22 * min(48, experts), height=1.4 + 0.3 * len(kinds))
-    for axes, layer, share in zip(panels, layers or range(count), shares):
+    for layer, (axes, share) in enumerate(zip(panels, shares)):
         image = axes.imshow(share, aspect="auto", interpolation="nearest", cmap=colors, vmin=0, vmax=top)
-        axes.set_title(f"Layer {layer}", fontsize=13)
-        axes.set_xlabel("expert", fontsize=11)
-        axes.set_xticks(some(experts, 16))
+        axes.set(title=f"Layer {layer}", xlabel="expert", xticks=some(experts, 16))
         axes.set_yticks(range(len(kinds)), kinds)
-    bar = figure.colorbar(image, ax=panels, format=lambda share, _: f"{share:.0%}", aspect=40)
-    bar.set_label(f"share (even would be {100 / experts:.3g}%)", fontsize=11)
+    figure.colorbar(image, ax=panels, format=lambda share, _: f"{share:.0%}", aspect=40,
+                    label=f"share (even would be {100 / experts:.3g}%)")  # fmt: skip
     caption = "Which experts each kind of token goes to (each row adds up to 100%)"
     if missing := [kind for row, kind in enumerate(kinds) if np.isnan(shares[:, row]).all()]:
         caption += f"\ngrey: no tokens of this kind here ({', '.join(missing)})"
@@ -84,22 +79,13 @@ def read_loads(path: str | Path) -> tuple[list[int], dict[int, np.ndarray]]:
     loads = {}
     for layer in dict.fromkeys(layer for layer, _ in names):
         keys = [f"L{layer}E{expert}" for other, expert in names if other == layer]
-        for row in rows:
-            values = [row.get(key, math.nan) for key in keys]
-            if not (min(values) >= 0 and 0 < sum(values) < math.inf):
-                wanted = f"{keys[0]} to {keys[-1]} must be there, none below 0 and not all of them 0"
-                raise UserError(f"{path}, step {row['step']}: {wanted}")
-        table = np.array([[row[key] for key in keys] for row in rows])  # (steps, experts)
+        table = np.array([[row.get(key, math.nan) for key in keys] for row in rows])  # (steps, experts)
+        broken = ~((table >= 0).all(axis=1) & (table.sum(axis=1) > 0) & (table.sum(axis=1) < math.inf))
+        if broken.any():
+            wanted = f"{keys[0]} to {keys[-1]} must be there, none below 0 and not all of them 0"
+            raise UserError(f"{path}, step {rows[broken.argmax()]['step']}: {wanted}")
         loads[layer] = table / table.mean(axis=1, keepdims=True)
     return [row["step"] for row in rows], loads
-
-
-def make_panels(count: int, width: float, height: float) -> tuple[Figure, list]:
-    """Return a figure with `count` panels of this size in inches, two in a row."""
-    columns = min(count, 2)
-    rows = math.ceil(count / columns)
-    figure = Figure((width * columns + 1, height * rows + 0.5), layout="constrained")
-    return figure, [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]
 
 
 def some(count: int, most: int) -> list[int]:

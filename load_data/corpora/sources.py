@@ -4,8 +4,8 @@ The split is made before anything is learned from the text:
 
 - the word `python`: by file of the standard library (see `load_data/corpora/python_corpus.py`);
 - a `.txt` file: its last `data.val_fraction` of characters is held out, as is usual for tinyshakespeare;
-- a record of a `.jsonl` file: by a hash of its text, or if it is a conversation of its questions, so that
-  two copies are always on the same side.
+- a record of a `.jsonl` file: by a hash of its text, or of the questions of a conversation, so that two
+  copies are always on the same side.
 """
 
 import hashlib

@@ -76,19 +76,19 @@ class AdapterSwitch:
 
 @torch.no_grad()
 def lesson():
-    """Run three adapters in one batch and compare each row with the same row alone."""
+    """Run two adapters and the base in one batch; compare each row with the same row alone."""
     from modules.adapters.lora_model import add_lora
 
     torch.manual_seed(0)
     model, rows = torch.nn.Sequential(torch.nn.Linear(64, 64)), ["b", None, "c", "b"]
     x = torch.randn(4, 8, 64)
     base = model(x)
-    for name, rank in (("a", 4), ("b", 8), ("c", 16)):
+    for name, rank in (("b", 8), ("c", 16)):
         add_lora(model, LoraConfig(r=rank, target_modules=["0"]), name)
         model[0].lora_B[name].normal_(std=0.02)
     model[0].switch.use(rows)
     together = model(x)
-    print("one batch of 4 rows, each with an adapter of its own")
+    print("one batch of 4 rows, each with its own choice of adapter")
     for row, name in enumerate(rows):
         model[0].switch.use(name)
         gap = (model(x[row : row + 1])[0] - together[row]).norm() / together[row].norm()

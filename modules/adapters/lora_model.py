@@ -25,7 +25,7 @@ from modules.adapters.lora import LoraExperts, LoraLayer, LoraLinear, effective_
 from modules.experts.moe import Experts
 from utils.errors import UserError
 
-GROUPS = ("attention", "dense", "shared", "experts")
+GROUPS = {"self_attn": "attention", "mlp": "dense", "shared_experts": "shared"}  # linear layers, by parent
 REFUSED = {
     "lm_head": "the loss reads its weight directly, and the embedding may share it",
     "gate": "a router is trained as a whole or not at all",
@@ -68,23 +68,17 @@ def find_targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Module]:
     """Return the layers that `target_modules` names, by path. Errors as in `add_lora`."""
     labels = {}
     for path, layer in model.named_modules():
-        *parents, name = path.split(".")
+        *_, parent, name = ["", *path.split(".")]
         if isinstance(layer, (Experts, LoraExperts)):
             labels[path] = {"experts"}
         elif isinstance(layer, (nn.Linear, LoraLinear)) and name not in REFUSED:
-            labels[path] = {name}
-            if "self_attn" in parents:
-                labels[path].add("attention")
-            elif parents[-1:] == ["shared_experts"]:
-                labels[path].add("shared")
-            elif parents[-1:] == ["mlp"]:
-                labels[path].add("dense")
+            labels[path] = {name, GROUPS.get(parent, name)}
     there = set().union(*labels.values())
     offer = f"this model has {', '.join(sorted(there)) or 'no linear layer'}"
     for target in wanted:
         if target in REFUSED:
             raise UserError(f"lora.target_modules: no adapter on {target}, {REFUSED[target]}")
-        if target not in there and target not in GROUPS:
+        if target not in {*there, *GROUPS.values(), "experts"}:
             raise UserError(f"lora.target_modules: nothing is called {target!r}; {offer}")
     found = {path: model.get_submodule(path) for path, names in labels.items() if names & set(wanted)}
     if not found:

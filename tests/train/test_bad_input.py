@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from tests.inference.tools import run_config, tiny_model, write_checkpoint
+from tests.processes import fork, without_pictures
 from tests.train.tools import PRE_TRAIN, run
 from train import gate_train, lora_train, mixlora_train, pre_train, prefix_train, sft_train
 from train.engine.command import parse_command
+from utils import checkpoint
 from utils.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from utils.errors import run_main
 
@@ -33,7 +35,7 @@ def old_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("old")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
         code = call_main(patch, folder, "--data", folder / "text.txt", *QUICK, "--out", folder / "out")
     assert code == 0
     return folder
@@ -53,7 +55,6 @@ def call_main(monkeypatch, folder, *arguments):
 @pytest.fixture
 def refused(old_run, monkeypatch, capsys):
     """Calls main with the arguments of a case; returns its one line of error."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def call(*arguments, overwrite=True):
         out = [] if "--out" in arguments else ["--out", old_run / "out"]
@@ -74,7 +75,6 @@ def refused(old_run, monkeypatch, capsys):
 
 def test_the_good_case_is_good(old_run, monkeypatch):
     """The cases below are refused for what is wrong with them, and not for something else."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     arguments = ["--data", old_run / "text.txt", "--out", old_run / "again", *QUICK]
     assert call_main(monkeypatch, old_run, *arguments) == 0
     assert call_main(monkeypatch, old_run, *arguments, "--overwrite") == 0
@@ -268,7 +268,6 @@ def bases(tmp_path_factory):
 def refuse(bases, monkeypatch, capsys):
     """Calls main of a stage with the arguments of a case, over a finished run of that stage; returns its one
     line of error."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr("train.engine.command.ROOT", bases / "empty")
 
     def call(stage, *arguments, overwrite=True):
@@ -396,7 +395,6 @@ def test_the_base_that_is_taken_where_none_is_named(stage, tmp_path, monkeypatch
 
 def test_prompt_tuning_from_the_command_line(bases, tmp_path, monkeypatch):
     """The good case beside the bad ones: learned embeddings, whose ids are beyond the vocabulary."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = ["--data", bases / "dialogues.jsonl", "--init", bases / "SFT.pkl", "--out", tmp_path]
     settings = ("prefix.kind=prompt", "prefix.length=3", "data.sequence_length=48")
     flags += ["--max-steps", "3", "--device", "cpu", *(f"--set={setting}" for setting in settings)]
@@ -420,49 +418,35 @@ def test_the_script_itself(old_run):
     assert files_in(old_run / "out") == before
 
 
-FULL_DISK = """
-import resource, runpy, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit is an OSError then
-from utils import checkpoint
-whole = checkpoint.save_checkpoint
-def save(path, data):
-    if data["step"] >= 3:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-    whole(path, data)
-checkpoint.save_checkpoint = save
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def on_a_small_disk(*words):
+    """Pre-train where no file may grow beyond 50 kB from the third checkpoint on."""
+    import resource
+
+    whole = checkpoint.save_checkpoint
+
+    def save(path, data):
+        if data["step"] >= 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+        whole(path, data)
+
+    checkpoint.save_checkpoint = save
+    without_pictures("train.pre_train", *words)
 
 
 @pytest.mark.slow
 def test_a_full_disk_while_saving(old_run, tmp_path, monkeypatch):
-    """From the third checkpoint on no file may grow beyond 50 kB. The earlier ones are intact, and resuming
-    goes on."""
-    wrapper = tmp_path / "wrapper.py"
-    wrapper.write_text(FULL_DISK, encoding="utf-8")
+    """The checkpoints before are intact, and resuming goes on."""
+    pytest.importorskip("resource")
     out = tmp_path / "out"
     command = [
-        PRE_TRAIN,
-        "--config",
-        "tiny",
-        "--data",
-        old_run / "text.txt",
-        *QUICK,
-        "--out",
-        out,
-        "--max-steps",
-        "4",
-        "--set",
-        "train.save_every=1",
-        "--set",
-        f"data.cache_dir={old_run / 'cache'}",
-    ]
-    done = run(wrapper, *command)
+        "--config", "tiny", "--data", old_run / "text.txt", *QUICK, "--out", out, "--max-steps", "4",
+        "--set", "train.save_every=1", "--set", f"data.cache_dir={old_run / 'cache'}",
+    ]  # fmt: skip
+    done = fork(on_a_small_disk, *command)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: could not write") and "Earlier checkpoints are intact" in line
     assert [path.name for path in sorted(out.glob("*.*"))] == ["TinySeek_Pre1_0.pkl", "TinySeek_Pre2_0.pkl"]
     assert [load_checkpoint(path)["step"] for path in find_checkpoints(out, "Pre")] == [1, 2]
-    assert call_main(monkeypatch, old_run, *command[1:], "--resume") == 0
+    assert call_main(monkeypatch, old_run, *command, "--resume") == 0
     assert load_checkpoint(out / "TinySeek_Pre_final.pkl")["step"] == 4

@@ -51,7 +51,6 @@ def test_losses_equal_the_engines(small, tmp_path, monkeypatch):
     The engine's AdamW is fused and rounds in another order: a dozen operations, each off by at most 2^-24 of
     its result, in each of 20 steps, 20 * 12 * 2^-24 = 1.4e-5. The log's six digits are ten times finer.
     """
-    monkeypatch.setattr("train.engine.trainer.plot_curves", lambda *paths: None)
     bound = STEPS * 12 * 2**-24
     ids = torch.from_numpy(random_tokens().astype("int64"))
     expected, norms, weights = engine_losses(tmp_path, ids)

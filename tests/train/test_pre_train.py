@@ -15,7 +15,6 @@ from utils.log import read_log
 @pytest.fixture
 def pre_train(tmp_path, monkeypatch):
     """Runs pre-training within this process and returns the folder that it wrote."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def call(name, *arguments, text=TEXT):
         (tmp_path / "text.txt").write_text(text, encoding="utf-8")
@@ -58,7 +57,6 @@ def test_the_budget_to_the_tenth_of_a_second(tmp_path, monkeypatch, stop_at):
     """Steps and evaluations, the last one included, take five seconds; stopped and resumed in between as
     well. The hour between is not counted."""
     clock = Clock()
-    monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
     monkeypatch.setattr("train.engine.trainer.time", clock)
     monkeypatch.setattr("train.engine.held_out.time", clock)
     settings = [
@@ -93,7 +91,6 @@ def test_a_budget_below_the_estimate_of_the_evaluation_still_trains(tmp_path, mo
     """An evaluation takes 20 seconds: a bound of 2 keeps half of itself for training, and says so."""
     clock = Clock()
     clock.batches = 400
-    monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
     for module in ("trainer", "held_out"):
         monkeypatch.setattr(f"train.engine.{module}.time", clock)
     config = small_config("train.eval_batches=2", "train.eval_every=1000")
@@ -105,11 +102,12 @@ def test_a_budget_below_the_estimate_of_the_evaluation_still_trains(tmp_path, mo
     assert ("will take about 20 seconds, more than half of train.max_seconds=2" in said) == (seconds == 2.0)
 
 
-def test_what_a_run_leaves(pre_train):
+def test_what_a_run_leaves(pre_train, curves):
     """The names that design promises, and a final checkpoint that holds all that the next stage needs."""
     out = pre_train("out", "--max-steps", "3", "--set", "train.save_every=1", "--set", "optim.optimizer=muon")
     names = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     assert names == [
+        ".lock",
         "TinySeek_Pre3_0.pkl",
         "TinySeek_Pre4_0.pkl",
         "TinySeek_Pre_final.pkl",
@@ -174,9 +172,8 @@ def test_what_next_is_said_on_the_last_line(pre_train, capsys):
 
 
 @pytest.mark.parametrize("tokens", [9, 20])
-def test_the_shortest_texts_that_can_be_trained_on(tmp_path, monkeypatch, tokens):
+def test_the_shortest_texts_that_can_be_trained_on(tmp_path, tokens):
     """One window and a half: several epochs within one step."""
-    monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
     trainer = make_trainer(tmp_path, small_config(), loader=TokenLoader(random_tokens(tokens), 8, 4))
     trainer.run()
     assert trainer.step == 6 and trainer.stage.source.epoch > 2

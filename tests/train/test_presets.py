@@ -1,7 +1,7 @@
 """Every preset is built and stepped: its own model, optimizer and schedule, on one row of sixteen tokens.
 
-Only the batch is small, and of a preset with more than eight layers two are built: twelve would take twenty
-seconds. Those of fine-tuning run as they are, two steps on a tiny random base.
+Only the batch, the vocabulary and the number of layers are small: none of them decides whether the settings
+of a preset fit each other. Those of fine-tuning run as they are, two steps on a tiny random base.
 """
 
 import importlib
@@ -17,14 +17,13 @@ from tests.inference.tools import run_config, tiny_model, write_checkpoint
 from tests.train.tools import make_trainer, random_tokens, weights_of
 from utils.checkpoint import load_checkpoint
 
-VOCABULARY = 100  # of presets whose tokenizer decides it, and who have one of characters
+VOCABULARY = 100
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if "gpu" in name else ()) for name in preset_names()]
 )
 def test_a_preset_is_built_and_stepped(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
     monkeypatch.setattr("train.engine.checkpoints.Checkpoints.save", lambda self: None)  # large
     monkeypatch.setattr("train.engine.checkpoints.Checkpoints.save_final", lambda self: None)
     shrink = [
@@ -37,7 +36,7 @@ def test_a_preset_is_built_and_stepped(name, tmp_path, monkeypatch):
     ]
     config = load_config(name, [f"train.{setting}" for setting in shrink] + ["train.log_every=1"])
     assert config.data.sequence_length <= config.model.max_position_embeddings
-    config.model.vocab_size = config.tokenizer.vocab_size if config.tokenizer.kind == "bpe" else VOCABULARY
+    config.model.vocab_size = VOCABULARY
     config.model.num_hidden_layers = min(2, config.model.num_hidden_layers)
     torch.manual_seed(0)
     model = TinySeek(config.model)
@@ -68,10 +67,11 @@ def base(tmp_path_factory):
     return write_checkpoint(path, "SFT", weights=model.state_dict(), config=run_config(model))
 
 
+pytestmark = pytest.mark.usefixtures("part_of_the_library")
+
+
 def fine_tune(monkeypatch, stage, name, base, out, *settings):
     """`python train/<stage>.py --config NAME` with two steps; returns what it saved and its settings."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
     monkeypatch.setattr("train.engine.fine_tuning.SCORED", 1)
     monkeypatch.setattr("load_data.chat.chat_data.VAL_PER_SKILL", 4)
     small = ["data.skill_samples=40", "train.batch_size=1", "train.dtype=fp32", *settings]

@@ -4,9 +4,6 @@ import os
 import pickle
 import re
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -15,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.processes import Forked, fork
 from utils.checkpoint import (
     FORMAT_VERSION,
     checkpoint_name,
@@ -28,16 +26,6 @@ from utils.checkpoint import (
     weights_digest,
 )
 from utils.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def python(code: str, *args) -> subprocess.Popen:
-    """Start `code` in a fresh interpreter at the repository root."""
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, **pipes)
-
 
 def test_what_is_saved_comes_back_bit_by_bit(tmp_path):
     model = nn.Linear(3, 3)
@@ -222,13 +210,11 @@ def test_weights_of_an_adapter_are_loaded_beside_those_of_its_base():
     assert all(torch.equal(after[name], (before | good)[name]) for name in before)
 
 
-SAVE_FOR_EVER = """
-    import sys, torch
-    from utils.checkpoint import save_checkpoint
+def save_for_ever(path):
+    """Save one checkpoint after the other, and print the step of each that is complete."""
     for step in range(10**9):
-        save_checkpoint(sys.argv[1], {"step": step, "weights": torch.full((500_000,), float(step))})
+        save_checkpoint(path, {"step": step, "weights": torch.full((500_000,), float(step))})
         print(step, flush=True)
-"""
 
 
 @pytest.mark.slow
@@ -236,37 +222,37 @@ SAVE_FOR_EVER = """
 def test_kill_in_the_middle_of_saving_leaves_a_complete_checkpoint(tmp_path):
     path = tmp_path / checkpoint_name("Pre", 1, 0)
     for trial in range(6):
-        process = python(SAVE_FOR_EVER, path)
-        process.stdout.readline()
+        process = Forked(save_for_ever, path)
+        while "\n" not in process.text("out"):
+            time.sleep(0.001)
         time.sleep(0.003 * trial)
         process.send_signal(signal.SIGKILL)
-        process.wait()
-        printed = process.stdout.read().split()
+        printed, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL
         data = load_checkpoint(path)
-        assert data["step"] >= int(printed[-1] if printed else 0)
+        assert data["step"] >= int(printed.split()[-1])
         assert data["weights"].eq(data["step"]).all()
     prune_checkpoints(tmp_path, "Pre")
     assert os.listdir(tmp_path) == [path.name]
 
 
-FILL_THE_DISK = """
-    import resource, sys, torch
-    from utils.checkpoint import save_checkpoint
-    from utils.errors import run_main
-    save_checkpoint(sys.argv[1], {"weights": torch.ones(1000)})
+def fill_the_disk(path, numbers):
+    """Save a checkpoint, and another where a file may hold 100 kB."""
+    import resource
+
+    save_checkpoint(path, {"weights": torch.ones(1000)})
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    run_main(lambda: save_checkpoint(sys.argv[1], {"weights": torch.zeros(int(sys.argv[2]))}))
-"""
+    save_checkpoint(path, {"weights": torch.zeros(numbers)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [24_900, 1_000_000])  # full at the end of the file, and full at once
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so_in_one_line(tmp_path, numbers):
     pytest.importorskip("resource")
     path = tmp_path / "a.pkl"
-    process = python(FILL_THE_DISK, path, numbers)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2, errors
-    assert re.fullmatch(r"error: could not write .*a\.pkl: File too large\..*--resume\n", errors)
+    process = fork(fill_the_disk, path, numbers)
+    assert process.returncode == 2, process.stderr
+    assert re.fullmatch(r"error: could not write .*a\.pkl: File too large\..*--resume\n", process.stderr)
     assert load_checkpoint(path)["weights"].eq(1).all()
     assert os.listdir(tmp_path) == ["a.pkl"]
 

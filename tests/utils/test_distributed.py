@@ -1,35 +1,14 @@
 """Two real processes over gloo: their sums, their agreement, and the gradient that one process would have."""
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
+import time
 
 import pytest
 import torch
 from torch import nn
 
+from tests.processes import fork
 from utils import distributed
 from utils.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def torchrun(code: str, folder: Path, size: int = 2) -> subprocess.CompletedProcess:
-    """Run `code` in `size` processes, as torchrun would; files go to `folder`, the first argument."""
-    script = folder / "script.py"
-    script.write_text(textwrap.dedent(code), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, str(script), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 def test_one_process_needs_no_group(monkeypatch):
@@ -57,13 +36,8 @@ def test_more_processes_than_gpus_is_one_line(monkeypatch):
         distributed.start("cuda")
 
 
-TWO_PROCESSES = """
-    import pathlib, sys, time, torch
-    from torch import nn
-    from utils import distributed
-    from utils.errors import UserError
-
-    folder = pathlib.Path(sys.argv[1])
+def two_processes(folder):
+    """What each of two processes does."""
     world = distributed.start("cpu")
     assert world.size == 2 and world.is_first == (world.rank == 0) and world.local_rank == world.rank
 
@@ -87,9 +61,9 @@ TWO_PROCESSES = """
     torch.manual_seed(9)
     x, y = torch.randn(10, 6, dtype=torch.float64), torch.randn(10, 3, dtype=torch.float64)
     model.double().eval()
-    run = lambda x: model[2](model[1](model[0](x)))
+    run = lambda x: model[2](model[1](model[0](x)))  # noqa: E731
     mine = slice(0, 4) if world.is_first else slice(4, 10)
-    count, = distributed.sum_scalars([float(len(x[mine]))])
+    (count,) = distributed.sum_scalars([float(len(x[mine]))])
     assert count == 10
     loss = (run(x[mine]) - y[mine]).pow(2).sum() / count
     if not world.is_first:  # a layer that only one process uses
@@ -121,12 +95,11 @@ TWO_PROCESSES = """
         (folder / f"done{world.rank}").touch()
     distributed.barrier()
     distributed.finish()
-"""
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    done = torchrun(TWO_PROCESSES, tmp_path)
+    done = fork(two_processes, tmp_path, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "done0").exists()
     assert (tmp_path / "done1").exists()

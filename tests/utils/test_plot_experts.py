@@ -129,7 +129,6 @@ def test_shares_of_tokens_are_drawn_as_they_are(tmp_path, drawn):
     assert drawn[0].get_suptitle().endswith("\ngrey: no tokens of this kind here (sign)")
 
 
-def test_layers_may_be_named(tmp_path, drawn):
-    plot_expert_tokens([[[0.25, 0.75]]], ["word"], tmp_path / "t.png", layers=[3])
-    assert [axes.get_title() for axes in panels_of(drawn[0])] == ["Layer 3"]
+def test_nothing_is_said_of_grey_where_every_kind_occurs(tmp_path, drawn):
+    plot_expert_tokens([[[0.25, 0.75]]], ["word"], tmp_path / "t.png")
     assert "grey" not in drawn[0].get_suptitle()

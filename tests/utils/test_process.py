@@ -48,6 +48,7 @@ def run(script: str, *arguments: str, **environment) -> list[str]:
     platform.libc_ver()[0] != "glibc" or tuple(map(int, platform.libc_ver()[1].split("."))) < (2, 36),
     reason="other C libraries have rules of their own, older ones keep smaller blocks only",
 )
+@pytest.mark.slow
 def test_freed_memory_stays_with_the_process():
     """Counted by the system: pages that had to be cleared anew for blocks of a size used before."""
     (kept, pages), (returned, _) = (map(int, run(FAULTS, *words)) for words in (["keep"], []))

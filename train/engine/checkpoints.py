@@ -82,7 +82,7 @@ class Checkpoints:
 
     def training_state(self) -> dict:
         """Return the part that only a resumed run needs."""
-        run = self.run
+        run, held_out = self.run, self.run.held_out
         return {
             "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
             "scaler": run.scaler.state_dict(),
@@ -91,7 +91,8 @@ class Checkpoints:
             "elapsed": run.elapsed, "skipped": run.skipped, "finished": run.finished,
             "saved": [self.index, self.epoch], "warm_from": run.warm_from,
             "processes": run.machine.world.size, "frozen": run.frozen,
-            **run.held_out.state_dict(),
+            "reserve": held_out.reserve, "last_evaluation": held_out.last, "best": held_out.best,
+            "measured_at": held_out.measured_at,
         }  # fmt: skip
 
     def set_aside(self) -> None:
@@ -109,16 +110,15 @@ class Checkpoints:
             path = files.latest_checkpoint(self.out, self.short)
             distributed.same_on_all_ranks(path.name if path else "", "checkpoint to resume from")
             if path:
-                saved = files.load_checkpoint(path)
-                self.check_same_run(saved, path)
-                self.restore(saved, path)
+                self.restore(files.load_checkpoint(path), path)
         except BaseException:
             self.close()
             raise
 
     def restore(self, saved: dict, path: Path) -> None:
         """Restore the state of the run at the time of `path`."""
-        run = self.run
+        self.check_same_run(saved, path)
+        run, held_out = self.run, self.run.held_out
         files.load_weights(run.model, saved["weights"], str(path), run.stage.own)
         state = saved["training"]
         for optimizer, values in zip(run.optimizers, state["optimizers"], strict=True):
@@ -129,7 +129,8 @@ class Checkpoints:
         run.step, run.tokens, run.skipped = saved["step"], saved["tokens"], state["skipped"]
         self.index, self.epoch = state["saved"]
         run.elapsed, run.warm_from = state["elapsed"], state.get("warm_from", 0)
-        run.held_out.load_state_dict(state)
+        held_out.reserve, held_out.last = state["reserve"], state["last_evaluation"]
+        held_out.best, held_out.measured_at = state.get("best"), state.get("measured_at", 0)
         run.log.load_state_dict(state["log"])
         self.last_good = path
         run.finished = state["finished"] and run.progress >= 1

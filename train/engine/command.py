@@ -26,9 +26,7 @@ class Command:
     resume: bool
 
 
-def parse_command(
-    stage: str, short: str, description: str, argv=None, bases: tuple[str, ...] = ()
-) -> Command:
+def parse_command(stage: str, short: str, description: str, argv=None, bases: tuple = ()) -> Command:
     """Read the flags of stage `stage` (checkpoints named `short`). Raises `UserError`; writes nothing.
 
     A stage that needs a trained model lists in `bases` the stages whose results it starts from without
@@ -63,9 +61,7 @@ def parse_command(
     out = Path(args.out) if args.out else ROOT / "out" / (named if named != preset else "")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
-    init_path = Path(args.init) if args.init else None
-    if bases and init_path is None:
-        init_path = default_base(stage, bases, out)
+    init_path = Path(args.init) if args.init else default_base(stage, bases, out)
     init = load_checkpoint(init_path) if init_path else None
     inherited = inherited_sections(init, str(init_path)) if init else {}
     config = load_config(args.config, args.settings, inherited, flag_settings(args), stage)
@@ -74,12 +70,13 @@ def parse_command(
     return Command(config, out, init, init_path, args.resume)
 
 
-def default_base(stage: str, bases: tuple, out: Path) -> Path:
-    """Return the first result of the stages `bases` that is in `out`, or else in the default folder."""
-    for folder in dict.fromkeys((out, ROOT / "out")):
-        for base in bases:
-            if (folder / final_name(base)).is_file():
-                return folder / final_name(base)
+def default_base(stage: str, bases: tuple, out: Path) -> Path | None:
+    """Return the first result of `bases` in `out`, or else in the default folder; None without `bases`."""
+    for path in [folder / final_name(base) for folder in (out, ROOT / "out") for base in bases]:
+        if path.is_file():
+            return path
+    if not bases:
+        return None
     raise UserError(
         f"{stage} starts from a trained model, and there is no {final_name(bases[-1])} in {out}: train one "
         "with python train/pre_train.py, or name one with --init CHECKPOINT"
@@ -93,14 +90,13 @@ def inherited_sections(init: dict, path: str) -> dict:
         raise UserError(
             f"--init {path} holds an adapter, not a whole model: name its base ({init['base'].get('path')})"
         )
-    missing = [key for key, kind in (("config", dict), ("weights", dict), ("tokenizer", str))
-               if not isinstance(init.get(key), kind)]  # fmt: skip
+    kinds = {"config": dict, "weights": dict, "tokenizer": str}
+    missing = [key for key, kind in kinds.items() if not isinstance(init.get(key), kind)]
     sections = {} if missing else {name: init["config"].get(name) for name in ("model", "tokenizer")}
     missing += [f"config.{name}" for name, values in sections.items() if not isinstance(values, dict)]
     if missing:
-        raise UserError(
-            f"--init {path}: a checkpoint without {', '.join(missing)}; name one of a training run"
-        )
+        what = f"a checkpoint without {', '.join(missing)}"
+        raise UserError(f"--init {path}: {what}; name one of a training run")
     data = init["config"].get("data") or {}
     names = ["same_question"] + ["template"] * (init.get("short") != "Pre")
     if not all(str(path).lower().endswith(".txt") for path in data.get("paths") or [""]):

@@ -36,8 +36,6 @@ class Evaluation:
     Args:
         held_out: max_batches -> the batches of this process, at most that many.
         rows: the number of held-out rows, over all processes.
-        tokenizer: knows the number of bytes of each id.
-        machine: device and processes; each process measures its share.
     """
 
     def __init__(self, held_out: Callable, rows: int, batch_size: int, tokenizer: Tokenizer, machine):
@@ -64,13 +62,9 @@ class Evaluation:
             count += len(nll)
             size += self.token_bytes[labels[labels >= 0]].sum().item()
         nats, sure, count, size = sum_scalars([nats, sure, count, size])
-        loss = nats / max(count, 1.0)
-        values = {
-            "val_loss": loss,
-            "val_ppl": math.exp(min(loss, 700.0)),
-            "val_conf": sure / max(count, 1.0),
-            "val_bpb": nats / math.log(2) / max(size, 1.0),
-        }
+        loss, conf, bits = nats / max(count, 1.0), sure / max(count, 1.0), nats / math.log(2)
+        values = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0)), "val_conf": conf,
+                  "val_bpb": bits / max(size, 1.0)}  # fmt: skip
         # A process without a batch does not know how many layers and experts there are.
         known = self.loads.shape[::2] if self.loads is not None else (0, 0)
         holders, layers, experts = sum_scalars([self.loads is not None, *known])

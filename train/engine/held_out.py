@@ -37,9 +37,8 @@ class HeldOut:
         run.log.write_row({"step": run.step, "tokens": run.tokens, **values, "eval_ms": took * 1e3})
         texts = {name: value if isinstance(value, int) else f"{value:.4f}" for name, value in values.items()}
         shown = "  ".join(f"{name} {text}" for name, text in texts.items())
-        share = "all" if batches is None else "part"
-        run.machine.say(f"step {run.step}  {shown}  ({share} of the held-out data)")
-        if batches is not None:
+        run.machine.say(f"step {run.step}  {shown}  ({'part' if batches else 'all'} of the held-out data)")
+        if batches:
             self.keep_time(took * max(1.0, run.stage.evaluate.batches / batches))
             return
         self.measured_at = run.step
@@ -66,13 +65,3 @@ class HeldOut:
             load_weights(run.model, best["weights"], "the best weights", run.stage.own)
             run.step, run.tokens, self.last = best["step"], best["tokens"], best["evaluation"]
             run.machine.say(f"best: step {run.step}, {run.stage.keep_best} {best['value']:.4f}")
-
-    def state_dict(self) -> dict:
-        """Return the part of a checkpoint that resumes the evaluations."""
-        return {"reserve": self.reserve, "last_evaluation": self.last, "best": self.best,
-                "measured_at": self.measured_at}  # fmt: skip
-
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from a checkpoint."""
-        self.reserve, self.last, self.best = state["reserve"], state["last_evaluation"], state.get("best")
-        self.measured_at = state.get("measured_at", 0)

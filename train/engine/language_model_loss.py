@@ -25,7 +25,7 @@ class LanguageModelLoss(Loss):
     """
 
     def __init__(self, model, config, machine):
-        routers = [module for module in model.modules() if isinstance(module, TopkRouter)]
+        routers = [part for part in model.modules() if isinstance(part, TopkRouter)]
         routers = [router for router in routers if router.weight.requires_grad]
         self.balancer = LoadBalancer(config.balance, routers) if routers else None
         self.mtp = model.mtp is not None and any(p.requires_grad for p in model.mtp.parameters())
@@ -71,9 +71,8 @@ class LanguageModelLoss(Loss):
             measures["mtp"] = output.mtp_loss_sum / step_tokens  # the log shows it without lambda
             terms["mtp"] = self.mtp_weight * measures["mtp"]
         if self.balancer is not None:
-            balance_terms, balance_measures = self.balancer.loss(self.trainable(output), real_tokens(batch))
-            terms |= balance_terms
-            measures |= balance_measures
+            more_terms, more_measures = self.balancer.loss(self.trainable(output), real_tokens(batch))
+            terms, measures = terms | more_terms, measures | more_measures
         return terms, measures
 
     def after_step(self, lr_factor: float) -> dict[str, float]:

@@ -1,12 +1,12 @@
 """The machine of a run: device, dtype, threads and processes, chosen once and printed."""
 
-import sys
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from config.schema import RunConfig
+from inference.generation.terminal import open_streams
 from utils import distributed
 from utils.device import keep_freed_memory, pick_device, pick_dtype, seed_everything, set_threads
 
@@ -32,9 +32,7 @@ class Machine:
 
 def start_machine(config: RunConfig) -> Machine:
     """Set up device, dtype, threads, processes, memory and seed; print the choices and their reasons."""
-    for stream in (sys.stdout, sys.stderr):  # Windows pipes are not UTF-8 by default
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+    open_streams()
     device = pick_device(config.train.device)
     world = distributed.start(device.type)
     dtype, scaled, reason = pick_dtype(config.train.dtype, device)

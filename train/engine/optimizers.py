@@ -37,14 +37,10 @@ def build_optimizers(model: torch.nn.Module, optim: OptimConfig) -> list[torch.o
     adam = torch.optim.Adam if optim.optimizer == "adam" else torch.optim.AdamW
     decay = 0.0 if optim.optimizer == "adam" else optim.weight_decay  # Adam's own is L2, not decoupled decay
     groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
-    settings = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     fused = {p.device.type for p in rest.values()} <= {"cpu", "cuda"}
-    groups = [group for group in groups if group["params"]]
-    if groups:
-        optimizers.append(adam(groups, **settings, fused=fused))
-
-    covered = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(covered) == sorted(id(p) for p in trainable.values()), "a parameter is missing or doubled"
+    if groups := [group for group in groups if group["params"]]:
+        betas = (optim.beta1, optim.beta2)
+        optimizers.append(adam(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=fused))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]

@@ -13,9 +13,7 @@ import math
 from config.schema import OptimConfig
 
 
-def progress(
-    step: int, max_steps: int | None, elapsed: float = 0.0, max_seconds: float | None = None
-) -> float:
+def progress(step: int, max_steps: int | None, elapsed=0.0, max_seconds: float | None = None) -> float:
     """Return the share of the run that is over, 0 to 1: the larger of the two bounds."""
     by_steps = step / max_steps if max_steps else 0.0
     by_time = elapsed / max_seconds if max_seconds else 0.0

@@ -71,7 +71,6 @@ class Trainer:
             if self.finished:
                 self.machine.say(f"the run in {self.out} is finished at step {self.step}; to give it more "
                                  "steps: --resume --max-steps N")  # fmt: skip
-                self.open_log()
             else:
                 self.prove_before()
                 self.runner = parallel.prepare(self.model, self.config.train.compile)
@@ -94,7 +93,7 @@ class Trainer:
         held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups
                 for p in group["params"]}  # fmt: skip
         if odd := [name for name, p in self.model.named_parameters() if p.requires_grad != (id(p) in held)]:
-            raise UserError(f"frozen or unfrozen after the optimizer was built: {', '.join(odd[:3])}")
+            raise UserError(f"requires_grad changed after the optimizer was built: {', '.join(odd[:3])}")
         sample, loss = self.stage.source.sample(), self.stage.loss
         batches = [self.to_device(batch) for batch in sample.micro_batches]
         scale = 2.0**12 if self.machine.scaled else 1.0  # in fp16 small gradients would underflow to zero
@@ -154,7 +153,7 @@ class Trainer:
         if step.weight:
             values = self.forward_backward(step)
             distributed.sum_gradients(self.model.parameters())
-            values["grad_norm"] = self.clip_and_step(witness)
+            values["grad_norm"] = self.update(witness)
             values |= self.stage.loss.after_step(factor)
         else:  # nothing to learn from: no step, no NaN
             values, self.skipped = {}, self.skipped + 1
@@ -180,7 +179,7 @@ class Trainer:
                 totals[name] = totals.get(name, 0) + value.detach()
         return dict(zip(totals, distributed.reduce(torch.stack(list(totals.values()))), strict=True))
 
-    def clip_and_step(self, witness: WeightWitness) -> torch.Tensor:
+    def update(self, witness: WeightWitness) -> torch.Tensor:
         """Clip and step; return the gradient norm before clipping, of all models together."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)

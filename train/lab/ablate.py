@@ -6,23 +6,20 @@
 
 Every cell (see `cells_of`) changes one thing and keeps the feed-forward width that a token uses. Every run is
 a separate `train/pre_train.py` in OUT/<cell>/seed<N>. Seeds are the outer loop, so a grid cut short still
-compares all cells, and a busy hour of the machine affects all of them. Ctrl-C saves the current run; the same
-command continues, and trains nothing twice. After each seed, table.md, results.json, loss.png and bpb.png are
-written to OUT (default out/ablate).
+compares all cells. Ctrl-C saves the current run; the same command continues, and trains nothing twice. Each
+seed ends with table.md, results.json, loss.png and bpb.png.
 
-All runs take the same number of steps, hence the same tokens under the same schedule: the table compares loss
-at equal tokens. A cell may pay for its loss with time or FLOPs, so the table shows both, and loss.png draws
-the curves over tokens, training FLOPs and seconds (median step time times steps, without evaluations;
-machines are noisy). These curves are a rough guide: each run's learning rate decays towards its own end, so a
-shorter run could do better at equal seconds. `--minutes` bounds the grid: each run gets its share as
---max-seconds, as a safeguard. A run that it ends early had fewer tokens and an earlier decay; the table marks
-it with a star.
+All runs take the same number of steps, hence the same tokens under the same schedule. A cell may pay for its
+loss with time or FLOPs, so the table shows both, and loss.png draws the curves over each. These are a rough
+guide: a run's learning rate decays towards its own end, so a shorter run could do better at equal seconds.
+`--minutes` is a safeguard: a run that its share ends early had fewer tokens, and has a star in the table.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -41,11 +38,9 @@ from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint, pru
 from utils.errors import Parser, UserError, run_main
 from utils.log import read_log
 from train.engine.checkpoints import MAY_CHANGE
-from train.lab.ablation_table import cost_of, table
-from train.lab.plot_ablation import plot_losses, plot_results
+from train.lab.ablation_report import cost_of, plot_losses, plot_results, table
 
 ROOT = Path(__file__).resolve().parents[2]
-PRE_TRAIN = ROOT / "train" / "pre_train.py"
 STAGE, SHORT = "pre_train", "Pre"
 STEPS = 180  # of each run: 30 runs of less than a minute on two cores
 EVALUATIONS = 6  # during a run, on a part of the held-out data
@@ -92,11 +87,11 @@ def cells_of(base: RunConfig) -> dict[str, tuple[str, dict]]:
 
 @dataclass
 class Cell:
-    """One row of the table: its name, the change in words and as settings, and its configuration."""
+    """One row of the table."""
 
     name: str
-    words: str
-    settings: list[str]  # as after --set
+    words: str  # the change
+    settings: list[str]  # the change, as after --set
     config: RunConfig
 
 
@@ -109,14 +104,14 @@ def main():
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     add("--max-steps", type=int, default=STEPS, metavar="N", help="of each run (default: %(default)s)")
     add("--minutes", type=float, default=90, metavar="M", help="at most, for all runs (default: %(default)s)")
-    add("--out", default=str(ROOT / "out" / "ablate"), metavar="DIR", help="default: out/ablate")
+    add("--out", type=Path, default=ROOT / "out" / "ablate", metavar="DIR", help="default: out/ablate")
     add("--set", action="append", default=[], metavar="section.key=value", dest="settings",
         help="a setting of the base, and so of all cells; may be repeated")  # fmt: skip
     args = parser.parse_args()
     if args.minutes <= 0 or args.max_steps < 1 or min(args.seeds) < 0:
         raise UserError("--minutes and --max-steps must be above 0, and --seeds at least 0")
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
+    out = args.out
+    if out.is_file():
         raise UserError(f"--out {out} is a file; name a folder")
     # the last of the partial evaluations is close to the end: the final one reads all held-out data
     common = [f"train.eval_every={max(1, (args.max_steps - 1) // EVALUATIONS)}"]
@@ -134,12 +129,13 @@ def main():
     call = shlex.join(["python", "train/lab/ablate.py", *sys.argv[1:]])
     clock = time.monotonic()
     for number, (seed, cell) in enumerate(missing, start=1):
-        folder, where = run_folder(out, seed, cell), f"[{number}/{len(missing)}] {cell.name}, seed {seed}"
+        folder = out / cell.name / f"seed{seed}"
+        where = f"[{number}/{len(missing)}] {cell.name}, seed {seed}"
         print(f"{where} ...", flush=True)
-        command = [sys.executable, PRE_TRAIN, "--config", args.config, "--seed", seed, "--out", folder,
+        command = [ROOT / "train/pre_train.py", "--config", args.config, "--seed", seed, "--out", folder,
                    "--resume", "--max-steps", args.max_steps, "--max-seconds", f"{seconds:.6g}"]  # fmt: skip
         command += [part for text in common + cell.settings for part in ("--set", text)]
-        train_run(list(map(str, command)), folder / "output.txt", where)
+        train_run([sys.executable, *map(str, command)], folder / "output.txt", where)
         prune_checkpoints(folder, SHORT, keep=0)  # the final one stays; together they would be gigabytes
         bpb = read_run(out, seed, cell)["val_bpb"]
         left = (time.monotonic() - clock) / number * (len(missing) - number) / 60
@@ -159,9 +155,7 @@ def plan(name: str, common: list[str], max_steps: int, wanted=None) -> tuple[lis
     if unknown := [cell for cell in wanted or () if cell not in ("base", *known)]:
         raise UserError(f"--cells {unknown[0]}: no such cell of {name}; it has base, {', '.join(known)}")
     cells, left_out = [Cell("base", f"the base, {name}", [], base)], []
-    for cell in known if wanted is None else dict.fromkeys(wanted):
-        if cell == "base":
-            continue
+    for cell in dict.fromkeys(one for one in wanted or known if one != "base"):
         words, changes = known[cell]
         settings = [f"{key}={value}" for key, value in changes.items()]
         config = load_config(name, common + settings, flags=flags)
@@ -185,17 +179,11 @@ def used_widths(model: ModelConfig) -> list[int]:
     return [width if model.is_moe_layer(layer) else model.intermediate_size for layer in layers]
 
 
-def run_folder(out: Path, seed: int, cell: Cell) -> Path:
-    """Return the output folder of a run."""
-    return out / cell.name / f"seed{seed}"
-
-
 def is_finished(out: Path, seed: int, cell: Cell) -> bool:
     """Return True if the run is finished. Raise `UserError` if its folder holds one with other settings."""
-    folder = run_folder(out, seed, cell)
+    folder = out / cell.name / f"seed{seed}"
     final = folder / final_name(SHORT)
-    path = final if final.exists() else latest_checkpoint(folder, SHORT)
-    if path:
+    if path := final if final.exists() else latest_checkpoint(folder, SHORT):
         check_settings(load_checkpoint(path)["config"], folder, seed, cell)
     return final.exists()
 
@@ -230,34 +218,31 @@ def train_run(command: list[str], output: Path, where: str) -> None:
             try:
                 code = child.wait()
             except BaseException:
+                print(f"{where}: stopping; run the same command to continue", flush=True)
                 if os.name != "nt":  # on Windows Ctrl-C has reached it, and SIGTERM would not let it save
                     child.send_signal(signal.SIGTERM)
-                print(f"{where}: stopping; run the same command to continue", flush=True)
                 child.wait()
                 raise
     finally:
         signal.signal(signal.SIGTERM, before)
     if code:
-        lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        errors = re.findall("(?m)^error: (.*)", output.read_text(encoding="utf-8", errors="replace"))
         raise UserError(f"{where}: {errors[-1] if errors else f'ended with code {code}, see {output}'}")
 
 
 def read_run(out: Path, seed: int, cell: Cell) -> dict:
     """Return the numbers of a finished run; `curve` holds (tokens, val_loss) of each partial evaluation."""
-    folder = run_folder(out, seed, cell)
+    folder = out / cell.name / f"seed{seed}"
     final = load_checkpoint(folder / final_name(SHORT))
     check_settings(final["config"], folder, seed, cell)
     rows = read_log(folder / STAGE / "log.txt")
-    milliseconds = median(row["step_ms"] for row in rows if "step_ms" in row)
+    seconds = median(row["step_ms"] for row in rows if "step_ms" in row) / 1e3 * final["step"]
     logged = [row["max_vio"] for row in rows if "max_vio" in row]
-    evaluation = final["evaluation"]
     return {
         "seed": seed, "steps": final["step"], "tokens": final["tokens"],
-        "cut": final["step"] < cell.config.train.max_steps, **evaluation,
-        "max_vio": evaluation.get("val_max_vio", logged[-1] if logged else None),
-        "step_ms": milliseconds, "seconds": milliseconds / 1e3 * final["step"],
-        "tok_s": final["tokens"] / final["step"] / (milliseconds / 1e3),
+        "cut": final["step"] < cell.config.train.max_steps, **final["evaluation"],
+        "max_vio": final["evaluation"].get("val_max_vio", logged[-1] if logged else None),
+        "seconds": seconds, "tok_s": final["tokens"] / seconds,
         "vocab_size": final["config"]["model"]["vocab_size"], "data_digest": final["data_digest"],
         "curve": [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row][:-1],
     }  # fmt: skip
@@ -272,11 +257,9 @@ def report(out: Path, cells: list[Cell], seeds: list[int], command: str) -> None
         results[cell.name] = {"words": cell.words, "settings": cell.settings, **cost, "runs": runs}
     if len({run["data_digest"] for result in results.values() for run in result["runs"]}) > 1:
         raise UserError(f"{out} holds runs on different data, which cannot be compared: use another --out")
-    where = f"{os.cpu_count()} CPU cores"
-    if torch.cuda.is_available():
-        where += f", {torch.cuda.get_device_name()}"
-    about = {"command": command, "machine": f"{where}, PyTorch {torch.__version__}", "seeds": seeds,
-             "base": to_dict(cells[0].config), "cells": results}  # fmt: skip
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    about = {"command": command, "machine": f"{os.cpu_count()} CPU cores{gpu}, PyTorch {torch.__version__}",
+             "seeds": seeds, "base": to_dict(cells[0].config), "cells": results}  # fmt: skip
     (out / "results.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     (out / "table.md").write_text(table(about), encoding="utf-8")
     plot_losses(results, out / "loss.png")

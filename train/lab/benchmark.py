@@ -19,11 +19,13 @@ import dataclasses
 import functools
 import itertools
 import multiprocessing
-import os
 import random
 import signal
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from importlib.util import find_spec
 
 import utils  # noqa: F401  sets OMP_WAIT_POLICY, so it must precede torch
 import torch
@@ -40,7 +42,7 @@ from utils.cost import cost_card
 from utils.device import peak_flops, set_threads, synchronize
 from utils.errors import Parser, UserError, run_main
 
-PROMPT, NEW_TOKENS = 16, 128
+PROMPT, NEW_TOKENS, PASSAGES = 16, 128, 200
 DENSE = "TinySeek, dense, as wide"
 
 
@@ -53,12 +55,11 @@ def main():
     add("--steps", type=int, default=20, help="measured turns of each contender (default 20)")
     add("--only", choices=("train", "decode"))
     add("--drafts", metavar="CHECKPOINT", help="measure this model's speculative decoding")
-    add("--prompts", type=int, default=200, help="with --drafts (default 200)")
     args = parser.parse_args()
-    if args.steps < 1 or args.prompts < 1:
-        raise UserError("--steps and --prompts must be at least 1")
+    if args.steps < 1:
+        raise UserError("--steps must be at least 1")
     if args.drafts:
-        return compare_drafts(args.drafts, args.prompts)
+        return compare_drafts(args.drafts, PASSAGES)
     config = load_config(args.config, args.settings)
     config.model.vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
     machine = start_machine(config)
@@ -70,45 +71,28 @@ def main():
 
 def twin_kind(model) -> str | None:
     """Return the Hugging Face architecture of this shape; None without one, or without transformers."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        return None
-    if model.attention_kind == "mla" or model.mtp != "none":
+    if model.attention_kind == "mla" or model.mtp != "none" or not find_spec("transformers"):
         return None
     experts = "Qwen3Moe" if model.scoring_func == "softmax" and not model.n_shared_experts else "Dots1"
     return experts if model.n_routed_experts else "Qwen3"
 
 
 def hugging_face_twin(config, attention: str):
-    """Return the Hugging Face model of the same shape, or None."""
-    model, kind = config.model, twin_kind(config.model)
-    if kind is None:
-        return None
+    """Return the Hugging Face model of the same shape."""
     import transformers
 
+    model, kind = config.model, twin_kind(config.model)
+    shape_class = getattr(transformers, f"{kind}Config")
     names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-             "head_dim", "intermediate_size", "max_position_embeddings", "tie_word_embeddings"]  # fmt: skip
-    own = {}  # settings that are called something else there
-    if model.n_routed_experts:
-        names += ["num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"]
-    if kind == "Qwen3Moe":
-        first = list(range(model.first_k_dense_replace))
-        own = {"num_experts": model.n_routed_experts, "mlp_only_layers": first}
-    if kind == "Dots1":
-        own = {"sliding_window": None}
-        names += ["n_routed_experts", "n_shared_experts", "first_k_dense_replace", "n_group", "topk_group",
-                  "routed_scaling_factor"]  # fmt: skip
-    own |= {name: getattr(model, name) for name in names}
-    shape = getattr(transformers, f"{kind}Config")(**own, attn_implementation=attention)
+             "head_dim", "intermediate_size", "max_position_embeddings", "tie_word_embeddings",
+             "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size",
+             "norm_topk_prob", "first_k_dense_replace", "n_group", "topk_group", "routed_scaling_factor"]
+    own = {name: getattr(model, name) for name in names if hasattr(shape_class(), name)}
+    if kind == "Qwen3Moe":  # settings that are called something else there
+        dense = list(range(model.first_k_dense_replace))
+        own |= {"num_experts": model.n_routed_experts, "mlp_only_layers": dense}
+    shape = shape_class(**own, sliding_window=None, attn_implementation=attention)
     return getattr(transformers, f"{kind}ForCausalLM")(shape)
-
-
-def dense_of_same_width(config):
-    """Return the dense configuration whose feed-forward is as wide as the experts that one token uses."""
-    width = (config.num_experts_per_tok + config.n_shared_experts) * config.moe_intermediate_size
-    return dataclasses.replace(config, n_routed_experts=0, intermediate_size=width)
 
 
 def take_turns(contenders: dict, steps: int, machine) -> dict[str, list[float]]:
@@ -166,8 +150,9 @@ def our_steps(config, machine) -> dict:
     shapes = {}
     for kind in dict.fromkeys([config.model.attn_implementation, "sdpa"]):
         shapes[f"TinySeek ({kind})"] = dataclasses.replace(config.model, attn_implementation=kind)
-    if config.model.n_routed_experts:
-        shapes[DENSE] = dense_of_same_width(config.model)
+    if (model := config.model).n_routed_experts:  # as wide as the experts that one token uses
+        width = (model.num_experts_per_tok + model.n_shared_experts) * model.moe_intermediate_size
+        shapes[DENSE] = dataclasses.replace(model, n_routed_experts=0, intermediate_size=width)
 
     def loss(model, inputs, labels):
         return model(inputs, labels=labels).loss_sum / labels.numel()
@@ -175,22 +160,24 @@ def our_steps(config, machine) -> dict:
     return {name: training_step(TinySeek(shape), config, machine, loss) for name, shape in shapes.items()}
 
 
-def serve_twins(connection, config, machine) -> None:
-    """Serve the twins in their process: send their names, then take a training step of each name received."""
+TWINS = {}  # attention -> training step, in the process of the twins
+
+
+def start_twins(config, machine) -> None:
+    """Build the twins, in their process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process gets it too, and ends this one
     start_process(machine.device, config.train.seed)
-    steps = {}
     for attention in ("eager", "sdpa"):
         twin = hugging_face_twin(config, attention)
-        steps[f"{type(twin).__name__} ({attention})"] = training_step(
+        TWINS[attention] = training_step(
             twin, config, machine, lambda model, inputs, labels: model(input_ids=inputs, labels=inputs).loss
         )
-    connection.send(list(steps))
-    while True:
-        name = connection.recv()
-        steps[name]()
-        synchronize(machine.device)
-        connection.send(name)
+
+
+def step_twin(attention: str, device: torch.device) -> None:
+    """Take a training step of one twin, in their process."""
+    TWINS[attention]()
+    synchronize(device)
 
 
 @contextlib.contextmanager
@@ -200,28 +187,21 @@ def twins_steps(config, machine):
     A process of their own, because ours keeps freed memory (utils/device.py): that would speed up the twins
     by an eighth, and the memory that they free would speed us up.
     """
-    if twin_kind(config.model) is None:
+    kind = twin_kind(config.model)
+    if kind is None:
         yield {}
         return
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve_twins, args=(there, config, machine), daemon=True)
-    process.start()
-    there.close()  # so that `recv` fails if the process ends, and does not wait
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, start_twins, (config, machine)) as pool:
 
-    def ask(name=None):
-        try:
-            if name:
-                here.send(name)
-            return here.recv()
-        except (EOFError, OSError) as error:
-            raise UserError("the process of the Hugging Face twins ended; it says why above") from error
+        def step(attention):
+            try:
+                pool.submit(step_twin, attention, machine.device).result()
+            except BrokenProcessPool as error:
+                raise UserError("the process of the Hugging Face twins ended; it says why above") from error
 
-    try:
-        yield {name: functools.partial(ask, name) for name in ask()}
-    finally:
-        process.terminate()
-        process.join()
+        names = {attention: f"{kind}ForCausalLM ({attention})" for attention in ("eager", "sdpa")}
+        yield {name: functools.partial(step, attention) for attention, name in names.items()}
 
 
 def compare_training(config, machine, steps: int) -> None:
@@ -251,20 +231,16 @@ def compare_decoding(config, machine, dtype, turns: int) -> None:
     model = TinySeek(config.model).to(machine.device, dtype).eval()
     prompt = torch.randint(0, config.model.vocab_size, (1, PROMPT)).tolist()
     params = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS)
-    contenders = {"TinySeek": Generator(model), "TinySeek, plain path": Generator(model, fast=False)}
+    engines = {"TinySeek": Generator(model), "TinySeek, plain path": Generator(model, fast=False)}
     contenders = {name: functools.partial(engine.generate, prompt, params, stop_ids=set())
-                  for name, engine in contenders.items()}  # fmt: skip
-    twin = hugging_face_twin(config, "sdpa")
-    if twin is not None:
-        twin.to(machine.device, dtype).eval()
+                  for name, engine in engines.items()}  # fmt: skip
+    if twin_kind(config.model):
+        twin = hugging_face_twin(config, "sdpa").to(machine.device, dtype).eval()
         ids = torch.tensor(prompt, device=machine.device)
-
-        def generate():
-            with torch.inference_mode():
-                twin.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None,
-                              pad_token_id=0, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS)
-
-        contenders[f"{type(twin).__name__}.generate"] = generate
+        contenders[f"{type(twin).__name__}.generate"] = torch.inference_mode()(functools.partial(
+            twin.generate, ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None,
+            pad_token_id=0, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS,
+        ))  # fmt: skip
     print(f"decoding, greedy, 1 row, {PROMPT} + {NEW_TOKENS} tokens, {dtype}")
     report(take_turns(contenders, turns, machine), NEW_TOKENS, "tokens/s")
 

@@ -4,8 +4,8 @@
     python train/lab/benchmark_adapters.py --config gpu_small --steps 5 --set train.batch_size=1
     python train/lab/benchmark_adapters.py --config dense --set lora.r=64
 
-One step is forward, backward, clipping and AdamW, on random tokens and random weights; the contenders take
-turns, step by step. Bytes are those of existing tensors:
+One step is forward, backward, clipping and AdamW, on random tokens; the contenders take turns, step by step.
+Bytes are those of existing tensors:
 
     weights, gradients, optimizer     AdamW holds two numbers for each trainable one
     fixed           kept by the forward pass for the backward pass, independent of the batch: weights in bf16,
@@ -65,8 +65,8 @@ def kinds(config) -> dict[str, tuple]:
         found["LoRA, experts too"] = ("Lora", [*default, "experts"])
     if not config.model.n_routed_experts or config.model.n_shared_experts:
         found["MixLoRA"] = ("MixLora", default)
-    latent_or_local = config.model.attention_kind == "mla" or config.model.sliding_window is not None
-    if config.prefix.kind == "prompt" or not latent_or_local:
+    plain = config.model.attention_kind != "mla" and config.model.sliding_window is None
+    if config.prefix.kind == "prompt" or plain:
         found["prefix"] = ("Prefix", default)
     return found
 
@@ -95,8 +95,8 @@ class Contender:
         torch.nn.utils.clip_grad_norm_(self.trainable, self.clip)
         for optimizer in self.optimizers:
             optimizer.step()
-            if not keep:
-                optimizer.zero_grad(set_to_none=True)
+        if not keep:
+            self.model.zero_grad()
 
     def measure(self) -> dict[str, int]:
         """Return bytes, and the numbers of all and of trainable parameters."""
@@ -113,8 +113,7 @@ class Contender:
             "optimizer": size([part for state in states for part in state.values()]),
             "fixed": fixed, "activations": activations, "checkpoint": size(saved),
         }  # fmt: skip
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad()
         return found
 
     def saved(self) -> tuple[int, int]:
@@ -143,22 +142,17 @@ def table(found: dict[str, dict], seconds: dict[str, list[float]]) -> list[str]:
     """Return the lines of a Markdown table. Ratios are to the first contender."""
     parts = ("weights", "gradients", "optimizer", "fixed", "activations")
     heads = ["trainable", "numbers", "share", *parts, "sum", "ratio", "ms/step", "ratio", "checkpoint"]
-    lines, first = [heads], None
+    rows, first = [heads, ["---"] * len(heads)], next(iter(found))
+    totals = {name: sum(one[part] for part in parts) for name, one in found.items()}
     for name, one in found.items():
-        total, time = sum(one[part] for part in parts), statistics.median(seconds[name])
-        first = first or (total, seconds[name])
-        lines.append(
+        rows.append(
             [name, f"{one['trained']:,}", f"{one['trained'] / one['numbers']:.1%}"]
             + [f"{one[part] / MB:.1f}" for part in parts]
-            + [f"{total / MB:.1f}", f"{total / first[0]:.2f}", f"{1000 * time:.0f}"]
-            + [f"{ratio(first[1], seconds[name]):.2f}", f"{one['checkpoint'] / MB:.2f}"]
+            + [f"{totals[name] / MB:.1f}", f"{totals[name] / totals[first]:.2f}"]
+            + [f"{1000 * statistics.median(seconds[name]):.0f}"]
+            + [f"{ratio(seconds[first], seconds[name]):.2f}", f"{one['checkpoint'] / MB:.2f}"]
         )
-    lines.insert(1, ["---"] * len(heads))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "| " + " | ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    ]
+    return [f"| {row[0]:30} | " + " | ".join(f"{cell:>11}" for cell in row[1:]) + " |" for row in rows]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def lines_called(script: str, arguments: list[str], root: pathlib.Path = ROOT) -
         if event == "call" and code.co_flags & inspect.CO_OPTIMIZED and code.co_name not in PARTS:
             seen.add(code.co_filename)
 
-    sys.argv, before = [script, *arguments], sys.argv
+    sys.argv = [script, *arguments]
     threading.setprofile(watch)
     sys.setprofile(watch)
     try:
@@ -38,7 +38,6 @@ def lines_called(script: str, arguments: list[str], root: pathlib.Path = ROOT) -
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-        sys.argv = before
     paths = [path for path in (pathlib.Path(name).resolve() for name in seen) if path.is_relative_to(root)]
     ours = {path.relative_to(root).as_posix(): path for path in paths if path.is_file()}
     counts = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in ours.items()

@@ -63,11 +63,10 @@ def prove_gradients_before(
     Args:
         model: it, its gradients and the random states are left unchanged.
         loss_fn: `loss_fn(model, batch)` returns the loss of one micro-batch, or a dictionary of its terms,
-            the main one first. Each term must train something. It must use the model that it is given.
-        batches: the micro-batches of one step. They are run one at a time, so the proof needs no more memory
-            for activations than training. Each one with a label must train the model.
-        prepare: `prepare(model, batches)` is called before each pass over the micro-batches: one pass, and
-            one more for each layer of zeros upon zeros.
+            the main one first. Each term must train something.
+        batches: the micro-batches of one step. They run one at a time, so the proof needs no more memory for
+            activations than training. Each one with a label must train the model.
+        prepare: `prepare(model, batches)` is called before each pass over the micro-batches.
         claims: for each term, which parameters it must reach. Without a claim, a balance loss that became a
             constant would go unnoticed: the router still gets the gradient of the language-model loss.
         trains: which parameters should be trainable, by name.

@@ -5,8 +5,9 @@ optimizer and are saved. A layer in a plain dictionary still works in the forwar
 never trained; nor is a layer that a name filter froze by mistake. Both are found without running the model.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from statistics import mode
 from types import FunctionType, ModuleType
 
 import torch
@@ -34,10 +35,9 @@ def check_trainable(model: nn.Module, trains: Callable[[str], bool]) -> None:
         raise UserError("no trainable parameter: everything is frozen, so there is nothing to learn")
     extra = [name for name, trained in trainable.items() if trained and not trains(name)]
     frozen = [name for name, trained in trainable.items() if not trained and trains(name)]
-    for names, wrong in ((extra, "trainable, though this stage does not train it"),
-                         (frozen, "frozen, though this stage trains it")):  # fmt: skip
-        if names:
-            raise UserError(f"{wrong}: {describe(model, names)}; check the stage's name filter")
+    if extra or frozen:
+        wrong = "trainable, though this stage does not train" if extra else "frozen, though this stage trains"
+        raise UserError(f"{wrong} it: {describe(model, extra or frozen)}; check the stage's name filter")
 
 
 def check_hidden(model: nn.Module) -> None:
@@ -48,15 +48,13 @@ def check_hidden(model: nn.Module) -> None:
             raise UserError(f"{name} wants a gradient, but is a buffer, which no optimizer sees: {REGISTER}")
     for where, value in hidden_parts(model):
         device = next(value.parameters()).device if isinstance(value, nn.Module) else value.device
-        kind = f"{type(value).__name__} on {device}"
+        what = f"{where} ({type(value).__name__} on {device})"
         if isinstance(value, torch.Tensor) and not value.is_leaf:
-            raise UserError(
-                f"{where} ({kind}) was left by an earlier forward and holds its whole graph: detach it"
-            )
+            raise UserError(f"{what} was left by an earlier forward and holds its whole graph: detach it")
         if isinstance(value, (nn.Module, nn.Parameter)) or value.requires_grad:
             raise UserError(
-                f"{where} ({kind}) is kept in a plain attribute, list or dictionary, so .to(), the optimizer "
-                f"and the checkpoint never see it: {REGISTER}"
+                f"{what} is kept in a plain attribute, list or dictionary, so .to(), the optimizer and the "
+                f"checkpoint never see it: {REGISTER}"
             )
 
 
@@ -110,10 +108,9 @@ def check_shared(model: nn.Module) -> None:
 def check_saved(model: nn.Module, saved_names) -> None:
     """Raise `UserError` naming what a checkpoint would lose: every trainable parameter, and the bias of each
     trainable router, must be among the names that the stage saves."""
-    saved = set(saved_names)
-    changes = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    changes += [name for name, _ in model.named_buffers() if balances(model, name)]
-    if lost := [name for name in changes if name not in saved]:
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained += [name for name, _ in model.named_buffers() if balances(model, name)]
+    if lost := [name for name in trained if name not in saved_names]:
         raise UserError(f"trained, but not saved: {describe(model, lost)}; the checkpoint would lose it")
 
 
@@ -129,9 +126,7 @@ def check_one_device(model: nn.Module, batches) -> None:
     places = {f"parameter {name}": parameter.device for name, parameter in model.named_parameters()}
     places |= {f"buffer {name}": buffer.device for name, buffer in model.named_buffers()}
     places |= {where: tensor.device for where, tensor in search(batches, "batches", set())}
-    if not places:
-        return
-    usual = Counter(places.values()).most_common(1)[0][0]
+    usual = mode(places.values())
     if odd := [f"{name} is on {device}" for name, device in places.items() if device != usual]:
         raise UserError(f"everything must be on one device: {some(odd)}; the others are on {usual}")
 
@@ -139,12 +134,10 @@ def check_one_device(model: nn.Module, batches) -> None:
 def check_one_dtype(model: nn.Module) -> None:
     """Raise `UserError` unless all trainable parameters have one dtype; the frozen base may have another."""
     dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
-    usual = Counter(dtypes.values()).most_common(1)[0][0]
+    usual = mode(dtypes.values())
     if odd := [name for name, dtype in dtypes.items() if dtype != usual]:
-        raise UserError(
-            f"trainable parameters must have one dtype: {describe(model, odd)} is {dtypes[odd[0]]}, the "
-            f"others are {usual}"
-        )
+        what = f"{describe(model, odd)} is {dtypes[odd[0]]}, the others are {usual}"
+        raise UserError(f"trainable parameters must have one dtype: {what}")
 
 
 def describe(model: nn.Module, names: list[str]) -> str:

@@ -21,7 +21,7 @@ from utils.errors import UserError
 
 CONFIRMING = 4  # passes with other dropout
 NOISE = 0.02  # standard deviation of the numbers that replace zeros in the copy
-TABLE = re.compile(r"(^|\.)(embed_tokens|lm_head|gate)\.\w+$")  # of a vocabulary, or a router
+TABLE = re.compile(r"(^|\.)(embed_tokens|lm_head|gate)\.\w+$")  # a row per token, or per expert of a router
 
 
 class Trial:
@@ -93,22 +93,19 @@ class Trial:
     def check_leaves(self, term: str, loss: torch.Tensor) -> None:
         """Raise `UserError` if the graph of a term ends in anything but a parameter of the copy."""
         owned = {id(parameter) for parameter in self.parameters.values()}
-        originals = {id(parameter): name for name, parameter in self.original.named_parameters()}
+        known = {id(parameter): f"{name} of the original: does a closure or a hook hold on to it?"
+                 for name, parameter in self.original.named_parameters()}  # fmt: skip
+        known |= {key: f"{where}, neither parameter nor buffer: nn.Parameter forgotten?"
+                  for key, (where, _) in self.plain.items()}  # fmt: skip
         for leaf in leaves(loss):
-            if id(leaf) in owned:
-                continue
-            if id(leaf) in self.plain:
-                what = f"{self.plain[id(leaf)][0]}, neither parameter nor buffer: nn.Parameter forgotten?"
-            elif id(leaf) in originals:
-                what = f"{originals[id(leaf)]} of the original: does a closure or a hook hold on to it?"
-            elif leaf.dim() == 0:
-                what = "a number: requires_grad_() on a loss that lost its graph to a detach() or an .item()?"
-            else:
-                what = (
-                    f"{tuple(leaf.shape)} that no module registers: from a closure, a global, a module made "
-                    "in the forward, or another model? Is it computed from the model it is given?"
+            if id(leaf) not in owned:
+                what = known.get(id(leaf)) or (
+                    "a number: requires_grad_() on a loss that lost its graph to a detach() or an .item()?"
+                    if leaf.dim() == 0
+                    else f"{tuple(leaf.shape)} that no module registers: from a closure, a global, a module "
+                    "made in the forward, or another model? Is it computed from the model it is given?"
                 )
-            raise UserError(f"{term} depends on a tensor that is no parameter of the copy: {what}")
+                raise UserError(f"{term} depends on a tensor that is no parameter of the copy: {what}")
 
     def check_unchanged(self) -> None:
         """Raise `UserError` if the forward wrote into a weight."""
@@ -119,11 +116,9 @@ class Trial:
     def gradient_norms(self, term: str, loss: torch.Tensor, names: Iterable[str]) -> dict[str, float]:
         """Run backward from one term; return the gradient norm of each of these parameters that has one."""
         self.model.zero_grad(set_to_none=True)
-        inputs = [self.parameters[name] for name in names if self.parameters[name].requires_grad]
-        loss.backward(retain_graph=True, inputs=inputs)  # no work for others
-        names = [name for name in names if self.parameters[name].grad is not None]
-        norms = torch._foreach_norm([self.parameters[name].grad for name in names]) if names else [loss * 0]
-        norms = dict(zip(names, torch.stack([norm.float() for norm in norms]).tolist()))
+        loss.backward(retain_graph=True)
+        gradients = {name: self.parameters[name].grad for name in names}
+        norms = {name: grad.norm().item() for name, grad in gradients.items() if grad is not None}
         if broken := [name for name, norm in norms.items() if not norm < float("inf")]:
             raise UserError(f"{term} gives gradients that are not finite: {describe(self.model, broken)}")
         return norms
@@ -132,13 +127,13 @@ class Trial:
         """Return those of `names` that the whole loss gives a gradient now."""
         if not names:
             return []
-        hits = dict.fromkeys(names, False)
+        hit = set()
         self.prepare(self.model, self.batches)
         for batch in self.batches:
             norms = self.gradient_norms("loss", sum(self.forward(batch).values()), names)
-            hits |= {name: True for name, norm in norms.items() if norm}
+            hit |= {name for name, norm in norms.items() if norm}
         self.check_unchanged()
-        return agreed(hits)
+        return agreed({name: name in hit for name in names})
 
     # --- findings -------------------------------------------------------------------------------------
 
@@ -202,18 +197,15 @@ class Trial:
         """Return the `dead_slices` so far. In tables of the vocabulary and in routers, rows may be idle."""
         dead, idle = [], []
         for name, dims in self.alive.items():
+            module = self.model.get_submodule(name.rpartition(".")[0])
+            table = isinstance(module, nn.Embedding) or TABLE.search(name)
             for dim, norms in enumerate(dims):
                 count = len(norms) - len(agreed(dict(enumerate((norms > 0).tolist()))))
                 if count and dim == 0 and len(dims) == 3:
                     idle.append(f"{count} of {len(norms)} experts of {name}")
-                elif count and (dim or not self.is_table(name)):
+                elif count and (dim or not table):
                     dead.append(f"{name} ({count} of {len(norms)} slices of dimension {dim})")
         return dead, idle
-
-    def is_table(self, name: str) -> bool:
-        """Return True for a matrix with a row per token of the vocabulary, or per expert of a router."""
-        module = self.model.get_submodule(name.rpartition(".")[0])
-        return isinstance(module, nn.Embedding) or bool(TABLE.search(name))
 
     def explain_missed(self) -> None:
         """Raise an error about parameters that no term reaches, with its cause: zeros that block each other,
@@ -223,8 +215,8 @@ class Trial:
         if not cut_off:
             return
         zeros = [name for name, parameter in self.parameters.items() if not parameter.any()]
+        zeros.sort(key=lambda name: -self.parameters[name].dim())  # matrices before biases
         walls = [name for name in zeros if name not in self.trainable]
-        walls.sort(key=lambda name: -self.parameters[name].dim())  # matrices before biases
         self.fill([name for name in zeros if name in self.trainable])
         if woken := self.with_gradient(cut_off):
             raise UserError(

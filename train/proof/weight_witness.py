@@ -34,9 +34,7 @@ class WeightWitness:
     parameter, the product of (1 - lr * weight_decay) over the steps. Decay alone leads from the first value w
     to s * w for some s between that product and 1, and a weight was trained if it is anywhere else.
     (Decoupled decay, as in AdamW and Muon.) First values are kept on the CPU; of frozen tensors and buffers
-    only a fingerprint is kept.
-
-    Of the buffers, only the biases of trainable routers may change.
+    only a fingerprint. Of the buffers, only the biases of trainable routers may change.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -105,7 +103,7 @@ class WeightWitness:
 
     def prove_steady(self, parameters: dict[str, torch.Tensor]) -> str:
         """Raise `UserError` if a tensor had no gradient in over a tenth of the steps: a layer that freezes in
-        the middle of a run has moved, and stopped. Return words about rarer gaps.
+        the middle of a run has moved, and stopped. Describe the parameters that missed a few steps.
 
         Two steps are always allowed: what lies before zeros waits for them to move."""
         counts = Counter()

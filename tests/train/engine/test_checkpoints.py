@@ -25,12 +25,6 @@ from utils.errors import UserError, run_main
 from utils.log import RunLog, read_log
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Drawing takes longer than training here."""
-    monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
-
-
 def stopped_loss(at, what):
     """The loss of pre-training, which calls `what(loss)` in step `at`; put the trainer into the list."""
     holder = []

@@ -6,24 +6,21 @@ them.
 
 import math
 import os
-import re
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.processes import fork, without_pictures
 from tests.train.test_bad_input import call_main
 from tests.train.tools import (
     PLAIN,
-    PRE_TRAIN,
     ListLoader,
     largest_difference,
     make_trainer,
     next_token_loss,
     obvious_loop,
-    run,
     same_bits,
     small_config,
     small_model,
@@ -43,9 +40,9 @@ def share_of_steps(rank, size):
     return [batches[rank::size] for batches in uneven_steps()]
 
 
-def main(out, signalled="", resume=""):
-    """What each of the processes runs: `python test_factoring.py OUT` under torchrun. With `signalled` the
-    second process, and nobody else, gets a SIGTERM in the third step."""
+def processes_main(out, signalled=False, resume=False):
+    """What each of the processes runs. With `signalled` the second process, and nobody else, gets a SIGTERM
+    in the third step."""
     world = distributed.start("cpu")
     config = small_config(*PLAIN)
 
@@ -59,7 +56,7 @@ def main(out, signalled="", resume=""):
         torch.nn.init.zeros_(model.model.layers[0].mlp.up_proj.weight)
     loader = ListLoader(share_of_steps(world.rank, world.size))
     trainer = make_trainer(
-        out, config, model=model, loader=loader, loss=loss, world=world, resume=bool(resume)
+        out, config, model=model, loader=loader, loss=loss, world=world, resume=resume
     )
     trainer.run()
     torch.save(weights_of(trainer.model), Path(out) / f"weights_{world.rank}.pt")
@@ -74,11 +71,11 @@ def test_two_processes_stopped_and_resumed_equal_the_obvious_loop(tmp_path):
         [sum(int((b["labels"] >= 0).sum()) for b in step) for step in share_of_steps(r, 2)] for r in (0, 1)
     ]
     assert any(bool(a) != bool(b) for a, b in zip(*counts)) and any(not a and not b for a, b in zip(*counts))
-    done = run(__file__, tmp_path, "signalled", processes=2, timeout=60)
-    assert done.returncode != 0 and "stopped by SIGTERM at step 4; saved" in done.stdout, done.stderr
-    assert re.search(r"exitcode\s*: 143 ", done.stderr), done.stderr
+    done = fork(processes_main, tmp_path, True, processes=2, timeout=60)
+    assert done.exit_codes == [143, 143], done.stderr
+    assert "stopped by SIGTERM at step 4; saved" in done.stdout and not done.stderr
     assert load_checkpoint(tmp_path / "TinySeek_Toy1_0.pkl")["step"] == 4
-    done = run(__file__, tmp_path, "", "resume", processes=2, timeout=60)
+    done = fork(processes_main, tmp_path, False, True, processes=2, timeout=60)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"weights_{rank}.pt") for rank in (0, 1))
     assert same_bits(first, second)
@@ -100,7 +97,8 @@ def pre_train(monkeypatch, out, batch_size, accumulation, processes, text, cache
     if processes == 1:  # in this process: Python takes longer to start than to train
         assert call_main(monkeypatch, cache.parent, *words) == 0
     else:
-        done = run(PRE_TRAIN, *words, "--set", f"data.cache_dir={cache}", processes=processes)
+        words += ["--set", f"data.cache_dir={cache}"]
+        done = fork(without_pictures, "train.pre_train", *words, processes=processes)
         assert done.returncode == 0, done.stderr
     return load_checkpoint(out / "TinySeek_Pre_final.pkl"), read_log(out / "pre_train" / "log.txt")
 
@@ -111,7 +109,6 @@ def test_the_real_script_gives_the_same_however_a_step_is_divided(tmp_path, monk
     Here the processes prepare the data themselves, from a cache that is empty for the two of them."""
     text = tmp_path / "text.txt"
     text.write_text((Path(__file__).read_text(encoding="utf-8") + "\n") * 3, encoding="utf-8")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     big, big_log = pre_train(monkeypatch, tmp_path / "big", 8, 1, 1, text, tmp_path / "cache")
     for batch_size, accumulation, processes in ((2, 4, 1), (2, 2, 2)):
         out = tmp_path / f"{processes}"
@@ -123,7 +120,3 @@ def test_the_real_script_gives_the_same_however_a_step_is_divided(tmp_path, monk
         for row, expected in zip(without_timing(log), without_timing(big_log), strict=True):
             assert row == pytest.approx(expected, rel=1e-4)
         assert math.isfinite(log[-1]["val_bpb"])
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

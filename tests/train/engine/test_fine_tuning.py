@@ -10,7 +10,8 @@ import torch
 from inference.fast.decoder import refusal
 from inference.generation.load import load_adapter, load_full
 from tests.inference.tools import byte_tokenizer, write_checkpoint
-from tests.train.tools import ROOT, largest_difference, run, same_bits
+from tests.processes import fork, without_pictures
+from tests.train.tools import largest_difference, same_bits
 from train import gate_train, lora_train, mixlora_train, prefix_train, sft_train
 from train.engine.command import parse_command
 from train.engine.trainer import Trainer
@@ -19,7 +20,6 @@ from utils.errors import UserError
 from utils.log import read_log, without_timing
 
 SCRIPTS = {"SFT": sft_train, "Lora": lora_train, "MixLora": mixlora_train, "Prefix": prefix_train}
-TURNS = str(ROOT / "tests" / "train" / "stages_in_turn.py")
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,7 @@ def dialogues(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """One thread, no pictures, few scores: they would take longer than training."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
+    """Few scores: they would take longer than training."""
     monkeypatch.setattr("train.engine.fine_tuning.SCORED_DIALOGUES", 2)
 
 
@@ -287,13 +285,12 @@ def test_two_processes_equal_one(dialogues, tmp_path, monkeypatch):
             calls[short] = [*arguments(out, dialogues, base), *sizes]
         candidates = ["base", out / "TinySeek_MixLora_final.pkl"]
         calls["Gate"] = [*gate_flags(out, dialogues, base, candidates), *sizes]
-        if processes == 1:
-            for short, flags in calls.items():
+        for short, flags in calls.items():
+            if processes == 1:
                 call(monkeypatch, stages[short], flags)
-        else:
-            words = [word for short, flags in calls.items() for word in ("--", stages[short].STAGE, *flags)]
-            done = run(TURNS, *words[1:], processes=processes, timeout=300)
-            assert done.returncode == 0, done.stderr
+            else:
+                done = fork(without_pictures, stages[short].__name__, *flags, processes=2)
+                assert done.returncode == 0, done.stderr
         results[processes] = {
             short: load_checkpoint(out / f"TinySeek_{short}_final.pkl") for short in stages
         }

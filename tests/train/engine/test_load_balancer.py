@@ -5,8 +5,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.utils.checkpoint import checkpoint
 
 from config.schema import BalanceConfig
@@ -14,6 +12,8 @@ from train.engine import load_balancer
 from train.engine.load_balancer import LoadBalancer
 from modules.experts.router import Routing, TopkRouter
 from tests.modules.tools import small_config
+from tests.processes import fork
+from utils import distributed
 
 FORMS = [("switch", "hard"), ("switch", "soft"), ("kl", "hard"), ("kl", "soft")]
 E, K, C, LAYERS = 5, 2, 6, 2
@@ -207,10 +207,9 @@ def test_z_loss_is_the_mean_over_real_tokens_of_the_step_and_over_layers():
         torch.testing.assert_close(router.weight.grad, gradient, rtol=0, atol=1e-13)
 
 
-def two_processes(rank, folder):
+def two_processes(folder):
     """Rank 0 takes the first half of the step, rank 1 the second; each saves its terms and gradients."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    rank = distributed.start("cpu").rank
     step, results = make_step(), {}
     mine = step[2 * rank : 2 * rank + 2]
     for statistics in ("exact", "running"):
@@ -223,14 +222,15 @@ def two_processes(rank, folder):
             gradients = [router.weight.grad for router in routers]
             results[statistics, *form] = terms["balance"], gradients, biases, balancer.loads, vio
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    distributed.finish()
 
 
 @pytest.mark.slow
 def test_two_processes_make_one_big_batch(tmp_path):
     """Exact statistics: the sum of values and of gradients is that of all tokens in one batch. Running ones:
     those of both processes so far. Loads and biases are those of all tokens, in both processes."""
-    mp.spawn(two_processes, (tmp_path.as_posix(),), nprocs=2)
+    done = fork(two_processes, tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     routers, step = make_routers(), make_step()
     counts = counts_by_hand(routers, step)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from model.tinyseek import TinySeek
 from modules.experts.balance import max_vio
+from tests.processes import fork, script
 from tests.train.tools import (
     PLAIN,
     PRE_TRAIN,
@@ -19,7 +20,6 @@ from tests.train.tools import (
     largest_difference,
     machine,
     make_trainer,
-    run,
     same_bits,
     small_config,
     weights_of,
@@ -31,12 +31,6 @@ from utils.log import read_log, without_timing
 
 EXPERTS = ("model.n_routed_experts=4", "model.num_experts_per_tok=2", "model.n_shared_experts=1",
            "model.moe_intermediate_size=12")  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    """Curves take longer to draw than these runs to train."""
-    monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
 
 
 def moe_config(*settings, steps=2):
@@ -314,7 +308,7 @@ def test_two_processes_of_two_micro_batches_equal_one_of_a_whole_batch(tmp_path,
     assert not ended.value.code
     assert "experts on held-out data: max_vio by layer" in capsys.readouterr().out
     halves = pre_train(tmp_path / "two", text, *settings, "train.batch_size=2", "train.accumulation_steps=2")
-    done = run(PRE_TRAIN, *halves, processes=2)
+    done = fork(script, "train.pre_train", *halves, processes=2)
     assert done.returncode == 0, done.stderr
     (big, big_log), (other, log) = (
         (load_checkpoint(out / "TinySeek_Pre_final.pkl"), read_log(out / "pre_train" / "log.txt"))

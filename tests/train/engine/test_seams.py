@@ -129,11 +129,6 @@ def stopped(loss, at):
     return loss
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
-
-
 def make(kind):
     """(model, loss, further fields of the stage)."""
     if kind == "rollouts":

@@ -34,13 +34,6 @@ from utils.errors import UserError
 from utils.log import read_log, without_timing
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch, request):
-    """Drawing takes longer than training here."""
-    if "curves" not in request.node.name:
-        monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
-
-
 ROUNDING = 2e-6  # weights of size about 0.1, a few steps of AdamW at 0.01
 
 
@@ -92,7 +85,7 @@ def test_a_log_line_is_the_mean_over_the_steps_that_were_taken(tmp_path):
     assert row["ppl"] == pytest.approx(math.exp(sum(losses) / 5), rel=2e-5)
 
 
-def test_the_log_the_curves_and_the_checkpoints_of_a_run(tmp_path):
+def test_the_log_the_curves_and_the_checkpoints_of_a_run(tmp_path, curves):
     """What design promises: keys in order, tokens and epochs counted, the rate, and two checkpoints on the
     way."""
     config = small_config("train.accumulation_steps=2", "train.save_every=2", "train.eval_every=3",

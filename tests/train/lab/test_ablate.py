@@ -15,7 +15,7 @@ from config.load import DEFAULT_PRESET, load_config, to_dict
 from model.tinyseek import TinySeek
 from tests.train.engine.kill_and_resume import wait_for
 from tests.train.tools import ROOT, environment, run
-from train.lab import ablate, ablation_table
+from train.lab import ablate, ablation_report
 from utils.checkpoint import find_checkpoints, save_checkpoint
 from utils.errors import UserError, run_main
 from utils.log import RunLog, read_log
@@ -31,7 +31,7 @@ EVERY_CELL = ["dense", "coarse", "no_shared", "no_balance", "bias_only", "loss_o
 
 def pretend(out, cell, seed, bpb, steps=None, milliseconds=(100.0, 300.0, 200.0), vio=(), **evaluation):
     """Write what a finished run leaves: 64 tokens a step, a log line for each of `milliseconds`."""
-    folder = ablate.run_folder(out, seed, cell)
+    folder = out / cell.name / f"seed{seed}"
     steps = steps or cell.config.train.max_steps
     config = to_dict(cell.config)
     config["train"]["seed"], config["model"]["vocab_size"] = seed, 1000
@@ -308,11 +308,11 @@ def test_the_error_of_a_run_is_passed_on_in_one_line(tmp_path, code, words):
 )
 def test_what_is_told_apart(values, words):
     """The base: 0.9 to 1.1, median 1.05."""
-    assert ablation_table.against([1.05, 0.9, 1.1], values) == words
+    assert ablation_report.against([1.05, 0.9, 1.1], values) == words
 
 
 def test_one_seed_of_the_base_decides_nothing():
-    assert ablation_table.against([1.0], [2.0, 2.1]) == "+1.0500 (one seed)"
+    assert ablation_report.against([1.0], [2.0, 2.1]) == "+1.0500 (one seed)"
 
 
 def test_the_table_holds_medians_ranges_and_costs(tmp_path):

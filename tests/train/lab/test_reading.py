@@ -34,10 +34,10 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_files_whose_functions_are_called_are_counted(folder, monkeypatch, capsys):
-    before = list(sys.argv)
+    monkeypatch.setattr(sys, "argv", ["reading.py"])
     counts = reading.lines_called(str(folder / "toy.py"), ["--flag"], folder)
     assert list(counts.items()) == [("toy.py", 13), ("called.py", 5), ("threaded.py", 2)]
-    assert sys.argv == before and sys.getprofile() is None
+    assert sys.argv == [str(folder / "toy.py"), "--flag"] and sys.getprofile() is None
     assert list(reading.lines_called(str(folder / "toy.py"), [], folder / "other")) == []
     monkeypatch.setattr(sys, "argv", ["reading.py", str(folder / "toy.py")])
     reading.main()
@@ -46,6 +46,7 @@ def test_files_whose_functions_are_called_are_counted(folder, monkeypatch, capsy
 
 def test_a_script_that_fails_fails_here_too(folder, monkeypatch):
     (folder / "toy.py").write_text("raise SystemExit(2)", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["reading.py"])
     with pytest.raises(SystemExit):
         reading.lines_called(str(folder / "toy.py"), [], folder)
     assert sys.getprofile() is None

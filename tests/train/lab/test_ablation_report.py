@@ -4,7 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from utils.errors import UserError
-from train.lab.plot_ablation import over_seeds, plot_losses, plot_results
+from train.lab.ablation_report import over_seeds, plot_losses, plot_results
 
 RESULTS = {
     "base": {
