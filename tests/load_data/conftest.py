@@ -7,7 +7,6 @@ import textwrap
 import pytest
 
 from config.schema import RunConfig, TokenizerConfig
-from load_data.corpora.python_corpus import read_python_corpus
 from load_data.tokenization.train_tokenizer import learn_merges
 
 
@@ -15,12 +14,6 @@ from load_data.tokenization.train_tokenizer import learn_merges
 def source_text():
     """Some 60 kB of real Python source."""
     return "".join(inspect.getsource(module) for module in (textwrap, json, json.decoder, json.encoder))
-
-
-@pytest.fixture(scope="session")
-def library():
-    """The standard library, split as by default: reading it takes seconds."""
-    return read_python_corpus(0.05)
 
 
 @pytest.fixture(scope="session")
