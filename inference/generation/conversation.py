@@ -21,7 +21,7 @@ Message = dict[str, str]
 class Conversation:
     """The state of a chat; call `say(text, params, show)` for each message."""
 
-    models: list[Loaded]  # those that may answer
+    models: list[Loaded]  # the models that may answer
     generators: list[Generator]  # one for each model
     choose: Callable[[list[Message]], int] | None = None  # messages -> number of the model; None for `use`
     stop: tuple[str, ...] = ()  # texts that end an answer

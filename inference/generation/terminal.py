@@ -17,7 +17,7 @@ PASTE = 0.03  # seconds within which the next line of a paste is there
 
 
 def open_streams() -> None:
-    """Use UTF-8 on all three streams (a Windows pipe does not); replace closed ones by the null device."""
+    """Use UTF-8 on all three streams (a Windows pipe does not); replace closed ones with the null device."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
@@ -72,8 +72,8 @@ def edit_lines() -> None:
 def read_message(prompt: str = "> ") -> str:
     """Return the next message; raises `EOFError` at the end of the input.
 
-    From a pipe a message is a line. On a terminal, lines pasted together are one message: readline hands them
-    over as one, and elsewhere all lines are taken that are waiting already.
+    In piped input, each line is a message. On a terminal, lines pasted together are one message: readline
+    returns them together; without readline, all lines that are already waiting are read.
     """
     if not sys.stdin.isatty():
         line = sys.stdin.readline()

@@ -177,7 +177,7 @@ def encode(template: ChatTemplate, messages: Messages, room: int) -> tuple[Sampl
 
 
 def samples_digest(samples: dict[str, list[Sample]]) -> str:
-    """Return 16 hexadecimal digits from all ids, which of them are supervised, and their order."""
+    """Return a digest (16 hexadecimal digits) of all ids, their order and their loss masks."""
     total = hashlib.sha256()
     for part in samples.values():
         total.update(len(part).to_bytes(8, "little"))

@@ -21,8 +21,8 @@ tokens. An expert of width F needs no rank above F.
 Papers: Hu et al., arXiv 2106.09685 (LoRA); Kalajdzievski, arXiv 2312.03732 (rsLoRA); Liu et al., arXiv
 2402.09353 (DoRA). Names as in `peft`: `<layer>.lora_A.<adapter>`, and the base keeps its own.
 Trap: without s the learning rate depends on the rank.
-Trap: bf16 keeps 8 bits and loses an optimizer's small steps, so factors are fp32 even where W is bf16. W' of
-experts is rounded as W is: a change below 1/256 of a weight comes through in part only, its gradient whole.
+Trap: bf16 keeps 8 bits and loses an optimizer's small steps, so factors are fp32 even where W is bf16. The
+W' of experts is rounded like W: of a change below 1/256 of a weight, only a part survives the forward pass.
 """
 
 import math

@@ -99,7 +99,7 @@ class LatentAttention(nn.Module):
         latents = torch.cat([self.kv_a_layernorm(latent), k_rope], dim=-1)  # (B, 1, T, R + rope)
         if cache is not None:
             latents = cache.append(self.layer, latents)  # (B, 1, S, R + rope)
-        layer = self.kv_b_proj  # with an adapter beside it, the weight alone is not what it computes
+        layer = self.kv_b_proj  # an active adapter adds to what the weight alone computes
         plain = type(layer) is nn.Linear or getattr(layer, "idle", False)
         absorb = cache is not None and plain and self.absorbing_pays(T, latents.shape[2])
         form = self.absorbed if absorb else self.expanded

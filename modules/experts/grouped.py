@@ -57,7 +57,7 @@ def has_kernel(gate_up, down) -> bool:
 
 
 def sort_rows(indices, experts: int, one_kernel: bool = False) -> Rows:
-    """indices (N, K) -> where the rows stand.
+    """Sort the assignments `indices` (N, K) by expert.
 
     Trap: on a CPU a product in bf16 is compiled for its shape, and counts of tokens hardly ever repeat, so
     compiling doubled the time. Each expert therefore gets blank rows up to a multiple of a power of two,

@@ -1,8 +1,8 @@
 """Balance the experts over one optimizer step: the loss of modules/experts/balance.py by scope, and
 DeepSeek's bias.
 
-Experts need to be even over many tokens, not over few. A micro-batch of Python code should be free to use the
-experts that know Python; a loss that asks for even loads within it forbids that. Scopes of f and P:
+Loads need to be even over many tokens, not within a few. A micro-batch of Python code should be free to use
+the experts that know Python; a loss that asks for even loads within it forbids that. Scopes of f and P:
 
     sequence   each row by itself; rows weigh as much as they have real tokens
     batch      this process's micro-batch

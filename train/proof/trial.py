@@ -43,7 +43,7 @@ class Trial:
             name: [p.new_zeros(size, dtype=torch.float32) for size in p.shape] if p.dim() > 1 else []
             for name, p in self.trainable.items()
         }
-        self.steady = []  # for each labelled micro-batch: has it many labels, and what its main term reached
+        self.steady = []  # per labelled micro-batch: (has many labels, names its main term reached)
 
     def wake_zeros(self) -> list[str]:
         """Give small random numbers to the zeros that get a gradient, and to those behind them, and so on;
@@ -207,7 +207,7 @@ class Trial:
 
     def explain_missed(self) -> None:
         """Raise an error about parameters that no term reaches, with its cause: zeros that block each other,
-        frozen zeros, or a cut in between. To tell them apart, the former are filled, then the latter."""
+        frozen zeros, or a cut in between. To tell them apart, fill first the trainable zeros, then the frozen."""
         reached = set().union(*self.reached.values())
         cut_off = [name for name in self.trainable if name not in reached]
         if not cut_off:

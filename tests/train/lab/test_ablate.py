@@ -372,9 +372,13 @@ def test_a_whole_table_has_no_star_and_no_load_without_experts(tmp_path):
 def test_a_real_grid_is_stopped_twice_goes_on_and_is_finished_once(tmp_path):
     """Ctrl-C in the first run, SIGTERM in the second, each sent to the grid alone. The run at hand saves a
     checkpoint and ends; the same command goes on from it."""
+    text = tmp_path / "text.txt"  # quicker to read than the standard library
+    text.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    settings = ["train.device=cpu", f"data.cache_dir={tmp_path / 'cache'}", "train.save_every=1000"]
+    settings += [f"data.paths={json.dumps([str(text)])}", "tokenizer.kind=char"]
     words = [sys.executable, ROOT / "train" / "lab" / "ablate.py", "--config", "tiny", "--cells", "mha",
-             "--seeds", "0", "--max-steps", "400", "--out", tmp_path / "grid", "--set", "train.device=cpu",
-             "--set", f"data.cache_dir={tmp_path / 'cache'}", "--set", "train.save_every=1000"]  # fmt: skip
+             "--seeds", "0", "--max-steps", "200", "--out", tmp_path / "grid",
+             *(word for setting in settings for word in ("--set", setting))]  # fmt: skip
     words = list(map(str, words))
     for name, number in (("base", signal.SIGINT), ("mha", signal.SIGTERM)):
         folder = tmp_path / "grid" / name / "seed0"
@@ -390,11 +394,11 @@ def test_a_real_grid_is_stopped_twice_goes_on_and_is_finished_once(tmp_path):
         assert find_checkpoints(folder, "Pre") and not (folder / "TinySeek_Pre_final.pkl").exists()
     done = run(*words[1:])
     assert done.returncode == 0, done.stderr
-    assert "2 runs of 400 steps, 1 to do" in done.stdout  # the base was finished before the second stop
+    assert "2 runs of 200 steps, 1 to do" in done.stdout  # the base was finished before the second stop
     assert "resuming from " in (folder / "output.txt").read_text(encoding="utf-8")
     for name in ("base", "mha"):
         folder = tmp_path / "grid" / name / "seed0"
         assert [path.name for path in folder.glob("*.pkl")] == ["TinySeek_Pre_final.pkl"]
         rows = read_log(folder / "pre_train" / "log.txt")
-        assert rows[-1]["step"] == 400 and sum("val_loss" in row for row in rows) == 1 + 6 + 1
+        assert rows[-1]["step"] == 200 and sum("val_loss" in row for row in rows) == 1 + 6 + 1
         assert f"| {name} |" in done.stdout
