@@ -207,7 +207,7 @@ class Trial:
 
     def explain_missed(self) -> None:
         """Raise an error about parameters that no term reaches, with its cause: zeros that block each other,
-        frozen zeros, or a cut in between. To tell them apart, fill first the trainable zeros, then the frozen."""
+        frozen zeros, or a cut in between. Trainable zeros are filled first to tell, then frozen ones."""
         reached = set().union(*self.reached.values())
         cut_off = [name for name in self.trainable if name not in reached]
         if not cut_off:
