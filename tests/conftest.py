@@ -21,8 +21,11 @@ torch.set_num_threads(1)
 def pytest_configure(config):
     """`pytest -m "not slow"` leaves out the tests of more than a few seconds."""
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell ignores SIGINT in what it starts in the background, and nohup ignores SIGHUP.
+    for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
