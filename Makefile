@@ -24,11 +24,12 @@ chat: $(VENV)/core.done       ## talk to the most advanced model in out/
 plot: $(VENV)/core.done       ## draw the curves of the last pre-training run again
 	$(BIN)/python utils/plot.py
 
+# Tests use one thread each, so as many processes as there are cores take turns at the files.
 test: $(VENV)/test.done       ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 quick: $(VENV)/test.done      ## the tests that take a moment
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 lint: $(VENV)/test.done       ## style and likely mistakes
 	$(BIN)/python -m ruff check .
