@@ -69,38 +69,42 @@ class RotaryEmbedding(nn.Module):
         return spread.cos() * self.attention_factor, spread.sin() * self.attention_factor
 
 
-def rotate_half(x):
-    """(x_1, x_2) -> (-x_2, x_1) with halves as pairs. (..., D) -> (..., D)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
+def pairs(x, interleaved: bool):
+    """Return views of the first and of the second channels of all pairs. (..., D) -> 2 x (..., D/2)."""
+    return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
 
 
-def rotate_interleaved(x):
-    """The same for neighbours as pairs. (..., D) -> (..., D)."""
-    return torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+def rotate(x, cos, sin, interleaved: bool):
+    """Rotate x (..., D) by tables that broadcast to it; computed in their dtype, returned in that of x."""
+    wide = x.to(cos.dtype)
+    (first, second), (sines, _) = pairs(wide, interleaved), pairs(sin, interleaved)
+    out = wide * cos  # a pair has one angle: its two entries in a table are equal
+    to_first, to_second = pairs(out, interleaved)
+    to_first.addcmul_(second, sines, value=-1)
+    to_second.addcmul_(first, sines)
+    return out.to(x.dtype)
 
 
 def apply_rotary(x, cos, sin, interleaved=False):
-    """Rotate x (B, H, T, D) by the tables (B or 1, T, D); computed in fp32, returned in the dtype of x."""
-    rotate = rotate_interleaved if interleaved else rotate_half
-    return Rotate.apply(x, cos.unsqueeze(1), sin.unsqueeze(1), rotate)  # one table for all heads
+    """Rotate x (B, H, T, D) by the tables (B or 1, T, D), the same for all heads."""
+    return Rotate.apply(x, cos.unsqueeze(1), sin.unsqueeze(1), interleaved)
 
 
 class Rotate(torch.autograd.Function):
-    """x cos + rotate(x) sin. The gradient is the inverse rotation, the same with -sin: x need not be kept."""
+    """`rotate` under autograd. The gradient is the rotation by the opposite angle, so x need not be kept."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, rotate):
+    def forward(ctx, x, cos, sin, interleaved):
         """x (B, H, T, D), cos and sin (B or 1, 1, T, D) -> (B, H, T, D)."""
         ctx.save_for_backward(cos, sin)
-        ctx.rotate = rotate
-        return (x * cos).addcmul_(rotate(x), sin).to(x.dtype)
+        ctx.interleaved = interleaved
+        return rotate(x, cos, sin, interleaved)
 
     @staticmethod
     def backward(ctx, grad):
         """grad (B, H, T, D) -> gradient of x; the tables are constants."""
         cos, sin = ctx.saved_tensors
-        return (grad * cos).addcmul_(ctx.rotate(grad), sin, value=-1).to(grad.dtype), None, None, None
+        return rotate(grad, cos, -sin, ctx.interleaved), None, None, None
 
 
 def lesson():

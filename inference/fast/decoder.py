@@ -30,7 +30,7 @@ from modules.attention.cache import KVCache
 from modules.mlp import SwiGLU
 from modules.experts.moe import Experts, MoE
 from modules.norm import RMSNorm
-from modules.rope import RotaryEmbedding, rotate_half, rotate_interleaved
+from modules.rope import RotaryEmbedding, pairs
 from modules.experts.router import TopkRouter
 
 # A model with any other part (adapters, another attention) is left to the plain path.
@@ -106,13 +106,13 @@ class FastDecoder:
         self.lm_head = joined([model.lm_head], self.dtype, decoder.norm)
         self.lock = threading.Lock()  # threads may share a decoder, and with it its memory
 
-        # A rotation is x cos + x[partner] sin, a permutation of channels with the sign kept in the table of
-        # sines. Rotating a vector of channel numbers gives partners and signs.
-        turn = rotate_interleaved if config.rope_interleaved else rotate_half
-        signed = turn(torch.arange(1.0, config.head_dim + 1))
-        self.partner = signed.abs().long() - 1
+        # A rotation is x cos + x[partner] sin, with the sign of the first of each pair in the table of sines.
+        channels, sign = torch.arange(config.head_dim), torch.ones(config.head_dim)
+        first, second = pairs(channels, config.rope_interleaved)
+        self.partner = torch.empty_like(channels)
+        self.partner[first], self.partner[second], sign[first] = second, first, -1.0
         cos, sin = decoder.rotary_emb(torch.arange(config.max_position_embeddings))
-        self.cos, self.sin = cos.to(self.dtype), (sin * signed.sign()).to(self.dtype)  # (positions, D)
+        self.cos, self.sin = cos.to(self.dtype), (sin * sign).to(self.dtype)  # (positions, D)
 
     def parts(self, layer: DecoderLayer, config):
         """Return the attention and the feed-forward of `layer`, each with the gain of the norm before it."""

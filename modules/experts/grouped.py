@@ -2,14 +2,14 @@
 
     rows   = x[token]                     one row per token and chosen expert, sorted by expert
     hidden = rows U_e^T                   gate, up = halves of hidden
-    inner  = silu(gate) * up * g          for all rows at once
-    y_n    = sum of the K rows of token n in  inner D_e^T
+    inner  = silu(gate) * up              for all rows at once
+    y_n    = sum of g * row over the K rows of token n in  inner D_e^T
 
     x: (N, C)   indices, weights g: (N, K)   U: (E, 2F, C)   D: (E, C, F)   P rows   ->   y (N, C)
 
 `loop_experts` in modules/experts/moe.py is the reference. Only the products go expert by expert. `Dispatch`
-copies tokens to rows and multiplies them, `Combine` multiplies rows and adds them up per token; each is the
-mirror image of the other, and so are their backward passes. Everything between them is plain PyTorch.
+copies tokens to rows and multiplies them, `Combine` multiplies rows and adds them up per token, each with its
+weight; one is the mirror image of the other, and so are their backward passes. Between them is plain PyTorch.
 
 No token is dropped: MegaBlocks (Gale et al., arXiv 2211.15841). Rows are copied by `index_select` and added
 up by `embedding_bag`, never by atomic additions: the same input gives the same bits.
@@ -41,9 +41,7 @@ def grouped_experts(x, indices, weights, gate_up, down):
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
     rows = sort_rows(indices, len(gate_up), one_kernel=has_kernel(gate_up, down))
     gate, up = Dispatch.apply(x, gate_up, rows).chunk(2, dim=-1)  # (P, F) each
-    g = weights.new_zeros(len(rows.token)).index_copy(0, rows.position.flatten(), weights.flatten())  # (P,)
-    inner = F.silu(gate) * up * g[:, None]  # in fp32, as g is
-    return Combine.apply(inner.to(x.dtype), down, rows)
+    return Combine.apply(F.silu(gate) * up, weights.to(x.dtype), down, rows)
 
 
 def has_kernel(gate_up, down) -> bool:
@@ -86,9 +84,9 @@ def take_rows(x, rows: Rows):
     return x.index_select(0, rows.token).index_fill_(0, rows.blank, 0)
 
 
-def add_rows(out, rows: Rows):
-    """out (P, C) -> (N, C), the K rows of each token added up."""
-    return F.embedding_bag(rows.position, out, mode="sum")
+def add_rows(out, rows: Rows, weights=None):
+    """out (P, C), weights (N, K) -> (N, C), the K rows of each token added up, each times its weight."""
+    return F.embedding_bag(rows.position, out, mode="sum", per_sample_weights=weights)
 
 
 def products(left, stack, sizes):
@@ -136,27 +134,36 @@ class Dispatch(torch.autograd.Function):
 
 
 class Combine(torch.autograd.Function):
-    """Rows times their experts' matrices, added up per token: inner (P, I), stack (E, O, I) -> (N, O)."""
+    """Rows times their experts' matrices, weighted and added up per token.
+
+    inner (P, I), weights (N, K), stack (E, O, I) -> (N, O). The gradient of a weight is the product of inner
+    and its gradient, which is needed anyway: the rows that were added up are not.
+    """
 
     @staticmethod
-    def forward(ctx, inner, stack, rows):
+    def forward(ctx, inner, weights, stack, rows):
         """Multiply, add up."""
         ctx.rows = rows
-        ctx.save_for_backward(inner, stack)
-        return add_rows(products(inner, stack.mT, rows.sizes), rows)
+        ctx.save_for_backward(inner, weights, stack)
+        return add_rows(products(inner, stack.mT, rows.sizes), rows, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        """grad (N, O) -> gradients of inner and stack, each if asked for."""
-        (inner, stack), rows = ctx.saved_tensors, ctx.rows
-        grad_inner = grad_stack = None
-        grad = take_rows(grad, rows)
-        if ctx.needs_input_grad[0]:
-            grad_inner = products(grad, stack, rows.sizes)
-        if ctx.needs_input_grad[1]:
-            grad_stack = outer_products(grad, inner, rows.sizes)
-        return grad_inner, grad_stack, None
+        """grad (N, O) -> gradients of inner, weights and stack, each if asked for."""
+        (inner, weights, stack), rows = ctx.saved_tensors, ctx.rows
+        grad_inner = grad_weights = grad_stack = None
+        places, grad = rows.position.flatten(), take_rows(grad, rows)
+        g = weights.new_zeros(len(inner), 1).index_copy_(0, places, weights.reshape(-1, 1))  # (P, 1)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            grad_inner = products(grad, stack, rows.sizes)  # still without g
+            wide = torch.promote_types(weights.dtype, torch.float32)
+            per_row = (grad_inner * inner).sum(dim=-1, dtype=wide)  # (P,)
+            grad_weights = per_row.index_select(0, places).view_as(weights).to(weights.dtype)
+            grad_inner *= g
+        if ctx.needs_input_grad[2]:
+            grad_stack = outer_products(grad, inner * g, rows.sizes)
+        return grad_inner, grad_weights, grad_stack, None
 
 
 def lesson():
