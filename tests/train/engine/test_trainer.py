@@ -28,6 +28,7 @@ from tests.train.tools import (
     weights_of,
 )
 from train.engine import trainer as engine
+from train.engine.step_log import StepLog
 from train.engine.stopping import STOPPING
 from utils.checkpoint import final_name, find_checkpoints, load_checkpoint
 from utils.errors import UserError
@@ -391,15 +392,21 @@ def test_what_is_not_finite_stops_the_run(tmp_path, how, what):
     assert not (tmp_path / final_name("Toy")).exists()
 
 
-def test_numbers_may_stay_on_the_device_until_a_line_is_due(tmp_path):
+def test_numbers_may_stay_on_the_device_until_a_line_is_due(tmp_path, monkeypatch):
     """As on a GPU, which nothing should wait for: the same weights and log, and a NaN is still noticed."""
+    waits = []
+    monkeypatch.setattr("train.engine.trainer.synchronize", lambda device: waits.append(trainer.step))
+    fetch = StepLog.fetch
+    monkeypatch.setattr(StepLog, "fetch", lambda log: waits.append(trainer.step) or fetch(log))
     settings = ("train.log_every=3", "train.save_every=4", "model.dropout=0.1")
     results = []
     for lazy in (False, True):
         trainer = make_trainer(tmp_path / str(lazy), small_config(*settings, steps=8))
         trainer.lazy = lazy
+        waits.clear()
         trainer.run()
         results.append(result(tmp_path / str(lazy)))
+        assert set(waits) == ({3, 4, 6, 8} if lazy else set(range(1, 9)))  # lines, a checkpoint, the end
     assert same_bits(results[0][0], results[1][0]) and results[0][1] == results[1][1]
     loss, holder = spoiled(6, lambda loss, model: loss * float("nan"))
     trainer = make_trainer(tmp_path / "nan", small_config(*settings, steps=8), loss=loss)
