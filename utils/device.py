@@ -52,13 +52,17 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, bool, str]
 def multiplies_bf16(kind: str) -> bool:
     """Return True if devices of this kind multiply bf16 natively; elsewhere fp32 is faster.
 
-    GPUs do from Ampere on; CPUs with AVX512-BF16, AMX-BF16, or ARM's BF16 under Linux.
+    GPUs do from Ampere on; CPUs with AVX512-BF16, AMX-BF16, or ARM's BF16 under Linux. The environment
+    variable ONEDNN_MAX_CPU_ISA hides these units of a CPU from the library that uses them: with AVX512_CORE
+    or AVX2 a run computes as on a processor without them.
     """
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has = {name for name, value in torch.cpu.get_capabilities().items() if value}
     arm = platform.system() == "Linux" and platform.machine() == "aarch64" and "bf16" in has
-    return kind == "cpu" and (arm or bool({"avx512_bf16", "amx_bf16"} & has))
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    hidden = not any(word in limit for word in ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT"))
+    return kind == "cpu" and not hidden and (arm or bool({"avx512_bf16", "amx_bf16"} & has))
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:

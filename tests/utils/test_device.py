@@ -122,3 +122,11 @@ def test_peaks_by_the_names_that_cuda_gives():
     for name, flops in names.items():
         assert peak_flops(name, torch.bfloat16) == flops
     assert peak_flops("NVIDIA H200", torch.float32) is None
+
+
+def test_units_that_the_library_may_not_use_do_not_count(monkeypatch):
+    """ONEDNN_MAX_CPU_ISA makes a processor with bf16 units compute like one without."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    for limit, native in (("avx2", False), ("AVX512_CORE", False), ("AVX512_CORE_BF16", True), ("ALL", True)):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        assert device_module.multiplies_bf16("cpu") == native

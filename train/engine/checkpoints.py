@@ -17,6 +17,7 @@ from utils import checkpoint as files
 from utils import distributed
 from utils.errors import UserError
 from utils.lock import FolderLock
+from utils.products import MKL
 
 # Settings that a resumed run may change: its end, reporting, where it computes or reads, and the rule of the
 # split, which the digest of the data knows.
@@ -90,7 +91,7 @@ class Checkpoints:
             "log": run.log.state_dict(),
             "elapsed": run.elapsed, "skipped": run.skipped, "finished": run.finished,
             "saved": [self.index, self.epoch], "warm_from": run.warm_from,
-            "processes": run.machine.world.size, "frozen": run.frozen,
+            "processes": run.machine.world.size, "frozen": run.frozen, "products": run.products,
             "reserve": held_out.reserve, "last_evaluation": held_out.last, "best": held_out.best,
             "measured_at": held_out.measured_at,
         }  # fmt: skip
@@ -129,6 +130,7 @@ class Checkpoints:
         run.step, run.tokens, run.skipped = saved["step"], saved["tokens"], state["skipped"]
         self.index, self.epoch = state["saved"]
         run.elapsed, run.warm_from = state["elapsed"], state.get("warm_from", 0)
+        run.products = state.get("products", MKL)  # the only one of older checkpoints
         held_out.reserve, held_out.last = state["reserve"], state["last_evaluation"]
         held_out.best, held_out.measured_at = state.get("best"), state.get("measured_at", 0)
         run.log.load_state_dict(state["log"])

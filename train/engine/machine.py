@@ -7,8 +7,10 @@ from tqdm import tqdm
 
 from config.schema import RunConfig
 from inference.generation.terminal import open_streams
+from load_data.packing import REPOSITORY
 from utils import distributed
 from utils.device import keep_freed_memory, pick_device, pick_dtype, seed_everything, set_threads
+from utils.products import MKL, choose_products
 
 
 @dataclass
@@ -19,6 +21,7 @@ class Machine:
     dtype: torch.dtype
     scaled: bool  # fp16 gradients need a scaler
     world: distributed.World
+    products: str = MKL  # the library that multiplies fp32 matrices (utils/products.py)
 
     def autocast(self):
         """Return a context that computes matrix products in `dtype`; weights and sums stay in fp32."""
@@ -39,6 +42,9 @@ def start_machine(config: RunConfig) -> Machine:
     threads = start_process(device, config.train.seed)
     keep_freed_memory()
     machine = Machine(device, dtype, scaled, world)
+    if (device.type, dtype) == ("cpu", torch.float32):
+        machine.products = choose_products(REPOSITORY / config.data.cache_dir)
+        reason += f", products by {machine.products}"
     plural = "es" if world.size > 1 else ""
     machine.say(f"device: {device}, {threads} threads, {world.size} process{plural}; {reason}")
     warmup, steps = config.optim.warmup_steps, config.train.max_steps

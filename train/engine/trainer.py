@@ -37,6 +37,7 @@ from utils.checkpoint import weights_digest
 from utils.device import seed_everything, synchronize
 from utils.errors import UserError
 from utils.plot import plot_curves
+from utils.products import multiply_with
 
 
 class Trainer:
@@ -57,6 +58,7 @@ class Trainer:
         parts = [(part, stage.optim.get(name, config.optim)) for name, part in stage.trained.items()]
         self.optimizers = [each for part, optim in parts for each in build_optimizers(part, optim)]
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.scaled)
+        self.products = machine.products  # a resumed run keeps that of its checkpoint
         self.lazy = machine.device.type == "cuda"  # fetch numbers from the device only where they are due
         self.log = StepLog(self.out / stage.name)
         self.checkpoints = Checkpoints(self)
@@ -72,12 +74,13 @@ class Trainer:
                 self.machine.say(f"the run in {self.out} is finished at step {self.step}; to give it more "
                                  "steps: --resume --max-steps N")  # fmt: skip
             else:
-                self.prove_before()
-                self.runner = parallel.prepare(self.model, self.config.train.compile)
-                self.open_log()
-                witness = WeightWitness(self.model)
-                self.train(witness)
-                self.finish(witness)
+                with multiply_with(self.products):
+                    self.prove_before()
+                    self.runner = parallel.prepare(self.model, self.config.train.compile)
+                    self.open_log()
+                    witness = WeightWitness(self.model)
+                    self.train(witness)
+                    self.finish(witness)
             self.held_out.take_best()
             with distributed.all_or_none():
                 if self.machine.world.is_first:

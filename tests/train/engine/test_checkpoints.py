@@ -23,6 +23,7 @@ from utils.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from utils.distributed import World
 from utils.errors import UserError, run_main
 from utils.log import RunLog, read_log
+from utils.products import MKL, ONEDNN, PRECISION
 
 
 def stopped_loss(at, what):
@@ -120,6 +121,24 @@ def test_a_checkpoint_from_before_a_setting_existed_is_resumed(tmp_path):
         with pytest.raises(UserError, match=f"was trained with {key}=.*, this command says {value}"):
             make_trainer(tmp_path, small_config(setting), resume=True)
     assert train(tmp_path, steps=3, resume=True).step == 3
+
+
+def test_a_resumed_run_multiplies_as_it_began(tmp_path):
+    """Another library would round differently. Older checkpoints say nothing: there was only MKL."""
+    used = []
+
+    def note(loss):  # called in the last step
+        used.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return loss
+
+    train(tmp_path, steps=2, products=ONEDNN, at=1, what=note)
+    train(tmp_path, steps=3, resume=True, at=3, what=note)
+    assert used == [PRECISION[ONEDNN]] * 2 and torch.backends.mkldnn.matmul.fp32_precision not in used
+    (path, *_) = reversed(find_checkpoints(tmp_path, "Toy"))
+    saved = load_checkpoint(path)
+    assert saved["training"].pop("products") == ONEDNN
+    save_checkpoint(path, saved)
+    assert train(tmp_path, steps=4, resume=True, products=ONEDNN).products == MKL
 
 
 def test_resuming_under_fp16_starts_a_scaler(tmp_path):
