@@ -80,7 +80,8 @@ class Muon(torch.optim.Optimizer):
         for parameter, part in zip(parameters, orthogonal.split([len(d) for d in directions]), strict=True):
             weights = matrices_of(parameter, parts)
             rows, columns = weights.shape[-2:]
-            moves = matrices_of(parameter.grad, parts).any(-1).any(-1)[:, None, None].to(weights.dtype)
+            largest = torch.linalg.vector_norm(matrices_of(parameter.grad, parts), torch.inf, (-2, -1), True)
+            moves = (largest != 0).to(weights.dtype)  # (matrices, 1, 1)
             weights.mul_(1 - lr * weight_decay * moves)
             size = lr * max(1.0, rows / columns) ** 0.5
             weights.sub_((part.mT if rows > columns else part) * (size * moves))
@@ -94,16 +95,35 @@ def matrices_of(tensor, parts: int):
 def orthogonalize(matrices):
     """(N, rows, columns), rows <= columns -> the same shape, singular values near 1, in bf16 or fp32.
 
-    X <- a X + (b A + c A^2) X with A = X X^T acts on each singular value as a x + b x^3 + c x^5.
+    X <- P X with P = a I + b A + c A^2 and A = X X^T acts on each singular value as a x + b x^3 + c x^5.
     """
-    a, b, c = COEFFICIENTS
     x = matrices.to(torch.bfloat16 if multiplies_bf16(matrices.device.type) else torch.float32)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)  # Frobenius: all singular values now at most 1
+    if x.dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]:
+        return through_gram(x)
+    a, b, c = COEFFICIENTS
     for _ in range(STEPS):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
+
+
+def through_gram(x):
+    """The same with the small A (rows, rows) alone, for wide matrices: a third to half less work.
+
+    All P are polynomials of the first A, so they commute: A <- P A P, and the result is their product times X.
+    Trap: A squares the singular values, so those below 1e-4 drown in rounding, in bf16 nearly all. fp32 only.
+    """
+    a, b, c = COEFFICIENTS
+    gram, product = x @ x.mT, None
+    for step in range(STEPS):
+        polynomial = (gram @ gram).mul_(c).add_(gram, alpha=b)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = polynomial if product is None else polynomial @ product
+        if step < STEPS - 1:
+            gram = polynomial @ gram @ polynomial
+    return product @ x
 
 
 def lesson():

@@ -10,7 +10,7 @@ from config.adapters import LoraConfig
 from config.schema import OptimConfig, RunConfig
 from model.adapters import attach
 from model.tinyseek import TinySeek
-from modules.muon import Muon, orthogonalize
+from modules.muon import Muon, orthogonalize, through_gram
 from tests.modules.tools import shake
 from tests.modules.tools import small_config as model_config
 from tests.train.tools import small_config, small_model
@@ -114,6 +114,19 @@ def test_processors_with_and_without_bf16_units_find_the_same_directions(monkeyp
         ours = orthogonalize(u)
         assert ours.dtype == (torch.bfloat16 if native else torch.float32)
         assert (ours - exact).norm() < bound * exact.norm()
+
+
+def test_wide_matrices_go_through_their_gram_matrix():
+    """The same polynomials in another order: equal in fp64, and in fp32 up to rounding that a^5 = 485 enlarges
+    where singular values are tiny."""
+    u = torch.randn(3, 6, 31, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    u[2, 1:] *= 1e-3  # one large direction
+    x = exact = u / u.norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        gram = exact @ exact.mT
+        exact = 3.4445 * exact + (-4.7750 * gram + 2.0315 * gram @ gram) @ exact
+    assert (through_gram(x) - exact).norm() < 1e-12 * exact.norm()
+    assert (through_gram(x.float()) - exact).norm() < 485 * 2.0**-24 * 6 * exact.norm()
 
 
 def test_muon_takes_matrices_only():
