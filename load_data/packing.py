@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,10 +46,8 @@ def prepare_pretraining(config: RunConfig, tokenizer: Tokenizer | None = None) -
     if tokenizer is None:
         texts = (piece for side, pieces in sources.documents() if side == TRAIN for piece in pieces)
         tokenizer = train_tokenizer(config.tokenizer, texts, cache_dir, sources.fingerprint, sources.size)
-    name = hashlib.sha256(f"{sources.fingerprint} {tokenizer.digest}".encode()).hexdigest()[:16]
-    folder = cache_dir / f"tokens_{name}"
-    if not folder.is_dir():
-        write_folder(folder, sources, tokenizer)
+    decides = [sources.fingerprint, tokenizer.digest]
+    folder = prepared_folder(cache_dir, "tokens", decides, write_folder, sources, tokenizer)
     return open_folder(folder, sources, tokenizer)
 
 
@@ -68,33 +66,41 @@ def open_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> Pretrai
     return PretrainData(tokenizer, rows[TRAIN], rows[VAL], summary, meta["digest"])
 
 
-def write_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> None:
-    """Encode all documents into `folder`, which appears once it is complete."""
+def prepared_folder(cache_dir: Path, kind: str, decides: list, write: Callable, *given) -> Path:
+    """Return the folder of what `decides` its content. If there is none, `write(folder, *given)` fills it."""
+    folder = cache_dir / f"{kind}_{hashlib.sha256(repr(decides).encode('utf-8')).hexdigest()[:16]}"
+    if folder.is_dir():
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix="partial_", dir=folder.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix="partial_", dir=folder.parent))
     try:
-        dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        with tqdm(total=sources.size, desc="encoding", unit="B", unit_scale=True, disable=None) as bar:
-            paths = {side: partial / f"{side}.bin" for side in (TRAIN, VAL)}
-            writers = {side: TokenWriter(path, tokenizer, dtype, bar) for side, path in paths.items()}
-            for side, pieces in sources.documents():
-                writers[side].add_document(pieces)
-            for writer in writers.values():
-                writer.flush()
-        for side, writer in writers.items():
-            if writer.counts["tokens"] < 2:
-                raise empty_side(side, sources.data)
-        meta = {"dtype": dtype, "digest": tokens_digest(tokenizer, writers)}
-        meta["skipped"] = skipped_lines(sources.skipped)
-        meta |= {side: writer.counts for side, writer in writers.items()}
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process finished first, with the same result
-                raise
+        write(unfinished, *given)
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process finished first, with the same result
+            raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def write_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> None:
+    """Encode all documents into `folder`."""
+    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    with tqdm(total=sources.size, desc="encoding", unit="B", unit_scale=True, disable=None) as bar:
+        paths = {side: folder / f"{side}.bin" for side in (TRAIN, VAL)}
+        writers = {side: TokenWriter(path, tokenizer, dtype, bar) for side, path in paths.items()}
+        for side, pieces in sources.documents():
+            writers[side].add_document(pieces)
+        for writer in writers.values():
+            writer.flush()
+    for side, writer in writers.items():
+        if writer.counts["tokens"] < 2:
+            raise empty_side(side, sources.data)
+    meta = {"dtype": dtype, "digest": tokens_digest(tokenizer, writers)}
+    meta["skipped"] = skipped_lines(sources.skipped)
+    meta |= {side: writer.counts for side, writer in writers.items()}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 class TokenWriter:

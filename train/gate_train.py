@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from inference.generation.selector import BASE, candidate_records, open_candidates
 from inference.generation.load import Loaded, load_full
-from load_data.chat.chat_data import Sample, prepare_chat
+from load_data.chat.chat_data import TRAIN, VAL, Sample, prepare_chat
 from load_data.chat.chat_loader import eval_chat_batches
 from load_data.loader import IGNORED
 from model.adapters import ADAPTERS
@@ -31,7 +31,7 @@ from train.engine.selector_data import ROWS, answer_losses, selector_samples, tu
 from train.engine.machine import start_machine
 from train.engine.stage import Loss, Stage
 from utils.checkpoint import final_name, load_checkpoint
-from utils.distributed import finish
+from utils.distributed import finish, rank_zero_first
 from utils.errors import UserError, run_main
 
 STAGE, SHORT = "gate_train", "Gate"
@@ -48,11 +48,12 @@ def main():
         raise UserError(f"gate.candidates={config.gate.candidates}: needs at least two candidates")
     candidates = open_candidates(config.gate.candidates, base)
     machine.say(f"base: {base.path}\ncandidates: {', '.join(config.gate.candidates)}")
-    data = prepare_chat(config, base.tokenizer)
-    sides = [turns_of(side, base, config.data.sequence_length)
-             for side in (data.train_dialogues, data.val_dialogues)]  # fmt: skip
+    with rank_zero_first():
+        data = prepare_chat(config, base.tokenizer)
+    sides = [turns_of([*data.dialogues(side)], base, config.data.sequence_length) for side in (TRAIN, VAL)]
     tables = [answer_losses(candidates, turns, machine) for turns in sides]  # (turns, A) each
     samples = [selector_samples(base, turns, table) for turns, table in zip(sides, tables, strict=True)]
+    del sides  # messages take more memory than ids
 
     model = SelectingModel(base.model, len(candidates), config.gate.width)
     own = frozenset(name for name in model.state_dict() if name.startswith("selector."))

@@ -7,12 +7,16 @@ so no held-out question is ever trained on.
 
 A dialogue that is too long for a row loses its oldest turns first, then the beginning of its question, and
 only then the end of its answer. A cut answer has no `<|im_end|>`: it would teach to stop mid-sentence.
+
+All of this is cached as in `load_data/packing.py`, in a folder `dialogues_<hash>`, and mapped from there.
 """
 
 import hashlib
+import json
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +27,8 @@ from load_data.chat.chat_template import ChatTemplate, Messages, cut_turn, fit_t
 from load_data.chat.records import as_messages, split_key
 from load_data.corpora.documents import find_files, read_records, skipped_lines
 from load_data.corpora.reserved import unit_hash
-from load_data.corpora.sources import PYTHON, TRAIN, VAL, empty_side, limited
+from load_data.corpora.sources import PYTHON, TRAIN, VAL, Sources, empty_side, limited
+from load_data.packing import REPOSITORY, prepared_folder
 from load_data.skills import SFT_SKILLS, SKILLS, held_out_dialogues, training_dialogues
 from load_data.tokenization.tokenizer import Tokenizer
 from utils.errors import UserError
@@ -39,18 +44,36 @@ class Sample(NamedTuple):
     targets: np.ndarray
 
 
+class Samples(Sequence):
+    """Dialogues end to end, in memory or mapped from disk. Its items are views."""
+
+    def __init__(self, ids: np.ndarray, targets: np.ndarray, lengths: np.ndarray):
+        self.ids, self.targets, self.bounds = ids, targets, np.append(0, np.cumsum(lengths))
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, index: int) -> Sample:
+        span = slice(self.bounds[:-1][index], self.bounds[1:][index])
+        return Sample(self.ids[span], self.targets[span])
+
+
 @dataclass(frozen=True)
 class ChatData:
-    """The data of a chat stage."""
+    """The data of a chat stage, mapped from disk."""
 
     tokenizer: Tokenizer
     template: ChatTemplate
-    train: list[Sample]
-    val: list[Sample]
-    train_dialogues: list[Messages]  # the sources of `train`, in its order, not shortened
-    val_dialogues: list[Messages]
+    train: Samples
+    val: Samples
     summary: list[str]  # lines for a person
     digest: str  # identifies all ids, which are supervised, and their order
+    folder: Path
+
+    def dialogues(self, side: str) -> Iterator[Messages]:
+        """Yield the sources of `train` or `val`, in its order, not shortened."""
+        with open(self.folder / f"{side}.messages", "rb") as file:
+            yield from map(json.loads, file)
 
 
 def prepare_chat(config: RunConfig, tokenizer: Tokenizer, soft_tokens: int = 0) -> ChatData:
@@ -58,28 +81,53 @@ def prepare_chat(config: RunConfig, tokenizer: Tokenizer, soft_tokens: int = 0) 
     `data.sequence_length` + 1 ids. Raises `UserError` for data without dialogues and for an empty side."""
     data = config.data
     template = ChatTemplate(tokenizer, data.template, soft_tokens, config.model.vocab_size)
-    samples, dialogues = {TRAIN: [], VAL: []}, {TRAIN: [], VAL: []}
-    shortened, skipped = {TRAIN: 0, VAL: 0}, []
-    for side, messages in split_dialogues(data, skipped):
-        sample, was_cut = encode(template, messages, data.sequence_length + 1)
-        samples[side].append(sample)
-        shortened[side] += was_cut
-        dialogues[side].append(messages)
-    names = chosen_skills(data.paths)
+    read = [str(file) for file in chosen_files(data.paths)]
+    read += [PYTHON] * ("docstrings" in chosen_skills(data.paths))  # this skill asks about the library
+    decides = [Sources(replace(data, paths=read)).fingerprint, data.paths, data.skill_samples, VAL_PER_SKILL]
+    decides += [tokenizer.digest, template.before, data.sequence_length]  # their markers tell templates apart
+    folder = prepared_folder(REPOSITORY / data.cache_dir, "dialogues", decides, write_folder, data, template)
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    sides = [map_samples(folder, side, meta["dtype"]) for side in (TRAIN, VAL)]
+    return ChatData(tokenizer, template, *sides, meta["summary"], meta["digest"], folder)
+
+
+def write_folder(folder: Path, data: DataConfig, template: ChatTemplate) -> None:
+    """Write the files of each side: ids, targets and lengths end to end, and messages as lines of JSON."""
+    tokenizer, names, room = template.tokenizer, chosen_skills(data.paths), data.sequence_length + 1
+    largest = max(tokenizer.vocab_size - 1, *map(max, template.before.values()))
+    dtype = "uint16" if largest < 2**16 else "int32"
+    samples, shortened, skipped = {}, {TRAIN: 0, VAL: 0}, []
+    with ExitStack() as stack:
+        files = {(side, part): stack.enter_context(open(folder / f"{side}.{part}", "wb"))
+                 for side in shortened for part in ("ids", "targets", "lengths", "messages")}  # fmt: skip
+        for side, messages in split_dialogues(data, skipped):
+            sample, was_cut = encode(template, messages, room)
+            shortened[side] += was_cut
+            files[side, "ids"].write(sample.ids.astype(dtype).tobytes())
+            files[side, "targets"].write(sample.targets.tobytes())
+            files[side, "lengths"].write(np.int64(len(sample.ids)).tobytes())
+            files[side, "messages"].write(json.dumps(messages).encode() + b"\n")
     summary = [f"skills: {', '.join(names)}"] * bool(names)
     summary += [f"{file}: {file.stat().st_size:,} bytes" for file in chosen_files(data.paths)]
     summary += skipped_lines(skipped)
     summary.append(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {tokenizer.digest}")
-    for side, part in samples.items():
-        if not part:
+    for side in shortened:
+        if not (folder / f"{side}.ids").stat().st_size:
             raise empty_side(side, data)
+        samples[side] = part = map_samples(folder, side, dtype)
         summary.append(
-            f"{side}: {len(part):,} dialogues, {sum(len(one.ids) for one in part):,} tokens, "
-            f"{sum(int(one.targets.sum()) for one in part):,} of them supervised, {shortened[side]:,} "
-            f"dialogues shortened to {data.sequence_length + 1} tokens"
+            f"{side}: {len(part):,} dialogues, {len(part.ids):,} tokens, {part.targets.sum():,} of them "
+            f"supervised, {shortened[side]:,} dialogues shortened to {room} tokens"
         )
-    parts = (samples[TRAIN], samples[VAL], dialogues[TRAIN], dialogues[VAL])
-    return ChatData(tokenizer, template, *parts, summary, samples_digest(samples))
+    meta = {"dtype": dtype, "digest": samples_digest(samples), "summary": summary}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def map_samples(folder: Path, side: str, dtype: str) -> Samples:
+    """Map one side, which is not empty."""
+    ids = np.asarray(np.memmap(folder / f"{side}.ids", dtype, mode="r"))  # slices of a map cost more
+    targets = np.asarray(np.memmap(folder / f"{side}.targets", bool, mode="r"))
+    return Samples(ids, targets, np.fromfile(folder / f"{side}.lengths", np.int64))
 
 
 def chosen_skills(paths: list[str]) -> list[str]:
@@ -176,7 +224,7 @@ def encode(template: ChatTemplate, messages: Messages, room: int) -> tuple[Sampl
     return Sample(np.array(ids, dtype=dtype), np.array(targets, dtype=bool)), too_long
 
 
-def samples_digest(samples: dict[str, list[Sample]]) -> str:
+def samples_digest(samples: dict[str, Sequence[Sample]]) -> str:
     """Return a digest (16 hexadecimal digits) of all ids, their order and their loss masks."""
     total = hashlib.sha256()
     for part in samples.values():

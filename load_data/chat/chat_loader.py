@@ -12,27 +12,27 @@ Lengths of 15 to 120 fill rows of 256 to 98 %; with one dialogue per row a quart
 packed rows equals training with one dialogue per row (tested).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
-from load_data.chat.chat_data import Sample
+from load_data.chat.chat_data import Sample, Samples
 from load_data.loader import IGNORED, TokenLoader, eval_batches
 
 
 class DialogueRows:
     """Arrange samples in rows, and turn rows into tensors. A row is a list of indices of samples."""
 
-    def __init__(self, samples: list[Sample], sequence_length: int, packing: bool, pad_id: int):
+    def __init__(self, samples: Sequence[Sample], sequence_length: int, packing: bool, pad_id: int):
         """Raises `ValueError` if there are no samples, or one does not fit into a row."""
         self.lengths = np.array([len(sample.ids) - 1 for sample in samples])
         if not samples or self.lengths.max() > sequence_length:
             raise ValueError(f"there must be samples, of at most {sequence_length + 1} ids")
         self.sequence_length, self.packing, self.pad_id = sequence_length, packing, pad_id
-        self.ids = np.concatenate([sample.ids for sample in samples])  # uint16 or int32: text is long
-        self.targets = np.concatenate([sample.targets for sample in samples])
-        self.offsets = np.cumsum(self.lengths + 1) - self.lengths - 1  # of each sample in these two
+        if not isinstance(samples, Samples):  # these stay where they are: on disk
+            samples = Samples(*map(np.concatenate, zip(*samples)), self.lengths + 1)
+        self.samples = samples
 
     def arrange(self, order: Iterable[int]) -> list[list[int]]:
         """Return rows of the samples `order`."""
@@ -56,9 +56,10 @@ class DialogueRows:
         places = np.arange(lengths.sum()) - np.repeat(begins, lengths)  # positions in the dialogue
         columns = places + np.repeat(begins_in_row, lengths)
         lines = np.repeat(np.repeat(np.arange(len(rows)), counts), lengths)
-        source = places + np.repeat(self.offsets[samples], lengths)
+        source = places + np.repeat(self.samples.bounds[samples], lengths)
         documents = np.arange(len(samples)) - np.repeat(first, counts)
-        labels = np.where(self.targets[source + 1], self.ids[source + 1].astype(np.int64), IGNORED)
+        ids, targets = self.samples.ids, self.samples.targets
+        labels = np.where(targets[source + 1], ids[source + 1].astype(np.int64), IGNORED)
 
         def filled(values, fill):
             table = np.full((len(rows), width), fill, dtype=np.int64)
@@ -66,7 +67,7 @@ class DialogueRows:
             return torch.from_numpy(table)
 
         return {
-            "input_ids": filled(self.ids[source], self.pad_id),
+            "input_ids": filled(ids[source], self.pad_id),
             "labels": filled(labels, IGNORED),
             "document_ids": filled(np.repeat(documents, lengths), -1),
             "position_ids": filled(places, 0),
@@ -83,7 +84,7 @@ class ChatLoader(TokenLoader):
 
     def __init__(
         self,
-        samples: list[Sample],
+        samples: Sequence[Sample],
         sequence_length: int,
         batch_size: int,
         accumulation_steps: int = 1,
@@ -134,14 +135,14 @@ def pack_rows(lengths: list[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def count_eval_rows(samples: list[Sample], sequence_length: int, packing: bool = True) -> int:
+def count_eval_rows(samples: Sequence[Sample], sequence_length: int, packing: bool = True) -> int:
     """Return the number of rows that `eval_chat_batches` makes of all samples."""
     lengths = [len(sample.ids) - 1 for sample in samples]
     return len(pack_rows(lengths, sequence_length)) if packing else len(samples)
 
 
 def eval_chat_batches(
-    samples: list[Sample],
+    samples: Sequence[Sample],
     sequence_length: int,
     batch_size: int,
     max_batches: int | None = None,

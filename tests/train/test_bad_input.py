@@ -396,7 +396,8 @@ def test_the_base_that_is_taken_where_none_is_named(stage, tmp_path, monkeypatch
 def test_prompt_tuning_from_the_command_line(bases, tmp_path, monkeypatch):
     """The good case beside the bad ones: learned embeddings, whose ids are beyond the vocabulary."""
     flags = ["--data", bases / "dialogues.jsonl", "--init", bases / "SFT.pkl", "--out", tmp_path]
-    settings = ("prefix.kind=prompt", "prefix.length=3", "data.sequence_length=48")
+    settings = ["prefix.kind=prompt", "prefix.length=3", "data.sequence_length=48"]
+    settings += [f"data.cache_dir={tmp_path}"]
     flags += ["--max-steps", "3", "--device", "cpu", *(f"--set={setting}" for setting in settings)]
     monkeypatch.setattr(sys, "argv", ["prefix_train", *map(str, flags)])
     prefix_train.main()

@@ -74,7 +74,8 @@ def fine_tune(monkeypatch, stage, name, base, out, *settings):
     """`python train/<stage>.py --config NAME` with two steps; returns what it saved and its settings."""
     monkeypatch.setattr("train.engine.fine_tuning.SCORED", 1)
     monkeypatch.setattr("load_data.chat.chat_data.VAL_PER_SKILL", 4)
-    small = ["data.skill_samples=40", "train.batch_size=1", "train.dtype=fp32", *settings]
+    small = ["data.skill_samples=40", "train.batch_size=1", "train.dtype=fp32"]
+    small += [f"data.cache_dir={base.parent / 'cache'}", *settings]
     flags = ["--config", name, "--init", base, "--out", out, "--device", "cpu", "--max-steps", "2"]
     flags += [part for setting in small for part in ("--set", setting)]
     monkeypatch.setattr(sys, "argv", [stage, *map(str, flags)])

@@ -1,5 +1,7 @@
 """Shared parts of the fine-tuning stages: the base model, dialogues, adapters, and scores."""
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -8,7 +10,7 @@ from config.model import ModelConfig
 from config.schema import RunConfig
 from inference.evaluate import score_dialogues, score_skills
 from inference.generation.generator import Generator
-from load_data.chat.chat_data import SKILL_WORD, ChatData, Sample, chosen_skills, prepare_chat
+from load_data.chat.chat_data import SKILL_WORD, VAL, ChatData, Sample, chosen_skills, prepare_chat
 from load_data.chat.chat_loader import ChatLoader, count_eval_rows, eval_chat_batches
 from load_data.skills import SFT_SKILLS
 from load_data.tokenization.tokenizer import Tokenizer
@@ -78,7 +80,7 @@ def check_same_model(config: ModelConfig, trained: ModelConfig) -> None:
             )
 
 
-def chat_source(samples: list[Sample], tokenizer: Tokenizer, config, machine: Machine) -> LoaderSource:
+def chat_source(samples: Sequence[Sample], tokenizer: Tokenizer, config, machine: Machine) -> LoaderSource:
     """Return the training data of a stage on `samples`, packed into rows."""
     train, world = config.train, machine.world
     steps = (train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed)
@@ -117,7 +119,8 @@ def train_adapter(name: str, short: str, description: str) -> None:
     base = open_base(command, machine, adapted=True)
     own = attach(base.model, short, config)  # freezes everything else
     check_length(config, base.model.prefix_length)
-    data = prepare_chat(config, base.tokenizer, soft_tokens(short, config))
+    with distributed.rank_zero_first():
+        data = prepare_chat(config, base.tokenizer, soft_tokens(short, config))
     stage = dialogue_stage(name, short, base, data, config, machine, own)
     train_and_score(stage, data, command, machine)
     machine.say(f"\nnext: {chat_command(short, command.out)}")
@@ -126,11 +129,12 @@ def train_adapter(name: str, short: str, description: str) -> None:
 
 def train_and_score(stage: Stage, data: ChatData, command: Command, machine: Machine) -> None:
     """Train; score greedy answers to held-out questions before and after."""
+    held_out = [*deque(data.dialogues(VAL), SCORED_DIALOGUES)]  # those of files are behind those of skills
     with distributed.all_or_none():
-        before = scores(stage.model.to(machine.device), data, command, machine)
+        before = scores(stage.model.to(machine.device), data, held_out, command, machine)
     Trainer(stage, command.config, machine, command.out, command.resume).run()
     with distributed.all_or_none():
-        after = scores(stage.model, data, command, machine)
+        after = scores(stage.model, data, held_out, command, machine)
     if not machine.world.is_first:
         return
     width = max(map(len, after))
@@ -140,7 +144,7 @@ def train_and_score(stage: Stage, data: ChatData, command: Command, machine: Mac
     (command.out / stage.name / "scores.txt").write_text(text, encoding="utf-8")
 
 
-def scores(model: TinySeek, data: ChatData, command: Command, machine: Machine) -> dict[str, float]:
+def scores(model, data: ChatData, held_out: list, command: Command, machine: Machine) -> dict[str, float]:
     """Return the percentage of correct answers, in the first process only.
 
     One for each skill, those of `sft_train` included, and for held-out dialogues of files (`exact`; `items`
@@ -154,8 +158,7 @@ def scores(model: TinySeek, data: ChatData, command: Command, machine: Machine) 
         names = dict.fromkeys((*SFT_SKILLS, *skills))
         found = score_skills(generator, data.template, names, SCORED, command.config.data.val_fraction)
     if any(not path.startswith(SKILL_WORD) for path in command.config.data.paths):
-        some = data.val_dialogues[-SCORED_DIALOGUES:]  # those of files are behind those of skills
-        tables = all(message["content"].startswith("|") for messages in some for message in messages[-1:])
+        tables = all(messages[-1]["content"].startswith("|") for messages in held_out)
         for kind in ("exact", "items") if tables else ("exact",):
-            found[kind] = score_dialogues(generator, data.template, some, kind, command.config.data)
+            found[kind] = score_dialogues(generator, data.template, held_out, kind, command.config.data)
     return {name: score.percent for name, score in found.items()}

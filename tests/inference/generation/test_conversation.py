@@ -118,10 +118,10 @@ def test_training_reads_what_a_conversation_reads(tmp_path, kind):
     dialogues = [talk(one, two, two, one) for one, two in itertools.pairwise(HOSTILE[:-1])]
     path = tmp_path / "talk.jsonl"
     path.write_text("".join(json.dumps({"messages": one}) + "\n" for one in dialogues), encoding="utf-8")
-    data = {"paths": [str(path)], "val_fraction": 0.5, "template": kind}
+    data = {"paths": [str(path)], "val_fraction": 0.5, "template": kind, "cache_dir": str(tmp_path)}
     config = run_settings(small_config(vocab_size=TOKENIZER.vocab_size), {"data": data})
     read = prepare_chat(config, TOKENIZER)
-    samples, read = [*read.train, *read.val], [*read.train_dialogues, *read.val_dialogues]
+    samples, read = [*read.train, *read.val], [*read.dialogues("train"), *read.dialogues("val")]
     assert sorted(map(str, read)) == sorted(map(str, dialogues))
     for sample, messages in zip(samples, read, strict=True):
         question, first, again, last = (one["content"] for one in messages)

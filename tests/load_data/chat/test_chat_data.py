@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ from config.schema import DataConfig
 from inference.generation.conversation import prompt_within
 from load_data.chat import chat_data
 from load_data.chat.chat_data import TRAIN, VAL, Sample, encode, prepare_chat, samples_digest, split_dialogues
-from load_data.chat.chat_loader import DialogueRows
 from load_data.chat.chat_template import ChatTemplate
 from load_data.chat.records import message
 from load_data.skills import SFT_SKILLS, SKILLS
@@ -52,12 +51,12 @@ def test_every_dialogue_is_on_the_side_of_its_question(run_config, write):
     assert [text(one) for one in data.train] == expected[TRAIN]
     assert [text(one) for one in data.val] == expected[VAL]
     assert len(data.val) % 2 == 0 and 20 <= len(data.val) <= 60  # two dialogues of each question
-    assert [data.template.dialogue(one)[0] for one in data.val_dialogues] == [
+    assert [data.template.dialogue(one)[0] for one in data.dialogues(VAL)] == [
         list(one.ids) for one in data.val
     ]
     assert data.train[0].ids.dtype == np.uint16 and data.train[0].targets.dtype == bool
     learned = sum(len(f"answer {n}") + 1 for n in range(200))
-    assert sum(int(one.targets.sum()) for one in data.train + data.val) == learned
+    assert sum(int(one.targets.sum()) for one in [*data.train, *data.val]) == learned
 
 
 def test_the_summary_counts(run_config, write):
@@ -84,7 +83,7 @@ def test_all_forms_of_records(run_config, write):
     ]
     lines = "\n".join(map(json.dumps, records + dialogues(100)))  # half a letter as an escape
     data = prepare_chat(run_config(write("a.jsonl", lines), val_fraction=0.1), TOKENIZER)
-    written = {text(one) for one in data.train + data.val}
+    written = {text(one) for one in [*data.train, *data.val]}
     assert {
         "System：S\nUser：a\nAssistant：[b<|im_end|>]\nUser：c\nAssistant：[d<|im_end|>]\n",
         "User：a\nAssistant：[b<|im_end|>]\n",
@@ -93,7 +92,7 @@ def test_all_forms_of_records(run_config, write):
         "System：S\nUser：p\nAssistant：[<|im_end|>]\n",
         "User：half � a letter\nAssistant：[ok<|im_end|>]\n",
     } <= written
-    assert len(data.train + data.val) == 106
+    assert len([*data.train, *data.val]) == 106
 
 
 @pytest.mark.parametrize(
@@ -177,10 +176,10 @@ def test_skills_keep_their_sides(run_config, write, toy_skills):
         "skills:lists,naming", write("a.jsonl", dialogues(100)), skill_samples=70, val_fraction=0.1
     )
     data = prepare_chat(config, TOKENIZER)
-    assert [one[0]["content"] for one in data.val_dialogues[:200]] == [
+    assert [one[0]["content"] for one in islice(data.dialogues(VAL), 200)] == [
         f"val {name} {number}" for name in ("lists", "naming") for number in range(100)
     ]
-    assert [text(one) for one in data.train[:70]] == [
+    assert [text(one) for one in islice(data.train, 70)] == [
         f"User：train lists+naming {number}\nAssistant：[answer<|im_end|>]\n" for number in range(70)
     ]
     assert len(data.train) + len(data.val) == 370 and len(data.val) > 200
@@ -193,7 +192,7 @@ def test_a_limit_leaves_both_sides(run_config, write, toy_skills, limit):
     data = prepare_chat(config, TOKENIZER)
     assert len(data.val) == max(1, round(limit / 10)) and len(data.train) + len(data.val) == limit
     if limit >= 60:
-        assert {one[0]["content"].split()[1] for one in data.val_dialogues} == {"lists", "naming"}
+        assert {one[0]["content"].split()[1] for one in data.dialogues(VAL)} == {"lists", "naming"}
     path = write("a.jsonl", dialogues(100))
     data = prepare_chat(run_config(path, val_fraction=0.5, limit=limit), TOKENIZER) if limit > 2 else data
     assert len(data.train) + len(data.val) == limit
@@ -204,15 +203,16 @@ def test_a_limit_is_shared_by_all_sources(run_config, write, toy_skills):
     files = [write("a.jsonl", dialogues(30)), write("b.jsonl", dialogues(200))]
     config = run_config("skills:lists", *files, val_fraction=0.1, limit=120)
     data = prepare_chat(config, TOKENIZER)
-    first = [messages[0]["content"].split()[0] for messages in data.train_dialogues + data.val_dialogues]
+    first = [one[0]["content"].split()[0] for side in (TRAIN, VAL) for one in data.dialogues(side)]
     assert len(first) == 120 and first.count("question") == 30 + 45 and first.count("val") == 4
-    assert [one[0]["content"] for one in data.train_dialogues[:2]] != ["train lists 0", "train lists 1"]
+    begun = [one[0]["content"] for one in islice(data.dialogues(TRAIN), 2)]
+    assert begun != ["train lists 0", "train lists 1"]
 
 
 def test_the_embedded_skills_are_read(run_config):
     data = prepare_chat(run_config("skills:lists", skill_samples=30), TOKENIZER)
     assert len(data.train) == 30 and 1 <= len(data.val) <= 100
-    assert all(one.targets.any() for one in data.train + data.val)
+    assert all(one.targets.any() for one in [*data.train, *data.val])
 
 
 def test_templates_and_soft_tokens(run_config, write):
@@ -322,16 +322,13 @@ def test_a_row_without_room_for_markers_is_an_error():
             assert len(ids) == len(targets) == room and any(targets)
 
 
-def test_a_token_takes_few_bytes(run_config, write):
-    """2 for its id and 1 for the mask, in the samples and once more in the rows (D22: 5 + 8)."""
-    data = prepare_chat(run_config(write("a.jsonl", dialogues(60)), val_fraction=0.2), TOKENIZER)
-    rows = DialogueRows(data.train, 64, True, 0)
-    tokens = sum(len(one.ids) for one in data.train)
-    assert sum(one.ids.nbytes + one.targets.nbytes for one in data.train) == 3 * tokens
-    arrays = [value for value in vars(rows).values() if isinstance(value, np.ndarray)]
-    assert sum(one.nbytes for one in arrays if len(one) >= tokens - len(data.train)) == 3 * tokens
+def test_ids_beyond_two_bytes(run_config, write):
     wide = encode(ChatTemplate(TOKENIZER, soft_tokens=1, vocab_size=2**16), turns("a", "b"), 99)[0]
     assert wide.ids.dtype == np.int32 and wide.ids.max() == 2**16 + 2
+    config = run_config(write("a.jsonl", dialogues(60)), val_fraction=0.2)
+    config.model.vocab_size = 2**16
+    data = prepare_chat(config, TOKENIZER, soft_tokens=1)
+    assert data.val[0].ids.dtype == np.int32 and data.val[0].ids.max() == 2**16 + 2
 
 
 # --- the digest ----------------------------------------------------------------------------------

@@ -255,8 +255,9 @@ def test_a_record_with_text_and_messages(tmp_path):
     path.write_text("\n".join(map(json.dumps, records)))
     config = RunConfig()
     config.data.paths, config.data.val_fraction = [str(path)], 0.3
+    config.data.cache_dir = str(tmp_path)
     pre = {"".join(text) for side, text in Sources(config.data).documents() if side == "val"}
-    chat = prepare_chat(config, BpeTokenizer([])).val_dialogues
+    chat = list(prepare_chat(config, BpeTokenizer([])).dialogues("val"))
     assert pre == {f"text {one[0]['content'][1:]}" for one in chat} and len(pre) > 4
     assert as_document({"text": "plain", "messages": None}, "") == (sha256(b"plain").hexdigest(), "plain")
 
@@ -271,7 +272,8 @@ def test_pre_training_and_chat_put_a_question_on_the_same_side(tmp_path):
             file.write(json.dumps({"messages": messages}) + "\n")
     config = RunConfig()
     config.data.paths, config.data.val_fraction = [str(path)], 0.3
+    config.data.cache_dir = str(tmp_path)
     pieces = list(Sources(config.data).documents())
     chat = prepare_chat(config, BpeTokenizer([]))
     answers = {"".join(text).split("\n")[1] for side, text in pieces if side == "val"}
-    assert answers == {messages[1]["content"] for messages in chat.val_dialogues} and 4 < len(answers) < 40
+    assert answers == {messages[1]["content"] for messages in chat.dialogues("val")} and 4 < len(answers) < 40

@@ -124,7 +124,7 @@ def kill_somewhere(process, out: Path, kind: str, seconds: float, rng: random.Ra
         return "after the end"
     if any(out.glob("*.tmp")):
         return "while saving"
-    if (out / "cache").exists() and not any((out / "cache").glob("tokens_*")):
+    if (out / "cache").exists() and not any(out.glob("cache/[td]*s_*")):  # tokens_, dialogues_
         return "while preparing data"
     saved = find_checkpoints(out, SHORTS[STAGES[kind]])
     return "while training" if saved else "before the first checkpoint"

@@ -2,6 +2,7 @@
 one."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from inference.fast.decoder import refusal
 from inference.generation.load import load_adapter, load_full
+from load_data.chat import chat_data
 from tests.inference.tools import byte_tokenizer, write_checkpoint
 from tests.processes import fork, without_pictures
 from tests.train.tools import largest_difference, same_bits
@@ -53,7 +55,7 @@ SETTINGS = (
 def arguments(out, dialogues, init, *settings, steps=14):
     """Flags of a short run."""
     flags = ["--data", dialogues, "--init", init, "--out", out, "--device", "cpu", "--max-steps", steps]
-    for setting in (*SETTINGS, *settings):
+    for setting in (*SETTINGS, f"data.cache_dir={dialogues.parent / 'cache'}", *settings):
         flags += ["--set", setting]
     return [str(flag) for flag in flags]
 
@@ -271,6 +273,32 @@ def test_a_gate_over_adapters(dialogues, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="has no adapter beside it"):
         alone = base_in(tmp_path / "empty")
         call(monkeypatch, gate_train, arguments(tmp_path / "empty" / "g", dialogues, alone))
+
+
+def counted(folder, stage, *words):
+    """Run a stage; each process that encodes leaves a file, with one byte for each dialogue."""
+    encode = chat_data.encode
+
+    def count(*given):
+        with open(f"{folder}/encoded_{os.environ['RANK']}", "ab") as file:
+            file.write(b".")
+        return encode(*given)
+
+    chat_data.encode = count
+    without_pictures(stage, *words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [sft_train, lora_train, gate_train])
+def test_one_of_two_processes_encodes(script, dialogues, tmp_path):
+    """Each process of each stage once encoded everything (D22)."""
+    base, other = base_in(tmp_path), write_checkpoint(tmp_path / "other.pkl", "SFT", seed=9)
+    flags = gate_flags(tmp_path / "run", dialogues, base, ["base", other])
+    flags += ["--set", f"data.cache_dir={tmp_path}", "--max-steps", "1"]
+    done = fork(counted, str(tmp_path), script.__name__, *flags, processes=2)
+    assert done.returncode == 0, done.stderr
+    encoded = {file.name: file.stat().st_size for file in tmp_path.glob("encoded_*")}
+    assert encoded == {"encoded_0": 60}
 
 
 @pytest.mark.slow
