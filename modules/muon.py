@@ -80,8 +80,8 @@ class Muon(torch.optim.Optimizer):
         for parameter, part in zip(parameters, orthogonal.split([len(d) for d in directions]), strict=True):
             weights = matrices_of(parameter, parts)
             rows, columns = weights.shape[-2:]
-            largest = torch.linalg.vector_norm(matrices_of(parameter.grad, parts), torch.inf, (-2, -1), True)
-            moves = (largest != 0).to(weights.dtype)  # (matrices, 1, 1)
+            largest = matrices_of(parameter.grad, parts).flatten(1).abs().amax(1)
+            moves = (largest != 0).to(weights.dtype)[:, None, None]
             weights.mul_(1 - lr * weight_decay * moves)
             size = lr * max(1.0, rows / columns) ** 0.5
             weights.sub_((part.mT if rows > columns else part) * (size * moves))
