@@ -19,6 +19,10 @@ class TokenLoader:
     An epoch visits non-overlapping windows of `sequence_length`, in an order drawn from (seed, epoch). They
     start at an offset drawn for each epoch, so that window boundaries vary. A step takes the next
     `batch_size * accumulation_steps * world_size` windows, whatever the factors of that product.
+
+    With a `start_length` windows begin short and double (`window_length`), each length from a new epoch on; a
+    step has as many tokens as before, in more rows. Short rows cost less attention and come from more places
+    in the text, which helps at first (arXiv 2108.06084).
     """
 
     def __init__(
@@ -30,6 +34,7 @@ class TokenLoader:
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        start_length: int | None = None,
     ):
         """`tokens`: (N,) ids. Raises `UserError` if there are not enough for one window."""
         if len(tokens) < sequence_length + 1:
@@ -40,12 +45,13 @@ class TokenLoader:
         self.tokens, self.sequence_length, self.batch_size = tokens, sequence_length, batch_size
         self.accumulation_steps, self.rank, self.world_size = accumulation_steps, rank, world_size
         self.seed = seed
+        self.length = self.start_length = start_length or sequence_length
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
-        """Draw the order of an epoch and move to its beginning."""
+        """Draw the order of an epoch of windows of the present length and move to its beginning."""
         rng = np.random.default_rng((self.seed, epoch))
-        length = self.sequence_length
+        length = self.length
         offset = rng.integers(min(length, len(self.tokens) - length))
         windows = (len(self.tokens) - 1 - offset) // length
         self.starts = offset + length * rng.permutation(windows)
@@ -63,15 +69,22 @@ class TokenLoader:
             parts.append(part)
         return np.concatenate(parts)
 
-    def next_step(self) -> list[dict[str, torch.Tensor]]:
-        """Return this rank's micro-batches of the next step: `input_ids` and `labels`, (B, T) int64 each."""
-        items = self.take(self.batch_size * self.accumulation_steps * self.world_size)
-        shares = items.reshape(self.accumulation_steps, self.world_size, self.batch_size)[:, self.rank]
+    def next_step(self, progress: float = 0.0) -> list[dict[str, torch.Tensor]]:
+        """Return this rank's micro-batches of the next step: `input_ids` and `labels`, (B, T) int64 each.
+
+        `progress`, the share of the run that is over, decides the length T of the rows."""
+        length = window_length(self.start_length, self.sequence_length, progress)
+        if length != self.length:
+            self.length = length
+            self.start_epoch(self.epoch + 1)
+        rows = self.batch_size * (self.sequence_length // length)
+        items = self.take(rows * self.accumulation_steps * self.world_size)
+        shares = items.reshape(self.accumulation_steps, self.world_size, rows)[:, self.rank]
         return [self.batch(share) for share in shares]
 
     def batch(self, starts: np.ndarray) -> dict[str, torch.Tensor]:
         """Return the windows that begin at `starts` (B,), with the tokens that follow as labels."""
-        rows = self.tokens[starts[:, None] + np.arange(self.sequence_length + 1)]  # (B, T + 1)
+        rows = self.tokens[starts[:, None] + np.arange(self.length + 1)]  # (B, T + 1)
         rows = torch.from_numpy(rows.astype(np.int64))
         return {"input_ids": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()}
 
@@ -82,12 +95,19 @@ class TokenLoader:
 
     def state_dict(self) -> dict[str, int]:
         """Return the position of the loader; its order depends on settings that a resumed run shares."""
-        return {"epoch": self.epoch, "index_in_epoch": self.index_in_epoch}
+        return {"epoch": self.epoch, "index_in_epoch": self.index_in_epoch, "length": self.length}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Move to the position in `state`."""
+        """Move to the position in `state`; older ones had a single length."""
+        self.length = state.get("length", self.sequence_length)
         self.start_epoch(state["epoch"])
         self.index_in_epoch = state["index_in_epoch"]
+
+
+def window_length(start: int, end: int, progress: float) -> int:
+    """Return `start`, `2 start`, ... or `end`, each for an equal share of a run; `progress`: 0 to 1."""
+    doublings = (end // start).bit_length() - 1
+    return start << min(int(progress * (doublings + 1)), doublings)
 
 
 def eval_batches(

@@ -112,8 +112,8 @@ def orthogonalize(matrices):
 def through_gram(x):
     """The same with the small A (rows, rows) alone, for wide matrices: a third to half less work.
 
-    All P are polynomials of the first A, so they commute: A <- P A P, and the result is their product times X.
-    Trap: A squares the singular values, so those below 1e-4 drown in rounding, in bf16 nearly all. fp32 only.
+    All P are polynomials of the first A, so they commute: A <- P A P, and the result is their product times
+    X. Trap: A squares the singular values. Those below 1e-4 drown in rounding, in bf16 nearly all: fp32 only.
     """
     a, b, c = COEFFICIENTS
     gram, product = x @ x.mT, None

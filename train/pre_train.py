@@ -45,8 +45,9 @@ def main():
         data = prepare_pretraining(config, tokenizer)
     machine.say("\n".join(data.summary))
     loader = TokenLoader(
-        data.train, length, train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed
-    )
+        data.train, length, train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed,
+        config.data.start_length,
+    )  # fmt: skip
 
     config.model.vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
     if config.model.vocab_size < data.tokenizer.vocab_size:

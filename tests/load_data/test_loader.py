@@ -147,3 +147,32 @@ def test_a_memory_map_is_read_not_loaded(tmp_path):
     mapped = np.memmap(tmp_path / "t.bin", dtype=np.uint16, mode="r")
     assert sequences(loader(tokens=mapped).next_step()) == sequences(loader().next_step())
     assert sequences(eval_windows(mapped, 10, 4)) == list(range(0, 999, 10))
+
+
+def test_rows_double_in_equal_shares_of_the_run_and_steps_stay_as_large():
+    """3, 6 and 12 tokens; a step has 2 x 12 of them, and every epoch has one length and no window twice."""
+    one = loader(sequence_length=12, start_length=3, batch_size=2)
+    shapes, seen = [], {}
+    for step in range(30):
+        (batch,) = one.next_step(step / 30)
+        shapes.append(tuple(batch["input_ids"].shape))
+        assert torch.equal(batch["labels"], batch["input_ids"] + 1)
+        seen.setdefault((one.epoch, shapes[-1]), []).extend(sequences([batch]))
+    assert shapes == [(8, 3)] * 10 + [(4, 6)] * 10 + [(2, 12)] * 10
+    assert len(seen) == 3 and all(len(starts) == len(set(starts)) for starts in seen.values())
+    (batch,) = one.next_step(1.0)
+    assert batch["input_ids"].shape == (2, 12)
+
+
+def test_growing_rows_resume_and_divide_as_others_do():
+    settings = {"sequence_length": 12, "start_length": 3}
+    whole = loader(**settings, batch_size=4)
+    settings |= {"batch_size": 1, "accumulation_steps": 2, "world_size": 2}
+    ranks = [loader(**settings, rank=rank) for rank in (0, 1)]
+    for step in range(12):
+        resumed = [loader(**settings, rank=rank) for rank in (0, 1)]
+        for old, new in zip(ranks, resumed):
+            new.load_state_dict(old.state_dict())
+        ranks, progress = resumed, step / 12
+        parts = [sequences(one.next_step(progress)) for one in ranks]
+        assert sorted(parts[0] + parts[1]) == sorted(sequences(whole.next_step(progress)))

@@ -96,7 +96,7 @@ class ListLoader:
         self.steps, self.index = steps, 0
         self.epoch = 0
 
-    def next_step(self):
+    def next_step(self, progress):
         self.index += 1
         return self.steps[(self.index - 1) % len(self.steps)]
 

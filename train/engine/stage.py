@@ -29,13 +29,14 @@ class Source(Protocol):
     """The training data of a stage.
 
     `next_step` is called with the random generators seeded for the step, and may generate text with the
-    models: a resumed run repeats it. `sample` returns data for the gradient proof and consumes none.
+    models: a resumed run repeats it. `progress` is the share of the run that is over. `sample` returns data
+    for the gradient proof and consumes none.
     """
 
     epoch: int
     epoch_progress: float  # epochs so far, as a fraction
 
-    def next_step(self, models: dict[str, torch.nn.Module]) -> Step: ...
+    def next_step(self, models: dict[str, torch.nn.Module], progress: float) -> Step: ...
     def sample(self) -> Step: ...
     def state_dict(self) -> dict: ...
     def load_state_dict(self, state: dict) -> None: ...
@@ -120,9 +121,9 @@ class LoaderSource:
         self.loader = loader
         self.state_dict, self.load_state_dict = loader.state_dict, loader.load_state_dict
 
-    def next_step(self, models=None) -> Step:
+    def next_step(self, models=None, progress: float = 0.0) -> Step:
         """Return the next micro-batches, weighted by their supervised tokens."""
-        micro_batches = self.loader.next_step()
+        micro_batches = self.loader.next_step(progress)
         labels = [batch["labels"] for batch in micro_batches]
         counts = [sum((part != IGNORED).sum() for part in labels), sum(part.numel() for part in labels)]
         weight, tokens = distributed.sum_scalars(counts)

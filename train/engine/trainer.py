@@ -151,7 +151,7 @@ class Trainer:
         seed_everything((seed * 1_000_003 + self.step * world.size + world.rank) % 2**63)
         set_lr(self.optimizers, factor)
         clock = time.perf_counter()
-        step = source.next_step(self.stage.trained | self.stage.frozen)
+        step = source.next_step(self.stage.trained | self.stage.frozen, self.progress)
         waited = time.perf_counter() - clock
         if step.weight:
             values = self.forward_backward(step)

@@ -53,7 +53,7 @@ class Rollouts:
     def batch(self, ids):
         return {"input_ids": ids[:, :-1], "targets": ids[:, 1:], "pixels": ids[:, :1].expand(-1, 5) + 0.5}
 
-    def next_step(self, models):
+    def next_step(self, models, progress):
         ids = self.roll(models.get("policy", models.get("model")))
         self.drawn += 1
         self.seen.append(ids)
