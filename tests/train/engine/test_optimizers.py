@@ -117,8 +117,8 @@ def test_processors_with_and_without_bf16_units_find_the_same_directions(monkeyp
 
 
 def test_wide_matrices_go_through_their_gram_matrix():
-    """The same polynomials in another order: equal in fp64, and in fp32 up to rounding that a^5 = 485 enlarges
-    where singular values are tiny."""
+    """The same polynomials in another order: equal in fp64, and in fp32 up to rounding, which a^5 = 485
+    enlarges where singular values are tiny."""
     u = torch.randn(3, 6, 31, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     u[2, 1:] *= 1e-3  # one large direction
     x = exact = u / u.norm(dim=(1, 2), keepdim=True)
