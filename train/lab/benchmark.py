@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import multiprocessing
 import random
 import signal
@@ -40,9 +41,11 @@ from train.engine.machine import start_machine, start_process
 from utils.cost import cost_card
 from utils.device import peak_flops, set_threads, synchronize
 from utils.errors import Parser, UserError, run_main
+from utils.products import multiply_with
 
 PROMPT, NEW_TOKENS, PASSAGES = 16, 128, 200
-DENSE = "TinySeek, dense, as wide"
+DENSE, PRODUCT = "TinySeek, dense, as wide", "a large product"
+LARGE = (4096, 512, 1024)  # its rows, inputs and outputs: the operands fit into the caches
 
 
 def main():
@@ -159,6 +162,14 @@ def our_steps(config, machine) -> dict:
     return {name: training_step(TinySeek(shape), config, machine, loss) for name, shape in shapes.items()}
 
 
+def large_product(dtype: torch.dtype):
+    """Return a function that takes one large product, for the peak that a CPU reaches in this run."""
+    rows, inputs, outputs = LARGE
+    shapes = (rows, inputs), (outputs, inputs), (rows, outputs)
+    x, weight, out = (torch.randn(shape).to(dtype) for shape in shapes)
+    return functools.partial(torch.mm, x, weight.T, out=out)
+
+
 TWINS = {}  # attention -> training step, in the process of the twins
 
 
@@ -166,6 +177,7 @@ def start_twins(config, machine) -> None:
     """Build the twins, in their process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process gets it too, and ends this one
     start_process(machine.device, config.train.seed)
+    multiply_with(machine.products).__enter__()  # as long as this process lives
     for attention in ("eager", "sdpa"):
         twin = hugging_face_twin(config, attention)
         TWINS[attention] = training_step(
@@ -210,13 +222,19 @@ def compare_training(config, machine, steps: int) -> None:
     with torch.device("meta"):
         cost = cost_card(TinySeek(config.model), rows * length, length).train_flops()
     print(f"training, {rows} x {length} tokens, {machine.dtype}, {cost / 1e6:.1f} MFLOP per token")
-    peak = peak_flops(torch.cuda.get_device_name() if machine.device.type == "cuda" else "", machine.dtype)
+    with twins_steps(config, machine) as twins, multiply_with(machine.products):
+        steps_of = our_steps(config, machine) | twins
+        if machine.device.type == "cuda":
+            seconds = take_turns(steps_of, steps, machine)
+            peak = peak_flops(torch.cuda.get_device_name(), machine.dtype)
+        else:
+            seconds = take_turns(steps_of | {PRODUCT: large_product(machine.dtype)}, steps, machine)
+            peak = 2 * math.prod(LARGE) / statistics.median(seconds.pop(PRODUCT))
+            print(f"  large products reach {peak / 1e9:,.0f} GFLOP/s here; MFU is the share of that")
 
     def utilisation(speed):
         return f"  {cost * speed / 1e9:,.0f} GFLOP/s" + (f"  MFU {cost * speed / peak:.1%}" if peak else "")
 
-    with twins_steps(config, machine) as twins:
-        seconds = take_turns(our_steps(config, machine) | twins, steps, machine)
     report(seconds, rows * length, "tokens/s", utilisation)
     if DENSE in seconds:
         ours, *_ = seconds.values()
