@@ -2,6 +2,7 @@
 
     python utils/plot.py                         # out/pre_train/log.txt -> out/pre_train/curves.png
     python utils/plot.py LOG LOG --out both.png  # several runs in one picture
+    python utils/plot.py LOG LOG --seconds       # over time: runs whose steps cost differently
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
@@ -28,16 +29,18 @@ PANELS = [
 ]
 
 
-def plot_curves(log_path: str | Path | list, png_path: str | Path) -> None:
+def plot_curves(log_path: str | Path | list, png_path: str | Path, seconds: bool = False) -> None:
     """Draw the curves of one log, or of several over each other, into `png_path`.
 
-    Raises `UserError` if a log is missing or holds no step yet.
+    They are drawn over optimizer steps, or over the `seconds` that these took, evaluations apart. Raises `UserError` if a log is missing or holds no step yet.
     """
     paths = log_path if isinstance(log_path, list) else [log_path]
     logs = {str(path): [row for row in read_log(path) if "step" in row] for path in paths}
     for path, rows in logs.items():
         if not rows:
             raise UserError(f"{path}: no step is logged yet, so there is nothing to draw")
+    for rows in logs.values():
+        set_places(rows, seconds)
     panels = [panel for panel in PANELS if any(panel[2][0] in row for rows in logs.values() for row in rows)]
     if not panels:
         raise UserError(f"{paths[0]}: none of the keys {', '.join(panel[2][0] for panel in PANELS)} is in it")
@@ -48,13 +51,24 @@ def plot_curves(log_path: str | Path | list, png_path: str | Path) -> None:
         for rows, name, color in zip(logs.values(), names, COLORS * len(names)):
             draw(axes, rows, keys, name if len(names) > 1 else "", color)
         scale = "log" if title == "Perplexity" else "linear"
-        axes.set(title=title, xlabel="step (optimizer updates)", ylabel=unit, yscale=scale)
+        place = "seconds of training steps" if seconds else "step (optimizer updates)"
+        axes.set(title=title, xlabel=place, ylabel=unit, yscale=scale)
         axes.grid(alpha=0.3)
         if title == "Throughput":
             axes.set_ylim(bottom=0)  # otherwise a little noise fills the panel
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=10)
     save_figure(figure, png_path)
+
+
+def set_places(rows: list[dict], seconds: bool) -> None:
+    """Set the `place` of each row on the horizontal axis; `step_ms` is the mean since the last of them."""
+    elapsed = last = 0
+    for row in rows:
+        if "step_ms" in row:
+            elapsed += (row["step"] - last) * row["step_ms"] / 1e3
+            last = row["step"]
+        row["place"] = elapsed if seconds else row["step"]
 
 
 def make_panels(count: int, width: float, height: float) -> tuple[Figure, list]:
@@ -77,7 +91,7 @@ def save_figure(figure: Figure, png: str | Path) -> None:
 def draw(axes, rows: list[dict], keys: list[str], name: str, color: str) -> None:
     """Draw one run in one panel: the values of steps, and over them those of evaluations."""
     for key, style in zip(keys, ({"linewidth": 1.2, "alpha": 0.75}, {"linewidth": 2, "marker": "o"})):
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["place"], row[key]) for row in rows if key in row]
         if not points:
             continue
         words = [name, {"loss": "training", "ppl": "training"}.get(key, "validation" if "val" in key else "")]
@@ -99,11 +113,12 @@ def main() -> None:
     parser = Parser("Draw the curves of one or more runs.")
     add = parser.add_argument
     add("logs", nargs="*", type=Path, metavar="LOG", help="log files (default: out/pre_train/log.txt)")
+    add("--seconds", action="store_true", help="draw over the seconds of training, not over steps")
     add("--out", metavar="PNG", help="the picture (default: curves.png beside the first log)")
     args = parser.parse_args()
     logs = args.logs or [ROOT / "out" / "pre_train" / "log.txt"]
     png = args.out or logs[0].parent / "curves.png"
-    plot_curves(logs, png)
+    plot_curves(logs, png, args.seconds)
     print(f"drawn: {png}")
 
 

@@ -51,6 +51,18 @@ def test_experts_get_a_panel_and_several_logs_a_legend(tmp_path, drawn):
     assert run_names([str(log) for log in logs]) == ["a", "b"]
 
 
+def test_over_seconds_a_run_of_slow_steps_reaches_further(tmp_path, drawn):
+    """Lines of steps 10 and 20, of 100 and 300 ms a step: 1 and 4 seconds. An evaluation takes no time."""
+    log = RunLog(tmp_path / "log.txt")
+    for step, took in ((10, 100.0), (20, 300.0)):
+        log.write({"step": step, "loss": 1.0, "step_ms": took})
+        log.write({"step": step, "val_loss": 2.0})
+    plot_curves(tmp_path / "log.txt", tmp_path / "c.png", seconds=True)
+    train, val = drawn[0].axes[0].get_lines()
+    assert train.get_xdata().tolist() == val.get_xdata().tolist() == [1.0, 4.0]
+    assert drawn[0].axes[0].get_xlabel() == "seconds of training steps"
+
+
 def test_nothing_to_draw_is_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         plot_curves(tmp_path / "log.txt", tmp_path / "c.png")
