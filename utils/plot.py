@@ -32,7 +32,8 @@ PANELS = [
 def plot_curves(log_path: str | Path | list, png_path: str | Path, seconds: bool = False) -> None:
     """Draw the curves of one log, or of several over each other, into `png_path`.
 
-    They are drawn over optimizer steps, or over the `seconds` that these took, evaluations apart. Raises `UserError` if a log is missing or holds no step yet.
+    They are drawn over optimizer steps, or over the `seconds` that these took, evaluations apart. Raises
+    `UserError` if a log is missing or holds no step yet.
     """
     paths = log_path if isinstance(log_path, list) else [log_path]
     logs = {str(path): [row for row in read_log(path) if "step" in row] for path in paths}
