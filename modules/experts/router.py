@@ -14,7 +14,7 @@ of their two best: with one group per machine, a token then visits few machines.
 Sigmoid scores each expert by itself, as in DeepSeek-V3 (arXiv 2412.19437); softmax runs over all experts, as
 in Switch (arXiv 2101.03961) and Qwen3Moe. Names as in `DeepseekV3TopkRouter`.
 Trap: compute in fp32, under autocast too. Where bf16 cannot tell two scores apart, another expert is chosen:
-a jump, not a rounding error. (On CUDA, TF32 rounds the factors to 11 bits if the trainer allows it.)
+a jump, not a rounding error. TF32, in which GPUs multiply fp32 if the trainer allows it, would do the same.
 Trap: K = 1 with norm_topk_prob makes every weight s/s = 1, whose gradient is zero: the language-model loss
 would not train the router. `config/model.py` refuses it.
 """
@@ -35,16 +35,25 @@ class Routing(NamedTuple):
     weights: torch.Tensor  # (N, K), factors of the chosen experts' outputs, with gradient
 
 
+def first_bits(x):
+    """Cut fp32 to the 11 bits that TF32 keeps. (A compiler would leave out a cast to bf16 and back.)"""
+    return (x.view(torch.int32) & -0x2000).view(torch.float32)
+
+
 class ExactLinear(torch.autograd.Function):
-    """x (N, C), W (E, C) -> x W^T (N, E), without autocast. Trap: a compiler traces the backward pass under
-    the autocast around the model, so it must be off there as well, or the gradient is rounded to bf16."""
+    """x (N, C), W (E, C) -> x W^T (N, E), without autocast; TF32 may round gradients only, which
+    choose no expert. Trap: a compiler traces the backward pass under the autocast around the model, so it
+    must be off there as well, or the gradient is rounded to bf16."""
 
     @staticmethod
     def forward(ctx, x, weight):
         """Multiply."""
         ctx.save_for_backward(x, weight)
         with torch.autocast(x.device.type, enabled=False):
-            return x @ weight.T
+            if x.dtype != torch.float32 or not torch.backends.cuda.matmul.allow_tf32:
+                return x @ weight.T
+            first, first_weight = first_bits(x), first_bits(weight)  # the rests are below 2^-10 of the whole
+            return first @ first_weight.T + (x - first) @ first_weight.T + x @ (weight - first_weight).T
 
     @staticmethod
     @once_differentiable

@@ -7,7 +7,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from transformers.models.dots1.modeling_dots1 import Dots1TopkRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from modules.experts.router import TopkRouter
+from modules.experts.router import ExactLinear, TopkRouter
 from tests.modules.tools import shake, small_config
 
 SETTINGS = {
@@ -175,6 +175,24 @@ def test_autocast_changes_no_bit():
     with torch.autocast("cpu", torch.bfloat16):
         cast = router(x)
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+def test_the_choice_is_exact_where_products_are_tf32(monkeypatch):
+    """As on a GPU in training: products round their factors to 11 bits, and sum up in fp32."""
+    real = torch.Tensor.__matmul__
+
+    def tf32(a, b):
+        return real(*(((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for x in (a, b)))
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 512), torch.randn(8, 512)
+    exact, errors = x.double() @ weight.T.double(), []
+    monkeypatch.setattr(torch.Tensor, "__matmul__", tf32)
+    for precision in ("highest", "high"):  # what the trainer asks for on a GPU is high
+        torch.set_float32_matmul_precision(precision)
+        errors.append(((ExactLinear.apply(x, weight) - exact).norm() / exact.norm()).item())
+    torch.set_float32_matmul_precision("highest")
+    assert errors[0] > 2**-14 and errors[1] < 2**-20
 
 
 def test_jitter_is_for_training_and_keeps_its_bounds():
