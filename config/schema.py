@@ -29,7 +29,7 @@ class DataConfig:
 
     paths: list[str] = option(["python"])  # files, folders, `python`, or for chat stages `skills`
     sequence_length: int = option(512, at_least=2)
-    start_length: int | None = option(None, at_least=2)  # pre-training: rows double from this length
+    start_length: int | None = option(None, at_least=2)  # pre-training: rows begin halved to at least this
     val_fraction: float = option(0.05, above=0, below=1)
     # Split of dialogues: `folded` ignores case, width, punctuation and spaces of a question; `exact` is the
     # rule of older checkpoints, inherited by runs that start from them.
@@ -41,14 +41,6 @@ class DataConfig:
     template: str = option("tinyseek", choices=("tinyseek", "chatml"))
     packing: bool = True  # several dialogues in one row, not attending to each other
     skill_samples: int = option(40_000, at_least=1)  # dialogues of one epoch, with `skills` only
-
-    def check(self):
-        """Require a start length that doublings lead to the sequence length."""
-        start, end = self.start_length or self.sequence_length, self.sequence_length
-        if end % start or (end // start) & (end // start - 1):
-            raise UserError(
-                f"data.start_length={start} must be data.sequence_length={end} divided by a power of 2"
-            )
 
 
 @dataclass

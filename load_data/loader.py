@@ -20,8 +20,9 @@ class TokenLoader:
     start at an offset drawn for each epoch, so that window boundaries vary. A step takes the next
     `batch_size * accumulation_steps * world_size` windows, whatever the factors of that product.
 
-    With a `start_length` windows begin short and double (`window_length`), each length from a new epoch on; a
-    step has as many tokens as before, in more rows. Short rows cost less attention and come from more places
+    With a `start_length` windows begin short, `sequence_length` halved as often as that leaves at least
+    `start_length`, and double, each length from a new epoch on. A step has as many tokens as before, in more
+    rows. Short rows cost less attention and come from more places
     in the text, which helps at first (arXiv 2108.06084).
     """
 
@@ -45,7 +46,10 @@ class TokenLoader:
         self.tokens, self.sequence_length, self.batch_size = tokens, sequence_length, batch_size
         self.accumulation_steps, self.rank, self.world_size = accumulation_steps, rank, world_size
         self.seed = seed
-        self.length = self.start_length = start_length or sequence_length
+        self.doublings = 0
+        while start_length and sequence_length >> self.doublings >= 2 * start_length:
+            self.doublings += 1
+        self.length = sequence_length >> self.doublings
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
@@ -73,7 +77,8 @@ class TokenLoader:
         """Return this rank's micro-batches of the next step: `input_ids` and `labels`, (B, T) int64 each.
 
         `progress`, the share of the run that is over, decides the length T of the rows."""
-        length = window_length(self.start_length, self.sequence_length, progress)
+        share = min(int(progress * (self.doublings + 1)), self.doublings)  # each length for an equal share
+        length = self.sequence_length >> self.doublings - share
         if length != self.length:
             self.length = length
             self.start_epoch(self.epoch + 1)
@@ -102,12 +107,6 @@ class TokenLoader:
         self.length = state.get("length", self.sequence_length)
         self.start_epoch(state["epoch"])
         self.index_in_epoch = state["index_in_epoch"]
-
-
-def window_length(start: int, end: int, progress: float) -> int:
-    """Return `start`, `2 start`, ... or `end`, each for an equal share of a run; `progress`: 0 to 1."""
-    doublings = (end // start).bit_length() - 1
-    return start << min(int(progress * (doublings + 1)), doublings)
 
 
 def eval_batches(

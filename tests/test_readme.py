@@ -24,7 +24,7 @@ from tests.train.tools import ROOT, environment
 from train.engine.command import parse_command
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS_GPU = ("gpu_", "--device cuda", "nccl")
+NEEDS_GPU = ("--config gpu_", "--device cuda", "nccl")
 STAGES = {
     "pre_train": ("Pre", ()), "sft_train": ("SFT", ("Pre",)), "lora_train": ("Lora", ("SFT", "Pre")),
     "mixlora_train": ("MixLora", ("SFT", "Pre")), "prefix_train": ("Prefix", ("SFT", "Pre")),

@@ -96,8 +96,8 @@ class ChatLoader(TokenLoader):
         pad_id: int,
     ):
         self.rows = DialogueRows(samples, sequence_length, packing, pad_id)
-        self.sequence_length = self.start_length = self.length = sequence_length
-        self.batch_size, self.seed = batch_size, seed
+        self.sequence_length = self.length = sequence_length
+        self.batch_size, self.seed, self.doublings = batch_size, seed, 0
         self.accumulation_steps, self.rank, self.world_size = accumulation_steps, rank, world_size
         self.start_epoch(0)
 

@@ -62,8 +62,6 @@ MISTAKES = {
     "train.batch_size=null": ["train.batch_size", "int", "None"],
     "train.compile=1": ["train.compile", "bool", "1"],
     "train.device=tpu": ["train.device", "auto, cpu, cuda, mps"],
-    "data.start_length=100": ["data.start_length=100", "data.sequence_length=512", "power of 2"],
-    "data.start_length=1024": ["data.start_length=1024", "power of 2"],
     "optim.lr=0": ["optim.lr", "above 0"],
     "optim.lr=NaN": ["optim.lr", "finite"],
     "optim.lr=Infinity": ["optim.lr", "finite"],

@@ -164,6 +164,16 @@ def test_rows_double_in_equal_shares_of_the_run_and_steps_stay_as_large():
     assert batch["input_ids"].shape == (2, 12)
 
 
+LENGTHS = [(12, 3, 3), (12, 4, 6), (12, 12, 12), (12, 20, 12), (7, 2, 3)]
+
+
+@pytest.mark.parametrize(("end", "start", "first"), LENGTHS)
+def test_rows_begin_halved_but_no_shorter_than_said(end, start, first):
+    one = loader(sequence_length=end, start_length=start)
+    assert one.next_step(0.0)[0]["input_ids"].shape[1] == first
+    assert one.next_step(0.999)[0]["input_ids"].shape[1] == end
+
+
 def test_growing_rows_resume_and_divide_as_others_do():
     settings = {"sequence_length": 12, "start_length": 3}
     whole = loader(**settings, batch_size=4)
