@@ -48,12 +48,9 @@ def choose_products(folder: Path) -> str:
         if not path.exists():
             mine = path.with_name(f"{path.stem}_{os.getpid()}.tmp")
             mine.write_text(faster_library(), encoding="utf-8")
-            try:
-                os.link(mine, path)  # fails if the file is there
-            except FileExistsError:
-                pass
-            finally:
-                mine.unlink()
+            with contextlib.suppress(FileExistsError):  # another process was first
+                os.link(mine, path)
+            mine.unlink()
         found = path.read_text(encoding="utf-8")
         return found if found in PRECISION else MKL
     return faster_library()
