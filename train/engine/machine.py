@@ -43,7 +43,7 @@ def start_machine(config: RunConfig) -> Machine:
     keep_freed_memory()
     machine = Machine(device, dtype, scaled, world)
     if (device.type, dtype) == ("cpu", torch.float32):
-        machine.products = choose_products(REPOSITORY / config.data.cache_dir)
+        machine.products = choose_products(REPOSITORY / "out" / "cache")  # one for all runs
         reason += f", products by {machine.products}"
     plural = "es" if world.size > 1 else ""
     machine.say(f"device: {device}, {threads} threads, {world.size} process{plural}; {reason}")
