@@ -31,7 +31,7 @@ from train.engine.selector_data import ROWS, answer_losses, selector_samples, tu
 from train.engine.machine import start_machine
 from train.engine.stage import Loss, Stage
 from utils.checkpoint import final_name, load_checkpoint
-from utils.distributed import finish, rank_zero_first
+from utils.distributed import finish
 from utils.errors import UserError, run_main
 
 STAGE, SHORT = "gate_train", "Gate"
@@ -48,8 +48,7 @@ def main():
         raise UserError(f"gate.candidates={config.gate.candidates}: needs at least two candidates")
     candidates = open_candidates(config.gate.candidates, base)
     machine.say(f"base: {base.path}\ncandidates: {', '.join(config.gate.candidates)}")
-    with rank_zero_first():
-        data = prepare_chat(config, base.tokenizer)
+    data = machine.read(prepare_chat, config, base.tokenizer)
     sides = [turns_of([*data.dialogues(side)], base, config.data.sequence_length) for side in (TRAIN, VAL)]
     tables = [answer_losses(candidates, turns, machine) for turns in sides]  # (turns, A) each
     samples = [selector_samples(base, turns, table) for turns, table in zip(sides, tables, strict=True)]

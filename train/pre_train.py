@@ -27,7 +27,7 @@ from train.engine.machine import start_machine
 from train.engine.stage import LoaderSource, Stage
 from utils.checkpoint import load_weights
 from utils.cost import cost_card
-from utils.distributed import finish, rank_zero_first
+from utils.distributed import finish
 from utils.errors import UserError, run_main
 from utils.plot_experts import plot_expert_load, plot_expert_tokens
 
@@ -41,8 +41,7 @@ def main():
     config, machine = command.config, start_machine(command.config)
     train, world, length = config.train, machine.world, config.data.sequence_length
     tokenizer = Tokenizer.from_json(command.init["tokenizer"]) if command.init else None
-    with rank_zero_first():
-        data = prepare_pretraining(config, tokenizer)
+    data = machine.read(prepare_pretraining, config, tokenizer)
     machine.say("\n".join(data.summary))
     loader = TokenLoader(
         data.train, length, train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed,
@@ -58,7 +57,8 @@ def main():
     model = TinySeek(config.model)
     if command.init:
         load_weights(model, command.init["weights"], "--init")
-    card = cost_card(model, train.batch_size * length, length, config.optim.optimizer)
+    tokens, optimizer = train.batch_size * length, config.optim.optimizer
+    card = cost_card(model, tokens, length, optimizer, machine.dtype, machine.device.type)
     machine.say("\n".join(card.lines()))
 
     evaluation = text_evaluation(data.val, data.tokenizer, length, train.batch_size, machine)

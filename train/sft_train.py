@@ -16,7 +16,7 @@ from load_data.chat.chat_data import prepare_chat
 from train.engine.command import chat_command, parse_command
 from train.engine.fine_tuning import dialogue_stage, open_base, train_and_score
 from train.engine.machine import start_machine
-from utils.distributed import finish, rank_zero_first
+from utils.distributed import finish
 from utils.errors import run_main
 
 STAGE, SHORT = "sft_train", "SFT"
@@ -27,8 +27,7 @@ def main():
     command = parse_command(STAGE, SHORT, __doc__, bases=("Pre",))
     config, machine = command.config, start_machine(command.config)
     base = open_base(command, machine)
-    with rank_zero_first():
-        data = prepare_chat(config, base.tokenizer)
+    data = machine.read(prepare_chat, config, base.tokenizer)
     stage = dialogue_stage(STAGE, SHORT, base, data, config, machine)
     train_and_score(stage, data, command, machine)
     machine.say(f'\nnext: {chat_command(SHORT, command.out)} --prompt "你是谁？"')

@@ -7,14 +7,18 @@ FLOPs for the scores and as many for the weighted sum, each with its own D in la
 that in training. A causal query sees T / 2 keys on average; published numbers often count all T.
 Recomputation does not count (these are model FLOPs, as in MFU). Latent attention is counted in its expanded
 form, that of training and prefill. Multi-token prediction counts in training only, and is never active.
+
+Memory is the sum of weights, gradients, optimizer, activations and a chunk of logits. Not all live at one
+time: gradients appear as activations are freed. Allocators and libraries come on top.
 """
 
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from config.model import ModelConfig
+from utils.activations import MicroBatch, head_bytes, head_widths, kept_bytes
 
 FP32, BF16 = 4, 2  # bytes per number
 PARTS = {  # of the model, each by a word in the names of its parameters; the first that fits
@@ -47,7 +51,8 @@ class CostCard:
     kv_cache_numbers: int  # per token
     batch_tokens: int
     state_bytes: dict[str, int]  # weights, gradients, optimizer
-    activation_bytes: int  # rough
+    activation_bytes: int  # kept for the backward pass (utils/activations.py)
+    peak_bytes: int  # of all tensors
 
     @property
     def parameters(self) -> int:
@@ -94,25 +99,31 @@ class CostCard:
             *([f"mtp         {extra}: in training only"] if self.groups["mtp"].total else []),
             f"kv cache    {size(self.kv_cache_bytes(BF16))} per token in bf16, "
             + f"{size(self.kv_cache_bytes(FP32))} in fp32",
-            f"memory      {size(sum(self.state_bytes.values()) + self.activation_bytes)} to train ({state}, "
-            + f"activations of {self.batch_tokens:,} tokens about {size(self.activation_bytes)})",
+            f"memory      {size(self.peak_bytes)} to train ({state}, "
+            + f"activations of {self.batch_tokens:,} tokens {size(self.activation_bytes)})",
         ]
 
 
 def cost_card(
-    model: nn.Module, batch_tokens: int, sequence_length: int | None = None, optimizer: str = "adamw"
-) -> CostCard:
-    """Return the cost of training `model`, which may be on the meta device, with all numbers in fp32.
+    model: nn.Module, batch_tokens: int, sequence_length: int | None = None, optimizer: str = "adamw",
+    dtype: torch.dtype = torch.float32, device: str = "cpu",
+) -> CostCard:  # fmt: skip
+    """Return the cost of training `model`, which may be on the meta device, its weights in fp32.
 
-    `batch_tokens` is the size of a micro-batch; `sequence_length` defaults to the maximum of the model.
+    `batch_tokens` is the size of a micro-batch; `sequence_length` defaults to the maximum of the model;
+    products are in `dtype`, on a `device` of this kind.
     """
     config, groups = model.config, parameter_groups(model)
     length = sequence_length or config.max_position_embeddings
     window = min(config.sliding_window or length, length)
     total = sum(group.total for group in groups.values())
     # Adam keeps two moments of each parameter; Muon one of each matrix in the blocks, and Adam the rest
-    moments = total + (sum(group.adam for group in groups.values()) if optimizer == "muon" else total)
+    adam = sum(group.adam for group in groups.values())
+    moments = total + (adam if optimizer == "muon" else total)
     scores, values, cached = head_widths(config)
+    state = {"weights": FP32 * total, "gradients": FP32 * total, "optimizer": FP32 * moments}
+    batch = MicroBatch(max(1, batch_tokens // length), min(batch_tokens, length), dtype.itemsize, device)
+    kept = kept_bytes(config, batch, matrices=total - adam)
     return CostCard(
         groups=groups,
         layers=config.num_hidden_layers,
@@ -122,8 +133,9 @@ def cost_card(
         keys_seen=window - window**2 / (2 * length),  # without a window: length / 2
         kv_cache_numbers=config.num_hidden_layers * cached,
         batch_tokens=batch_tokens,
-        state_bytes={"weights": FP32 * total, "gradients": FP32 * total, "optimizer": FP32 * moments},
-        activation_bytes=FP32 * batch_tokens * activation_numbers(config),
+        state_bytes=state,
+        activation_bytes=kept,
+        peak_bytes=sum(state.values()) + kept + head_bytes(config, batch),
     )
 
 
@@ -143,40 +155,6 @@ def parameter_groups(model: nn.Module) -> dict[str, Group]:
     groups["head"].multiplied = table  # also if it is tied: its product is computed all the same
     groups["mtp"].multiplied += 0 if config.mtp == "none" else table  # it uses the output head again
     return groups
-
-
-def head_widths(config: ModelConfig) -> tuple[int, int, int]:
-    """Return head dim of queries and keys, head dim of values, and numbers per token in one layer's cache."""
-    if config.attention_kind == "mla":
-        scores = config.qk_nope_head_dim + config.qk_rope_head_dim
-        return scores, config.v_head_dim, config.kv_lora_rank + config.qk_rope_head_dim
-    return config.head_dim, config.head_dim, 2 * config.num_key_value_heads * config.head_dim
-
-
-def activation_numbers(config: ModelConfig) -> int:
-    """Return roughly how many numbers per token are kept for the backward pass; kernels differ.
-
-    Per layer: two norms keep input and output; attention keeps its output, and its projections before and
-    after norm and rotation; SwiGLU keeps gate, up, SiLU and product. Each chosen expert keeps the same, and
-    its rows of input and output. Then come logits and their probabilities, once per head.
-    """
-    C, H, L = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
-    width, values, cached = head_widths(config)
-    if config.attention_kind == "mla":
-        latents = 2 * (config.q_lora_rank or 0) + config.kv_lora_rank + cached
-        attention = latents + 2 * H * width + H * (config.qk_nope_head_dim + values) + H * values
-    else:
-        keys = config.num_key_value_heads * width
-        attention = (3 if config.qk_norm else 2) * (H * width + keys) + keys + H * width
-
-    F, K = config.moe_intermediate_size, config.num_experts_per_tok
-    experts = K * (2 * C + 4 * F) + 4 * config.n_shared_experts * F + 2 * config.n_routed_experts
-    dense = 4 * config.intermediate_size
-    layers = range(L + (config.mtp == "sequential"))
-    blocks = sum(4 * C + attention + (experts if config.is_moe_layer(n) else dense) for n in layers)
-    heads = 1 if config.mtp == "none" else 2
-    extra = {"none": 0, "parallel": 4 * C, "sequential": 8 * C}[config.mtp]
-    return blocks + extra + heads * 2 * config.vocab_size
 
 
 def size(count: float) -> str:

@@ -11,12 +11,15 @@ import torch
 
 from utils.errors import UserError
 
-# Dense peaks in FLOP/s with bf16 inputs and fp32 sums, from the vendors' data sheets; longer names first.
-PEAK_FLOPS_BF16 = {
-    "B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H20": 148e12,
-    "A100": 312e12, "A800": 312e12, "A40": 149.7e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12,
-    "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 4080": 97.5e12, "RTX 3090": 71e12,
+# Dense peaks in FLOP/s with bf16 inputs and fp32 sums, and bytes of memory (the most that is sold under the
+# name), from the vendors' data sheets; longer names first.
+GPUS = {
+    "B200": (2250e12, 180e9), "H200": (989e12, 141e9), "H100 NVL": (835e12, 94e9),
+    "H100 PCIe": (756e12, 80e9), "H100": (989e12, 80e9), "H20": (148e12, 96e9), "A100 40GB": (312e12, 40e9),
+    "A100": (312e12, 80e9), "A800": (312e12, 80e9), "A40": (149.7e12, 48e9), "A30": (165e12, 24e9),
+    "A10G": (70e12, 24e9), "A10": (125e12, 24e9), "L40S": (362e12, 48e9), "L40": (181e12, 48e9),
+    "L4": (121e12, 24e9), "RTX 5090": (209.5e12, 32e9), "RTX 4090": (165.2e12, 24e9),
+    "RTX 4080": (97.5e12, 16e9), "RTX 3090": (71e12, 24e9),
 }  # fmt: skip
 
 
@@ -70,9 +73,13 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 
     bf16 and fp16 are equally fast on these. For fp32 there is no single peak: it depends on TF32.
     """
+    return data_sheet(device_name)[0] if dtype in (torch.bfloat16, torch.float16) else None
+
+
+def data_sheet(device_name: str) -> tuple[float, float] | tuple[None, None]:
+    """Return the peak FLOP/s and the bytes of the first GPU whose words are all in `device_name`."""
     words = set(device_name.replace("-", " ").split())
-    known = [flops for name, flops in PEAK_FLOPS_BF16.items() if words.issuperset(name.split())]
-    return known[0] if known and dtype in (torch.bfloat16, torch.float16) else None
+    return next((sheet for name, sheet in GPUS.items() if words.issuperset(name.split())), (None, None))
 
 
 def synchronize(device: torch.device) -> None:

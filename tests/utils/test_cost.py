@@ -14,7 +14,7 @@ from config.schema import OptimConfig
 from model.tinyseek import TinySeek
 from modules.mtp import ParallelMTP
 from train.engine.optimizers import build_optimizers
-from utils.cost import CostCard, activation_numbers, cost_card
+from utils.cost import CostCard, cost_card
 
 
 def model_config(**settings) -> ModelConfig:
@@ -298,80 +298,6 @@ def test_the_card_is_that_of_the_model_and_the_optimizers_that_are_trained(name,
         card = cost_card(model, batch_tokens=8, optimizer=optimizer)
         assert card.parameters == sum(p.numel() for p in model.parameters())
         assert card.state_bytes["optimizer"] == held
-
-
-WIDE = {"hidden_size": 64, "intermediate_size": 192}
-WIDE_EXPERTS = WIDE | EXPERTS
-WIDE_EXPERTS |= {"n_routed_experts": 24, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
-ACTIVATIONS = [
-    ("Qwen3", WIDE),
-    ("Qwen3", WIDE | {"vocab_size": 3000}),
-    ("Dots1", WIDE_EXPERTS),
-    ("Dots1", WIDE_EXPERTS | {"first_k_dense_replace": 0, "n_shared_experts": 8, "num_experts_per_tok": 2}),
-    ("DeepseekV3", WIDE | LATENT | {"qk_nope_head_dim": 20, "qk_rope_head_dim": 12, "v_head_dim": 32}),
-    ("DeepseekV3", WIDE_EXPERTS | LATENT | {"q_lora_rank": 40, "qk_nope_head_dim": 16, "v_head_dim": 22}),
-]
-
-
-def wide_twin(name: str, config: ModelConfig, **settings):
-    """As `twin`, with a kernel that keeps no scores."""
-    if not config.n_routed_experts:  # DeepSeek's class has experts in the layers after these
-        settings["first_k_dense_replace"] = config.num_hidden_layers
-    return twin(name, config, attn_implementation="sdpa", **settings)
-
-
-def kept_bytes(model, run) -> int:
-    """Bytes that autograd keeps for the backward pass of `run()`, each storage once, weights aside."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = run()
-    assert loss.requires_grad
-    return sum(kept.values())
-
-
-@pytest.mark.parametrize("name, changes", ACTIVATIONS)
-def test_activations_are_of_the_size_that_autograd_keeps(name, changes):
-    config = model_config(**TINY | changes)
-    model, tokens = wide_twin(name, config), 64
-    ids = torch.arange(tokens)[None] % 100
-    kept = kept_bytes(model, lambda: torch.nn.functional.cross_entropy(model(ids).logits[0], ids[0]))
-    # logits are counted with their probabilities, of which a plain cross-entropy keeps one
-    allowed = 0.4 if config.vocab_size == 3000 else 0.25
-    assert tokens * activation_numbers(config) * 4 == pytest.approx(kept, rel=allowed)
-
-
-@pytest.mark.parametrize("name, changes", [ACTIVATIONS[0], ACTIVATIONS[2]])
-def test_activations_of_sequential_mtp_are_of_the_size_that_autograd_keeps(name, changes):
-    plain, config = model_config(**TINY | changes), model_config(**TINY | changes | {"mtp": "sequential"})
-    longer, tokens = wide_twin(name, config, num_hidden_layers=config.num_hidden_layers + 1), 64
-    mtp = mtp_block(longer)
-    model = torch.nn.ModuleList([mtp, longer])
-    hidden, embeddings = torch.randn(2, 1, tokens, config.hidden_size, requires_grad=True).unbind(0)
-    rotary = longer.model.rotary_emb(hidden, torch.arange(tokens)[None])
-    ids = torch.arange(tokens) % 100
-
-    def run():
-        logits = longer.lm_head(mtp(embeddings, hidden, rotary, None, None, None))
-        return torch.nn.functional.cross_entropy(logits[0], ids)
-
-    extra = activation_numbers(config) - activation_numbers(plain)
-    assert tokens * extra * 4 == pytest.approx(kept_bytes(model, run), rel=0.25)
-
-
-@pytest.mark.parametrize("kind", ["parallel", "sequential"])
-def test_logits_of_both_heads_are_kept(kind):
-    per_word = []
-    for mtp in ("none", kind):
-        small, large = (model_config(**TINY | {"mtp": mtp, "vocab_size": size}) for size in (100, 150))
-        per_word.append((activation_numbers(large) - activation_numbers(small)) / 50)
-    assert per_word == [2, 4]
 
 
 def test_the_card_reads_well():

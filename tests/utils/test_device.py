@@ -10,6 +10,7 @@ import torch
 from utils import device as device_module
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.device import (
+    data_sheet,
     peak_flops,
     physical_cores,
     pick_device,
@@ -130,3 +131,9 @@ def test_units_that_the_library_may_not_use_do_not_count(monkeypatch):
     for limit, native in (("avx2", False), ("AVX512_CORE", False), ("AVX512_CORE_BF16", True), ("ALL", True)):
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
         assert device_module.multiplies_bf16("cpu") == native
+
+
+def test_memory_by_the_names_that_cuda_gives():
+    sizes = {"NVIDIA A100-SXM4-40GB": 40, "NVIDIA A100-SXM4-80GB": 80, "NVIDIA H100 NVL": 94, "NVIDIA L4": 24}
+    assert {name: data_sheet(name)[1] / 1e9 for name in sizes} == sizes
+    assert data_sheet("Tesla V100-SXM2-16GB") == (None, None)

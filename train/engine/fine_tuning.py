@@ -119,8 +119,7 @@ def train_adapter(name: str, short: str, description: str) -> None:
     base = open_base(command, machine, adapted=True)
     own = attach(base.model, short, config)  # freezes everything else
     check_length(config, base.model.prefix_length)
-    with distributed.rank_zero_first():
-        data = prepare_chat(config, base.tokenizer, soft_tokens(short, config))
+    data = machine.read(prepare_chat, config, base.tokenizer, soft_tokens(short, config))
     stage = dialogue_stage(name, short, base, data, config, machine, own)
     train_and_score(stage, data, command, machine)
     machine.say(f"\nnext: {chat_command(short, command.out)}")

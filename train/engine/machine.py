@@ -1,5 +1,6 @@
 """The machine of a run: device, dtype, threads and processes, chosen once and printed."""
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,14 @@ class Machine:
         """Print, in the first process only, without breaking the progress bar."""
         if self.world.is_first:
             tqdm.write(" ".join(str(word) for word in words))
+
+    def read(self, prepare, *arguments):
+        """Return prepared data, in the first process of each machine first; print how long it took."""
+        clock = time.monotonic()
+        with distributed.rank_zero_first():
+            data = prepare(*arguments)
+        self.say(f"data: read and tokenized in {time.monotonic() - clock:.1f} seconds, apart from training")
+        return data
 
 
 def start_machine(config: RunConfig) -> Machine:

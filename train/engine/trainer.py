@@ -22,6 +22,7 @@ import torch
 from config.schema import RunConfig
 from train.engine import parallel
 from train.engine.checkpoints import Checkpoints
+from train.engine.forecast import Forecast
 from train.engine.machine import Machine
 from train.engine.optimizers import build_optimizers, set_lr
 from train.engine.held_out import HeldOut
@@ -48,7 +49,7 @@ class Trainer:
         self.step = self.tokens = self.skipped = 0
         self.elapsed, self.finished = 0.0, False  # seconds of training so far
         self.warm_from = 0  # the step at which the last warmup began
-        self.signals, self.held_out = StopSignals(), HeldOut(self)
+        self.signals, self.held_out, self.forecast = StopSignals(), HeldOut(self), Forecast(self)
         self.model = self.runner = stage.model
         parallel.place(stage.model, machine.device)
         distributed.same_on_all_ranks(stage.data_digest, "training data")
@@ -166,6 +167,7 @@ class Trainer:
             synchronize(self.machine.device)
         self.log.note(values, waited, time.perf_counter() - clock)
         self.elapsed = self.signals.agree(time.monotonic() - self.started if world.is_first else 0.0)
+        self.forecast.note()
         self.after_step(factor, new_epoch=int(source.epoch_progress) > epoch, bar=bar)
 
     def forward_backward(self, step: Step) -> dict[str, torch.Tensor]:
@@ -258,6 +260,7 @@ class Trainer:
         self.finished = True
         self.checkpoints.save()
         self.machine.say(f"{self.step:,} steps, {self.tokens:,} tokens in {self.elapsed:.0f} seconds")
+        self.forecast.compare()
 
     def frozen_digests(self) -> dict[str, str]:
         """Return a digest of the weights of each frozen model."""

@@ -92,6 +92,7 @@ def test_a_stage_from_the_command_line(short, kind, dialogues, tmp_path, monkeyp
     saved = load_checkpoint(out / f"TinySeek_{short}_final.pkl")
     before = load_checkpoint(base)["weights"]
     assert "gradients proven" in said and "weights proven" in said and "exact" in said and "items" in said
+    assert "data: read and tokenized in " in said
     log = read_log(out / saved["stage"] / "log.txt")
     assert sum("val_loss" in row for row in log) >= 3  # before, after each epoch, at the end
     if short == "SFT":

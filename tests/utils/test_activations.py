@@ -1,0 +1,128 @@
+"""The bytes of the cost card against what autograd keeps, and against the allocations of a training step."""
+
+import gc
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from config.checks import validate_section
+from config.model import ModelConfig
+from config.schema import OptimConfig
+from model.tinyseek import TinySeek
+from train.engine.optimizers import build_optimizers
+from utils.cost import cost_card
+
+SHAPE = {
+    "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 160, "max_position_embeddings": 256,
+}  # fmt: skip
+EXPERTS = {
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 24,
+}  # fmt: skip
+LATER = {"first_k_dense_replace": 1, "scoring_func": "softmax", "norm_topk_prob": False}
+LATENT = {
+    "attention_kind": "mla", "qk_norm": False, "num_key_value_heads": 4, "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16,
+}  # fmt: skip
+CASES = {
+    "dense": {},
+    "plain": {"qk_norm": False, "tie_word_embeddings": False},
+    "sdpa": {"attn_implementation": "sdpa"},
+    "window": {"sliding_window": 32},
+    "experts": EXPERTS,
+    "experts, later": EXPERTS | LATER,
+    "latent": LATENT,
+    "latent, experts": LATENT | EXPERTS | {"q_lora_rank": 40},
+    "parallel": {"mtp": "parallel"},
+    "sequential": EXPERTS | {"mtp": "sequential"},
+}
+
+
+def setting(rows: int, length: int, **changes):
+    """A model and a batch of ids."""
+    config = ModelConfig(**SHAPE | changes)
+    validate_section("model", config)
+    torch.manual_seed(0)
+    return TinySeek(config), torch.randint(0, config.vocab_size, (rows, length))
+
+
+def loss_of(model, ids, dtype):
+    """The loss of training, with all its terms."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        output = model(ids, labels=ids, mtp=model.mtp is not None)
+        return sum(part for part in (output.loss_sum, output.mtp_loss_sum) if part is not None)
+
+
+def kept_by_autograd(model, run) -> int:
+    """Bytes that autograd keeps for the backward pass of `run()`, each storage once, weights aside."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = run()
+    assert loss.requires_grad
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [64, 192])
+@pytest.mark.parametrize("name", CASES)
+def test_activations_are_what_autograd_keeps(name, length, dtype):
+    """192 is cut into blocks of queries, 64 is not. Equal but for the places of experts' rows, which a kernel
+    holds without autograd's knowledge, their blank rows, and the mask of the last label."""
+    model, ids = setting(3, length, **CASES[name])
+    kept = kept_by_autograd(model, lambda: loss_of(model, ids, dtype))
+    card = cost_card(model, ids.numel(), length, dtype=dtype)
+    assert card.activation_bytes == pytest.approx(kept, rel=0.01 if model.config.n_routed_experts else 0.002)
+
+
+def peak_of(run) -> int:
+    """The most bytes that `run` holds at a time, as PyTorch's profiler sees every allocation."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+PEAKS = {  # optimizer, micro-batches, rows, dtype, shape
+    "one pass": ("adamw", 1, 16, torch.float32, {}),
+    "accumulation": ("muon", 2, 16, torch.bfloat16, {"num_hidden_layers": 4}),
+    "the output head": ("adamw", 1, 8, torch.bfloat16, {"vocab_size": 3000, "hidden_size": 32}),
+}
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_the_peak_is_that_of_all_allocations(monkeypatch, name):
+    """A step, and a backward pass that keeps its graph on a copy of the model, as in the gradient proof. The
+    card adds gradients and activations, which replace each other, and leaves out the gradients of a block."""
+    optimizer, passes, rows, dtype, changes = PEAKS[name]
+    monkeypatch.setattr("modules.muon.multiplies_bf16", lambda kind: dtype == torch.bfloat16)
+    model, ids = setting(rows, 64, **changes)
+    optimizers = build_optimizers(model, OptimConfig(optimizer=optimizer))
+
+    def proof():
+        loss_of(model, ids, dtype).backward(retain_graph=True)
+        model.zero_grad()
+
+    def step():
+        for _ in range(passes):
+            loss_of(model, ids, dtype).backward()
+        for part in optimizers:
+            part.step()
+        model.zero_grad()
+
+    step()  # makes the moments
+    card = cost_card(model, ids.numel(), 64, optimizer, dtype)
+    weights, moments = card.state_bytes["weights"], card.state_bytes["optimizer"]
+    peak = max(2 * weights + peak_of(proof), weights + moments + peak_of(step))
+    assert card.peak_bytes == pytest.approx(peak, rel=0.1)

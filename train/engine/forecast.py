@@ -1,0 +1,101 @@
+"""The forecast of a run, made from its own first steps, and compared with what came of it.
+
+    seconds of a step = median of the measured ones, and evaluations and checkpoints spread over all steps
+    steps to come     = those left until max_steps, or those that fit into the seconds left, if fewer
+    end               = seconds so far + steps to come * seconds of a step + last evaluation and checkpoint
+
+The first steps of a process are slow and are not measured. Memory is that of the steps so far. With experts
+in bf16 on a CPU it grows later, by up to a seventh: products of new shapes are compiled.
+"""
+
+import statistics
+import sys
+from typing import NamedTuple
+
+import torch
+
+from config.schema import TrainConfig
+from utils.cost import size
+
+SLOW = 5  # steps that are not measured
+STEPS, SECONDS = 25, 3.0  # measured at least; fewer seconds once a tenth of the run is over
+SAVING = 12 / 200e6  # seconds per parameter of a checkpoint: with two moments, to an ordinary disk, flushed
+
+
+class Costs(NamedTuple):
+    """Seconds of the parts of a run."""
+
+    step: float
+    evaluation: float  # of all held-out data
+    batches: int  # in it
+    saving: float  # of one checkpoint
+    epochs: float = 0.0  # per step, where each ends with an evaluation of all held-out data
+
+
+class Forecast:
+    """Watches `run`, a `Trainer`: `note()` after each step, `compare()` at its end."""
+
+    def __init__(self, run):
+        self.run = run
+        self.count, self.marks = 0, []  # steps of this process; (step, seconds) between which to measure
+        self.made = None  # steps, seconds and bytes at the end of the run
+
+    def note(self) -> None:
+        """Note a step. After enough of them make the forecast and print it, once."""
+        run, self.count = self.run, self.count + 1
+        waiting = run.lazy and run.step % run.config.train.log_every  # the GPU may still be computing
+        if self.made or waiting or self.count < SLOW:
+            return
+        self.marks.append((run.step, run.elapsed))
+        long = run.elapsed - self.marks[0][1] >= SECONDS or run.progress >= 0.1
+        if self.count < SLOW + STEPS or len(self.marks) < 2 or not long:
+            return
+        pairs = zip(self.marks[:-1], self.marks[1:], strict=True)
+        step = statistics.median((late - soon) / (b - a) for (a, soon), (b, late) in pairs)
+        epochs = run.stage.source.epoch_progress / run.step if run.stage.keep_best else 0.0
+        saving = SAVING * sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        costs = Costs(step, run.held_out.reserve, run.stage.evaluate.batches, saving, epochs)
+        end = end_of_run(run.config.train, run.step, run.elapsed, costs)
+        self.made = *end, *peak_memory(run.machine.device)
+        longer = ", which longer rows will make slower" if run.config.data.start_length else ""
+        texts = ", ".join(write(number) for write, number in zip(WRITE, self.made, strict=False))
+        run.machine.say(f"forecast after {self.count} steps of {step * 1e3:.0f} ms{longer}: {texts}")
+
+    def compare(self) -> None:
+        """Print what was predicted beside what was measured."""
+        if self.made:
+            now = self.run.step, self.run.elapsed, *peak_memory(self.run.machine.device)
+            texts = [f"{write(told)}, measured {write(came)} ({came / told - 1:+.1%})"
+                     for write, told, came in zip(WRITE, self.made, now, strict=False)]  # fmt: skip
+            self.run.machine.say("predicted " + "; ".join(texts))
+
+
+def end_of_run(train: TrainConfig, step: int, elapsed: float, costs: Costs) -> tuple[float, float]:
+    """Return steps and seconds at the end of a run that is at `step` after `elapsed` seconds."""
+    evaluations = min(1.0, train.eval_batches / costs.batches) / train.eval_every + costs.epochs
+    each = costs.step + costs.evaluation * evaluations + costs.saving / train.save_every
+    left = [train.max_steps - step] if train.max_steps else []
+    left += [(train.max_seconds - costs.evaluation - elapsed) / each] if train.max_seconds else []
+    steps = max(0.0, min(left))
+    return step + steps, elapsed + steps * each + costs.evaluation + costs.saving
+
+
+def peak_memory(device: torch.device) -> list[int]:
+    """Return the most bytes held so far, by tensors on a GPU, else by the process; nothing on Windows."""
+    if device.type == "cuda":
+        return [torch.cuda.max_memory_allocated(device)]
+    if sys.platform == "win32":
+        return []
+    import resource
+
+    return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)]
+
+
+def duration(seconds: float) -> str:
+    """Format seconds with the unit that people use."""
+    unit, name = (1, "seconds") if seconds < 120 else (60, "minutes") if seconds < 7200 else (3600, "hours")
+    return f"{seconds / unit:.1f} {name}"
+
+
+# How the numbers of a forecast are printed
+WRITE = "{:,.0f} steps".format, duration, lambda count: f"{size(count)} of memory"

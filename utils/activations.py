@@ -1,0 +1,100 @@
+"""The activations of training: bytes that the forward pass keeps for the backward pass, kernel by kernel.
+
+Hand-written kernels keep what they name in `save_for_backward`; PyTorch's keep the inputs that their
+derivatives need. The residual stream, statistics and the router are fp32; products are in the dtype of
+autocast, `wide` bytes each. A test compares the sum with what autograd keeps. `torch.compile` keeps less.
+"""
+
+from typing import NamedTuple
+
+from config.model import ModelConfig
+
+FP32, INT64 = 4, 8  # bytes per number
+BLOCK, SHORT = 64, 128  # of modules/attention/: queries in a block, and rows that are not cut into blocks
+CHUNK = {"cpu": 256, "cuda": 4096}  # of modules/cross_entropy.py: tokens whose logits are held at a time
+
+
+class MicroBatch(NamedTuple):
+    """The input of a forward pass, the bytes of a number in its products, and the kind of device."""
+
+    rows: int
+    length: int
+    wide: int = FP32
+    device: str = "cpu"
+
+
+def head_widths(config: ModelConfig) -> tuple[int, int, int]:
+    """Return head dim of queries and keys, head dim of values, and numbers per token in one layer's cache."""
+    if config.attention_kind == "mla":
+        scores = config.qk_nope_head_dim + config.qk_rope_head_dim
+        return scores, config.v_head_dim, config.kv_lora_rank + config.qk_rope_head_dim
+    return config.head_dim, config.head_dim, 2 * config.num_key_value_heads * config.head_dim
+
+
+def kept_bytes(config: ModelConfig, batch: MicroBatch, matrices: int) -> int:
+    """Return the bytes that a forward pass with labels keeps; `matrices`: the numbers in all matrices."""
+    C, wide, layers = config.hidden_size, batch.wide, config.num_hidden_layers + (config.mtp == "sequential")
+    heads = 1 if config.mtp == "none" else 2
+    mtp = {"none": 0, "parallel": 3 * C * wide + FP32, "sequential": INT64 + FP32 * (C + 3) + 4 * C * wide}
+    per_token = {
+        "ids": INT64,
+        "layers": sum(sum(layer_table(config, batch, n).values()) for n in range(layers)),
+        "final norm, and gradients of the heads' inputs": FP32 * (C + 1) + heads * C * wide,
+        "inputs of multi-token prediction, and their norms": mtp[config.mtp],
+    }
+    once = {
+        "cos and sin": 2 * FP32 * batch.length * config.rotary_dim,
+        "gradients of the heads": heads * FP32 * config.vocab_size * C,
+        "matrices in the dtype of autocast": wide * matrices if wide < FP32 else 0,
+    }
+    return int(batch.rows * batch.length * sum(per_token.values()) + sum(once.values()))
+
+
+def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str, float]:
+    """Return the bytes per token of each kernel of a layer, in its order; both norms are one entry."""
+    C, H, G, wide = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, batch.wide
+    scores, values, latents = head_widths(config)
+    keys = kept_keys(config, batch)
+    residual = FP32 if layer < config.num_hidden_layers else wide  # that of sequential prediction is not
+    table = {"norms: input, statistic, output": 2 * (C * residual + FP32 + C * wide)}
+    if config.attention_kind == "mla":
+        rank = config.q_lora_rank or 0
+        stored = values if keys else config.qk_nope_head_dim + values  # keys and values may be one tensor
+        table["latents before and after their norms"] = 2 * wide * (rank + latents) + FP32 * (1 + bool(rank))
+        table["queries, keys, values, output"] = wide * H * (2 * scores + stored + values)
+    else:
+        table["QK-norm: input, statistic"] = config.qk_norm * (H + G) * (wide * scores + FP32)
+        table["queries, keys, values, output"] = wide * 2 * (H + G) * scores
+    table["probabilities, or the sums of their rows"] = H * (wide * keys or FP32)
+    if not keys and (config.sliding_window or batch.length) < batch.length:
+        table["mask"] = FP32 * batch.length / batch.rows
+    if not config.is_moe_layer(layer):
+        return table | {"gate, up, SiLU, their product": 4 * wide * config.intermediate_size}
+    F, E, K = config.moe_intermediate_size, config.n_routed_experts, config.num_experts_per_tok
+    return table | {
+        "router: input, scores": (FP32 * C if wide < FP32 else 0) + FP32 * E,
+        "chosen experts, rows, weights": 3 * INT64 * K + K * wide + FP32 * (K + 1) * config.norm_topk_prob,
+        "routed: gate, up, SiLU, their product": K * 4 * wide * F,
+        "shared: gate, up, SiLU, their product": config.n_shared_experts * 4 * wide * F,
+    }
+
+
+def kept_keys(config: ModelConfig, batch: MicroBatch) -> float:
+    """Return the keys per query whose probabilities attention keeps: none in PyTorch's fused kernels."""
+    name, length, cpu = config.attn_implementation, batch.length, batch.device == "cpu"
+    whole = (config.sliding_window or length) >= length
+    if name == "auto" and cpu:
+        name = "blocked" if whole and length > SHORT else "eager" if batch.wide < FP32 else "sdpa"
+    if name == "blocked" and whole:
+        return (length + BLOCK) / 2
+    scores, values, _ = head_widths(config)  # the fused kernel of CPUs wants the same of both
+    return length if name in ("eager", "blocked") or (cpu and scores != values) else 0
+
+
+def head_bytes(config: ModelConfig, batch: MicroBatch) -> int:
+    """Return the bytes that the output head needs on top for a chunk of logits: as computed, in fp32, as
+    logarithms, and the gradients of the chunk before; and hidden states and weights as products take them."""
+    tokens, cast = batch.rows * batch.length, batch.wide < FP32
+    chunk, V = min(tokens, CHUNK.get(batch.device, CHUNK["cuda"])), config.vocab_size
+    per_logit = batch.wide + FP32 + cast * FP32 + (FP32 + cast * batch.wide) * (chunk < tokens)
+    return chunk * V * per_logit + batch.wide * config.hidden_size * (tokens + cast * V)
