@@ -4,8 +4,7 @@
     steps to come     = those left until max_steps, or those that fit into the seconds left, if fewer
     end               = seconds so far + steps to come * seconds of a step + last evaluation and checkpoint
 
-The first steps of a process are slow and are not measured. Memory is that of the steps so far. With experts
-in bf16 on a CPU it grows later, by up to a seventh: products of new shapes are compiled.
+The first steps of a process are slow and are not measured. Memory is that of the steps so far.
 """
 
 import statistics
