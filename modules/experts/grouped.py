@@ -57,9 +57,9 @@ def has_kernel(gate_up, down) -> bool:
 def sort_rows(indices, experts: int, one_kernel: bool = False) -> Rows:
     """Sort the assignments `indices` (N, K) by expert.
 
-    Trap: on a CPU the library compiles a product for its shape and keeps it, 640 KiB each, and counts of tokens
-    hardly ever repeat. Each expert therefore gets blank rows up to a multiple of a power of two, which is at
-    most 1/16 of the mean count. One kernel for all experts needs none.
+    Trap: on a CPU the library compiles a product for its shape and keeps it, 640 KiB each, and counts of
+    tokens hardly ever repeat. Each expert therefore gets blank rows up to a multiple of a power of two, which
+    is at most 1/16 of the mean count. One kernel for all experts needs none.
     """
     flat, K = indices.flatten(), indices.shape[1]
     counts = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
