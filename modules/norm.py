@@ -67,11 +67,11 @@ class FusedRMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         """grad (..., C) -> gradients of x and weight."""
         x, weight, rstd = ctx.saved_tensors
-        normed, grad = x * rstd, grad.to(rstd.dtype)
-        both = grad * normed
+        wide, grad = x.to(rstd.dtype), grad.to(rstd.dtype) * rstd  # r * g
+        both = grad * wide  # g * n
         grad_weight = both.reshape(-1, x.shape[-1]).sum(dim=0)
-        along = both.mul_(weight).mean(dim=-1, keepdim=True)
-        grad_x = (grad * weight).addcmul_(normed, along, value=-1).mul_(rstd)
+        along = both.mul_(weight).mean(dim=-1, keepdim=True).mul_(rstd).mul_(rstd)
+        grad_x = grad.mul_(weight).addcmul_(wide, along, value=-1)  # n * r = x * r^2
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None, None
 
 
