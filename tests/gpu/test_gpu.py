@@ -32,6 +32,7 @@ from train.engine.language_model_loss import LanguageModelLoss
 from utils.log import read_log
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.slow
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 FP64 = 1e-10
 FP32 = 1e-4  # whole models, with sums in another order

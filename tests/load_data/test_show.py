@@ -146,6 +146,7 @@ def test_errors_are_one_line(args, problem, data, monkeypatch, capsys):
     assert code == 2 and err.startswith("error: ") and problem in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_it_starts_from_anywhere(data, tmp_path):
     """In a process of its own, from another folder, with a console that speaks another encoding."""
     done = subprocess.run(

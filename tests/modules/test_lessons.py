@@ -48,6 +48,7 @@ def test_the_lesson_runs(name):
     assert not any(word in screen.getvalue() for word in ("Warning", "Traceback", "nan")), screen.getvalue()
 
 
+@pytest.mark.slow
 def test_as_a_reader_would_start_it():
     """`python -m modules.rope` in a process of its own."""
     done = subprocess.run(

@@ -101,6 +101,7 @@ PEAKS = {  # optimizer, micro-batches, rows, dtype, shape
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PEAKS)
 def test_the_peak_is_that_of_all_allocations(monkeypatch, name):
     """A step, and a backward pass that keeps its graph on a copy of the model, as in the gradient proof. The

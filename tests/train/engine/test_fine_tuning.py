@@ -254,6 +254,7 @@ def gate_flags(out, dialogues, base, candidates):
     return arguments(out, dialogues, base, f"gate.candidates={chosen}")
 
 
+@pytest.mark.slow
 def test_a_gate_over_adapters(dialogues, tmp_path, monkeypatch, capsys):
     """It finds the adapters beside the base, saves itself alone, and says what it chooses between."""
     base = base_in(tmp_path)

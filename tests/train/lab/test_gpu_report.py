@@ -71,6 +71,7 @@ def test_a_model_that_crashes_has_failed_and_one_that_is_too_large_has_not(tmp_p
             assert gpu_report.main() == code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "seconds", "expected"), [
     ("print('fine')", 60, ["fine", ""]),
     ("import sys; print(1); sys.exit('a\\nreason\\n')", 60, ["1", "exit code 1: reason"]),
