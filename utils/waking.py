@@ -13,7 +13,7 @@ def choose_waiting(environment) -> None:
     """Set the variable that the library reads while PyTorch loads, unless the user has set one of them."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(environment):
         spin, sleep = {"GOMP_SPINCOUNT": "20000"}, {"OMP_WAIT_POLICY": "passive"}  # spin for some 100 us
-        environment.update(spin if wake_seconds() > 35e-6 else sleep)  # 9 to 20 us on the fast machine
+        environment.update(spin if wake_seconds() > 22e-6 else sleep)  # 9 to 20 us on a fast machine
 
 
 def wake_seconds() -> float:
