@@ -39,11 +39,18 @@ def final_name(short: str) -> str:
     return f"TinySeek_{short}_final.pkl"
 
 
+def stable_name(short: str) -> str:
+    """Return `TinySeek_Pre_stable.pkl`: the name of the checkpoint from before the learning rate decays."""
+    return f"TinySeek_{short}_stable.pkl"
+
+
 def find_checkpoints(out: str | Path, short: str) -> list[Path]:
-    """Return the intermediate checkpoints of stage `short` in `out`, oldest first (epoch, then index)."""
+    """Return what `short` in `out` may be resumed from: the stable checkpoint, then by epoch and index."""
     pattern = re.compile(rf"TinySeek_{re.escape(short)}(\d+)_(\d+)\.pkl")
     found = [path for path in Path(out).glob("TinySeek_*.pkl") if pattern.fullmatch(path.name)]
-    return sorted(found, key=lambda path: [int(n) for n in pattern.fullmatch(path.name).groups()[::-1]])
+    found.sort(key=lambda path: [int(n) for n in pattern.fullmatch(path.name).groups()[::-1]])
+    stable = Path(out) / stable_name(short)
+    return [stable, *found] if stable.is_file() else found
 
 
 def latest_checkpoint(out: str | Path, short: str) -> Path | None:
@@ -52,9 +59,9 @@ def latest_checkpoint(out: str | Path, short: str) -> Path | None:
 
 
 def prune_checkpoints(out: str | Path, short: str, keep: int = 2) -> None:
-    """Delete all but the newest `keep` intermediate checkpoints, and what was half-written or moved aside."""
-    found = find_checkpoints(out, short)
-    pattern = re.compile(rf"TinySeek_{re.escape(short)}(\d+_\d+|_final)\.pkl\.(tmp|old)")
+    """Delete all but the stable and the newest `keep` checkpoints, and what was half-written or set aside."""
+    found = [path for path in find_checkpoints(out, short) if path.name != stable_name(short)]
+    pattern = re.compile(rf"TinySeek_{re.escape(short)}(\d+_\d+|_final|_stable)\.pkl\.(tmp|old)")
     leftovers = [path for path in Path(out).glob("TinySeek_*.pkl.*") if pattern.fullmatch(path.name)]
     for path in found[: max(0, len(found) - keep)] + leftovers:
         path.unlink(missing_ok=True)

@@ -1,9 +1,12 @@
 """Checkpoints of a run: their contents, their lifetime, and the rules for resuming.
 
-Intermediate checkpoints hold all that is needed to continue bit by bit; the last two are kept. The final one
-is the result. A new run (--overwrite) moves the intermediate checkpoints of an earlier one aside, deletes
-them after its own first save, and puts them back if it fails before that. The earlier result stays until the
-new one replaces it: the new run may start from it.
+Intermediate checkpoints hold all that is needed to continue bit by bit. The last two are kept, and with a wsd
+schedule the stable one, written when the learning rate begins to decay: a run that is given a later end
+continues from it, as if that end had been set from the first step. The final checkpoint is the result.
+
+A new run (--overwrite) moves the intermediate checkpoints of an earlier one aside, deletes them after its own
+first save, and puts them back if it fails before that. The earlier result stays until the new one replaces
+it: the new run may start from it.
 """
 
 import math
@@ -12,7 +15,7 @@ from pathlib import Path
 from config.load import to_dict
 from config.schema import RunConfig
 from train.engine import parallel
-from train.engine.schedule import lr_factor, progress
+from train.engine.schedule import begins_to_decay, lr_factor, progress
 from utils import checkpoint as files
 from utils import distributed
 from utils.errors import UserError
@@ -58,12 +61,20 @@ class Checkpoints:
         if run.stage.source.epoch != self.epoch:
             self.epoch, self.index = run.stage.source.epoch, 0
         self.index += 1
-        path = self.out / files.checkpoint_name(self.short, self.index, self.epoch)
+        self.write(self.out / files.checkpoint_name(self.short, self.index, self.epoch))
+
+    def write(self, path: Path) -> None:
+        """Write all that is needed to continue; then delete older checkpoints and what was moved aside."""
         with distributed.all_or_none():
-            if run.machine.world.is_first:
+            if self.run.machine.world.is_first:
                 files.save_checkpoint(path, {**self.contents(), "training": self.training_state()})
                 files.prune_checkpoints(self.out, self.short, keep=2)
         self.aside, self.last_good = [], path
+
+    def save_stable(self, before: float) -> None:
+        """Write the stable checkpoint if the learning rate begins to decay between `before` and now."""
+        if begins_to_decay(self.run.config.optim, before, self.run.progress):
+            self.write(self.out / files.stable_name(self.short))
 
     def save_final(self) -> None:
         """Write the result: the next stage starts from it, and chat loads it."""
@@ -97,21 +108,29 @@ class Checkpoints:
         }  # fmt: skip
 
     def set_aside(self) -> None:
-        """Rename the intermediate checkpoints of an earlier run; the command line has checked that it may."""
+        """Rename the checkpoints that this run does not continue; the command line has allowed it."""
         files.prune_checkpoints(self.out, self.short)
-        self.aside = files.find_checkpoints(self.out, self.short)
+        found = files.find_checkpoints(self.out, self.short)
+        self.aside = found[found.index(self.last_good) + 1 :] if self.last_good else found
         for path in self.aside:
             path.replace(path.with_name(path.name + OLD))
 
     # --- resuming ---
 
     def restore_newest(self) -> None:
-        """Resume from the newest checkpoint, if any. Raises `UserError` if another run wrote it."""
+        """Resume from the newest checkpoint, if any. Raises `UserError` if another run wrote it.
+
+        If a later end would raise a learning rate that has decayed since, resume from before the decay.
+        """
         try:
-            path = files.latest_checkpoint(self.out, self.short)
+            found = files.find_checkpoints(self.out, self.short)
+            path = found[-1] if found else None
             distributed.same_on_all_ranks(path.name if path else "", "checkpoint to resume from")
             if path:
-                self.restore(files.load_checkpoint(path), path)
+                saved = files.load_checkpoint(path)
+                if found[0].name == files.stable_name(self.short) and self.rate_would_rise(saved):
+                    saved = files.load_checkpoint(path := found[0])
+                self.restore(saved, path)
         except BaseException:
             self.close()
             raise
@@ -137,16 +156,23 @@ class Checkpoints:
         self.last_good = path
         run.finished = state["finished"] and run.progress >= 1
         run.machine.say(f"resuming from {path} at step {run.step}")
-        self.warm_up_again(saved["config"]["train"])
-
-    def warm_up_again(self, was: dict) -> None:
-        """Warm up again if a later end raises a learning rate that had already decayed."""
-        run, optim = self.run, self.run.config.optim
-        seconds = was["max_seconds"] and max(was["max_seconds"] - run.held_out.reserve, 1e-9)
-        before = lr_factor(optim, run.step, progress(run.step, was["max_steps"], run.elapsed, seconds))
-        if lr_factor(optim, run.step, run.progress) > before + 1e-9 and run.step > optim.warmup_steps:
+        if path.name == files.stable_name(self.short):
+            run.machine.say("  which lies before the decay of the learning rate")
+        elif self.rate_would_rise(saved):
             run.warm_from = run.step
             run.machine.say(f"the run has a later end: the learning rate warms up again from step {run.step}")
+
+    def rate_would_rise(self, saved: dict) -> bool:
+        """Return whether a later end raises the learning rate that the run had in checkpoint `saved`."""
+        was, now, optim = saved["config"]["train"], self.run.config.train, self.run.config.optim
+        step, elapsed, reserve = saved["step"], saved["training"]["elapsed"], saved["training"]["reserve"]
+
+        def factor(max_steps: int | None, max_seconds: float | None) -> float:
+            seconds = max(max_seconds - reserve, 1e-9) if max_seconds else None
+            return lr_factor(optim, step, progress(step, max_steps, elapsed, seconds))
+
+        rises = factor(now.max_steps, now.max_seconds) > factor(was["max_steps"], was["max_seconds"]) + 1e-9
+        return rises and step > optim.warmup_steps
 
     def check_same_run(self, saved: dict, path: Path) -> None:
         """Raise `UserError` if settings, base or data differ from those of the run to resume."""

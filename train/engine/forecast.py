@@ -96,5 +96,5 @@ def duration(seconds: float) -> str:
     return f"{seconds / unit:.1f} {name}"
 
 
-# How the numbers of a forecast are printed
+# How the numbers of a forecast are printed. On Windows it has no third one, so `strict=False` above.
 WRITE = "{:,.0f} steps".format, duration, lambda count: f"{size(count)} of memory"

@@ -35,3 +35,8 @@ def lr_factor(optim: OptimConfig, step: int, done: float) -> float:
         left = min(1.0, (1 - done) / optim.decay_fraction)  # 1 until the decay begins, then down to 0
         decay = low + (1 - low) * left
     return warmup * decay
+
+
+def begins_to_decay(optim: OptimConfig, before: float, now: float) -> bool:
+    """Return whether a wsd schedule leaves its plateau between the progress `before` and that of `now`."""
+    return optim.schedule == "wsd" and 1 - before >= optim.decay_fraction > 1 - now > 0

@@ -113,11 +113,10 @@ class Trainer:
         self.machine.say(report)
 
     def open_log(self) -> None:
-        """Begin to write. A new run first moves aside what an earlier one left."""
+        """Begin to write. First move aside the checkpoints that are not continued."""
         with distributed.all_or_none():
             if self.machine.world.is_first:
-                if self.log.positions[0] is None:
-                    self.checkpoints.set_aside()
+                self.checkpoints.set_aside()
                 self.log.open()
 
     def train(self, witness: WeightWitness) -> None:
@@ -147,12 +146,12 @@ class Trainer:
     def one_step(self, witness: WeightWitness, bar) -> None:
         """Take one optimizer step, then log, evaluate and save what is due."""
         source, world, seed = self.stage.source, self.machine.world, self.config.train.seed
-        epoch = int(source.epoch_progress)
-        factor = lr_factor(self.config.optim, self.step - self.warm_from, self.progress)
+        epoch, before = int(source.epoch_progress), self.progress
+        factor = lr_factor(self.config.optim, self.step - self.warm_from, before)
         seed_everything((seed * 1_000_003 + self.step * world.size + world.rank) % 2**63)
         set_lr(self.optimizers, factor)
         clock = time.perf_counter()
-        step = source.next_step(self.stage.trained | self.stage.frozen, self.progress)
+        step = source.next_step(self.stage.trained | self.stage.frozen, before)
         waited = time.perf_counter() - clock
         if step.weight:
             values = self.forward_backward(step)
@@ -169,6 +168,7 @@ class Trainer:
         self.elapsed = self.signals.agree(time.monotonic() - self.started if world.is_first else 0.0)
         self.forecast.note()
         self.after_step(factor, new_epoch=int(source.epoch_progress) > epoch, bar=bar)
+        self.checkpoints.save_stable(before)
 
     def forward_backward(self, step: Step) -> dict[str, torch.Tensor]:
         """Add up the gradients of the step's mean loss in this process; return the numbers of the step."""

@@ -34,7 +34,7 @@ import torch
 from config.load import DEFAULT_PRESET, load_config, to_dict
 from config.model import ModelConfig
 from config.schema import RunConfig
-from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint, prune_checkpoints
+from utils.checkpoint import final_name, find_checkpoints, latest_checkpoint, load_checkpoint
 from utils.errors import Parser, UserError, run_main
 from utils.log import read_log
 from train.engine.checkpoints import MAY_CHANGE
@@ -136,7 +136,8 @@ def main():
                    "--resume", "--max-steps", args.max_steps, "--max-seconds", f"{seconds:.6g}"]  # fmt: skip
         command += [part for text in common + cell.settings for part in ("--set", text)]
         train_run([sys.executable, *map(str, command)], folder / "output.txt", where)
-        prune_checkpoints(folder, SHORT, keep=0)  # the final one stays; together they would be gigabytes
+        for path in find_checkpoints(folder, SHORT):  # together gigabytes; the result stays
+            path.unlink()
         bpb = read_run(out, seed, cell)["val_bpb"]
         left = (time.monotonic() - clock) / number * (len(missing) - number) / 60
         print(f"{where}: val_bpb {bpb:.4f}; about {left:.0f} minutes left", flush=True)

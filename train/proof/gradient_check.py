@@ -85,10 +85,25 @@ def prove_gradients_before(
             dead, idle = trial.dead_slices()
     finally:
         set_random_state(before)
+    check_reached(model, trial, dead, claims or {})
+    ratios = gradient_ratios(model, trial)
+    trainable = sum(p.numel() for p in trial.trainable.values())
+    return GradientReport(
+        trainable=trainable,
+        frozen=sum(p.numel() for p in model.parameters()) - trainable,
+        starts_at_zero=starts_at_zero,
+        reached_by={term: len(names) for term, names in trial.reached.items()},
+        idle=idle,
+        ratios=ratios,
+    )
+
+
+def check_reached(model: torch.nn.Module, trial: Trial, dead: list[str], claims: Mapping) -> None:
+    """Raise `UserError` for a term, a micro-batch or a slice of a matrix that trains less than it should."""
     for term, names in trial.reached.items():
         if not names:
             raise UserError(f"{term} reaches no trainable parameter: is it multiplied by zero?")
-        claimed = filter((claims or {}).get(term, lambda name: False), trial.trainable)
+        claimed = filter(claims.get(term, lambda name: False), trial.trainable)
         if lost := [name for name in claimed if name not in names]:
             raise UserError(f"{term} does not reach what it should train: {describe(model, lost)}")
     if trial.lapsed:
@@ -101,6 +116,10 @@ def prove_gradients_before(
             f"part of a matrix is cut off from the loss, so never trained: {some(dead)}; is a head, a "
             "channel or a slice detached, overwritten or multiplied by zero in the forward?"
         )
+
+
+def gradient_ratios(model: torch.nn.Module, trial: Trial) -> dict[str, float]:
+    """Return gradient norm / weight norm of each tensor. Raises `UserError` where it is next to nothing."""
     ratios = {name: trial.norms[name] / max(p.norm().item(), 1e-30) for name, p in trial.trainable.items()}
     usual = sorted(ratios.values())[3 * len(ratios) // 4]  # so that up to three quarters may be faint
     if faint := [name for name in ratios if ratios[name] < FAINT * usual]:
@@ -109,12 +128,4 @@ def prove_gradients_before(
             f"gradient / weight is only {worst:.0e} of the usual: {describe(model, faint)}; "
             "is its output multiplied by a tiny number?"
         )
-    trainable = sum(p.numel() for p in trial.trainable.values())
-    return GradientReport(
-        trainable=trainable,
-        frozen=sum(p.numel() for p in model.parameters()) - trainable,
-        starts_at_zero=starts_at_zero,
-        reached_by={term: len(names) for term, names in trial.reached.items()},
-        idle=idle,
-        ratios=ratios,
-    )
+    return ratios

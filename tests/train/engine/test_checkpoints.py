@@ -157,9 +157,49 @@ def rates(out):
     return {row["step"]: row["lr"] for row in read_log(out / "toy" / "log.txt") if "lr" in row}
 
 
-def test_a_finished_run_with_a_later_end_warms_up_again(tmp_path, capsys):
-    """From nearly zero, in steps not larger than those of the first warmup; stopped and resumed as well."""
+def test_a_finished_run_with_a_later_end_continues_from_before_its_decay(tmp_path, capsys):
+    """Bit by bit like a run that had this end from the first step; killed and resumed on the way as well."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole, *WSD, steps=30)
+    train(parts, *WSD, "train.save_every=3", steps=10)
+    kept = [load_checkpoint(path)["step"] for path in find_checkpoints(parts, "Toy")]
+    assert kept == [6, 10, 10] and rates(parts)[10] < 0.3 * 0.01
+    with pytest.raises(UserError, match="nan at step 8"):  # before the first save: all is as it was
+        train(parts, *WSD, "train.save_every=3", steps=30, resume=True, at=8, what=spoil)
+    assert [load_checkpoint(path)["step"] for path in find_checkpoints(parts, "Toy")] == kept
+    with pytest.raises(UserError, match="nan at step 14"):
+        train(parts, *WSD, "train.save_every=3", steps=30, resume=True, at=14, what=spoil)
+    assert "TinySeek_Toy_stable.pkl at step 6\n" in capsys.readouterr().out
+    assert [load_checkpoint(path)["step"] for path in find_checkpoints(parts, "Toy")] == [6, 9, 12]
+    train(parts, *WSD, "train.save_every=3", steps=30, resume=True)
+    assert rates(parts) == rates(whole)
+    one, two = (load_checkpoint(out / "TinySeek_Toy_final.pkl")["weights"] for out in (parts, whole))
+    assert same_bits(one, two)
+
+
+def test_a_run_killed_before_its_first_save_after_the_stable_checkpoint(tmp_path):
+    """What came after it was moved aside, and is not put back by a process that is killed."""
+    train(tmp_path / "whole", *WSD, steps=30)
+    train(tmp_path / "parts", *WSD, steps=10)
+    for path in find_checkpoints(tmp_path / "parts", "Toy")[1:]:
+        path.rename(path.with_name(path.name + ".old"))
+    train(tmp_path / "parts", *WSD, steps=30, resume=True)
+    one, two = (load_checkpoint(tmp_path / name / "TinySeek_Toy_final.pkl")["weights"]
+                for name in ("whole", "parts"))  # fmt: skip
+    assert same_bits(one, two) and not list(tmp_path.rglob("*.old"))
+
+
+def test_a_new_run_replaces_the_stable_checkpoint_too(tmp_path):
+    train(tmp_path, *WSD, steps=10)
+    train(tmp_path, *WSD, "optim.schedule=cosine", steps=10)
+    assert [load_checkpoint(path)["step"] for path in find_checkpoints(tmp_path, "Toy")] == [10, 10]
+
+
+def test_a_finished_run_without_a_stable_checkpoint_warms_up_again(tmp_path, capsys):
+    """As another schedule or an older TinySeek leaves it. From nearly zero, in steps not larger than those of
+    the first warmup; stopped and resumed as well."""
     train(tmp_path / "a", *WSD, steps=10)
+    (tmp_path / "a" / "TinySeek_Toy_stable.pkl").unlink()
     assert rates(tmp_path / "a")[10] < 0.3 * 0.01
     train(tmp_path / "a", *WSD, steps=30, resume=True)
     assert "warms up again from step 10" in capsys.readouterr().out
@@ -168,6 +208,7 @@ def test_a_finished_run_with_a_later_end_warms_up_again(tmp_path, capsys):
     assert max(found) == pytest.approx(0.01) and max(rises) < 0.01 / 5 + 1e-9
 
     train(tmp_path / "b", *WSD, steps=10)
+    (tmp_path / "b" / "TinySeek_Toy_stable.pkl").unlink()
     with pytest.raises(UserError):
         train(tmp_path / "b", *WSD, steps=30, resume=True, at=14, what=spoil)
     train(tmp_path / "b", *WSD, steps=30, resume=True)

@@ -107,6 +107,7 @@ def test_the_log_the_curves_and_the_checkpoints_of_a_run(tmp_path, curves):
     assert [row["lr"] / config.optim.lr for row in steps] == pytest.approx(expected)
     assert steps[0]["ppl"] == pytest.approx(math.exp(steps[0]["ce"]), rel=1e-4)
     names = [path.name for path in find_checkpoints(tmp_path, "Toy")]
+    assert names.pop(0) == "TinySeek_Toy_stable.pkl"
     assert len(names) == 2 and all(name.endswith("_0.pkl") for name in names)
     final = load_checkpoint(tmp_path / final_name("Toy"))
     assert final["step"] == 8 and "training" not in final and final["evaluation"] == {"val_loss": 0.5}
