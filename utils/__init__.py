@@ -1,10 +1,10 @@
 """Plumbing that knows nothing of stages: errors, checkpoints, logs, plots, devices, processes, cost.
 
-Scripts import this package before PyTorch, because it decides how PyTorch's threads wait (utils/waking.py).
+Scripts import this package before PyTorch, because it decides how PyTorch's threads wait (utils/cores.py).
 """
 
 import os
 
-from utils.waking import choose_waiting
+from utils.cores import choose_waiting
 
 choose_waiting(os.environ)

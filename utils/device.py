@@ -4,11 +4,11 @@ import ctypes
 import os
 import platform
 import random
-from pathlib import Path
 
 import numpy
 import torch
 
+from utils.cores import thread_count
 from utils.errors import UserError
 
 # Dense peaks in FLOP/s with bf16 inputs and fp32 sums, and bytes of memory (the most that is sold under the
@@ -106,34 +106,10 @@ def keep_freed_memory() -> bool:
 
 
 def set_threads() -> int:
-    """Fix the number of CPU threads and return it. It decides the order of sums, hence the rounding.
-
-    One thread per physical core that this process may use, shared between the processes of one machine.
-    `OMP_NUM_THREADS` overrides it, as usual.
-    """
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    share = physical_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    count = max(1, int(told) if told.isdigit() else share)
+    """Fix the number of CPU threads and return it. It decides the order of sums, hence the rounding."""
+    count = thread_count(os.environ) or torch.get_num_threads()
     torch.set_num_threads(count)
     return count
-
-
-def physical_cores() -> int:
-    """Return the cores that this process may use, by affinity and container limits, hyper-threads apart."""
-    if not hasattr(os, "sched_getaffinity"):  # macOS, Windows
-        return torch.get_num_threads()
-    cores = len({siblings_of(cpu) for cpu in os.sched_getaffinity(0)})
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or the word `max`
-        return cores
-
-
-def siblings_of(cpu: int) -> str:
-    """Return the logical processors that share a core with `cpu`, as Linux writes them; else `cpu` itself."""
-    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-    return path.read_text(encoding="utf-8") if path.is_file() else str(cpu)
 
 
 def seed_everything(seed: int) -> None:

@@ -9,10 +9,10 @@ import torch
 
 from utils import device as device_module
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.cores import physical_cores
 from utils.device import (
     data_sheet,
     peak_flops,
-    physical_cores,
     pick_device,
     pick_dtype,
     random_state,
@@ -77,13 +77,6 @@ def test_threads_are_the_cores_that_we_may_use(monkeypatch):
         assert set_threads() == 3
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux")
-def test_hyper_threads_and_affinity_count(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
-    monkeypatch.setattr(device_module, "siblings_of", lambda cpu: f"{cpu % 2},{cpu % 2 + 2}")
-    assert physical_cores() <= 2
 
 
 def draw() -> list[float]:

@@ -36,7 +36,7 @@ print(sum(faults(pieces) for _ in range(10)), 10 * sum(pieces) * 2**20 // resour
 
 def run(script: str, *arguments: str, **environment) -> list[str]:
     """The words that it prints, in a process that our own settings do not reach."""
-    ours = ("OMP_WAIT_POLICY", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+    ours = ("OMP_WAIT_POLICY", "GOMP_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
     settings = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, env=settings | environment, cwd=ROOT, capture_output=True, text=True)

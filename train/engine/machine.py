@@ -1,5 +1,6 @@
 """The machine of a run: device, dtype, threads and processes, chosen once and printed."""
 
+import os
 import time
 from dataclasses import dataclass
 
@@ -56,6 +57,8 @@ def start_machine(config: RunConfig) -> Machine:
         reason += f", products by {machine.products}"
     plural = "es" if world.size > 1 else ""
     machine.say(f"device: {device}, {threads} threads, {world.size} process{plural}; {reason}")
+    if device.type == "cpu" and os.environ.get("OMP_WAIT_POLICY") == "passive":
+        machine.say("waiting threads sleep, which leaves cores to other programs; on idle cores they spin")
     warmup, steps = config.optim.warmup_steps, config.train.max_steps
     if steps and warmup >= steps:
         machine.say(f"warning: optim.warmup_steps={warmup} is not below train.max_steps={steps}: the "

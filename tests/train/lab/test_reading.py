@@ -60,4 +60,4 @@ def test_functions_called_by_an_import_of_the_script_count(tmp_path):
     (tmp_path / "script.py").write_text("import utils\n", encoding="utf-8")
     command = [sys.executable, ROOT / "train" / "lab" / "reading.py", tmp_path / "script.py"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.splitlines()[0].endswith("  utils/waking.py") and "in 1 files" in done.stdout
+    assert done.stdout.splitlines()[0].endswith("  utils/cores.py") and "in 1 files" in done.stdout
