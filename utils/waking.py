@@ -1,7 +1,7 @@
 """Decide how threads wait for each other, by measuring how long it takes to wake one.
 
 A waiting OpenMP thread can spin, which keeps a core busy, or sleep. Waking it takes 4 microseconds on one
-machine and 60 to 130 on another, where sleep costs a quarter of training speed (docs/experiments.md, 5).
+machine and 60 to 130 on another, where sleeping costs a quarter of the speed (docs/experiments.md, 5).
 """
 
 import os
@@ -10,7 +10,7 @@ import time
 
 
 def choose_waiting(environment) -> None:
-    """Set the variable that the library reads while PyTorch loads, unless the user has set one of them."""
+    """Set the variable that the OpenMP library reads when PyTorch loads, unless the user has set either."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(environment):
         spin, sleep = {"GOMP_SPINCOUNT": "20000"}, {"OMP_WAIT_POLICY": "passive"}  # spin for some 100 us
         environment.update(spin if wake_seconds() > 22e-6 else sleep)  # 9 to 20 us on a fast machine
@@ -32,7 +32,7 @@ def wake_seconds() -> float:
     os.sched_setaffinity(0, cores[:1])
     times = []
     for _ in range(20):
-        time.sleep(0.0003)  # until the other core is idle
+        time.sleep(0.0003)  # lets the other core go idle
         start = time.perf_counter()
         os.write(ask, b"?")
         os.read(answer, 1)
@@ -42,4 +42,4 @@ def wake_seconds() -> float:
     os.sched_setaffinity(0, cores)
     for end in (question, answer, reply):
         os.close(end)
-    return min(times) / 2  # two threads were woken
+    return min(times) / 2  # each round trip wakes two threads

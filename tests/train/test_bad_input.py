@@ -318,7 +318,7 @@ def test_bad_calls_of_every_stage(refuse, bases, tmp_path, stage):
         ("none.jsonl", b"\n\n", "there is no training text"),
         ("few.jsonl", (TURN % (1, 1)).encode(), "there is no training text"),
         ("empty.jsonl", b'{"messages": []}\n', "line 1: messages must be a list of at least one message"),
-        ("asked.jsonl", b'{"messages": [{"role": "user", "content": "?"}]}\n', "no message of the assistant"),
+        ("asked.jsonl", b'{"messages": [{"role": "user", "content": "?"}]}\n', "no assistant message"),
         (
             "turns.jsonl",
             b'{"messages": [{"role": "assistant", "content": "x"}]}\n',

@@ -98,9 +98,9 @@ def test_all_forms_of_records(run_config, write):
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
-        (turns("a"), "no message of the assistant"),
-        ([message("system", "s")], "no message of the assistant"),
-        ([message("system", "s"), *turns("a")], "no message of the assistant"),
+        (turns("a"), "no assistant message"),
+        ([message("system", "s")], "no assistant message"),
+        ([message("system", "s"), *turns("a")], "no assistant message"),
         ([message("assistant", "hello"), *turns("a", "b")], "message 1 has role assistant where user is exp"),
         ([message("system", "s"), message("assistant", "a")], "message 2 has role assistant where user"),
         ([*turns("a"), *turns("a", "b")], "message 2 has role user where assistant is expected"),
