@@ -33,7 +33,7 @@ class PretrainData:
     tokenizer: Tokenizer
     train: np.ndarray
     val: np.ndarray
-    summary: list[str]  # lines for a person
+    summary: list[str]  # lines to print
     digest: str  # identifies the tokens: a resumed run requires the same
 
 
@@ -41,7 +41,7 @@ def prepare_pretraining(config: RunConfig, tokenizer: Tokenizer | None = None) -
     """Return the token rows that `config.data` names, prepared now or cached. Without a `tokenizer`, one is
     trained on the training side, never on held-out text. Raises `UserError` for text that cannot be read and
     for a split that leaves a side empty."""
-    cache_dir = REPOSITORY / config.data.cache_dir  # an absolute path stays itself
+    cache_dir = REPOSITORY / config.data.cache_dir  # an absolute path stays as it is
     sources = Sources(config.data)
     if tokenizer is None:
         texts = (piece for side, pieces in sources.documents() if side == TRAIN for piece in pieces)

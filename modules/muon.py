@@ -113,7 +113,7 @@ def through_gram(x):
     """Orthogonalize wide matrices with the small A (rows, rows) alone: a third to half less work.
 
     All P are polynomials of the first A, so they commute: A <- P A P, and the result is their product times
-    X. Trap: A squares the singular values. Rounding drowns those below 1e-4, and in bf16 nearly all: fp32 only.
+    X. Trap: A squares the singular values. Rounding drowns those below 1e-4, in bf16 nearly all: fp32 only.
     """
     a, b, c = COEFFICIENTS
     gram, product = x @ x.mT, None

@@ -11,7 +11,7 @@ import torch
 
 from utils.errors import UserError
 
-# Dense peaks in FLOP/s with bf16 inputs and fp32 sums, and bytes of memory (the most that is sold under the
+# Dense peaks in FLOP/s with bf16 inputs and fp32 sums, and bytes of memory (the largest version of each
 # name), from the vendors' data sheets; longer names first.
 GPUS = {
     "B200": (2250e12, 180e9), "H200": (989e12, 141e9), "H100 NVL": (835e12, 94e9),
@@ -119,7 +119,7 @@ def set_threads() -> int:
 
 
 def physical_cores() -> int:
-    """Return the cores that this process may use, by affinity and container limits, hyper-threads apart."""
+    """Return the cores that this process may use, by affinity and container limits, without hyper-threads."""
     if not hasattr(os, "sched_getaffinity"):  # macOS, Windows
         return torch.get_num_threads()
     cores = len({siblings_of(cpu) for cpu in os.sched_getaffinity(0)})

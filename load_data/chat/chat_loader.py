@@ -79,7 +79,7 @@ class ChatLoader(TokenLoader):
     """Endless training batches of dialogues.
 
     An epoch visits every sample once, in an order drawn from (seed, epoch), and packs rows in that order.
-    Steps, their division and resuming are those of `TokenLoader`; `starts` holds rows.
+    Steps, their division and resuming work as in `TokenLoader`; `starts` holds rows.
     """
 
     def __init__(

@@ -102,7 +102,7 @@ class Tokenizer:
 
     @staticmethod
     def from_json(text: str, where: str = "tokenizer") -> "Tokenizer":
-        """Return the tokenizer that `to_json` wrote; raise a `UserError`, begun with `where`, otherwise."""
+        """Return the tokenizer that `to_json` wrote, or raise a `UserError` that begins with `where`."""
         try:
             data = json.loads(text)
             if data["kind"] == "char":

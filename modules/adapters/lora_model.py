@@ -5,11 +5,11 @@
     merge(model, "mine"), unmerge(model)       replace each W by W' (see lora.py), and restore W
     fold(model, "mine")                        merge for good: a plain model again
 
-A merged adapter costs nothing at inference, and the others wait. W is kept so that it can be restored, since
+A merged adapter costs nothing at inference; the others are idle. W is kept so that it can be restored, since
 (W + d) - d is not W.
 
-Trap: bf16 keeps 8 bits. W' is computed in fp32 and rounded once, and still little may be left of a small
-change (the lesson has numbers). Merge in fp32, or leave the adapter beside the weights.
+Trap: bf16 keeps 8 bits. W' is computed in fp32 and rounded once, yet little of a small change may be
+left (the lesson has numbers). Merge in fp32, or leave the adapter beside the weights.
 Trap: while merged, the model's state dict holds W' under the name of W, and the adapter as well. Fold a model
 before saving it as a plain one.
 """

@@ -12,7 +12,7 @@ seed ends with table.md, results.json, loss.png and bpb.png.
 All runs take the same number of steps, hence the same tokens under the same schedule. A cell may pay for its
 loss with time or FLOPs, so the table shows both, and loss.png draws the curves over each. These are a rough
 guide: a run's learning rate decays towards its own end, so a shorter run could do better at equal seconds.
-`--minutes` is a safeguard: a run that its share ends early had fewer tokens, and has a star in the table.
+`--minutes` is a safeguard: a run that exceeds its share of the time ends early and gets a star in the table.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
@@ -100,10 +100,10 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--config", default=DEFAULT_PRESET, metavar="NAME|FILE.json", help="the base (default: %(default)s)")
-    add("--cells", nargs="+", metavar="CELL", help="default: all that fit the base, which is always one")
+    add("--cells", nargs="+", metavar="CELL", help="default: all that fit the base; it is always included")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    add("--max-steps", type=int, default=STEPS, metavar="N", help="of each run (default: %(default)s)")
-    add("--minutes", type=float, default=90, metavar="M", help="at most, for all runs (default: %(default)s)")
+    add("--max-steps", type=int, default=STEPS, metavar="N", help="steps of each run (default: %(default)s)")
+    add("--minutes", type=float, default=90, metavar="M", help="limit for all runs (default: %(default)s)")
     add("--out", type=Path, default=ROOT / "out" / "ablate", metavar="DIR", help="default: out/ablate")
     add("--set", action="append", default=[], metavar="section.key=value", dest="settings",
         help="a setting of the base, and so of all cells; may be repeated")  # fmt: skip

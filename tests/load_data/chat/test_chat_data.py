@@ -127,7 +127,7 @@ def test_bad_paths(run_config, write, tmp_path):
         "python": "--data python: .*train/pre_train.py",
         plain: "a.txt: plain text is for train/pre_train.py; chat stages read skills, or dialogues from",
         plain.parent: "folder: plain text is for train/pre_train.py",
-        tmp_path / "nowhere": "nowhere: no such file or folder; embedded are python",
+        tmp_path / "nowhere": "nowhere: no such file or folder; built in are python",
         "skills:lists,flying": "unknown skill 'flying'; skills: .*identity.*, or all",
         write("a.csv", "text"): "a.csv: .*files with text are read",
     }.items():
