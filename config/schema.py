@@ -62,7 +62,7 @@ class OptimConfig:
     min_lr_ratio: float = option(0.0, at_least=0, at_most=1)  # final rate, as a share of lr
 
     def check(self):
-        """Reject an exponential decay to zero, which would never reach it."""
+        """Reject an exponential decay to a rate of zero, which it cannot reach."""
         if self.schedule == "exponential" and self.min_lr_ratio == 0:
             raise UserError("optim.schedule=exponential needs optim.min_lr_ratio above 0, for example 0.01")
 

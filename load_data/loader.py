@@ -77,7 +77,7 @@ class TokenLoader:
         """Return this rank's micro-batches of the next step: `input_ids` and `labels`, (B, T) int64 each.
 
         `progress`, the share of the run that is over, decides the length T of the rows."""
-        share = min(int(progress * (self.doublings + 1)), self.doublings)  # each length for an equal share
+        share = min(int(progress * (self.doublings + 1)), self.doublings)  # each length gets an equal share
         length = self.sequence_length >> self.doublings - share
         if length != self.length:
             self.length = length

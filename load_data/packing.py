@@ -67,7 +67,7 @@ def open_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> Pretrai
 
 
 def prepared_folder(cache_dir: Path, kind: str, decides: list, write: Callable, *given) -> Path:
-    """Return the folder of what `decides` its content. If there is none, `write(folder, *given)` fills it."""
+    """Return the folder named by a hash of `decides`. If it is missing, `write(folder, *given)` fills it."""
     folder = cache_dir / f"{kind}_{hashlib.sha256(repr(decides).encode('utf-8')).hexdigest()[:16]}"
     if folder.is_dir():
         return folder

@@ -164,7 +164,7 @@ def barrier() -> None:
 
 @contextmanager
 def rank_zero_first():
-    """Run the block in the first process of each machine before the others: it makes files that they find."""
+    """Run the block in the first process of each machine before the others, which then find its files."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     with all_or_none():  # raises in all if the block failed in the first
         if first:

@@ -38,7 +38,7 @@ KNOWN_PARTS = {TinySeek, Decoder, DecoderLayer, GroupedQueryAttention, SwiGLU, R
 KNOWN_PARTS |= {MoE, TopkRouter, Experts, nn.ModuleList, nn.Embedding, nn.Linear, nn.Dropout, nn.Identity}
 COMPARED = 6  # tokens that both paths read before the fast one is trusted
 ROUNDINGS = 2**12  # allowed difference, in machine epsilons of the largest logit: 5e-4 of it in fp32
-decoders = weakref.WeakValueDictionary()  # by fingerprint: all Generators of a model share one
+decoders = weakref.WeakValueDictionary()  # fingerprint -> decoder, shared by all Generators
 
 
 def refusal(model) -> str:

@@ -164,7 +164,7 @@ class LoraExperts(LoraLayer):
         return self.switch.by_rows(self.run, x, indices, weights)
 
     def run(self, name, x, indices, weights):
-        """Run all of x under one adapter; None, or one that is not here, is the base."""
+        """Run all of x under one adapter; None, or one that this layer lacks, is the base."""
         matrices = [self.gate_up_proj, self.down_proj]
         if name in self.lora_A["down_proj"]:
             matrices = [self.effective(m, name).to(getattr(self, m).dtype) for m in self.MATRICES]

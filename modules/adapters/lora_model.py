@@ -135,7 +135,7 @@ def fold(model: nn.Module, name: str | None) -> None:
 
 
 def plain_layer(layer: LoraLayer) -> nn.Module:
-    """Return a plain layer with the present weights of a layer with adapters."""
+    """Return a plain layer with the current weights of a layer with adapters."""
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
         if isinstance(layer, LoraExperts):
             plain = Experts(*layer.down_proj.shape, layer.implementation)

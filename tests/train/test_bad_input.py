@@ -312,7 +312,7 @@ def test_bad_calls_of_every_stage(refuse, bases, tmp_path, stage):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("gone.jsonl", None, "gone.jsonl: no such file or folder; embedded are python"),
+        ("gone.jsonl", None, "gone.jsonl: no such file or folder; built in are python"),
         ("book.txt", b"once upon a time", "book.txt: plain text is for train/pre_train.py"),
         ("text.jsonl", b'{"text": "once"}\n', "text.jsonl, line 1: "),
         ("none.jsonl", b"\n\n", "there is no training text"),

@@ -60,7 +60,7 @@ class Trainer:
         self.optimizers = [each for part, optim in parts for each in build_optimizers(part, optim)]
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.scaled)
         self.products = machine.products  # a resumed run keeps that of its checkpoint
-        self.lazy = machine.device.type == "cuda"  # fetch numbers from the device only where they are due
+        self.lazy = machine.device.type == "cuda"  # fetch numbers from the device only when due
         self.log = StepLog(self.out / stage.name)
         self.checkpoints = Checkpoints(self)
         if resume:
@@ -208,7 +208,7 @@ class Trainer:
     # --------------------------------------------------------------------------------------- after each step
 
     def after_step(self, factor: float, new_epoch: bool, bar) -> None:
-        """Check, log, evaluate and save where they are due.
+        """Check, log, evaluate and save, each when it is due.
 
         A signal adds no line to the log, so a resumed run writes the same log as an uninterrupted one.
         """

@@ -91,7 +91,7 @@ class Cell:
 
     name: str
     words: str  # the change
-    settings: list[str]  # the change, as after --set
+    settings: list[str]  # the change, written as for --set
     config: RunConfig
 
 

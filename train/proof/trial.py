@@ -73,7 +73,7 @@ class Trial:
             if not odd or not re.search("same device|expected device", str(error)):
                 raise
             raise UserError(
-                f"the forward meets two devices; plain attributes do not follow the model to {usual}: "
+                f"the forward uses two devices; plain attributes do not follow the model to {usual}: "
                 f"{some(odd)}; use register_buffer"
             ) from error
         losses = losses if isinstance(losses, Mapping) else {"loss": losses}
@@ -136,8 +136,8 @@ class Trial:
     # --- findings -------------------------------------------------------------------------------------
 
     def measure(self) -> None:
-        """Run all micro-batches forward and backward, one at a time, and add up what their terms reach, over
-        all processes: `reached` names, by term; `norms` of all terms; names with a `lapsed` gradient."""
+        """Run all micro-batches forward and backward, one at a time. Collect over all processes: the names
+        that each term has `reached`, the gradient `norms`, and the names whose gradient has `lapsed`."""
         self.prepare(self.model, self.batches)
         for batch in self.batches:
             self.measure_one(batch)
@@ -192,7 +192,7 @@ class Trial:
         return dead, idle
 
     def without_gradient(self) -> tuple[list[str], list[str]]:
-        """Return the `dead_slices` so far. In tables of the vocabulary and in routers, rows may be idle."""
+        """Return the current result of `dead_slices`. Rows of vocabulary tables and of routers may be idle."""
         dead, idle = [], []
         for name, dims in self.alive.items():
             module = self.model.get_submodule(name.rpartition(".")[0])
