@@ -8,7 +8,7 @@ from utils.errors import UserError
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters (modules/adapters/lora.py). Names as in `peft`'s `LoraConfig` where it has them."""
+    """Low-rank adapters (modules/adapters/lora.py). Names as in `peft`'s `LoraConfig`, if it has them."""
 
     r: int = option(8, at_least=1)  # rank
     lora_alpha: float = option(16.0, above=0)  # the adapter's output is multiplied by lora_alpha / r

@@ -93,7 +93,7 @@ def reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
 
 @contextmanager
 def others_alive():
-    """Turn a connection that another process has closed into one clear line."""
+    """Turn the error of a connection that another process has closed into one clear line."""
     try:
         yield
     except RuntimeError as error:

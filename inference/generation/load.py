@@ -152,7 +152,7 @@ def find_base(flag: str, path: str | Path) -> Path:
 
 
 def find_file(was: str, digest: str, path: str | Path) -> Path | None:
-    """Return the file that the checkpoint in `path` calls `was`, or None.
+    """Return the file that the checkpoint in `path` refers to as `was`, or None.
 
     The search goes through the folder of `path`, then takes `was` relative to it, to the folders above and to
     the working directory, or as it is if absolute. The first file whose weights have `digest` wins, or else

@@ -45,7 +45,7 @@ def byte_characters() -> list[str]:
 
 
 class Tokenizer:
-    """Base of both kinds. A subclass sets these attributes, and encodes."""
+    """The base class of both kinds. A subclass sets these attributes, and encodes."""
 
     kind: str
     contents: dict  # all else that `from_json` needs

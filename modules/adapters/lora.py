@@ -172,7 +172,7 @@ class LoraExperts(LoraLayer):
 
 
 def lesson():
-    """Fit changes of a matrix by LoRA of several ranks and by DoRA; print the error left."""
+    """Fit changes of a matrix by LoRA of several ranks and by DoRA; print the remaining error."""
     from modules.adapters.lora_model import add_lora
 
     torch.manual_seed(0)

@@ -127,7 +127,7 @@ def train_adapter(name: str, short: str, description: str) -> None:
 
 
 def train_and_score(stage: Stage, data: ChatData, command: Command, machine: Machine) -> None:
-    """Train; score greedy answers to held-out questions before and after."""
+    """Train, and score greedy answers to held-out questions before and after."""
     held_out = [*deque(data.dialogues(VAL), SCORED_DIALOGUES)]  # those of files are behind those of skills
     with distributed.all_or_none():
         before = scores(stage.model.to(machine.device), data, held_out, command, machine)

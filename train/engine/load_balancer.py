@@ -4,7 +4,7 @@ DeepSeek's bias.
 Loads need to be even over many tokens, not within a few. A micro-batch of Python code should be free to use
 the experts that know Python; a loss that asks for even loads within it forbids that. Scopes of f and P:
 
-    sequence   each row by itself; rows weigh as much as they have real tokens
+    sequence   each row by itself, weighted by its number of real tokens
     batch      this process's micro-batch
     global     all micro-batches of all processes in one optimizer step
 

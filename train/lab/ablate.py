@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGE, SHORT = "pre_train", "Pre"
 STEPS = 180  # of each run: 30 runs of less than a minute on two cores
 EVALUATIONS = 6  # during a run, on a part of the held-out data
-START_SECONDS = 15  # of a run, before its first step and after its last evaluation
+START_SECONDS = 15  # of each run, before its first step and after its last evaluation
 LOSS_WEIGHT, BIAS_RATE = 0.01, 0.001  # of a balance that the base lacks (2101.03961, 2408.15664)
 
 

@@ -64,7 +64,7 @@ def estimate(config, held_out: int, peak: float, room: float, mfu: float) -> lis
     products = passes * card.train_flops() * tokens / (mfu * peak)
     launches = passes * config.model.num_hidden_layers * KERNELS * LAUNCH * (not train.compile)
     step, batches = max(products, launches), -(-held_out // tokens)
-    evaluation = batches * step / passes / 3  # forward is a third of forward and backward
+    evaluation = batches * step / passes / 3  # a forward pass is a third of forward plus backward
     costs = Costs(step, evaluation, batches, SAVING * card.parameters)
     steps, seconds = end_of_run(train, 0, 0.0, costs)
     needs = SPARE[0] + SPARE[1] * card.peak_bytes

@@ -192,7 +192,7 @@ class Trial:
         return dead, idle
 
     def without_gradient(self) -> tuple[list[str], list[str]]:
-        """Return the current result of `dead_slices`. Rows of vocabulary tables and of routers may be idle."""
+        """Return the current result of `dead_slices`. Rows of vocabulary tables and routers may be idle."""
         dead, idle = [], []
         for name, dims in self.alive.items():
             module = self.model.get_submodule(name.rpartition(".")[0])
