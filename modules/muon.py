@@ -110,10 +110,10 @@ def orthogonalize(matrices):
 
 
 def through_gram(x):
-    """Orthogonalize wide matrices with the small A (rows, rows) alone: a third to half less work.
+    """Orthogonalize wide fp32 matrices with the small A (rows, rows) alone: a third to half less work.
 
     All P are polynomials of the first A, so they commute: A <- P A P, and the result is their product times
-    X. Trap: A squares the singular values. Rounding drowns those below 1e-4, in bf16 nearly all: fp32 only.
+    X. Trap: A squares the singular values, and rounding drowns those below 1e-4 (nearly all in bf16).
     """
     a, b, c = COEFFICIENTS
     gram, product = x @ x.mT, None

@@ -1,4 +1,4 @@
-"""The list in a sentence: `Please buy milk, eggs and bread.` -> `['milk', 'eggs', 'bread']`.
+"""Find the list in a sentence: `Please buy milk, eggs and bread.` -> `['milk', 'eggs', 'bread']`.
 
 English and Chinese; one to five things of one domain, in a sentence that contains other nouns too. The key is
 the combination in any order, so a scored combination was in no training text, in any sentence. A list of one

@@ -151,7 +151,7 @@ def lesson():
     torch.manual_seed(0)
     size, rank = 256, 8
     A, B = torch.randn(rank, size), torch.randn(size, rank)
-    print("a change of W, by size     error of the merged change     weights not as before, once subtracted")
+    print("size of the change of W    error of the merged change     weights not restored by subtraction")
     print("                            in fp32         in bf16           in fp32         in bf16")
     for share in (1e-1, 1e-2, 1e-3, 1e-4):
         errors, altered = [], []

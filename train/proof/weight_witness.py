@@ -143,7 +143,7 @@ def reason(note: Note, dtype: torch.dtype) -> str:
         return "the learning rate was 0 in every step"
     moments = [part for what, part in note.state.items() if what != "step"]
     if any(torch.is_tensor(part) and part.any() for part in moments):
-        return f"its gradients arrived, but its steps were rounded away in {dtype}: use fp32 weights or a higher lr"
+        return f"got gradients, but its steps were rounded away in {dtype}: use fp32 weights or a higher lr"
     return UNREACHED
 
 
