@@ -141,7 +141,7 @@ def main():
         bpb = read_run(out, seed, cell)["val_bpb"]
         left = (time.monotonic() - clock) / number * (len(missing) - number) / 60
         print(f"{where}: val_bpb {bpb:.4f}; about {left:.0f} minutes left", flush=True)
-        if number < len(missing) and missing[number][0] != seed:  # all cells have this seed now
+        if number < len(missing) and missing[number][0] != seed:  # this seed is done in every cell
             report(out, cells, seeds[: seeds.index(seed) + 1], call)
     report(out, cells, seeds, call)
     print((out / "table.md").read_text(encoding="utf-8"))
