@@ -21,7 +21,7 @@ from torch import nn
 from utils.activations import MicroBatch, head_bytes, head_widths, kept_bytes
 
 FP32, BF16 = 4, 2  # bytes per number
-PARTS = {  # part of the model -> a word in the names of its parameters; the first match counts
+PARTS = {  # a word in the name of a parameter -> its part of the model; the first match counts
     "mtp.": "mtp", "embed_tokens": "embedding", "norm": "norms", "self_attn": "attention",
     "shared_experts": "shared experts", "experts": "routed experts", ".gate.": "router",
     "mlp": "feed-forward", "lm_head": "head",

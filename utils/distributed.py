@@ -64,7 +64,7 @@ def start(device_type: str = "cpu") -> World:
 
 
 def finish() -> None:
-    """End one of several processes, as the last line of a script does. A single process simply goes on."""
+    """End this process, if it is one of several, as the last call of a script. A single process goes on."""
     if dist.is_initialized():
         leave(0)
 
