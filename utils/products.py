@@ -1,7 +1,7 @@
 """Choose the library that multiplies fp32 matrices in training on a CPU, by measuring both.
 
-PyTorch includes two. MKL, the default, is made by Intel: on an AMD processor it may reach half the speed of
-oneDNN; on an Intel processor both are fast. They round sums differently, so the choice must not change
+PyTorch includes two. MKL, the default, is made by Intel: on an AMD processor it may reach half the speed
+of oneDNN; on an Intel processor both are fast. They round sums differently, so the choice must not change
 between two runs of the same command: it is measured once per processor and stored in a file, and a resumed
 run keeps the choice of its checkpoint. For single rows, as in decoding, MKL is faster everywhere.
 

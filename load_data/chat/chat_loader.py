@@ -8,7 +8,7 @@
     padding_mask 1 1 1 1 1 0 0 0
 
 Packing is best fit: each dialogue, in random order, goes into the fullest row that still has room for it.
-Lengths of 15 to 120 fill 98 % of rows of 256; one dialogue per row would fill a quarter. Training on
+Dialogues of 15 to 120 ids fill 98 % of rows of 256; one per row would fill a quarter. Training on
 packed rows equals training with one dialogue per row (tested).
 """
 
