@@ -8,7 +8,7 @@ from utils.errors import UserError
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters (modules/adapters/lora.py). Names as in `peft`'s `LoraConfig` where it has them."""
+    """Low-rank adapters (modules/adapters/lora.py). Names as in `peft`'s `LoraConfig`, if it has them."""
 
     r: int = option(8, at_least=1)  # rank
     lora_alpha: float = option(16.0, above=0)  # the adapter's output is multiplied by lora_alpha / r
@@ -28,8 +28,8 @@ class LoraConfig:
 
 @dataclass
 class MixLoraConfig:
-    """A mixture of LoRA experts over one frozen feed-forward (modules/adapters/mixlora.py). The section
-    `lora` has the settings of its adapters on attention."""
+    """A mixture of LoRA experts over one frozen feed-forward (modules/adapters/mixlora.py). Its
+    adapters on attention use the settings in section `lora`."""
 
     num_experts: int = option(8, at_least=2)  # a single one needs no router: that is LoRA
     num_experts_per_tok: int = option(2, at_least=1)
@@ -40,7 +40,7 @@ class MixLoraConfig:
     attention: bool = True  # plain LoRA on attention as well, including that of a second head (MTP)
 
     def check(self):
-        """Refuse numbers of experts that the router cannot choose or be trained on."""
+        """Refuse numbers of experts that the router cannot choose or learn from."""
         K, E = self.num_experts_per_tok, self.num_experts
         if K > E:
             raise UserError(f"mixlora.num_experts_per_tok={K} is more than mixlora.num_experts={E}: lower it")

@@ -76,7 +76,7 @@ class ModelConfig:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
     def head_rules(self):
-        """Yield the rules of grouped-query attention: whether each is broken, and the error."""
+        """Yield for each rule of grouped-query attention whether it is broken, and the error."""
         C, H, G, D = self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
         yield D is None and C % H, (
             f"model.hidden_size={C} is not divisible by model.num_attention_heads={H}: set model.head_dim"
@@ -88,13 +88,13 @@ class ModelConfig:
         )
 
     def latent_rules(self):
-        """Yield the rules of latent attention, which reads neither head_dim nor num_key_value_heads."""
+        """Yield the same for latent attention, which reads neither head_dim nor num_key_value_heads."""
         D, window = self.qk_rope_head_dim, self.sliding_window
         yield D % 2, f"model.qk_rope_head_dim={D} is odd: rotary embeddings rotate pairs of channels"
         yield window is not None, f"model.sliding_window={window} needs model.attention_kind=gqa: change one"
 
     def expert_rules(self):
-        """Yield the rules of a mixture of experts; a dense model has none."""
+        """Yield the same for a mixture of experts; a dense model has no such rules."""
         E, K, groups, best = self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group
         if E == 0:
             return

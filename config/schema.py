@@ -29,7 +29,7 @@ class DataConfig:
 
     paths: list[str] = option(["python"])  # files, folders, `python`, or for chat stages `skills`
     sequence_length: int = option(512, at_least=2)
-    start_length: int | None = option(None, at_least=2)  # pre-training: rows begin halved to at least this
+    start_length: int | None = option(None, at_least=2)  # pre-training: rows start this long or longer
     val_fraction: float = option(0.05, above=0, below=1)
     # Split of dialogues: `folded` ignores case, width, punctuation and spaces of a question; `exact` is the
     # rule of older checkpoints, inherited by runs that start from them.
@@ -62,7 +62,7 @@ class OptimConfig:
     min_lr_ratio: float = option(0.0, at_least=0, at_most=1)  # final rate, as a share of lr
 
     def check(self):
-        """Reject an exponential decay to zero, which never arrives."""
+        """Reject an exponential decay to a rate of zero, which it cannot reach."""
         if self.schedule == "exponential" and self.min_lr_ratio == 0:
             raise UserError("optim.schedule=exponential needs optim.min_lr_ratio above 0, for example 0.01")
 

@@ -1,4 +1,4 @@
-"""Talk to a model: it writes while you watch.
+"""Talk to a model that streams its answers.
 
     python inference/chat.py                               the latest model in out/, message by message
     python inference/chat.py --prompt ">>> 12 + 7"         answer one text, then exit
@@ -58,9 +58,9 @@ def parse_command():
     extra.add_argument("--gate", metavar="FILE", help="the result of gate_train: a selector of the model")
     add("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
     add("--top-k", type=int, default=0, help="sample from the k most likely tokens (default: 0, from all)")
-    add("--top-p", type=float, default=0.9, help="sample from the likeliest share p (default: %(default)s)")
+    add("--top-p", type=float, default=0.9, help="the likeliest tokens that sum to p (default: %(default)s)")
     add("--min-p", type=float, default=0.0, help="drop tokens less than p times as likely as the most likely")
-    add("--repetition-penalty", type=float, default=1.0, help="above 1: tokens of the text get less likely")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: fewer repeated tokens")
     add("--max-new-tokens", type=int, default=200, help="longest answer (default: %(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add("--seed", type=int, default=0, help="the same seed gives the same answers (default: %(default)s)")
@@ -79,7 +79,7 @@ def main():
     device = pick_device(args.device)
     set_threads()
     if args.draft and (args.adapter or args.gate):
-        raise UserError("--draft goes with one whole model: leave out --adapter and --gate")
+        raise UserError("--draft works with one whole model only: leave out --adapter and --gate")
     models, choose = open_models(args, device)
     generators = [Generator(one.model, one.tokenizer.eos_id) for one in models]
     if args.draft:
@@ -164,7 +164,7 @@ class Chat:
 
     def answer(self, text: str) -> None:
         """Answer one message. Ctrl-C ends the answer, not the conversation."""
-        seed = row_seed(self.settings.seed, self.answered)  # each answer draws other numbers
+        seed = row_seed(self.settings.seed, self.answered)  # each answer draws different random numbers
         self.answered += 1
         try:
             self.conversation.say(text, replace(self.settings, seed=seed), show)

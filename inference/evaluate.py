@@ -42,7 +42,7 @@ class Score:
 
     right: int
     of: int  # the number of expected answers or items
-    percent: float  # the share of right answers, or the F1 of the items, which surplus items also lower
+    percent: float  # the share of right answers, or the F1 of the items (extra items lower it too)
     wrong: tuple[str, str, str] | None  # the first wrong answer: question, answer, expected answer
 
 
@@ -92,7 +92,7 @@ def greedy_answers(generator, template, tasks: list[tuple[list[dict], str]]) -> 
     """Return the answer to each (messages, expected answer), computed in batches.
 
     The expected answer only saves time: a batch holds questions with answers of similar length, and an answer
-    half as long again as expected is cut, because it is wrong by then.
+    that reaches 1.5 times the expected length is cut, because it is already wrong.
     """
     tokenizer = template.tokenizer
     lengths = [len(tokenizer.encode(expected)) for _, expected in tasks]
@@ -153,7 +153,7 @@ def parse_command():
     add("--adapter", metavar="FILE", help="score the base with this result of lora_train, ..")
     add("--skills", metavar="A,B", help=f"some of {','.join(SKILLS)} (default: those of fine-tuning)")
     add("--data", nargs="+", default=[], metavar="FILE", help="score the held-out dialogues of these files")
-    add("--count", type=int, default=100, metavar="N", help="questions of each (default: %(default)s)")
+    add("--count", type=int, default=100, metavar="N", help="questions for each score (default: %(default)s)")
     add("--score", choices=("exact", "items"), default="exact", help="the rule for answers of --data")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args()
@@ -161,13 +161,13 @@ def parse_command():
         raise UserError(f"--count {args.count} must be at least 1")
     args.skills = args.skills.split(",") if args.skills else [] if args.data else SFT_SKILLS
     for name in args.skills:
-        skill_named(name)  # an unknown one shows before anything is loaded
+        skill_named(name)  # reports an unknown one before anything is loaded
     return args
 
 
 def held_out(paths: list[str], loaded: Loaded, count: int) -> list[list[dict]]:
-    """Return the first `count` held-out dialogues of files, by the split of the training of `loaded` (for an
-    adapter: the training of the adapter)."""
+    """Return the first `count` held-out dialogues of files, by the split that `loaded` was trained with
+    (for an adapter: that of the adapter)."""
     data = replace(loaded.config.data, paths=paths)
     split = split_dialogues(data, [])
     dialogues = list(islice((messages for side, messages in split if side == VAL), count))

@@ -1,4 +1,4 @@
-"""Rows of token ids -> batches of windows, in an order that does not depend on how a step is divided.
+"""Cut a row of token ids into batches of windows, in an order independent of how a step is divided.
 
 The shift happens here and nowhere else: `labels[t]` is the token that follows `input_ids[t]`.
 """
@@ -18,12 +18,12 @@ class TokenLoader:
 
     An epoch visits non-overlapping windows of `sequence_length`, in an order drawn from (seed, epoch). They
     start at an offset drawn for each epoch, so that window boundaries vary. A step takes the next
-    `batch_size * accumulation_steps * world_size` windows, whatever the factors of that product.
+    `batch_size * accumulation_steps * world_size` windows, however that product is factored.
 
-    With a `start_length` windows begin short, `sequence_length` halved as often as that leaves at least
-    `start_length`, and double, each length from a new epoch on. A step has as many tokens as before, in more
-    rows. Short rows cost less attention and come from more places
-    in the text, which helps at first (arXiv 2108.06084).
+    With `start_length`, windows begin short (`sequence_length`, halved while that leaves at least
+    `start_length`) and double during the run; each new length starts a new epoch. A step has the same number
+    of tokens throughout, in more rows while they are short. Short rows cost less attention and come from more
+    places in the text, which helps at first (arXiv 2108.06084).
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TokenLoader:
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
-        """Draw the order of an epoch of windows of the present length and move to its beginning."""
+        """Draw the order of an epoch's windows, of the current length, and move to its beginning."""
         rng = np.random.default_rng((self.seed, epoch))
         length = self.length
         offset = rng.integers(min(length, len(self.tokens) - length))
@@ -77,7 +77,7 @@ class TokenLoader:
         """Return this rank's micro-batches of the next step: `input_ids` and `labels`, (B, T) int64 each.
 
         `progress`, the share of the run that is over, decides the length T of the rows."""
-        share = min(int(progress * (self.doublings + 1)), self.doublings)  # each length for an equal share
+        share = min(int(progress * (self.doublings + 1)), self.doublings)  # each length gets an equal share
         length = self.sequence_length >> self.doublings - share
         if length != self.length:
             self.length = length
@@ -99,11 +99,11 @@ class TokenLoader:
         return self.epoch + self.index_in_epoch / len(self.starts)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position of the loader; its order depends on settings that a resumed run shares."""
+        """Return the loader's position; the order follows from settings that a resumed run shares."""
         return {"epoch": self.epoch, "index_in_epoch": self.index_in_epoch, "length": self.length}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Move to the position in `state`; older ones had a single length."""
+        """Move to the position in `state`; older states have a single length."""
         self.length = state.get("length", self.sequence_length)
         self.start_epoch(state["epoch"])
         self.index_in_epoch = state["index_in_epoch"]

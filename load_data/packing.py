@@ -33,7 +33,7 @@ class PretrainData:
     tokenizer: Tokenizer
     train: np.ndarray
     val: np.ndarray
-    summary: list[str]  # lines for a person
+    summary: list[str]  # lines to print
     digest: str  # identifies the tokens: a resumed run requires the same
 
 
@@ -41,7 +41,7 @@ def prepare_pretraining(config: RunConfig, tokenizer: Tokenizer | None = None) -
     """Return the token rows that `config.data` names, prepared now or cached. Without a `tokenizer`, one is
     trained on the training side, never on held-out text. Raises `UserError` for text that cannot be read and
     for a split that leaves a side empty."""
-    cache_dir = REPOSITORY / config.data.cache_dir  # an absolute path stays itself
+    cache_dir = REPOSITORY / config.data.cache_dir  # an absolute path stays as it is
     sources = Sources(config.data)
     if tokenizer is None:
         texts = (piece for side, pieces in sources.documents() if side == TRAIN for piece in pieces)
@@ -67,7 +67,7 @@ def open_folder(folder: Path, sources: Sources, tokenizer: Tokenizer) -> Pretrai
 
 
 def prepared_folder(cache_dir: Path, kind: str, decides: list, write: Callable, *given) -> Path:
-    """Return the folder of what `decides` its content. If there is none, `write(folder, *given)` fills it."""
+    """Return the folder named by a hash of `decides`. If it is missing, `write(folder, *given)` fills it."""
     folder = cache_dir / f"{kind}_{hashlib.sha256(repr(decides).encode('utf-8')).hexdigest()[:16]}"
     if folder.is_dir():
         return folder

@@ -47,7 +47,7 @@ def soft_tokens(kind: str, config: RunConfig) -> int:
 
 
 def twin(model: TinySeek) -> TinySeek:
-    """Return another model over the memory of `model`, at no cost. Its parameters are objects of their own,
+    """Return another model that shares the memory of `model`. Its parameters are objects of their own,
     so freezing or adapting it leaves `model` as it is; writing into a weight changes both."""
     shared = {id(buffer): buffer for buffer in model.buffers()}
     shared |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
@@ -55,7 +55,7 @@ def twin(model: TinySeek) -> TinySeek:
 
 
 def adapted(base: TinySeek, kind: str, config: RunConfig, weights: dict, where: str) -> TinySeek:
-    """Return a model over the tensors of `base` with a trained adapter; `where` is its source in errors."""
+    """Return `base` with a trained adapter, sharing its tensors; `where` names the source in errors."""
     model = twin(base)
     added = attach(model, kind, config)
     load_weights(model, weights, where, added)

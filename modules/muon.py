@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrix is replaced by the nearest orthogonal one before it is applied.
+"""Muon: momentum, with each matrix replaced by the nearest orthogonal one before it is applied.
 
     buffer <- mu * buffer + (1 - mu) * gradient;      u = (1 - mu) * gradient + mu * buffer       (Nesterov)
     U S V^T = u;   update = U V^T                     (all singular values become about 1)
@@ -16,7 +16,7 @@ its own.
 
 Source: Keller Jordan, "Muon" (2024, kellerjordan.github.io/posts/muon); Moonlight, arXiv 2502.16982. Equal to
 `torch.optim.Muon` slice by slice, with one difference.
-Trap: the update has full size however small the momentum is. An expert without tokens would go on moving at
+Trap: the update has full size however small the momentum is. An expert without tokens would keep moving at
 full speed along an old direction, so a matrix whose gradient is all zeros stays where it is.
 """
 
@@ -40,7 +40,7 @@ class Muon(torch.optim.Optimizer):
         momentum: mu.
         weight_decay: wd, decoupled, scaled by lr.
         parts: the number of matrices stacked in the rows of each parameter of a group, such as gate and up
-            in an expert's `gate_up_proj`. Each is a map of its own; treating them as one also costs more.
+            in an expert's `gate_up_proj`. Each is a map of its own; treating them as one matrix costs more.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, parts=1):
@@ -110,10 +110,10 @@ def orthogonalize(matrices):
 
 
 def through_gram(x):
-    """The same with the small A (rows, rows) alone, for wide matrices: a third to half less work.
+    """Orthogonalize wide fp32 matrices with the small A (rows, rows) alone: a third to half less work.
 
     All P are polynomials of the first A, so they commute: A <- P A P, and the result is their product times
-    X. Trap: A squares the singular values. Those below 1e-4 drown in rounding, in bf16 nearly all: fp32 only.
+    X. Trap: A squares the singular values, and rounding drowns those below 1e-4 (nearly all in bf16).
     """
     a, b, c = COEFFICIENTS
     gram, product = x @ x.mT, None

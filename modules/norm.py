@@ -49,8 +49,8 @@ class FusedRMSNorm(torch.autograd.Function):
 
     The second term removes the part of w * g along x: it would change only the length, which has no effect.
 
-    Trap: the sums are no matrix products. Under torch.compile the backward pass would run those in the dtype
-    of autocast, and on GPUs fp32 products may run in TF32.
+    Trap: do not write the sums as matrix products. Under torch.compile the backward pass would run them in
+    the dtype of autocast, and on GPUs fp32 products may run in TF32.
     """
 
     @staticmethod

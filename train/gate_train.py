@@ -6,7 +6,7 @@
 
 What makes this stage: its data are mixed dialogues, turn by turn, each with the loss of every candidate
 (adapters on one base, whole models, or the word `base`) on its answer; its loss is the cross-entropy between
-the gate and the candidate with the lowest loss; trainable is the gate alone, a small classifier on the hidden
+the gate and the candidate with the lowest loss; it trains the gate alone, a small classifier on the hidden
 state of the base at the end of the question; it saves the gate, with hashes of the base and all candidates.
 """
 

@@ -4,7 +4,7 @@
     python train/lora_train.py --data dialogues.jsonl --set lora.r=16 --set lora.use_dora=true --out out/own
     python inference/chat.py --adapter out/TinySeek_Lora_final.pkl
 
-What makes this stage: its data and its loss are those of sft_train.py; trainable are the factors A and B (and
+What makes this stage: its data and its loss are those of sft_train.py; it trains the factors A and B (and
 DoRA's magnitudes) of the layers named in `lora.target_modules`, a few percent of all parameters; the base
 stays bit-identical; it saves the factors alone, with a hash of their base.
 """

@@ -62,7 +62,7 @@ def evaluate(model: TinySeek, ids: torch.Tensor, count: int) -> float:
 
 @torch.no_grad()
 def sample(model: TinySeek, ids: list[int], length: int, temperature: float = 0.7) -> list[int]:
-    """Continue `ids` by `length` tokens. Each runs the whole window again; inference/ has a cache instead."""
+    """Continue `ids` by `length` tokens. Each one runs the whole window; inference/ has a cache instead."""
     model.eval()
     for _ in range(length):
         logits = model(torch.tensor([ids[-T:]])).logits[0, -1]  # (1, T, V) -> (V,), after the last token
@@ -77,7 +77,7 @@ def train(model: TinySeek, ids, held_out, bits: float, steps: int, seconds: floa
     ids, held_out: (N,) tokens. `bits` turns nats per token into the bits per byte that are printed.
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    gains = [p for p in model.parameters() if p.dim() < 2]  # gains of norms: decay pulls 1 to 0
+    gains = [p for p in model.parameters() if p.dim() < 2]  # norm gains: decay would pull 1 to 0
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": gains, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))  # 0.999 averages over more steps than there are
     generator = torch.Generator().manual_seed(seed)

@@ -5,7 +5,7 @@
     python inference/chat.py --adapter out/TinySeek_MixLora_final.pkl
 
 What makes this stage: its data are those of sft_train.py; its loss is the cross-entropy of the answers and
-the balance of experts; trainable are the routers, the factors of the experts and plain LoRA on attention; the
+the balance of experts; it trains the routers, the factors of the experts and plain LoRA on attention; the
 base stays bit-identical; it saves the trained weights alone, with a hash of their base.
 """
 

@@ -4,7 +4,7 @@
     python train/prefix_train.py --set prefix.kind=prompt --out out/prompt     embeddings after the roles
     python inference/chat.py --adapter out/TinySeek_Prefix_final.pkl
 
-What makes this stage: its data and its loss are those of sft_train.py; trainable are `prefix.length` keys and
+What makes this stage: its data and its loss are those of sft_train.py; it trains `prefix.length` keys and
 values in every layer (kind `prefix`), or as many embeddings after each role marker (kind `prompt`: System,
 User, Assistant); the base stays bit-identical; it saves these alone, with a hash of their base.
 """

@@ -1,8 +1,8 @@
-"""The activations of training: bytes that the forward pass keeps for the backward pass, kernel by kernel.
+"""Predict activation memory: the bytes that the forward pass keeps for the backward pass, kernel by kernel.
 
-Hand-written kernels keep what they name in `save_for_backward`; PyTorch's keep the inputs that their
-derivatives need. The residual stream, statistics and the router are fp32; products are in the dtype of
-autocast, `wide` bytes each. A test compares the sum with what autograd keeps. `torch.compile` keeps less.
+Hand-written kernels keep what they pass to `save_for_backward`; PyTorch's kernels keep the inputs that their
+derivatives need. The residual stream, the statistics and the router are fp32; products have the autocast
+dtype, `wide` bytes per number. A test compares the sum with what autograd keeps. `torch.compile` keeps less.
 """
 
 from typing import NamedTuple
@@ -10,12 +10,12 @@ from typing import NamedTuple
 from config.model import ModelConfig
 
 FP32, INT64 = 4, 8  # bytes per number
-BLOCK, SHORT = 64, 128  # of modules/attention/: queries in a block, and rows that are not cut into blocks
-CHUNK = {"cpu": 256, "cuda": 4096}  # of modules/cross_entropy.py: tokens whose logits are held at a time
+BLOCK, SHORT = 64, 128  # as in modules/attention/: queries per block, and the longest row without blocks
+CHUNK = {"cpu": 256, "cuda": 4096}  # as in modules/cross_entropy.py: tokens whose logits are held at a time
 
 
 class MicroBatch(NamedTuple):
-    """The input of a forward pass, the bytes of a number in its products, and the kind of device."""
+    """The shape of a forward pass's input, the bytes per number in its products, and the kind of device."""
 
     rows: int
     length: int
@@ -24,7 +24,7 @@ class MicroBatch(NamedTuple):
 
 
 def head_widths(config: ModelConfig) -> tuple[int, int, int]:
-    """Return head dim of queries and keys, head dim of values, and numbers per token in one layer's cache."""
+    """Return the head dim of queries and keys, that of values, and the numbers cached per token and layer."""
     if config.attention_kind == "mla":
         scores = config.qk_nope_head_dim + config.qk_rope_head_dim
         return scores, config.v_head_dim, config.kv_lora_rank + config.qk_rope_head_dim
@@ -32,7 +32,7 @@ def head_widths(config: ModelConfig) -> tuple[int, int, int]:
 
 
 def kept_bytes(config: ModelConfig, batch: MicroBatch, matrices: int) -> int:
-    """Return the bytes that a forward pass with labels keeps; `matrices`: the numbers in all matrices."""
+    """Return the bytes that a forward pass with labels keeps. `matrices`: the numbers in all matrices."""
     C, wide, layers = config.hidden_size, batch.wide, config.num_hidden_layers + (config.mtp == "sequential")
     heads = 1 if config.mtp == "none" else 2
     mtp = {"none": 0, "parallel": 3 * C * wide + FP32, "sequential": INT64 + FP32 * (C + 3) + 4 * C * wide}
@@ -51,11 +51,11 @@ def kept_bytes(config: ModelConfig, batch: MicroBatch, matrices: int) -> int:
 
 
 def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str, float]:
-    """Return the bytes per token of each kernel of a layer, in its order; both norms are one entry."""
+    """Return the bytes per token of each kernel of a layer, in order; both norms share one entry."""
     C, H, G, wide = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, batch.wide
     scores, values, latents = head_widths(config)
     keys = kept_keys(config, batch)
-    residual = FP32 if layer < config.num_hidden_layers else wide  # that of sequential prediction is not
+    residual = FP32 if layer < config.num_hidden_layers else wide  # the sequential MTP block's is not
     table = {"norms: input, statistic, output": 2 * (C * residual + FP32 + C * wide)}
     if config.attention_kind == "mla":
         rank = config.q_lora_rank or 0
@@ -80,20 +80,20 @@ def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str,
 
 
 def kept_keys(config: ModelConfig, batch: MicroBatch) -> float:
-    """Return the keys per query whose probabilities attention keeps: none in PyTorch's fused kernels."""
+    """Return how many keys per query attention keeps probabilities for: 0 in PyTorch's fused kernels."""
     name, length, cpu = config.attn_implementation, batch.length, batch.device == "cpu"
     whole = (config.sliding_window or length) >= length
     if name == "auto" and cpu:
         name = "blocked" if whole and length > SHORT else "eager" if batch.wide < FP32 else "sdpa"
     if name == "blocked" and whole:
         return (length + BLOCK) / 2
-    scores, values, _ = head_widths(config)  # the fused kernel of CPUs wants the same of both
+    scores, values, _ = head_widths(config)  # the fused CPU kernel needs them equal
     return length if name in ("eager", "blocked") or (cpu and scores != values) else 0
 
 
 def head_bytes(config: ModelConfig, batch: MicroBatch) -> int:
-    """Return the bytes that the output head needs on top for a chunk of logits: as computed, in fp32, as
-    logarithms, and the gradients of the chunk before; and hidden states and weights as products take them."""
+    """Return the extra bytes that the output head needs: a chunk of logits as computed, in fp32 and as
+    log-probabilities, the previous chunk's gradients, and hidden states and weights cast for the products."""
     tokens, cast = batch.rows * batch.length, batch.wide < FP32
     chunk, V = min(tokens, CHUNK.get(batch.device, CHUNK["cuda"])), config.vocab_size
     per_logit = batch.wide + FP32 + cast * FP32 + (FP32 + cast * batch.wide) * (chunk < tokens)

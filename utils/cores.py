@@ -57,7 +57,7 @@ def idle_ticks() -> list[tuple[int, int]]:
 
 
 def physical_cores() -> int:
-    """Return the cores that this process may use, by affinity and container limits, hyper-threads apart.
+    """Return the cores that this process may use, by affinity and container limits, without hyper-threads.
 
     0 on macOS and Windows, which do not say.
     """

@@ -8,8 +8,8 @@ that in training. A causal query sees T / 2 keys on average; published numbers o
 Recomputation does not count (these are model FLOPs, as in MFU). Latent attention is counted in its expanded
 form, that of training and prefill. Multi-token prediction counts in training only, and is never active.
 
-Memory is the sum of weights, gradients, optimizer, activations and a chunk of logits. Not all live at one
-time: gradients appear as activations are freed. Allocators and libraries come on top.
+Memory is the sum of weights, gradients, optimizer, activations and a chunk of logits. Not all exist at the
+same time: gradients appear as activations are freed. Allocators and libraries come on top.
 """
 
 import math
@@ -21,7 +21,7 @@ from torch import nn
 from utils.activations import MicroBatch, head_bytes, head_widths, kept_bytes
 
 FP32, BF16 = 4, 2  # bytes per number
-PARTS = {  # of the model, each by a word in the names of its parameters; the first that fits
+PARTS = {  # a word in the name of a parameter -> its part of the model; the first match counts
     "mtp.": "mtp", "embed_tokens": "embedding", "norm": "norms", "self_attn": "attention",
     "shared_experts": "shared experts", "experts": "routed experts", ".gate.": "router",
     "mlp": "feed-forward", "lm_head": "head",
@@ -47,7 +47,7 @@ class CostCard:
     mtp_layers: int  # with attention, in training only
     attention_width: int  # query heads times (head dim of queries and keys + head dim of values)
     sequence_length: int
-    keys_seen: float  # by a query, on average
+    keys_seen: float  # per query, on average
     kv_cache_numbers: int  # per token
     batch_tokens: int
     state_bytes: dict[str, int]  # weights, gradients, optimizer

@@ -11,7 +11,7 @@ import torch
 from utils.cores import thread_count
 from utils.errors import UserError
 
-# Dense peaks in FLOP/s with bf16 inputs and fp32 sums, and bytes of memory (the most that is sold under the
+# Dense peaks in FLOP/s with bf16 inputs and fp32 sums, and bytes of memory (the largest version of each
 # name), from the vendors' data sheets; longer names first.
 GPUS = {
     "B200": (2250e12, 180e9), "H200": (989e12, 141e9), "H100 NVL": (835e12, 94e9),

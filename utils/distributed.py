@@ -64,7 +64,7 @@ def start(device_type: str = "cpu") -> World:
 
 
 def finish() -> None:
-    """End one of several processes, as the last line of a script does. A single process simply goes on."""
+    """End this process, if it is one of several, as the last call of a script. A single process goes on."""
     if dist.is_initialized():
         leave(0)
 
@@ -93,7 +93,7 @@ def reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
 
 @contextmanager
 def others_alive():
-    """Turn a connection that another process has closed into one clear line."""
+    """Turn the error of a connection that another process has closed into one clear line."""
     try:
         yield
     except RuntimeError as error:
@@ -164,7 +164,7 @@ def barrier() -> None:
 
 @contextmanager
 def rank_zero_first():
-    """Run the block in the first process of each machine before the others: it makes files that they find."""
+    """Run the block in the first process of each machine before the others, which then find its files."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     with all_or_none():  # raises in all if the block failed in the first
         if first:

@@ -1,6 +1,6 @@
 """Errors that teach: one clear line on standard error and exit code 2, never a traceback.
 
-`UserError` is for what a person can mend (a wrong flag, a missing file, a broken checkpoint). Its message
+`UserError` is for what a person can fix (a wrong flag, a missing file, a broken checkpoint). Its message
 says what is wrong, where, and the way out. Anything else that goes wrong is a bug of ours and keeps its
 traceback.
 """
@@ -11,7 +11,7 @@ import sys
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: what is wrong, where, and how to mend it."""
+    """Bad input. The message is one line: what is wrong, where, and how to fix it."""
 
 
 class Parser(argparse.ArgumentParser):

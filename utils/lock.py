@@ -42,5 +42,5 @@ class FolderLock:
         self.file.flush()
 
     def release(self) -> None:
-        """Give the lock up."""
+        """Release the lock."""
         self.file.close()

@@ -78,7 +78,7 @@ def read_log(path: str | Path) -> list[dict[str, int | float]]:
     except OSError as error:
         raise UserError(f"{path}: cannot read the log ({error.strerror})") from None
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # behind the last line end: nothing, or half a line
+    for number, line in enumerate(lines[:-1], start=1):  # after the last line break: nothing, or half a line
         try:
             rows.append(parse_line(line))
         except ValueError:

@@ -2,7 +2,7 @@
 
     python utils/plot.py                         # out/pre_train/log.txt -> out/pre_train/curves.png
     python utils/plot.py LOG LOG --out both.png  # several runs in one picture
-    python utils/plot.py LOG LOG --seconds       # over time: runs whose steps cost differently
+    python utils/plot.py LOG LOG --seconds       # over seconds, if a step costs more in one run
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
@@ -19,7 +19,7 @@ from utils.log import read_log
 ROOT = Path(__file__).resolve().parents[1]
 COLORS = ["#1f6fb4", "#d95f02", "#2a9d5c", "#8e5bb5", "#c2406b", "#7a7a2a"]
 
-# title, label of the vertical axis, and the log keys drawn: a thin line, then evaluations as a thick one
+# title, label of the vertical axis, and the log keys: steps as a thin line, evaluations as a thick one
 PANELS = [
     ("Loss", "nats per token", ["loss", "val_loss"]),
     ("Perplexity", "exp(loss), log scale", ["ppl", "val_ppl"]),
@@ -32,8 +32,8 @@ PANELS = [
 def plot_curves(log_path: str | Path | list, png_path: str | Path, seconds: bool = False) -> None:
     """Draw the curves of one log, or of several over each other, into `png_path`.
 
-    They are drawn over optimizer steps, or over the `seconds` that these took, evaluations apart. Raises
-    `UserError` if a log is missing or holds no step yet.
+    The horizontal axis shows optimizer steps or, with `seconds`, the time they took, without evaluations.
+    Raises `UserError` if a log is missing or holds no step yet.
     """
     paths = log_path if isinstance(log_path, list) else [log_path]
     logs = {str(path): [row for row in read_log(path) if "step" in row] for path in paths}
@@ -44,7 +44,7 @@ def plot_curves(log_path: str | Path | list, png_path: str | Path, seconds: bool
         set_places(rows, seconds)
     panels = [panel for panel in PANELS if any(panel[2][0] in row for rows in logs.values() for row in rows)]
     if not panels:
-        raise UserError(f"{paths[0]}: none of the keys {', '.join(panel[2][0] for panel in PANELS)} is in it")
+        raise UserError(f"{paths[0]}: contains none of the keys {', '.join(panel[2][0] for panel in PANELS)}")
 
     figure, places = make_panels(len(panels), width=4.5, height=3)
     names = run_names(list(logs))
@@ -63,7 +63,7 @@ def plot_curves(log_path: str | Path | list, png_path: str | Path, seconds: bool
 
 
 def set_places(rows: list[dict], seconds: bool) -> None:
-    """Set the `place` of each row on the horizontal axis; `step_ms` is the mean since the last of them."""
+    """Set each row's `place` on the horizontal axis. `step_ms` is a mean since the previous row with one."""
     elapsed = last = 0
     for row in rows:
         if "step_ms" in row:
@@ -73,7 +73,7 @@ def set_places(rows: list[dict], seconds: bool) -> None:
 
 
 def make_panels(count: int, width: float, height: float) -> tuple[Figure, list]:
-    """Return a figure with `count` panels of this size in inches, two in a row."""
+    """Return a figure with `count` panels of this size in inches, two per row."""
     columns = min(count, 2)
     rows = math.ceil(count / columns)
     figure = Figure((width * columns + 1, height * rows + 0.5), layout="constrained")
@@ -81,7 +81,7 @@ def make_panels(count: int, width: float, height: float) -> tuple[Figure, list]:
 
 
 def save_figure(figure: Figure, png: str | Path) -> None:
-    """Write the picture, and the folders above it."""
+    """Write the picture, creating missing folders."""
     try:
         Path(png).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(png, dpi=130)
@@ -90,7 +90,7 @@ def save_figure(figure: Figure, png: str | Path) -> None:
 
 
 def draw(axes, rows: list[dict], keys: list[str], name: str, color: str) -> None:
-    """Draw one run in one panel: the values of steps, and over them those of evaluations."""
+    """Draw one run in one panel: steps, and evaluations on top."""
     for key, style in zip(keys, ({"linewidth": 1.2, "alpha": 0.75}, {"linewidth": 2, "marker": "o"})):
         points = [(row["place"], row[key]) for row in rows if key in row]
         if not points:

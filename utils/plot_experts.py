@@ -37,7 +37,7 @@ def plot_expert_load(log_path: str | Path, png_path: str | Path) -> None:
         violation = load[-1].max() - 1  # in units of the mean
         axes.set(title=f"Layer {layer}: MaxVio {violation:.2f} at step {steps[-1]:,}", ylabel="expert",
                  xlabel="step (optimizer updates)", yticks=some(load.shape[1], 8))  # fmt: skip
-        columns = some(len(steps), 8)  # a column per logged step, so that uneven steps are named rightly
+        columns = some(len(steps), 8)  # a column per logged step, so that uneven steps are labelled correctly
         axes.set_xticks(columns, [f"{steps[column]:,}" for column in columns])
     figure.colorbar(image, ax=panels, extend="max", ticks=[0, 0.5, 1, 2, TOP], aspect=40,
                     label="load / mean load (1 is balanced)")  # fmt: skip

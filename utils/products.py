@@ -1,12 +1,12 @@
 """Choose the library that multiplies fp32 matrices in training on a CPU, by measuring both.
 
-PyTorch contains two. MKL, its default, is Intel's: on an AMD processor it may reach half the speed of oneDNN,
-on an Intel processor both are fast. Their sums are rounded differently, so the choice must not change between
-two runs of the same command: it is measured once for a processor and kept in a file, and a resumed run keeps
-the choice of its checkpoint. One row at a time, as in decoding, MKL is faster everywhere.
+PyTorch includes two. MKL, the default, is made by Intel: on an AMD processor it may reach half the speed
+of oneDNN; on an Intel processor both are fast. They round sums differently, so the choice must not change
+between two runs of the same command: it is measured once per processor and stored in a file, and a resumed
+run keeps the choice of its checkpoint. For single rows, as in decoding, MKL is faster everywhere.
 
 Trap: PyTorch uses oneDNN for fp32 products only if it is told that rounding to bf16 is allowed. Processors
-with AMX units would do that, so the result of a product is checked, too. docs/experiments.md, 28.
+with AMX units would then round, so the result of a product is checked too (docs/experiments.md, 28).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ MKL, ONEDNN = "MKL", "oneDNN"
 PRECISION = {MKL: "ieee", ONEDNN: "bf16"}
 SHAPES = ((1024, 256, 768), (1024, 768, 256), (256, 256, 4096))  # rows, inputs and outputs of layers
 TURNS = 9
-GAIN = 1.2  # how much faster oneDNN must be: near 1 the choice would be a matter of chance
+GAIN = 1.2  # how much faster oneDNN must be: near 1, noise would decide
 
 
 @contextlib.contextmanager
@@ -40,10 +40,10 @@ def multiply_with(library: str):
 def choose_products(folder: Path) -> str:
     """Return the library for this processor, measured now or read from a file in `folder`.
 
-    Of several processes that measure at the same time, all take the choice of the first one to finish.
+    If several processes measure at the same time, all of them take the choice of the first to finish.
     """
     path = folder / f"products_{processor_key()}.txt"
-    with contextlib.suppress(OSError):  # in a folder that cannot be written, each run measures
+    with contextlib.suppress(OSError):  # without write access, every run measures
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             mine = path.with_name(f"{path.stem}_{os.getpid()}.tmp")
@@ -66,15 +66,15 @@ def faster_library() -> str:
 
 
 def is_exact(library: str) -> bool:
-    """Return True if `library` keeps the 24 bits of fp32: 1 + 2^-12 has too many for bf16 and TF32."""
+    """Return True if `library` keeps the 24 bits of fp32: 1 + 2^-12 needs more than bf16 and TF32 have."""
     x, identity = torch.full((64, 64), 1 + 2.0**-12), torch.eye(64)
     with multiply_with(library):
         return torch.equal(x @ identity, x)
 
 
 def gains() -> list[float]:
-    """Return how much faster oneDNN is than MKL in each of `TURNS` turns through all shapes."""
-    generator = torch.Generator().manual_seed(0)  # not the one of the run
+    """Return the speedup of oneDNN over MKL in each of `TURNS` passes over all shapes."""
+    generator = torch.Generator().manual_seed(0)  # leaves the run's own generator alone
     pairs = [(torch.randn(n, i, generator=generator), torch.randn(o, i, generator=generator).T)
              for n, i, o in SHAPES]  # fmt: skip
     seconds = {MKL: [], ONEDNN: []}
@@ -85,12 +85,12 @@ def gains() -> list[float]:
                 for x, weight in pairs:
                     x @ weight
                 times.append(time.perf_counter() - start)
-    both = zip(seconds[MKL][2:], seconds[ONEDNN][2:], strict=True)  # the first turns prepare kernels
+    both = zip(seconds[MKL][2:], seconds[ONEDNN][2:], strict=True)  # the first two warm up
     return [mkl / onednn for mkl, onednn in both]
 
 
 def processor_key() -> str:
-    """Return 12 hexadecimal digits from all that may decide the choice."""
+    """Hash everything that may affect the choice into 12 hexadecimal digits."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else [platform.processor()]
     model = next((line for line in lines if line.startswith("model name")), lines[0])

@@ -7,7 +7,7 @@ takes 0.7 ms. The largest gains are matrices stored (in, out), which `torch.mm` 
 of q and k together (15 %), RMSNorm with its gain inside the next matrix (13 %), rotary tables computed once
 (10 %), and experts chosen in plain Python (9 %).
 
-A bf16 model is computed from an fp32 copy of its weights, and only the cache is bf16: with one row, PyTorch's
+A bf16 model runs on an fp32 copy of its weights, and only the cache is bf16: with one row, PyTorch's
 bf16 products take two to four times as long.
 
 The prompt goes through the plain path, which is the reference. Before the fast path is used, both read a few
@@ -37,8 +37,8 @@ from modules.experts.router import TopkRouter
 KNOWN_PARTS = {TinySeek, Decoder, DecoderLayer, GroupedQueryAttention, SwiGLU, RMSNorm, RotaryEmbedding}
 KNOWN_PARTS |= {MoE, TopkRouter, Experts, nn.ModuleList, nn.Embedding, nn.Linear, nn.Dropout, nn.Identity}
 COMPARED = 6  # tokens that both paths read before the fast one is trusted
-ROUNDINGS = 2**12  # times the machine epsilon and the largest logit is how far they may differ: fp32 5e-4
-decoders = weakref.WeakValueDictionary()  # by fingerprint: the Generators of a model share one copy of it
+ROUNDINGS = 2**12  # allowed difference, in machine epsilons of the largest logit: 5e-4 of it in fp32
+decoders = weakref.WeakValueDictionary()  # fingerprint -> decoder, shared by all Generators
 
 
 def refusal(model) -> str:
@@ -104,7 +104,7 @@ class FastDecoder:
         self.hidden = torch.empty(1, config.hidden_size, dtype=self.dtype)
         self.norm = FastNorm(torch.empty_like(self.hidden), config.rms_norm_eps)
         self.lm_head = joined([model.lm_head], self.dtype, decoder.norm)
-        self.lock = threading.Lock()  # threads may share a decoder, and with it its memory
+        self.lock = threading.Lock()  # threads may share a decoder and thus its memory
 
         # A rotation is x cos + x[partner] sin, with the sign of the first of each pair in the table of sines.
         channels, sign = torch.arange(config.head_dim), torch.ones(config.head_dim)

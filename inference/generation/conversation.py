@@ -26,7 +26,7 @@ class Conversation:
     choose: Callable[[list[Message]], int] | None = None  # messages -> number of the model; None for `use`
     stop: tuple[str, ...] = ()  # texts that end an answer
     tell: Callable[[str], None] = lambda line: None  # receives remarks of one line
-    messages: list[Message] = field(default_factory=list)  # turns for the next answer, without the system's
+    messages: list[Message] = field(default_factory=list)  # turns so far, without the system message
     system: str = ""  # the system message; empty for none
     use: int = 0  # the number of the model that answers
     cut: str = ""  # the reason why the last answer was cut; empty if it was not
@@ -49,7 +49,7 @@ class Conversation:
                 self.tell(f"(the context is full: the {dropped} oldest messages were dropped)")
             whole, stop_ids = template.prompt(kept), template.stop_ids
             ids = prompt_within(template, kept, room)
-        else:  # a text starts where a document does
+        else:  # a text begins like a document, after the end of another
             whole, stop_ids = [tokenizer.eos_id, *tokenizer.encode(text)], {tokenizer.eos_id}
             ids = whole[-room:]
         if len(ids) < len(whole):

@@ -23,9 +23,9 @@ from inference.generation.sampling import Sampler, SamplingParams
 from model.caches import make_cache
 from utils.errors import UserError
 
-SMALL = 32 * 2**20  # a second CPU thread does not help a model of up to so many bytes
-FEW = 32  # with up to so many tokens in one forward
-open_contexts = []  # the number of threads that each open `few_threads` found; the first is restored
+SMALL = 32 * 2**20  # bytes of weights up to which a second CPU thread does not help
+FEW = 32  # and tokens per forward, likewise
+open_contexts = []  # thread counts before each open `few_threads`; the first is restored
 
 
 class Answer(list):
@@ -109,7 +109,7 @@ class Generator:
                 if decoder is not None:
                     logits = decoder.step(tokens[0], cache)
                 else:
-                    new = None if all(active) else [int(one) for one in active]  # the others stand still
+                    new = None if all(active) else [int(one) for one in active]  # finished rows do not move
                     logits = self.forward(torch.tensor(tokens)[:, None], cache, new)
 
     def room(self, max_new_tokens: int) -> int:
@@ -135,7 +135,7 @@ class Generator:
         return self.model(ids.to(self.device), cache=cache, new_tokens=new, last_only=True).logits[:, 0]
 
     def fast_decoder(self) -> FastDecoder | None:
-        """Return the prepared decoder, made anew if the model has changed, or None: `why_plain`."""
+        """Return the prepared decoder, rebuilt if the model has changed, or None: `why_plain`."""
         self.why_plain = refusal(self.model) if self.fast else "the fast path is switched off"
         if self.why_plain:
             return None

@@ -30,7 +30,7 @@ FULL_MODELS = (*CHAT_STAGES, "Pre")  # a pre-trained model continues
 DEFAULT_OUT = Path(__file__).resolve().parents[2] / "out"
 ENTRIES = {"stage": str, "short": str, "config": dict, "tokenizer": str, "step": int}  # of any checkpoint
 RECORD = {"path": str, "digest": str}  # what a checkpoint says about another file
-KINDS = {  # by flag: the name of the kind, and the form of its entry `base`
+KINDS = {  # flag -> the name of the kind, and the required form of its entry `base`
     "--checkpoint": ("a full model", {}),
     "--adapter": ("an adapter", {"base": RECORD}),
     "--gate": ("a gate", {"base": RECORD | {"candidates": [RECORD]}}),
@@ -64,7 +64,7 @@ class Loaded:
 def find_model(out: str | Path, tell: Callable[[str], None] = lambda line: None) -> Path:
     """Return the model of the latest stage in `out`: its result, or its newest intermediate checkpoint.
 
-    Stages decide, not dates: fine-tuning comes after pre-training. `tell` gets a line about a newer result.
+    The stage decides, not the date: fine-tuning comes after pre-training. `tell` is told of newer results.
     """
     results = [Path(out) / final_name(short) for short in FULL_MODELS]
     for short, result in zip(FULL_MODELS, results, strict=True):
@@ -125,7 +125,7 @@ def open_as(flag: str, path: str | Path) -> dict:
     if missing := [key for key in forms if checkpoint.get(key) is None]:
         raise UserError(f"{path}: not {name}, it has no {', '.join(missing)}")
     if wrong := [key for key, form in forms.items() if not has_form(checkpoint[key], form)]:
-        raise UserError(f"{path}: no run has written it, its {', '.join(wrong)} are of a wrong type")
+        raise UserError(f"{path}: not written by a run: wrong types in {', '.join(wrong)}")
     return checkpoint
 
 
@@ -152,7 +152,7 @@ def find_base(flag: str, path: str | Path) -> Path:
 
 
 def find_file(was: str, digest: str, path: str | Path) -> Path | None:
-    """Return the file that the checkpoint in `path` calls `was`, or None.
+    """Return the file that the checkpoint in `path` refers to as `was`, or None.
 
     The search goes through the folder of `path`, then takes `was` relative to it, to the folders above and to
     the working directory, or as it is if absolute. The first file whose weights have `digest` wins, or else
@@ -161,7 +161,7 @@ def find_file(was: str, digest: str, path: str | Path) -> Path | None:
     Trap: a stranger wrote that path. A network path is never opened, because Windows would send the user's
     name and a hash of the password to that host.
     """
-    folder, name = Path(path).resolve().parent, PureWindowsPath(was)  # knows the slashes of both worlds
+    folder, name = Path(path).resolve().parent, PureWindowsPath(was)  # accepts both kinds of slashes
     places = [folder / name.name]
     if not name.anchor:
         places += [*(parent / was for parent in (folder, *folder.parents)), Path(was)]

@@ -65,7 +65,7 @@ def filtered_probs(logits, params: SamplingParams, seen=None):
     if params.top_p < 1:
         ordered, order = scores.sort(dim=1, descending=True)
         probs = ordered.softmax(dim=1)
-        before = probs.cumsum(dim=1) - probs  # of likelier tokens; 0 for the first, so it always stays
+        before = probs.cumsum(dim=1) - probs  # total of likelier tokens; 0 for the first, which always stays
         enough = torch.zeros_like(before, dtype=torch.bool).scatter_(1, order, before >= params.top_p)
         scores = scores.masked_fill(enough, -torch.inf)
     if params.min_p > 0:

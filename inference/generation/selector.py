@@ -1,4 +1,4 @@
-"""Load a trained selector (`--gate`) with the models that it chooses between, and choose."""
+"""Load a trained selector (`--gate`) with the models that it chooses between."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -31,7 +31,7 @@ from model.caches import make_cache, make_draft_cache
 from modules.attention.context import build_context
 from utils.errors import UserError
 
-LONGEST = 15  # a rolling cache takes back 16 tokens
+LONGEST = 15  # a rolling cache can drop 16 tokens
 
 
 class SpeculativeGenerator(Generator):

@@ -21,7 +21,7 @@ def open_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
-        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's streams are text from the start
+        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's streams have no encoding to change
             getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")
 
 
@@ -33,7 +33,7 @@ def closed_pipe_ends():
         sys.stdout.flush()
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for number in (1, 2):  # Python flushes both once more when it ends
+        for number in (1, 2):  # Python flushes both once more at exit
             os.dup2(nowhere, number)
 
 
@@ -51,7 +51,7 @@ def show(piece: str) -> None:
 def tell(line: str, colour: str = DIM) -> None:
     """Write a remark to standard error."""
     line = harmless(line)
-    windows = os.name == "nt" and "WT_SESSION" not in os.environ  # an old console shows the codes themselves
+    windows = os.name == "nt" and "WT_SESSION" not in os.environ  # an old console would print the codes
     plain = windows or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     if sys.stderr.isatty() and not plain:
         line = f"\x1b[{colour}m{line}\x1b[0m"
@@ -80,7 +80,7 @@ def read_message(prompt: str = "> ") -> str:
         if not line:
             raise EOFError
         return line.removesuffix("\n")
-    if not sys.stdout.isatty():  # the prompt is no part of a redirected answer
+    if not sys.stdout.isatty():  # keeps the prompt out of a redirected answer
         sys.stderr.write(prompt)
         sys.stderr.flush()
         prompt = ""

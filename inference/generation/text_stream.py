@@ -24,7 +24,7 @@ class TextStream:
         self.waiting += self.decoder.decode(self.tokenizer.id_to_bytes[token])
         places = [(self.waiting.find(stop), len(stop)) for stop in self.stop]
         found = [(place + length, place) for place, length in places if place >= 0]
-        if found:  # the one that is complete first
+        if found:  # the first to be completed
             text, self.waiting, self.stopped = self.waiting[: min(found)[1]], "", True
             return text
         text, cut = self.waiting, 0

@@ -1,14 +1,14 @@
-"""From paths to dialogues as ids, each on its side of the split into training and validation.
+"""Read dialogues from paths, encode them as ids, and split them into training and validation.
 
-Dialogues come from `.jsonl` files (see `load_data/chat/records.py`), or from the embedded skills: `skills`
-are those of fine-tuning, `skills:lists,shopping` the named ones, `skills:all` all of them. Skills split their
-own questions. A dialogue of a file is held out if a hash of any of its questions says so, as in pre-training,
-so no held-out question is ever trained on.
+Dialogues come from `.jsonl` files (see `load_data/chat/records.py`), or from the built-in skills: `skills`
+means those of fine-tuning, `skills:lists,shopping` the named ones, `skills:all` all of them. Skills split
+their own questions. A dialogue from a file is held out if the hash of any of its questions selects it, as in
+pre-training, so no held-out question is ever trained on.
 
 A dialogue that is too long for a row loses its oldest turns first, then the beginning of its question, and
-only then the end of its answer. A cut answer has no `<|im_end|>`: it would teach to stop mid-sentence.
+only then the end of its answer. A cut answer has no `<|im_end|>`: that would teach stopping mid-sentence.
 
-All of this is cached as in `load_data/packing.py`, in a folder `dialogues_<hash>`, and mapped from there.
+The result is cached as in `load_data/packing.py`, in a folder `dialogues_<hash>`, and memory-mapped.
 """
 
 import hashlib
@@ -38,14 +38,14 @@ VAL_PER_SKILL = 100  # held-out dialogues of each skill
 
 
 class Sample(NamedTuple):
-    """One dialogue: ids (n,) uint16, or int32 if necessary, and targets (n,) bool: the supervised ones."""
+    """One dialogue: ids (n,) uint16, or int32 if necessary, and targets (n,) bool, True if supervised."""
 
     ids: np.ndarray
     targets: np.ndarray
 
 
 class Samples(Sequence):
-    """Dialogues end to end, in memory or mapped from disk. Its items are views."""
+    """Dialogues stored end to end, in memory or mapped from disk. Items are views."""
 
     def __init__(self, ids: np.ndarray, targets: np.ndarray, lengths: np.ndarray):
         self.ids, self.targets, self.bounds = ids, targets, np.append(0, np.cumsum(lengths))
@@ -66,12 +66,12 @@ class ChatData:
     template: ChatTemplate
     train: Samples
     val: Samples
-    summary: list[str]  # lines for a person
-    digest: str  # identifies all ids, which are supervised, and their order
+    summary: list[str]  # lines to print
+    digest: str  # identifies all ids, their order, and which are supervised
     folder: Path
 
     def dialogues(self, side: str) -> Iterator[Messages]:
-        """Yield the sources of `train` or `val`, in its order, not shortened."""
+        """Yield the original messages of `train` or `val`, in order and not shortened."""
         with open(self.folder / f"{side}.messages", "rb") as file:
             yield from map(json.loads, file)
 
@@ -84,7 +84,7 @@ def prepare_chat(config: RunConfig, tokenizer: Tokenizer, soft_tokens: int = 0) 
     read = [str(file) for file in chosen_files(data.paths)]
     read += [PYTHON] * ("docstrings" in chosen_skills(data.paths))  # this skill asks about the library
     decides = [Sources(replace(data, paths=read)).fingerprint, data.paths, data.skill_samples, VAL_PER_SKILL]
-    decides += [tokenizer.digest, template.before, data.sequence_length]  # their markers tell templates apart
+    decides += [tokenizer.digest, template.before, data.sequence_length]  # templates differ in their markers
     folder = prepared_folder(REPOSITORY / data.cache_dir, "dialogues", decides, write_folder, data, template)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     sides = [map_samples(folder, side, meta["dtype"]) for side in (TRAIN, VAL)]
@@ -124,8 +124,8 @@ def write_folder(folder: Path, data: DataConfig, template: ChatTemplate) -> None
 
 
 def map_samples(folder: Path, side: str, dtype: str) -> Samples:
-    """Map one side, which is not empty."""
-    ids = np.asarray(np.memmap(folder / f"{side}.ids", dtype, mode="r"))  # slices of a map cost more
+    """Memory-map one side, which must not be empty."""
+    ids = np.asarray(np.memmap(folder / f"{side}.ids", dtype, mode="r"))  # slicing a memmap costs more
     targets = np.asarray(np.memmap(folder / f"{side}.targets", bool, mode="r"))
     return Samples(ids, targets, np.fromfile(folder / f"{side}.lengths", np.int64))
 
@@ -154,7 +154,7 @@ def chosen_files(paths: list[str]) -> list[Path]:
         if not found:
             raise UserError(
                 f"--data {path}: plain text is for train/pre_train.py; chat stages read skills, or dialogues "
-                'from .jsonl files, in each line an object {"messages": [{"role": "user", "content": ...}, '
+                'from .jsonl files, each line an object {"messages": [{"role": "user", "content": ...}, '
                 '{"role": "assistant", "content": ...}]}'
             )
         files += found
@@ -162,8 +162,8 @@ def chosen_files(paths: list[str]) -> list[Path]:
 
 
 def split_dialogues(data: DataConfig, skipped: list[str]) -> Iterator[tuple[str, Messages]]:
-    """Yield every dialogue with its side; of at most `data.limit`, the skills and every file give an equal
-    share. The errors of bad records are added to `skipped`."""
+    """Yield every dialogue with its side. Under `data.limit`, the skills and each file contribute equal
+    shares. The errors of bad records are added to `skipped`."""
     names, files = chosen_skills(data.paths), chosen_files(data.paths)
     sources = [skill_dialogues(data, names, 1 + len(files))] if names else []
     sources += [file_dialogues(file, data, skipped) for file in files]
@@ -202,7 +202,7 @@ def checked_turns(record: dict, where: str) -> Messages:
             )
     answered = system + (len(messages) - system) // 2 * 2
     if answered == system:
-        raise UserError(f"{where}: no message of the assistant, so there is nothing to supervise; remove it")
+        raise UserError(f"{where}: no assistant message, so there is nothing to supervise; remove it")
     return messages[:answered]
 
 

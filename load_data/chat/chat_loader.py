@@ -8,7 +8,7 @@
     padding_mask 1 1 1 1 1 0 0 0
 
 Packing is best fit: each dialogue, in random order, goes into the fullest row that still has room for it.
-Lengths of 15 to 120 fill rows of 256 to 98 %; with one dialogue per row a quarter would be used. Training on
+Dialogues of 15 to 120 ids fill 98 % of rows of 256; one per row would fill a quarter. Training on
 packed rows equals training with one dialogue per row (tested).
 """
 
@@ -30,7 +30,7 @@ class DialogueRows:
         if not samples or self.lengths.max() > sequence_length:
             raise ValueError(f"there must be samples, of at most {sequence_length + 1} ids")
         self.sequence_length, self.packing, self.pad_id = sequence_length, packing, pad_id
-        if not isinstance(samples, Samples):  # these stay where they are: on disk
+        if not isinstance(samples, Samples):  # `Samples` stay on disk
             samples = Samples(*map(np.concatenate, zip(*samples)), self.lengths + 1)
         self.samples = samples
 
@@ -79,7 +79,7 @@ class ChatLoader(TokenLoader):
     """Endless training batches of dialogues.
 
     An epoch visits every sample once, in an order drawn from (seed, epoch), and packs rows in that order.
-    Steps, their division and resuming are those of `TokenLoader`; `starts` holds rows.
+    Steps, their division and resuming work as in `TokenLoader`; `starts` holds rows.
     """
 
     def __init__(

@@ -11,8 +11,8 @@ inference alike, and a prompt followed by an answer has exactly the ids of the d
 as plain text, in which `Assistant：` or `<|im_end|>` are ordinary characters: no user and no data set can
 forge a turn.
 
-Soft tokens are for prompt tuning (Lester et al., arXiv 2104.08691): after each marker stand n ids beyond the
-vocabulary, n for each role, whose embeddings are trained and represent no text.
+Soft tokens are for prompt tuning (Lester et al., arXiv 2104.08691): n ids beyond the vocabulary follow each
+marker, different ones for each role. Their embeddings are trained and represent no text.
 """
 
 from collections.abc import Iterable
@@ -108,7 +108,7 @@ def cut_turn(template: ChatTemplate, messages: Messages, room: int) -> tuple[lis
         if role in parts:
             before, after = len(template.before[role]), len(template.after[role])
             if role == "assistant":
-                after = 0  # an answer that is cut has no end
+                after = 0  # a cut answer has no end marker
             ids, targets = parts[role]
             count = max(0, min(over, len(ids) - before - after - keep))
             start = before if role == "user" else len(ids) - after - count

@@ -26,7 +26,7 @@ def find_files(paths: list[str]) -> list[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(
-                f"--data {path}: no such file or folder; embedded are python (pre-training) and skills (chat)"
+                f"--data {path}: no such file or folder; built in are python (pre-training) and skills (chat)"
             )
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         found = [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file()]
@@ -112,7 +112,7 @@ def parse_record(line: str, where: str) -> dict:
     """Return the JSON object in `line`."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+    except (ValueError, RecursionError) as error:  # thousands of digits raise a plain ValueError
         reason = getattr(error, "msg", "too long a number, or nested too deeply")
         raise UserError(
             f"{where}: not valid JSON ({reason}); each line must hold one whole JSON object"

@@ -24,7 +24,7 @@ SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages
 SKIPPED_TABLES = ("encodings/", "pydoc_data/", "msilib/", "config-", "_sysconfigdata", "re/_casefix.py")
 SKIPPED_TABLES += ("html/entities.py", "stringprep.py")
 SHORTEST_DOCSTRING = 20  # characters; shorter ones carry no information
-LONG_LINE = 25  # characters; the same shorter line in two files is chance, not a copy
+LONG_LINE = 25  # characters; a shorter line in two files is chance, not a copy
 
 
 @dataclass(frozen=True)

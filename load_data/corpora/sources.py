@@ -1,4 +1,4 @@
-"""From `data.paths` to documents, each on its side of the split into training and held-out text.
+"""Turn `data.paths` into documents, each on its side of the split into training and held-out text.
 
 The split is made before anything is learned from the text:
 
@@ -28,7 +28,7 @@ SPLIT_DOCUMENT = tuple[str, Iterable[str]]  # its side, and its text in pieces
 
 
 class Sources:
-    """The text that a `DataConfig` names. Errors in paths show at once, errors in files when read.
+    """The text that a `DataConfig` names. Errors in paths are raised at once, errors in files when read.
 
     Attributes:
         skipped: errors of the bad records that the last reading of `documents` left out.
@@ -69,8 +69,8 @@ class Sources:
         return hashlib.sha256("\n".join(parts).encode("utf-8")).hexdigest()
 
     def documents(self) -> Iterator[SPLIT_DOCUMENT]:
-        """Yield every document once: its side and its pieces. Of at most `data.limit` documents, every source
-        gives an equal share, or all it has; the head and the tail of a `.txt` file count as one."""
+        """Yield every document once: its side and its pieces. Under `data.limit`, every source gives
+        an equal share, or all it has; the head and the tail of a `.txt` file count as one document."""
         self.skipped.clear()
         sources = [([one] for one in self.python_documents)] if self.corpus else []
         sources += map(self.documents_of, self.files)

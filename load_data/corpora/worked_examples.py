@@ -157,7 +157,7 @@ def random_expression(rng: random.Random) -> Expression:
 
 
 def worked_examples(count: int, seed: int = 0) -> Iterator[str]:
-    """Yield `count` worked examples in documents of `EXAMPLES_PER_DOCUMENT`; a seed gives always the same."""
+    """Yield `count` worked examples in documents of `EXAMPLES_PER_DOCUMENT`; a seed always gives the same."""
     rng = random.Random(seed)
     for first in range(0, count, EXAMPLES_PER_DOCUMENT):
         drawn = [random_expression(rng) for _ in range(min(EXAMPLES_PER_DOCUMENT, count - first))]

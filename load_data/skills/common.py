@@ -1,8 +1,8 @@
 """Definitions shared by all skills: a sample, and the side it belongs to.
 
 A skill makes random samples. A hash of a sample's key, the same on every machine, decides its side: nine
-tenths of all keys are for training, and the rest is divided evenly into `val` and `test`. So a question that
-a model is scored on was in no training text, of this stage or an earlier one.
+tenths of all keys are for training, and the rest is divided evenly into `val` and `test`. A question
+that is used for scoring therefore occurs in no training text, of this stage or an earlier one.
 """
 
 import random
@@ -26,10 +26,10 @@ class Sample:
 
 
 def side_of(sample: Sample) -> str | None:
-    """Return the side of a sample; None if its key may be trained on but a part of it may not."""
+    """Return the side of a sample; None if its key is for training but one of its parts is held out."""
     if is_reserved(sample.key):
         return held_out_side(sample.key)
-    sums = SMALL_SUM.findall(f"{sample.question}\n{sample.answer}")  # `3 - 8` and `-5` hold no `8 - 5`
+    sums = SMALL_SUM.findall(f"{sample.question}\n{sample.answer}")  # `3 - 8` and `-5` contain no `8 - 5`
     return None if any(map(is_reserved, (*sample.parts, *sums))) else TRAIN
 
 

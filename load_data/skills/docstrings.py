@@ -18,7 +18,7 @@ from utils.errors import UserError
 MOST_WORDS = 20  # of a sentence
 LONGEST_CALL = 60  # characters
 LONGEST_NAME = 40
-SENTENCE = re.compile(r"(.+?[.!?])(?=$|\s+[A-Z])")  # "i.e. that" goes on
+SENTENCE = re.compile(r"(.+?[.!?])(?=$|\s+[A-Z])")  # "i.e. that" ends no sentence
 PURPOSES = ("What does `{}` do?", "What is `{}` for?", "Describe `{}`.", "`{}` 有什么用？")
 CALLS = ("How is `{}` called?", "What is the signature of `{}`?", "How do I call `{}`?", "怎么调用 `{}`？")
 
@@ -59,7 +59,7 @@ def sample(rng: random.Random, side: str, val_fraction: float) -> Sample:
     """Draw a question about one entry."""
     if not (found := entries(val_fraction)[side]):
         raise UserError(
-            f"data.val_fraction={val_fraction} leaves skill docstrings no {side} question: raise it"
+            f"data.val_fraction={val_fraction} leaves no {side} question for skill docstrings: raise it"
         )
     name, sentence, call = rng.choice(found)
     if call and (not sentence or rng.random() < 0.4):

@@ -1,8 +1,8 @@
-"""The list in a sentence: `Please buy milk, eggs and bread.` -> `['milk', 'eggs', 'bread']`.
+"""Find the list in a sentence: `Please buy milk, eggs and bread.` -> `['milk', 'eggs', 'bread']`.
 
 English and Chinese; one to five things of one domain, in a sentence that contains other nouns too. The key is
-the combination in any order, so a scored combination was in no training text, in any sentence. A single thing
-counts as a combination.
+the combination in any order, so a scored combination was in no training text, in any sentence. A list of one
+thing also counts as a combination.
 """
 
 import random
@@ -18,7 +18,7 @@ FILLERS = {  # other words of the sentence
     "哪里": ("在桌上", "在家里", "在门口", "在楼下", "在学校", "在路边"),
     "何时": ("今天", "明天", "周末", "下班后", "早上", "晚饭前"),
 }
-ENGLISH = {  # domain: its things, and sentences for them
+ENGLISH = {  # domain -> its things, and sentences that use them
     "food": (
         "milk eggs bread butter rice cheese apples bananas carrots potatoes onions tomatoes beans soup "
         "honey sugar salt flour coffee tea juice water lemons grapes pears peaches mushrooms pasta fish "

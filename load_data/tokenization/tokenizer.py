@@ -45,7 +45,7 @@ def byte_characters() -> list[str]:
 
 
 class Tokenizer:
-    """Base of both kinds. A subclass sets these attributes, and encodes."""
+    """The base class of both kinds. A subclass sets these attributes, and encodes."""
 
     kind: str
     contents: dict  # all else that `from_json` needs
@@ -102,7 +102,7 @@ class Tokenizer:
 
     @staticmethod
     def from_json(text: str, where: str = "tokenizer") -> "Tokenizer":
-        """Return the tokenizer that `to_json` wrote; raise a `UserError`, begun with `where`, otherwise."""
+        """Return the tokenizer that `to_json` wrote, or raise a `UserError` that begins with `where`."""
         try:
             data = json.loads(text)
             if data["kind"] == "char":

@@ -20,7 +20,7 @@ from load_data.tokenization.tokenizer import Tokenizer, split_and_spell, without
 from utils.errors import UserError
 
 NO_TEXT = "after the split there is no training text; lower data.val_fraction, or give more text"
-BLOCKS = 64  # at least so many samples of texts that are too long to be read whole
+BLOCKS = 64  # samples, at least, from texts too long to be read whole
 
 
 def train_tokenizer(

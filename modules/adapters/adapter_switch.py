@@ -32,7 +32,7 @@ class AdapterSwitch:
 
     @property
     def active(self) -> str | list[str | None] | None:
-        """The selection in force: none beside the weights while an adapter is merged into them."""
+        """The selection in force; None while an adapter is merged into the weights."""
         return None if self.merged is not None else self.choice
 
     def use(self, choice: str | list[str | None] | None) -> None:

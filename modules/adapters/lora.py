@@ -13,16 +13,16 @@ fine-tuning does the two nearly independently. Stretching every row by its own f
 rank, out of reach for B A, yet m does it with one number per row. ||V|| is a constant for the gradient
 (section 4.3 of the paper): this saves the memory of a second matrix and changes accuracy little.
 
-A linear layer adds s B (A x) to its output and never builds B A. Experts meet their tokens in one fast pass
-(modules/experts/grouped.py) that takes matrices, so W' is built for all E at once. That costs R
-multiplications per weight, using it one per weight and token: little, if an expert sees many more than R
-tokens. An expert of width F needs no rank above F.
+A linear layer adds s B (A x) to its output and never builds B A. Experts run all tokens in one fast pass
+(modules/experts/grouped.py) that takes matrices, so W' is built for all E at once. Building it costs R
+multiplications per weight, and using it one per weight and token: little extra, if an expert sees many more
+than R tokens. An expert of width F needs no rank above F.
 
 Papers: Hu et al., arXiv 2106.09685 (LoRA); Kalajdzievski, arXiv 2312.03732 (rsLoRA); Liu et al., arXiv
 2402.09353 (DoRA). Names as in `peft`: `<layer>.lora_A.<adapter>`, and the base keeps its own.
 Trap: without s the learning rate depends on the rank.
 Trap: bf16 keeps 8 bits and loses an optimizer's small steps, so factors are fp32 even where W is bf16. The
-W' of experts is rounded like W: of a change below 1/256 of a weight, only a part survives the forward pass.
+W' of experts is rounded like W: only part of a change below 1/256 of a weight survives the forward pass.
 """
 
 import math
@@ -152,7 +152,7 @@ class LoraExperts(LoraLayer):
         self.implementation = layer.implementation
 
     def empty_store(self) -> nn.ModuleDict:
-        """Return a home for the parameters of one kind."""
+        """Return a container for the parameters of one kind."""
         return nn.ModuleDict({matrix: nn.ParameterDict() for matrix in self.MATRICES})
 
     def stores(self, matrix: str):
@@ -164,7 +164,7 @@ class LoraExperts(LoraLayer):
         return self.switch.by_rows(self.run, x, indices, weights)
 
     def run(self, name, x, indices, weights):
-        """Run all of x under one adapter; None, or one that is not here, is the base."""
+        """Run all of x under one adapter; None, or one that this layer lacks, is the base."""
         matrices = [self.gate_up_proj, self.down_proj]
         if name in self.lora_A["down_proj"]:
             matrices = [self.effective(m, name).to(getattr(self, m).dtype) for m in self.MATRICES]
@@ -172,7 +172,7 @@ class LoraExperts(LoraLayer):
 
 
 def lesson():
-    """Fit changes of a matrix by LoRA of several ranks and by DoRA; print the error left."""
+    """Fit changes of a matrix by LoRA of several ranks and by DoRA; print the remaining error."""
     from modules.adapters.lora_model import add_lora
 
     torch.manual_seed(0)

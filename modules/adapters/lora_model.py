@@ -5,11 +5,11 @@
     merge(model, "mine"), unmerge(model)       replace each W by W' (see lora.py), and restore W
     fold(model, "mine")                        merge for good: a plain model again
 
-A merged adapter costs nothing at inference, and the others wait. W is kept so that it can be restored, since
+A merged adapter costs nothing at inference; the others are idle. W is kept so that it can be restored, since
 (W + d) - d is not W.
 
-Trap: bf16 keeps 8 bits. W' is computed in fp32 and rounded once, and still little may be left of a small
-change (the lesson has numbers). Merge in fp32, or leave the adapter beside the weights.
+Trap: bf16 keeps 8 bits. W' is computed in fp32 and rounded once, yet little of a small change may be
+left (the lesson has numbers). Merge in fp32, or leave the adapter beside the weights.
 Trap: while merged, the model's state dict holds W' under the name of W, and the adapter as well. Fold a model
 before saving it as a plain one.
 """
@@ -135,7 +135,7 @@ def fold(model: nn.Module, name: str | None) -> None:
 
 
 def plain_layer(layer: LoraLayer) -> nn.Module:
-    """Return a plain layer with the present weights of a layer with adapters."""
+    """Return a plain layer with the current weights of a layer with adapters."""
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
         if isinstance(layer, LoraExperts):
             plain = Experts(*layer.down_proj.shape, layer.implementation)
@@ -151,7 +151,7 @@ def lesson():
     torch.manual_seed(0)
     size, rank = 256, 8
     A, B = torch.randn(rank, size), torch.randn(size, rank)
-    print("a change of W, by size     error of the merged change     weights not as before, once subtracted")
+    print("size of the change of W    error of the merged change     weights not restored by subtraction")
     print("                            in fp32         in bf16           in fp32         in bf16")
     for share in (1e-1, 1e-2, 1e-3, 1e-4):
         errors, altered = [], []

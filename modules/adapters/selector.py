@@ -59,7 +59,7 @@ def lesson():
     kinds = torch.randint(A, (N,))
     h = torch.randn(A, C)[kinds] + 0.8 * torch.randn(N, C)
     losses = 2.0 + 0.3 * torch.randn(N, A).abs()
-    losses[torch.arange(N), kinds] -= 1.5  # each is good at one kind
+    losses[torch.arange(N), kinds] -= 1.5  # each is good at one kind of question
     selector = Selector(C, A, width=16)
     optimizer = torch.optim.AdamW(selector.parameters(), lr=1e-2)
     print("a selector over three specialists; nats per answer on 200 unseen questions")

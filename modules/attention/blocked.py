@@ -49,7 +49,7 @@ class BlockedAttention(torch.autograd.Function):
             scores.view(B * G, R, n, stop)[..., start:] += bias[:n, :n]  # only the last square has a future
             probs = scores.softmax(dim=-1)
             out[:, :, start:stop] = torch.bmm(probs, v[:, :stop]).view(B * G, R, n, -1)
-            if keep:  # the probabilities of all blocks are as large as half of the scores
+            if keep:  # all blocks together: half the size of all scores
                 kept.append(probs)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.scale = scale

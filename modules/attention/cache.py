@@ -6,7 +6,7 @@ Generating token t costs t tokens of work without a cache and 1 with one. The pr
 There is one class per kind of content (see rolling_cache.py, latent_cache.py), all with the same methods:
 
   begin(tokens, new_tokens)  start a forward over `tokens` columns; `new_tokens[b]` of row b are real
-  append(layer, ...)         store one layer's keys and values of the new tokens; return all that may be seen
+  append(layer, ...)         store one layer's keys and values of the new tokens; return all visible ones
   advance()                  end the forward: rows grow by their new tokens
   crop(lengths)              discard the newest tokens, down to a length per row (rejected drafts)
   start_with(layer, ...)     put a prefix in front, before any token
@@ -66,7 +66,7 @@ class KVCache:
         self._plan()
 
     def _plan(self):
-        """Slot s holds token s, so the past is k <= q."""
+        """Set the key indices: slot s holds token s, so the past is k <= q."""
         self._span = max(past + new for past, new in zip(self._past, self._new, strict=True))
         self.key_index = torch.arange(self._span, device=self.device)[None]  # (1, S)
         if not self._uniform:

@@ -31,14 +31,14 @@ class AttentionContext:
 
     Attributes:
         positions: (B or 1, T), the position of each query for rotary embeddings; 0 for padding.
-        mask: (B or 1, 1, T, S) bool, True where a query may attend; None if `is_causal` says it all.
+        mask: (B or 1, 1, T, S) bool, True where a query may attend; None if `is_causal` is enough.
         is_causal: True if T == S and the plain triangle is the only rule (then mask is None).
     """
 
     positions: torch.Tensor
     mask: torch.Tensor | None
     is_causal: bool
-    shared: torch.Tensor | None = field(default=None, init=False, repr=False)  # the bias, once it was needed
+    shared: torch.Tensor | None = field(default=None, init=False, repr=False)  # the bias, built on first use
 
     def bias(self, dtype):
         """Return 0 where a query may attend and -inf elsewhere, (B or 1, 1, T, S), to be added to scores.
@@ -55,7 +55,7 @@ class AttentionContext:
         return self.shared
 
     def without_prefix(self, prefix: int):
-        """Return the context of a layer without the prefix; `prefix` is what `build_context` was told."""
+        """Return the context of a layer without the prefix; `prefix` is that given to `build_context`."""
         return self if self.mask is None else replace(self, mask=self.mask[..., prefix:])
 
 
@@ -78,7 +78,7 @@ def build_context(
         prefix: the number of keys that stand in front, without a cache.
     """
     if cache is not None and (document_ids is not None or padding_mask is not None):
-        raise ValueError("document_ids and padding_mask go without a cache; it takes `new_tokens` per row")
+        raise ValueError("document_ids and padding_mask need cache=None; a cache takes `new_tokens` per row")
     if cache is None:
         query_index = key_index = torch.arange(prefix, prefix + tokens, device=device)[None]  # (1, T)
         past, real = prefix, None if padding_mask is None else padding_mask.bool()  # (B, T)

@@ -28,10 +28,10 @@ SHORT = 128  # tokens; up to here blocks of queries gain nothing
 
 
 def eager_attention(q, k, v, context: AttentionContext, scale: float, dropout: float = 0.0):
-    """The formula of the paper. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D), the D of v.
+    """Compute the formula of the paper. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D), the D of v.
 
-    The H/G query heads of a group are stacked as more rows of one matrix: each group is a single product with
-    its keys, and keys need no copies.
+    The H/G query heads of a group are stacked as rows of one matrix: each group is a single product with its
+    keys, and the keys need no copies.
     """
     B, H, T, D = q.shape
     G, S = k.shape[1], k.shape[2]
@@ -83,7 +83,7 @@ class GroupedQueryAttention(nn.Module):
 
 
 def attend(name: str, q, k, v, context: AttentionContext, scale: float, dropout: float = 0.0):
-    """Attention by the path that `attn_implementation` names; `auto` is the one measured fastest.
+    """Run attention by the path that `attn_implementation` names; `auto` takes the fastest one measured.
 
     On a CPU: blocks of queries for long causal rows; otherwise plain products in bf16 (PyTorch's kernel
     leaves the processor's bf16 units idle) and PyTorch's kernel in fp32. On other devices: PyTorch's kernel.
@@ -101,11 +101,11 @@ def attend(name: str, q, k, v, context: AttentionContext, scale: float, dropout:
 
 
 def sdpa_attention(q, k, v, context: AttentionContext, scale: float, dropout: float = 0.0):
-    """The same through `F.scaled_dot_product_attention`. Shapes as in `eager_attention`.
+    """Compute the same with `F.scaled_dot_product_attention`. Shapes as in `eager_attention`.
 
-    Its kernels store no (T, S) scores. But on GPUs, the only kernel that takes both a mask and shared keys is
-    the one that does; with a mask, keys and values are therefore repeated for each query head, which is small
-    in comparison. The kernel for CPUs takes both.
+    Its kernels store no (T, S) scores, except on GPUs the only one that takes both a mask and shared keys.
+    With a mask, keys and values are therefore repeated for each query head there, which needs little memory
+    in comparison. The CPU kernel takes both.
     """
     shared = q.shape[1] // k.shape[1]
     if shared > 1 and context.mask is not None and q.device.type != "cpu":

@@ -107,7 +107,7 @@ class LatentAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, H*Dv) -> (B, T, C)
 
     def absorbing_pays(self, tokens: int, keys: int) -> bool:
-        """Return whether T queries on S keys take fewer multiplications absorbed. Per head they are
+        """Return whether T queries on S keys take fewer multiplications if absorbed. Per head:
 
           expanded   S R (nope + Dv)  to expand the past  +  T S (nope + rope + Dv)  to attend
           absorbed   T R (nope + Dv)  for both ends       +  T S (R + rope + R)      on the wider latents

@@ -58,8 +58,8 @@ class RollingKVCache(KVCache):
     def crop(self, lengths: list[int]) -> None:
         """Discard all tokens of row b from index lengths[b] on.
 
-        At most `margin` below the row's largest length so far: each newer token has overwritten one that the
-        window would need again.
+        The cut may reach at most `margin` below the row's largest length so far, because each newer token has
+        overwritten one that the window would need again.
         """
         for row, (most, new) in enumerate(zip(self.longest, lengths, strict=True)):
             if most > self.ring and most - new > self.margin:

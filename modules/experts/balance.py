@@ -1,10 +1,10 @@
 """Balance losses that keep experts equally busy, and the router z-loss.
 
 A router that prefers an expert sends it tokens, the expert improves on them, and the router prefers it more.
-Left alone, a few experts end up with all the work. Two numbers per expert measure that:
+Without a remedy, a few experts end up with all the work. Two shares per expert measure that:
 
-    f_i = assignments of expert i / all assignments       a count: adds up to 1, has no gradient
-    P_i = mean over tokens of  s_i / sum_j s_j            the router's mean probability: adds up to 1, has one
+    f_i = assignments of expert i / all assignments       adds up to 1, has no gradient
+    P_i = mean over tokens of  s_i / sum_j s_j            adds up to 1, has a gradient
 
 A loss makes them even (E experts, K per token, s = sigmoid or softmax of the router's logits):
 
@@ -51,7 +51,7 @@ def expert_sums(routing, mask):
 
 
 def shares(counts, probs, experts_per_token):
-    """Turn sums (..., E) of `expert_sums` into f (..., E) and P (..., E); zeros without a token."""
+    """Turn sums (..., E) of `expert_sums` into f (..., E) and P (..., E); all zeros if there is no token."""
     assignments = counts.sum(-1, keepdim=True).clamp(min=1)
     return counts / assignments, probs * experts_per_token / assignments
 

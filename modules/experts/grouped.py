@@ -1,4 +1,4 @@
-"""The experts of a mixture, fast: sort the tokens by expert, so that each expert is a few plain products.
+"""Run the experts of a mixture fast: sort tokens by expert, so that each expert is a few plain products.
 
     rows   = x[token]                     one row per token and chosen expert, sorted by expert
     hidden = rows U_e^T                   gate, up = halves of hidden
@@ -7,9 +7,9 @@
 
     x: (N, C)   indices, weights g: (N, K)   U: (E, 2F, C)   D: (E, C, F)   P rows   ->   y (N, C)
 
-`loop_experts` in modules/experts/moe.py is the reference. Only the products go expert by expert. `Dispatch`
+`loop_experts` in modules/experts/moe.py is the reference. Only the products run expert by expert. `Dispatch`
 copies tokens to rows and multiplies them, `Combine` multiplies rows and adds them up per token, each with its
-weight; one is the mirror image of the other, and so are their backward passes. Between them is plain PyTorch.
+weight; one mirrors the other, and so do their backward passes. Between them is plain PyTorch.
 
 No token is dropped: MegaBlocks (Gale et al., arXiv 2211.15841). Rows are copied by `index_select` and added
 up by `embedding_bag`, never by atomic additions: the same input gives the same bits.
@@ -28,12 +28,12 @@ class Rows(NamedTuple):
     position: torch.Tensor  # (N, K), the row of each assignment
     token: torch.Tensor  # (P,), the token of each row; 0 for blank rows
     blank: torch.Tensor  # the blank rows
-    sizes: torch.Tensor | list[int]  # (E,), rows of each expert; a tensor where one kernel does all experts
+    sizes: torch.Tensor | list[int]  # (E,), rows of each expert; a tensor if one kernel does all experts
 
 
 def grouped_experts(x, indices, weights, gate_up, down):
     """x (N, C), indices and weights (N, K), gate_up (E, 2F, C), down (E, C, F) -> (N, C)."""
-    if torch.compiler.is_compiling():  # shapes follow the router's choice, so each step would compile anew
+    if torch.compiler.is_compiling():  # shapes follow the router's choice, so each step would recompile
         return torch.compiler.disable(grouped_experts)(x, indices, weights, gate_up, down)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):  # the products run in its dtype, as F.linear would
@@ -45,7 +45,7 @@ def grouped_experts(x, indices, weights, gate_up, down):
 
 
 def has_kernel(gate_up, down) -> bool:
-    """True if PyTorch's grouped product takes these matrices: bf16, rows of whole 16 bytes, Ampere or newer.
+    """Return True if PyTorch's grouped product fits: bf16, rows in multiples of 16 bytes, Ampere or newer.
 
     It needs no counts on the host, so nothing waits for the GPU. Tested on a CPU only, not measured on a GPU.
     """
@@ -57,9 +57,9 @@ def has_kernel(gate_up, down) -> bool:
 def sort_rows(indices, experts: int, one_kernel: bool = False) -> Rows:
     """Sort the assignments `indices` (N, K) by expert.
 
-    Trap: on a CPU the library compiles a product for its shape and keeps it, 640 KiB each, and counts of
-    tokens hardly ever repeat. Each expert therefore gets blank rows up to a multiple of a power of two, which
-    is at most 1/16 of the mean count. One kernel for all experts needs none.
+    Trap: on a CPU, oneDNN compiles and keeps a kernel of 640 KiB for each shape, and token counts hardly ever
+    repeat. The rows of each expert are therefore padded with blank ones to a multiple of a power of two that
+    is at most 1/16 of the mean count. One kernel for all experts needs no padding.
     """
     flat, K = indices.flatten(), indices.shape[1]
     counts = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
@@ -85,7 +85,7 @@ def take_rows(x, rows: Rows):
 
 
 def add_rows(out, rows: Rows, weights=None):
-    """out (P, C), weights (N, K) -> (N, C), the K rows of each token added up, each times its weight."""
+    """out (P, C), weights (N, K) -> (N, C), the weighted sum of the K rows of each token."""
     return F.embedding_bag(rows.position, out, mode="sum", per_sample_weights=weights)
 
 
@@ -115,7 +115,7 @@ class Dispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, stack, rows):
-        """Copy tokens to rows, multiply."""
+        """Copy tokens to rows and multiply."""
         ctx.rows = rows
         ctx.save_for_backward(x, stack)
         return products(take_rows(x, rows), stack.mT, rows.sizes)
@@ -123,7 +123,7 @@ class Dispatch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        """grad (P, O) -> gradients of x and stack, each if asked for."""
+        """grad (P, O) -> gradients of x and stack, each if needed."""
         (x, stack), rows = ctx.saved_tensors, ctx.rows
         grad_x = grad_stack = None
         if ctx.needs_input_grad[0]:
@@ -136,13 +136,13 @@ class Dispatch(torch.autograd.Function):
 class Combine(torch.autograd.Function):
     """Rows times their experts' matrices, weighted and added up per token.
 
-    inner (P, I), weights (N, K), stack (E, O, I) -> (N, O). The gradient of a weight is the product of inner
-    and its gradient, which is needed anyway: the rows that were added up are not.
+    inner (P, I), weights (N, K), stack (E, O, I) -> (N, O). The gradient of a weight is the dot product of
+    a row of inner and its gradient, which is needed anyway, so the rows that are summed need not be kept.
     """
 
     @staticmethod
     def forward(ctx, inner, weights, stack, rows):
-        """Multiply, add up."""
+        """Multiply and add up."""
         ctx.rows = rows
         ctx.save_for_backward(inner, weights, stack)
         return add_rows(products(inner, stack.mT, rows.sizes), rows, weights)
@@ -150,7 +150,7 @@ class Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        """grad (N, O) -> gradients of inner, weights and stack, each if asked for."""
+        """grad (N, O) -> gradients of inner, weights and stack, each if needed."""
         (inner, weights, stack), rows = ctx.saved_tensors, ctx.rows
         grad_inner = grad_weights = grad_stack = None
         places, grad = rows.position.flatten(), take_rows(grad, rows)

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Routing(NamedTuple):
-    """The experts and weights of N tokens; fp32 in any model, but fp64 in a model in fp64."""
+    """The experts and weights of N tokens; fp64 if the model is in fp64, otherwise fp32."""
 
     logits: torch.Tensor  # (N, E)
     scores: torch.Tensor  # (N, E), sigmoid or softmax of the logits, with gradient
@@ -42,8 +42,8 @@ def first_bits(x):
 
 class ExactLinear(torch.autograd.Function):
     """x (N, C), W (E, C) -> x W^T (N, E), without autocast; TF32 may round gradients only, which
-    choose no expert. Trap: a compiler traces the backward pass under the autocast around the model, so it
-    must be off there as well, or the gradient is rounded to bf16."""
+    choose no expert. Trap: a compiler traces the backward pass under the autocast around the model, so
+    autocast must be off there as well, or the gradient is rounded to bf16."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -52,7 +52,7 @@ class ExactLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             if x.dtype != torch.float32 or not torch.backends.cuda.matmul.allow_tf32:
                 return x @ weight.T
-            first, first_weight = first_bits(x), first_bits(weight)  # the rests are below 2^-10 of the whole
+            first, first_weight = first_bits(x), first_bits(weight)  # the remainders are below 2^-10 of them
             return first @ first_weight.T + (x - first) @ first_weight.T + x @ (weight - first_weight).T
 
     @staticmethod
@@ -75,7 +75,7 @@ class TopkRouter(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
 
     def _apply(self, fn, recurse=True):
-        """Move and cast, but keep the bias out of bf16 and fp16: it moves in steps of 0.001 or so."""
+        """Move and cast, but never cast the bias to bf16 or fp16: it changes in steps of about 0.001."""
         exact = self.e_score_correction_bias
         super()._apply(fn, recurse)
         moved = self.e_score_correction_bias
@@ -106,7 +106,7 @@ class TopkRouter(nn.Module):
 def keep_best_groups(choice, groups: int, kept: int):
     """Mask (N, E) by -inf outside of the `kept` groups whose two best experts have the largest sum.
 
-    0 would not do: with a negative bias a masked expert at 0 would win.
+    A mask of 0 would not do: it could win against experts with a negative bias.
     """
     grouped = choice.unflatten(1, (groups, -1))  # (N, groups, E/groups)
     ranking = grouped.topk(2, dim=-1).values.sum(dim=-1)  # (N, groups)

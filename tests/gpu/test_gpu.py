@@ -1,8 +1,8 @@
 """Checks of what a CPU cannot show: kernels, number formats and processes of a GPU (Ampere or newer).
 
-`train/lab/gpu_report.py` runs them on a GPU. Each runs on a CPU as well, which shows that it can pass. Where
-nothing else is said, what is expected comes from a CPU, in fp64 or from a run in fp32. An error is the norm
-of a difference over the norm of what is expected.
+`train/lab/gpu_report.py` runs them on a GPU. Each also runs on a CPU, which shows that it can pass. Unless
+stated otherwise, expected values come from a CPU, in fp64 or from a run in fp32. An error is the norm of the
+difference divided by the norm of the expected values.
 """
 
 import math
@@ -63,32 +63,32 @@ def no_curves(monkeypatch):
 
 
 def close(bound, ours, expected):
-    """No tensor of a list is off by more than the bound, or NaN."""
+    """Assert that no tensor of a list is NaN or off by more than the bound."""
     for number, pair in enumerate(zip(ours, expected, strict=True)):
         one, other = (tensor.detach().to(CPU, torch.float64) for tensor in pair)
         assert (one - other).norm() <= bound * other.norm(), f"tensor {number}"
 
 
 def normal(*shapes, dtype=torch.float32):
-    """Random tensors on the CPU, the same every time."""
+    """Return random tensors on the CPU, the same every time."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
 def with_gradients(compute, upstream, inputs, device, dtype):
-    """The value on the device and in the dtype, and the gradients of all inputs."""
+    """Return the value, computed on the device in the dtype, and the gradients of all inputs."""
     inputs = [tensor.detach().to(device, dtype, copy=True).requires_grad_() for tensor in inputs]
     value = compute(*inputs)
     return [value, *torch.autograd.grad(value, inputs, upstream.to(value))]
 
 
 def model_of(device, dtype=torch.float64, **shape):
-    """A model with random weights, the same every time."""
+    """Return a model with random weights, the same every time."""
     return shake(TinySeek(small_shape(**shape))).to(device, dtype)
 
 
 def loss_and_gradients(model, runner, ids, **batch):
-    """What a step of training needs, for ids (B, T + 1)."""
+    """Return the loss and the gradients of all parameters, for ids (B, T + 1)."""
     device = next(model.parameters()).device
     batch = {key: value.to(device) for key, value in ({"labels": ids[:, 1:]} | batch).items()}
     loss = runner(ids[:, :-1].to(device), **batch).loss_sum
@@ -102,7 +102,7 @@ def loss_and_gradients(model, runner, ids, **batch):
     (512, []), (512, [0, 3, 7]), (300, [1, 2, 3, 4, 5, 6]), (3, []), (1, [0]),
 ])  # fmt: skip
 def test_one_kernel_for_all_experts_is_the_loop(device, monkeypatch, tokens, idle):
-    """Idle experts get gradients of zeros. Memory that a kernel leaves alone holds NaN beforehand."""
+    """Idle experts get zero gradients. Free memory holds NaN first, to expose what is not written."""
     if device == CPU:
         monkeypatch.setattr(grouped, "has_kernel", lambda gate_up, down: True)  # which CPUs are not sent to
     scores, *inputs, upstream = normal((tokens, 8), (tokens, 64), (tokens, 2), (8, 64, 64), (8, 64, 32),
@@ -122,7 +122,7 @@ def test_one_kernel_for_all_experts_is_the_loop(device, monkeypatch, tokens, idl
 
 
 def attention(name, device, dtype, tensors, **rules):
-    """Attention by the path `name`, and its gradients. `rules` as for `build_context`."""
+    """Return attention by the path `name`, and its gradients. `rules` are those of `build_context`."""
     *inputs, upstream = tensors
     rules = {key: value.to(device) if torch.is_tensor(value) else value for key, value in rules.items()}
     context = build_context(upstream.shape[2], device, **rules)
@@ -142,7 +142,7 @@ REAL = torch.arange(45) < torch.tensor([[45], [20], [0]])
     {"padding_mask": REAL, "window": 7},
 ], ids=["padding", "documents", "window"])  # fmt: skip
 def test_masked_attention_with_shared_keys_is_the_formula(device, dtype, bound, rules):
-    """Padding gives no NaN, forward or backward, nor does a row of nothing else."""
+    """Padding gives no NaN, forward or backward, not even a row that is all padding."""
     tensors = normal(*((3, heads, 45, 32) for heads in (8, 2, 2, 8)), dtype=torch.bfloat16)
     expected = attention("eager", CPU, torch.float64, tensors, **rules)
     close(bound, attention("sdpa", device, dtype, tensors, **rules), expected)
@@ -163,7 +163,7 @@ def norm(x, weight):
 
 
 def rotary(x):
-    """128 positions only, as an fp32 angle has an error of its own."""
+    """Rotate only 128 positions, because larger fp32 angles have an error of their own."""
     table = RotaryEmbedding(64).to(x.device, x.dtype)
     return apply_rotary(x, *table(torch.arange(128, device=x.device)[None]))
 
@@ -174,7 +174,7 @@ def logits_of_the_router(x, weight):
 
 
 def cross_entropy(hidden, weight):
-    """The factors of the logits fit into TF32; softmax, logarithm and sum are what is checked."""
+    """Check softmax, logarithm and sum only: the factors of the logits fit into TF32."""
     labels = torch.arange(3, device=hidden.device)
     return linear_cross_entropy(*(x.bfloat16().to(x.dtype) for x in (hidden, weight)), labels)[0]
 
@@ -211,7 +211,7 @@ def test_a_whole_model_is_its_plain_paths(device, shape):
 
 @pytest.mark.slow
 def test_a_compiled_model_with_experts_is_the_plain_one(device):
-    """The numbers of tokens per expert differ from step to step, and nothing is compiled anew."""
+    """Token counts per expert change from step to step, and nothing is recompiled."""
     model = model_of(device, torch.float32, num_hidden_layers=1, **EXPERTS)
     torch._dynamo.reset()
     runner = torch.compile(model, backend="inductor" if device.type == "cuda" else "eager")
@@ -240,15 +240,15 @@ def train(out, device, dtype=torch.float32, resume=False, steps=6, scaler=None, 
 
 
 def moved(trainer):
-    """All weights, as differences to the first ones."""
+    """Return how far all weights have moved from the first ones."""
     start = small_model(trainer.config).parameters()
     pairs = zip(trainer.model.parameters(), start, strict=True)
     return [torch.cat([(now.detach().cpu() - before).flatten() for now, before in pairs])]
 
 
 def same_end(ours, expected):
-    """Kernels may add up in any order, which every step amplifies: two equal runs may end 1 % of their way
-    apart. A lost state of an optimizer, or a lost place in the data, changes tens of per cent."""
+    """Compare how far two runs have moved. Kernels may sum in any order, which every step amplifies: equal
+    runs may end 1 % apart. Losing an optimizer's state or the place in the data changes tens of per cent."""
     close(0.01, moved(ours[0]), moved(expected[0]))
 
 
@@ -259,7 +259,7 @@ def test_training_in_bf16_is_that_in_fp32(device, tmp_path):
 
 
 def test_training_in_fp16_is_that_in_fp32_and_leaves_out_an_overflow(device, tmp_path):
-    """After five steps the scale grows so much that the sixth overflows: it has a loss, but is not taken."""
+    """After five steps the scale grows so much that the sixth overflows: it has a loss, but is skipped."""
     scaler = torch.amp.GradScaler(device.type, growth_interval=5, growth_factor=2.0**100)
     trainer, ours = train(tmp_path / "fp16", device, torch.float16, scaler=scaler)
     _, expected = train(tmp_path / "fp32", CPU)
@@ -275,7 +275,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(device, tmp_path):
 
 
 def test_a_group_of_one_process_trains_as_no_group(device, tmp_path):
-    """Over nccl on a GPU, with a message for every gradient."""
+    """The group uses nccl on a GPU and reduces every gradient."""
     expected = train(tmp_path / "alone", device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # as in utils/distributed.py
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

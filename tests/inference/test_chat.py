@@ -386,8 +386,8 @@ def test_wrong_combinations_are_one_line_and_exit_code_2(monkeypatch, capsys, fo
         (["--adapter", prefix, tmp_path / "flipped.pkl"], "flipped.pkl: the checkpoint is damaged"),
         (["--gate", torn], "torn.pkl: its candidate"),
         (["--gate", gate, "--adapter", lora], "not allowed with argument"),
-        (["--adapter", lora, "--draft", 2], "--draft goes with one whole model"),
-        (["--gate", gate, "--draft", 2], "--draft goes with one whole model"),
+        (["--adapter", lora, "--draft", 2], "--draft works with one whole model"),
+        (["--gate", gate, "--draft", 2], "--draft works with one whole model"),
         (["--adapter"], "expected at least one argument"),
         (["--checkpoint", base, "--draft", 2], "no MTP head to draft with"),
     ]

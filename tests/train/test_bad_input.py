@@ -312,13 +312,13 @@ def test_bad_calls_of_every_stage(refuse, bases, tmp_path, stage):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("gone.jsonl", None, "gone.jsonl: no such file or folder; embedded are python"),
+        ("gone.jsonl", None, "gone.jsonl: no such file or folder; built in are python"),
         ("book.txt", b"once upon a time", "book.txt: plain text is for train/pre_train.py"),
         ("text.jsonl", b'{"text": "once"}\n', "text.jsonl, line 1: "),
         ("none.jsonl", b"\n\n", "there is no training text"),
         ("few.jsonl", (TURN % (1, 1)).encode(), "there is no training text"),
         ("empty.jsonl", b'{"messages": []}\n', "line 1: messages must be a list of at least one message"),
-        ("asked.jsonl", b'{"messages": [{"role": "user", "content": "?"}]}\n', "no message of the assistant"),
+        ("asked.jsonl", b'{"messages": [{"role": "user", "content": "?"}]}\n', "no assistant message"),
         (
             "turns.jsonl",
             b'{"messages": [{"role": "assistant", "content": "x"}]}\n',

@@ -22,12 +22,12 @@ from utils.errors import UserError
 from utils.lock import FolderLock
 from utils.products import MKL
 
-# Settings that a resumed run may change: its end, reporting, where it computes or reads, and the rule of the
-# split, which the digest of the data knows.
+# Settings that a resumed run may change: its end, reporting, device and paths, and the rule of the split,
+# which the data digest covers.
 MAY_CHANGE = {"max_steps", "max_seconds", "log_every", "eval_every", "eval_batches", "save_every", "device",
               "paths", "cache_dir", "same_question"}  # fmt: skip
 SIZES = ("batch_size", "accumulation_steps")  # may change if their product, times the processes, does not
-OLD = ".old"  # is appended to the name of a checkpoint that was moved aside
+OLD = ".old"  # suffix of a checkpoint that was moved aside
 
 
 class Checkpoints:
@@ -83,7 +83,7 @@ class Checkpoints:
         self.run.machine.say(f"saved {path}")
 
     def contents(self) -> dict:
-        """Return the part that all checkpoints have."""
+        """Return what every checkpoint contains."""
         run, stage = self.run, self.run.stage
         return {
             "stage": stage.name, "short": stage.short, "config": to_dict(run.config),
@@ -93,7 +93,7 @@ class Checkpoints:
         }  # fmt: skip
 
     def training_state(self) -> dict:
-        """Return the part that only a resumed run needs."""
+        """Return what only a resumed run needs."""
         run, held_out = self.run, self.run.held_out
         return {
             "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
@@ -143,13 +143,13 @@ class Checkpoints:
         state = saved["training"]
         for optimizer, values in zip(run.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
-        if state["scaler"]:  # empty if the run did not compute in fp16 until now
+        if state["scaler"]:  # empty if the run has not used fp16 so far
             run.scaler.load_state_dict(state["scaler"])
         run.stage.source.load_state_dict(state["loader"])
         run.step, run.tokens, run.skipped = saved["step"], saved["tokens"], state["skipped"]
         self.index, self.epoch = state["saved"]
         run.elapsed, run.warm_from = state["elapsed"], state.get("warm_from", 0)
-        run.products = state.get("products", MKL)  # the only one of older checkpoints
+        run.products = state.get("products", MKL)  # older checkpoints always used MKL
         held_out.reserve, held_out.last = state["reserve"], state["last_evaluation"]
         held_out.best, held_out.measured_at = state.get("best"), state.get("measured_at", 0)
         run.log.load_state_dict(state["log"])
@@ -176,7 +176,7 @@ class Checkpoints:
 
     def check_same_run(self, saved: dict, path: Path) -> None:
         """Raise `UserError` if settings, base or data differ from those of the run to resume."""
-        defaults = to_dict(RunConfig())  # of settings that are newer than the checkpoint
+        defaults = to_dict(RunConfig())  # for settings newer than the checkpoint
         for section, values in to_dict(self.run.config).items():
             known = defaults[section] | saved["config"].get(section, {})
             for key, value in values.items():
@@ -203,4 +203,4 @@ class Checkpoints:
         if state.get("frozen", {}) != self.run.frozen:
             raise UserError(f"{path} was trained with other frozen models: name the same ones")
         if saved["data_digest"] != self.run.stage.data_digest:
-            raise UserError(f"{path} was trained on other data: resume with the same, or write elsewhere")
+            raise UserError(f"{path} was trained on other data: use the same, or choose another --out")

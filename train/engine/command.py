@@ -1,6 +1,6 @@
 """The command line that all stages share: flags in, one checked `Command` out.
 
-The configuration, the folder to write to, and the right to write there are checked before any work.
+The configuration, the output folder and the permission to replace what it holds are checked before any work.
 """
 
 from dataclasses import dataclass
@@ -106,7 +106,7 @@ def inherited_sections(init: dict, path: str) -> dict:
 
 
 def flag_settings(args) -> dict:
-    """Return the flags that are settings, as sections. A limit given here replaces both of the preset."""
+    """Return the flags that are settings, as sections. A limit among them replaces both of the preset's."""
     train = {key: getattr(args, key) for key in ("device", "seed") if getattr(args, key) is not None}
     if args.max_steps is not None or args.max_seconds is not None:
         train |= {"max_steps": args.max_steps, "max_seconds": args.max_seconds}

@@ -127,7 +127,7 @@ def train_adapter(name: str, short: str, description: str) -> None:
 
 
 def train_and_score(stage: Stage, data: ChatData, command: Command, machine: Machine) -> None:
-    """Train; score greedy answers to held-out questions before and after."""
+    """Train, and score greedy answers to held-out questions before and after."""
     held_out = [*deque(data.dialogues(VAL), SCORED_DIALOGUES)]  # those of files are behind those of skills
     with distributed.all_or_none():
         before = scores(stage.model.to(machine.device), data, held_out, command, machine)
@@ -146,8 +146,8 @@ def train_and_score(stage: Stage, data: ChatData, command: Command, machine: Mac
 def scores(model, data: ChatData, held_out: list, command: Command, machine: Machine) -> dict[str, float]:
     """Return the percentage of correct answers, in the first process only.
 
-    One for each skill, those of `sft_train` included, and for held-out dialogues of files (`exact`; `items`
-    where answers are tables). These dialogues also chose the best weights, so trust a new file more.
+    There is one for each skill, including those of `sft_train`, and one for held-out dialogues of files
+    (`exact`, or `items` if answers are tables). They also chose the best weights, so trust a new file more.
     """
     if not machine.world.is_first:
         return {}

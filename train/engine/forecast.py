@@ -1,10 +1,10 @@
-"""The forecast of a run, made from its own first steps, and compared with what came of it.
+"""Forecast a run from its own first steps, and compare the forecast with the outcome.
 
-    seconds of a step = median of the measured ones, and evaluations and checkpoints spread over all steps
-    steps to come     = those left until max_steps, or those that fit into the seconds left, if fewer
+    seconds of a step = median of the measured steps, plus evaluations and checkpoints, spread over all steps
+    steps to come     = those left until max_steps, or those that fit into the remaining time, if fewer
     end               = seconds so far + steps to come * seconds of a step + last evaluation and checkpoint
 
-The first steps of a process are slow and are not measured. Memory is that of the steps so far.
+The first steps of a process are slow and are not measured. Memory is the peak so far.
 """
 
 import statistics
@@ -17,30 +17,30 @@ from config.schema import TrainConfig
 from utils.cost import size
 
 SLOW = 5  # steps that are not measured
-STEPS, SECONDS = 25, 3.0  # measured at least; fewer seconds once a tenth of the run is over
-SAVING = 12 / 200e6  # seconds per parameter of a checkpoint: with two moments, to an ordinary disk, flushed
+STEPS, SECONDS = 25, 3.0  # measured at least; fewer seconds suffice once a tenth of the run is over
+SAVING = 12 / 200e6  # seconds to save a parameter: three fp32 numbers (with two moments) at 200 MB/s
 
 
 class Costs(NamedTuple):
-    """Seconds of the parts of a run."""
+    """The cost of the parts of a run, in seconds."""
 
     step: float
     evaluation: float  # of all held-out data
-    batches: int  # in it
+    batches: int  # of that evaluation
     saving: float  # of one checkpoint
-    epochs: float = 0.0  # per step, where each ends with an evaluation of all held-out data
+    epochs: float = 0.0  # per step, if every epoch ends with such an evaluation, else 0
 
 
 class Forecast:
-    """Watches `run`, a `Trainer`: `note()` after each step, `compare()` at its end."""
+    """The forecast of `run`, a `Trainer`: call `note()` after each step and `compare()` at the end."""
 
     def __init__(self, run):
         self.run = run
-        self.count, self.marks = 0, []  # steps of this process; (step, seconds) between which to measure
+        self.count, self.marks = 0, []  # steps of this process; (step, seconds) pairs to measure between
         self.made = None  # steps, seconds and bytes at the end of the run
 
     def note(self) -> None:
-        """Note a step. After enough of them make the forecast and print it, once."""
+        """Count a step. After enough steps, make the forecast and print it, once."""
         run, self.count = self.run, self.count + 1
         waiting = run.lazy and run.step % run.config.train.log_every  # the GPU may still be computing
         if self.made or waiting or self.count < SLOW:
@@ -61,7 +61,7 @@ class Forecast:
         run.machine.say(f"forecast after {self.count} steps of {step * 1e3:.0f} ms{longer}: {texts}")
 
     def compare(self) -> None:
-        """Print what was predicted beside what was measured."""
+        """Print the prediction beside the measurement."""
         if self.made:
             now = self.run.step, self.run.elapsed, *peak_memory(self.run.machine.device)
             texts = [f"{write(told)}, measured {write(came)} ({came / told - 1:+.1%})"
@@ -80,7 +80,7 @@ def end_of_run(train: TrainConfig, step: int, elapsed: float, costs: Costs) -> t
 
 
 def peak_memory(device: torch.device) -> list[int]:
-    """Return the most bytes held so far, by tensors on a GPU, else by the process; nothing on Windows."""
+    """Return the peak bytes so far, of tensors on a GPU, else of the process; empty on Windows."""
     if device.type == "cuda":
         return [torch.cuda.max_memory_allocated(device)]
     if sys.platform == "win32":
@@ -91,10 +91,10 @@ def peak_memory(device: torch.device) -> list[int]:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds with the unit that people use."""
+    """Format seconds in a readable unit."""
     unit, name = (1, "seconds") if seconds < 120 else (60, "minutes") if seconds < 7200 else (3600, "hours")
     return f"{seconds / unit:.1f} {name}"
 
 
-# How the numbers of a forecast are printed. On Windows it has no third one, so `strict=False` above.
+# How to print the numbers of a forecast. On Windows it has no third one, so `strict=False` above.
 WRITE = "{:,.0f} steps".format, duration, lambda count: f"{size(count)} of memory"

@@ -21,7 +21,7 @@ class HeldOut:
         self.reserve = 0.0  # seconds kept for the last evaluation
 
     def measure(self, batches: int | None) -> dict[str, float]:
-        """Return the numbers of the stage's evaluation, on so many batches, or None for all."""
+        """Return the results of the stage's evaluation on this many batches (None: all)."""
         run = self.run
         run.model.eval()
         with torch.no_grad(), run.machine.autocast():

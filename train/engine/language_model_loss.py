@@ -47,18 +47,18 @@ class LanguageModelLoss(Loss):
         self.balancer.begin_step(tokens)
         if self.balancer.needs_counting_pass:
             devices = [self.machine.device] if self.machine.device.type == "cuda" else []
-            # With the same dropout and noise as in the training pass: it chooses the same experts.
+            # The same dropout and noise as in the training pass, so that the same experts are chosen.
             with torch.random.fork_rng(devices), torch.no_grad(), self.machine.autocast():
                 for batch in micro_batches:
                     output = self.forward(model, batch)
                     self.balancer.count(self.trainable(output), real_tokens(batch))
 
     def trainable(self, output) -> list:
-        """Return the routings of trainable routers: all, except that of a frozen second head, the last."""
+        """Return the routings of trainable routers: all, or all but the last if the second head is frozen."""
         return output.routings[: len(self.balancer.routers)]
 
     def forward(self, model, batch: dict):
-        """Run the model on a batch, with all that it says about its tokens."""
+        """Run the model on a batch, with its positions, documents and padding."""
         about = {key: batch[key] for key in ("position_ids", "document_ids", "padding_mask") if key in batch}
         return model(batch["input_ids"], labels=batch["labels"], mtp=self.mtp, **about)
 

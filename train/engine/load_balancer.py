@@ -4,12 +4,12 @@ DeepSeek's bias.
 Loads need to be even over many tokens, not within a few. A micro-batch of Python code should be free to use
 the experts that know Python; a loss that asks for even loads within it forbids that. Scopes of f and P:
 
-    sequence   each row by itself; rows weigh as much as they have real tokens
+    sequence   each row by itself, weighted by its number of real tokens
     batch      this process's micro-batch
     global     all micro-batches of all processes in one optimizer step
 
 Micro-batch m with n_m of the step's n real tokens adds n_m/n times its loss, so the loss of the step is the
-sum over micro-batches and processes. The mean is taken over layers: even is 1 (kl: 0) at any depth.
+sum over micro-batches and processes. It is a mean over layers, so an even load gives 1 (kl: 0) at any depth.
 
 Global statistics have a difficulty: gradients flow one micro-batch at a time, through its own P_m, while the
 loss L(f, P) depends on P = sum_m n_m/n P_m. The chain rule solves it for every form alike:

@@ -35,7 +35,7 @@ class Machine:
             tqdm.write(" ".join(str(word) for word in words))
 
     def read(self, prepare, *arguments):
-        """Return prepared data, in the first process of each machine first; print how long it took."""
+        """Prepare data, in the first process of each machine first; print how long it took."""
         clock = time.monotonic()
         with distributed.rank_zero_first():
             data = prepare(*arguments)
@@ -53,7 +53,7 @@ def start_machine(config: RunConfig) -> Machine:
     keep_freed_memory()
     machine = Machine(device, dtype, scaled, world)
     if (device.type, dtype) == ("cpu", torch.float32):
-        machine.products = choose_products(REPOSITORY / "out" / "cache")  # one for all runs
+        machine.products = choose_products(REPOSITORY / "out" / "cache")  # measured once for all runs
         reason += f", products by {machine.products}"
     plural = "es" if world.size > 1 else ""
     machine.say(f"device: {device}, {threads} threads, {world.size} process{plural}; {reason}")

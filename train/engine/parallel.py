@@ -1,7 +1,7 @@
 """A model on several processes, each of which holds the whole of it.
 
-A sharded form would replace these functions: parameters in `prepare`, after the gradient proof, which makes
-copies; clipping, and the gathering of whole weights for checkpoints.
+A sharded version would replace these functions: shard parameters in `prepare` (after the gradient proof,
+which makes copies), clip across shards, and gather whole weights for checkpoints.
 """
 
 import torch
@@ -31,5 +31,5 @@ def clip(model: nn.Module, limit: float) -> torch.Tensor:
 
 
 def state_dict(model: nn.Module, names=None) -> dict[str, torch.Tensor]:
-    """Return the whole weights, or those called `names`."""
+    """Return all weights, or those in `names`."""
     return {name: part for name, part in model.state_dict().items() if names is None or name in names}

@@ -1,11 +1,11 @@
 """The learning-rate schedule: warmup, then decay along the progress of the run.
 
-Progress runs from 0 to 1, by steps or by seconds, whichever bound is nearer. A run that is bounded by time
-anneals completely on a slow machine too.
+Progress runs from 0 to 1, in steps or in seconds, whichever bound is nearer. A run that is bounded by time
+therefore decays completely even on a slow machine.
 
     cosine       min + (1 - min) (1 + cos(pi p)) / 2
     exponential  min^p
-    wsd          1, then over the last `decay_fraction` from 1 down to min   (arXiv 2404.06395)
+    wsd          1, then linearly down to min over the last `decay_fraction`   (arXiv 2404.06395)
 """
 
 import math
@@ -14,14 +14,14 @@ from config.schema import OptimConfig
 
 
 def progress(step: int, max_steps: int | None, elapsed=0.0, max_seconds: float | None = None) -> float:
-    """Return the share of the run that is over, 0 to 1: the larger of the two bounds."""
+    """Return the completed share of the run, 0 to 1: by steps or by time, whichever is larger."""
     by_steps = step / max_steps if max_steps else 0.0
     by_time = elapsed / max_seconds if max_seconds else 0.0
     return min(1.0, max(by_steps, by_time))
 
 
 def lr_factor(optim: OptimConfig, step: int, done: float) -> float:
-    """Return the factor of all learning rates. It is never 0 in the warmup.
+    """Return the factor that multiplies all learning rates. It is never 0 during warmup.
 
     `step` counts from 0 at the beginning of the warmup; `done` is the progress of the run.
     """

@@ -89,6 +89,6 @@ def answer_sample(candidate: Loaded, turn: list[Message]) -> Sample:
     """
     answer, learned = candidate.template.turn(turn[-1])
     marker = len(candidate.template.before["assistant"])
-    answer = answer[marker : len(learned) - learned[::-1].index(True)]  # its end included, no line break
+    answer = answer[marker : len(learned) - learned[::-1].index(True)]  # up to its end marker
     room = candidate.model.config.max_position_embeddings - candidate.model.prefix_length
     return sample(prompt_within(candidate.template, turn[:-1], room + 1 - len(answer)), answer)

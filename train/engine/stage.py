@@ -130,7 +130,7 @@ class LoaderSource:
         return Step(micro_batches, weight, int(tokens))
 
     def sample(self) -> Step:
-        """Return the first step ahead with a label in it, and stay where we are."""
+        """Return the first of the coming steps that has a label, without advancing."""
         state = self.state_dict()
         steps = (self.next_step() for _ in range(SEARCHED))
         found = next((step for step in steps if step.weight), None)

@@ -24,7 +24,7 @@ class StepLog:
         self.window: dict[str, float] = {}  # sums since the last line
         self.pending: list[tuple] = []  # names and values to add; tensors may still be computed
         self.log = self.experts = None
-        self.positions = [None, None]  # of the two files, where a checkpoint says so
+        self.positions = [None, None]  # in the two files, if a checkpoint has them
 
     def open(self) -> None:
         """Start the files, or truncate them to where the checkpoint was made."""

@@ -60,7 +60,7 @@ class Trainer:
         self.optimizers = [each for part, optim in parts for each in build_optimizers(part, optim)]
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.scaled)
         self.products = machine.products  # a resumed run keeps that of its checkpoint
-        self.lazy = machine.device.type == "cuda"  # fetch numbers from the device only where they are due
+        self.lazy = machine.device.type == "cuda"  # fetch numbers from the device only when due
         self.log = StepLog(self.out / stage.name)
         self.checkpoints = Checkpoints(self)
         if resume:
@@ -208,9 +208,9 @@ class Trainer:
     # --------------------------------------------------------------------------------------- after each step
 
     def after_step(self, factor: float, new_epoch: bool, bar) -> None:
-        """Check, log, evaluate and save where they are due.
+        """Check, log, evaluate and save, each when it is due.
 
-        A signal adds no line to the log: that of a resumed run equals that of an uninterrupted one.
+        A signal adds no line to the log, so a resumed run writes the same log as an uninterrupted one.
         """
         train, stopping, ending = self.config.train, self.signals.agreed, self.progress >= 1
         log_due, eval_due, save_due = (
@@ -222,7 +222,7 @@ class Trainer:
         if log_due or ending:
             place = {"step": self.step, "tokens": self.tokens, "epoch": self.stage.source.epoch_progress}
             self.log.write(place, self.config.optim.lr * factor, self.tokens / self.step, self.skipped)
-        # Epochs may be shorter than a step: whole evaluations keep a distance.
+        # Epochs may be shorter than a step, so whole evaluations are spaced apart.
         spaced = self.step - self.held_out.measured_at >= train.eval_every // 100
         if self.stage.keep_best and new_epoch and spaced and not ending:
             self.held_out.evaluate(None)
@@ -254,7 +254,7 @@ class Trainer:
         for name, digest in self.frozen_digests().items():
             if digest != self.frozen[name]:
                 raise UserError(f"the frozen model {name} was changed by training: is it in an optimizer?")
-        self.checkpoints.save()  # the evaluation may take a while, and somebody may lose patience
+        self.checkpoints.save()  # the evaluation may take a while and be interrupted
         self.held_out.evaluate(None)
         self.elapsed = time.monotonic() - self.started
         self.finished = True

@@ -12,7 +12,7 @@ seed ends with table.md, results.json, loss.png and bpb.png.
 All runs take the same number of steps, hence the same tokens under the same schedule. A cell may pay for its
 loss with time or FLOPs, so the table shows both, and loss.png draws the curves over each. These are a rough
 guide: a run's learning rate decays towards its own end, so a shorter run could do better at equal seconds.
-`--minutes` is a safeguard: a run that its share ends early had fewer tokens, and has a star in the table.
+`--minutes` is a safeguard: a run that exceeds its share of the time ends early and gets a star in the table.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGE, SHORT = "pre_train", "Pre"
 STEPS = 180  # of each run: 30 runs of less than a minute on two cores
 EVALUATIONS = 6  # during a run, on a part of the held-out data
-START_SECONDS = 15  # of a run, before its first step and after its last evaluation
+START_SECONDS = 15  # of each run, before its first step and after its last evaluation
 LOSS_WEIGHT, BIAS_RATE = 0.01, 0.001  # of a balance that the base lacks (2101.03961, 2408.15664)
 
 
@@ -91,7 +91,7 @@ class Cell:
 
     name: str
     words: str  # the change
-    settings: list[str]  # the change, as after --set
+    settings: list[str]  # the change, written as for --set
     config: RunConfig
 
 
@@ -100,10 +100,10 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--config", default=DEFAULT_PRESET, metavar="NAME|FILE.json", help="the base (default: %(default)s)")
-    add("--cells", nargs="+", metavar="CELL", help="default: all that fit the base, which is always one")
+    add("--cells", nargs="+", metavar="CELL", help="default: all that fit the base; it is always included")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    add("--max-steps", type=int, default=STEPS, metavar="N", help="of each run (default: %(default)s)")
-    add("--minutes", type=float, default=90, metavar="M", help="at most, for all runs (default: %(default)s)")
+    add("--max-steps", type=int, default=STEPS, metavar="N", help="steps of each run (default: %(default)s)")
+    add("--minutes", type=float, default=90, metavar="M", help="limit for all runs (default: %(default)s)")
     add("--out", type=Path, default=ROOT / "out" / "ablate", metavar="DIR", help="default: out/ablate")
     add("--set", action="append", default=[], metavar="section.key=value", dest="settings",
         help="a setting of the base, and so of all cells; may be repeated")  # fmt: skip
@@ -141,7 +141,7 @@ def main():
         bpb = read_run(out, seed, cell)["val_bpb"]
         left = (time.monotonic() - clock) / number * (len(missing) - number) / 60
         print(f"{where}: val_bpb {bpb:.4f}; about {left:.0f} minutes left", flush=True)
-        if number < len(missing) and missing[number][0] != seed:  # all cells have this seed now
+        if number < len(missing) and missing[number][0] != seed:  # this seed is done in every cell
             report(out, cells, seeds[: seeds.index(seed) + 1], call)
     report(out, cells, seeds, call)
     print((out / "table.md").read_text(encoding="utf-8"))

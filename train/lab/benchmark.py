@@ -1,14 +1,14 @@
-"""Measure training and decoding speed, against Hugging Face transformers of the same shape on this machine.
+"""Measure training and decoding speed against Hugging Face models of the same shape on this machine.
 
     python train/lab/benchmark.py                                     the shape that the README quotes
-    python train/lab/benchmark.py --config benchmark_moe              with experts, also against dense
+    python train/lab/benchmark.py --config benchmark_moe              with experts, and against a dense model
     python train/lab/benchmark.py --config gpu_base --set train.compile=true
     python train/lab/benchmark.py --drafts out/mtp/TinySeek_Pre_final.pkl   plain against speculative decoding
 
-Machines are shared and noisy, so the contenders take turns, step by step, and the results are medians: of
-speeds, and of the ratio in each turn. Training: forward, backward and an AdamW step on random tokens, the
-twin in a process of its own. Decoding: greedy, 128 new tokens after a prompt of 16, one row. Drafts: a model
-continues 200 passages of its own held-out text, with and without its MTP head. The twin needs `transformers`.
+Machines are shared and noisy, so the contenders take turns, step by step, and the results are medians of the
+speeds and of each turn's ratio. Training is forward, backward and an AdamW step on random tokens; the Hugging
+Face twin has its own process and needs `transformers`. Decoding is greedy: 128 new tokens after a prompt of
+16, one row. With --drafts, a model continues 200 passages of held-out text with and without its MTP head.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
@@ -45,7 +45,7 @@ from utils.products import multiply_with
 
 PROMPT, NEW_TOKENS, PASSAGES = 16, 128, 200
 DENSE, PRODUCT = "TinySeek, dense, as wide", "a large product"
-LARGE = (4096, 512, 1024)  # its rows, inputs and outputs: the operands fit into the caches
+LARGE = (4096, 512, 1024)  # rows, inputs and outputs of the large product, whose operands fit into the caches
 
 
 def main():
@@ -72,7 +72,7 @@ def main():
 
 
 def twin_kind(model) -> str | None:
-    """Return the Hugging Face architecture of this shape; None without one, or without transformers."""
+    """Return the matching Hugging Face architecture; None if there is none or transformers is missing."""
     if model.attention_kind == "mla" or model.mtp != "none" or not find_spec("transformers"):
         return None
     experts = "Qwen3Moe" if model.scoring_func == "softmax" and not model.n_shared_experts else "Dots1"
@@ -90,7 +90,7 @@ def hugging_face_twin(config, attention: str):
              "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size",
              "norm_topk_prob", "first_k_dense_replace", "n_group", "topk_group", "routed_scaling_factor"]
     own = {name: getattr(model, name) for name in names if hasattr(shape_class(), name)}
-    if kind == "Qwen3Moe":  # settings that are called something else there
+    if kind == "Qwen3Moe":  # settings with other names there
         dense = list(range(model.first_k_dense_replace))
         own |= {"num_experts": model.n_routed_experts, "mlp_only_layers": dense}
     shape = shape_class(**own, sliding_window=None, attn_implementation=attention)
@@ -98,9 +98,9 @@ def hugging_face_twin(config, attention: str):
 
 
 def take_turns(contenders: dict, steps: int, machine) -> dict[str, list[float]]:
-    """Return the seconds of each call of each contender, after three calls to warm up.
+    """Return the seconds of each contender's calls, after three calls to warm up.
 
-    The order is random in every turn, so that no contender always finds the caches that the same one left.
+    The order is random in every turn, so that no contender always inherits the caches of the same other one.
     """
     seconds, order = {name: [] for name in contenders}, random.Random(0)
     for turn in range(steps + 3):
@@ -120,7 +120,7 @@ def ratio(seconds: list[float], reference: list[float]) -> float:
 
 
 def report(seconds: dict[str, list[float]], tokens: int, unit: str, extra=None) -> None:
-    """Print medians, the spread of the middle half, and ratios to the last contender."""
+    """Print medians, quartiles, and ratios to the last contender."""
     *_, last = seconds.values()
     for name, times in seconds.items():
         low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
@@ -163,7 +163,7 @@ def our_steps(config, machine) -> dict:
 
 
 def large_product(dtype: torch.dtype):
-    """Return a function that takes one large product, for the peak that a CPU reaches in this run."""
+    """Return a function that computes one large product, to measure the peak of this CPU in this run."""
     rows, inputs, outputs = LARGE
     shapes = (rows, inputs), (outputs, inputs), (rows, outputs)
     x, weight, out = (torch.randn(shape).to(dtype) for shape in shapes)
@@ -174,8 +174,8 @@ TWINS = {}  # attention -> training step, in the process of the twins
 
 
 def start_twins(config, machine) -> None:
-    """Build the twins, in their process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process gets it too, and ends this one
+    """Build the twins in their process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process gets it too, and ends this one
     start_process(machine.device, config.train.seed)
     multiply_with(machine.products).__enter__()  # as long as this process lives
     for attention in ("eager", "sdpa"):
@@ -195,8 +195,8 @@ def step_twin(attention: str, device: torch.device) -> None:
 def twins_steps(config, machine):
     """Yield name -> training step of each twin, in a process that lives as long as this context.
 
-    A process of their own, because ours keeps freed memory (utils/device.py): that would speed up the twins
-    by an eighth, and the memory that they free would speed us up.
+    They need a process of their own, because ours keeps freed memory (utils/device.py): that would speed up
+    the twins by an eighth, and the memory that they free would speed up our models.
     """
     kind = twin_kind(config.model)
     if kind is None:
@@ -209,7 +209,7 @@ def twins_steps(config, machine):
             try:
                 pool.submit(*call).result()
             except BrokenProcessPool as error:
-                raise UserError("the process of the Hugging Face twins ended; it says why above") from error
+                raise UserError("the process of the Hugging Face twins ended; see the error above") from error
 
         ask(int)  # returns when the twins are built
         yield {f"{kind}ForCausalLM ({name})": functools.partial(ask, step_twin, name, machine.device)

@@ -5,15 +5,15 @@
     python train/lab/benchmark_adapters.py --config dense --set lora.r=64
 
 One step is forward, backward, clipping and AdamW, on random tokens; the contenders take turns, step by step.
-Bytes are those of existing tensors:
+Bytes are counted from the existing tensors:
 
     weights, gradients, optimizer     AdamW holds two numbers for each trainable one
     fixed           kept by the forward pass for the backward pass, independent of the batch: weights in bf16,
                     experts with their LoRA added, the gradient of the output head (modules/cross_entropy.py)
-    activations     kept besides: they grow with the rows of the batch
+    activations     also kept, but growing with the rows of the batch
 
-An adapter needs few gradients and states, but gradients pass through all layers down to its first one, so
-activations stay. The sum exceeds the peak: gradients appear while activations are freed.
+An adapter needs few gradients and optimizer states, but gradients still flow back to its first layer, so
+activations stay. The sum exceeds the peak, because activations are freed as gradients appear.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
@@ -45,7 +45,7 @@ def main():
     config = load_config(args.config, args.settings)
     shape, data = config.model, config.data
     shape.vocab_size = shape.vocab_size or config.tokenizer.vocab_size
-    shape.zero_init_residual = False  # a finished model has no zeros
+    shape.zero_init_residual = False  # as in a trained model
     machine = start_machine(config)
     rows, length = config.train.batch_size, data.sequence_length
     batch = torch.randint(shape.vocab_size, (rows, length + 1), device=machine.device)
@@ -85,12 +85,12 @@ class Contender:
         self.optimizers = build_optimizers(self.model, replace(config.optim, optimizer="adamw"))
 
     def loss(self, inputs, labels):
-        """Return the mean over tokens; (B, T) each -> ()."""
+        """Return the mean loss per token; (B, T) each -> ()."""
         with self.machine.autocast():
             return self.model(inputs, labels).loss_sum / labels.numel()
 
     def step(self, keep: bool = False) -> None:
-        """Take one optimizer step; `keep` the gradients."""
+        """Take one optimizer step; `keep` leaves the gradients in place."""
         self.loss(self.inputs, self.labels).backward()
         torch.nn.utils.clip_grad_norm_(self.trainable, self.clip)
         for optimizer in self.optimizers:
@@ -99,7 +99,7 @@ class Contender:
             self.model.zero_grad()
 
     def measure(self) -> dict[str, int]:
-        """Return bytes, and the numbers of all and of trainable parameters."""
+        """Return the bytes of each part, and the counts of all and of trainable parameters."""
         weights = list(self.model.parameters())
         fixed, activations = self.saved()
         self.step(keep=True)
@@ -117,8 +117,8 @@ class Contender:
         return found
 
     def saved(self) -> tuple[int, int]:
-        """Return the bytes that a forward pass keeps for the backward pass, parameters apart: those that stay
-        the same with one more row, and the others. A storage counts once, however many tensors view it."""
+        """Return the bytes that a forward pass keeps for the backward pass, without parameters: those that
+        one more row leaves unchanged, and the rest. A storage counts once, however many tensors view it."""
         known = {weight.untyped_storage().data_ptr() for weight in self.model.parameters()}
 
         def kept(*batch) -> list:
@@ -134,7 +134,7 @@ class Contender:
 
 
 def size(tensors) -> int:
-    """Return the bytes of all their storages, each counted once."""
+    """Return the bytes of the tensors' storages, each counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 

@@ -1,11 +1,11 @@
-"""Estimate a pre-training run on a GPU that is not here: parameters, memory, steps, hours; data apart.
+"""Estimate the parameters, memory, steps and hours of a pre-training run on a GPU that is not here.
 
     python train/lab/estimate.py --config gpu_base --device H200
 
-On the machine at hand a run forecasts itself, from its first steps. Here the bytes and FLOPs of the cost card
-meet the GPU's data sheet. A product of matrices may reach its peak; a whole step reaches a share, the model
-FLOPs utilisation (MFU): 0.21 in GPT-3, 0.46 in PaLM (arXiv 2204.02311, table 3). Small models reach less, as
-each of their kernels has to be launched, which takes 5 to 25 microseconds whatever its size.
+On the machine at hand, a run makes its own forecast from its first steps. This script combines the bytes and
+FLOPs of the cost card with the GPU's data sheet. A matrix product may reach the GPU's peak; a whole step
+reaches a share of it, the model FLOPs utilisation (MFU): 0.21 in GPT-3, 0.46 in PaLM (arXiv 2204.02311, table
+3). Small models reach less, since launching a kernel takes 5 to 25 microseconds whatever its size.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
@@ -24,9 +24,9 @@ from utils.device import GPUS, data_sheet
 from utils.errors import Parser, UserError, run_main
 
 MFU = 0.35
-LAUNCH = 10e-6  # seconds of a kernel
-KERNELS = 200  # of a layer in a step that is not compiled: 140 (dense, AdamW) to 300 (experts, Muon)
-SPARE = 1e9, 1.1  # bytes that CUDA takes for itself, and the factor by which blocks are larger than tensors
+LAUNCH = 10e-6  # seconds to launch a kernel
+KERNELS = 200  # per layer and step without torch.compile: 140 (dense, AdamW) to 300 (experts, Muon)
+SPARE = 1e9, 1.1  # bytes for CUDA itself, and the factor by which allocated blocks exceed tensors
 
 
 def main():
@@ -40,13 +40,13 @@ def main():
     add("--mfu", type=float, default=MFU, help=f"share of the GPU's peak that a step reaches (default {MFU})")
     args = parser.parse_args()
     if not 0 < args.mfu <= 1:
-        raise UserError(f"--mfu {args.mfu:g}: a share, above 0 and at most 1")
+        raise UserError(f"--mfu {args.mfu:g}: must be above 0 and at most 1")
     config = load_config(args.config, args.settings, {}, {"data": {"paths": args.data}} if args.data else {})
     peak, room = data_sheet(f"{args.device} RTX {args.device}")
     if peak is None:
         raise UserError(f"--device {args.device}: unknown; known: {', '.join(GPUS)}")
     if config.train.dtype == "fp32":
-        raise UserError("train.dtype=fp32: data sheets are of bf16; leave it out")
+        raise UserError("train.dtype=fp32: data sheets give bf16 peaks; leave this setting out")
     clock = time.monotonic()
     data = prepare_pretraining(config)
     print(f"data: read and tokenized in {time.monotonic() - clock:.1f} seconds on this machine")
@@ -55,7 +55,7 @@ def main():
 
 
 def estimate(config, held_out: int, peak: float, room: float, mfu: float) -> list[str]:
-    """Return the lines for a GPU of `peak` FLOP/s and `room` bytes; `held_out`: tokens of an evaluation."""
+    """Return the report on a GPU of `peak` FLOP/s and `room` bytes; an evaluation reads `held_out` tokens."""
     train, length = config.train, config.data.sequence_length
     with torch.device("meta"):
         model = TinySeek(config.model)
@@ -64,7 +64,7 @@ def estimate(config, held_out: int, peak: float, room: float, mfu: float) -> lis
     products = passes * card.train_flops() * tokens / (mfu * peak)
     launches = passes * config.model.num_hidden_layers * KERNELS * LAUNCH * (not train.compile)
     step, batches = max(products, launches), -(-held_out // tokens)
-    evaluation = batches * step / passes / 3  # forward is a third of forward and backward
+    evaluation = batches * step / passes / 3  # a forward pass is a third of forward plus backward
     costs = Costs(step, evaluation, batches, SAVING * card.parameters)
     steps, seconds = end_of_run(train, 0, 0.0, costs)
     needs = SPARE[0] + SPARE[1] * card.peak_bytes
@@ -72,9 +72,9 @@ def estimate(config, held_out: int, peak: float, room: float, mfu: float) -> lis
     speed = passes * tokens / step
     return card.lines() + [
         f"a step      {passes * tokens:,} tokens, {step * 1e3:,.0f} ms, {speed:,.0f} tokens/s "
-        f"(products {products * 1e3:,.1f} ms, launches {launches * 1e3:,.1f} ms: the longer counts)",
+        f"(products {products * 1e3:,.1f} ms, launches {launches * 1e3:,.1f} ms; the longer counts)",
         f"the run     {steps:,.0f} steps, {duration(seconds)} with evaluations and checkpoints",
-        f"peak memory {size(needs)} of {size(room)}, CUDA itself and 10 % between blocks included: {fits}",
+        f"peak memory {size(needs)} of {size(room)}, with CUDA itself and 10 % for fragmentation: {fits}",
     ]
 
 

@@ -1,14 +1,14 @@
-"""Check a GPU and measure training on it, in less than nine minutes: one JSON file and one Markdown table.
+"""Check a GPU and measure training on it in less than nine minutes; write a JSON file and a Markdown table.
 
     python train/lab/gpu_report.py                 writes gpu_report.json and gpu_report.md
-    python train/lab/gpu_report.py --minutes 4     leaves out what does not fit
+    python train/lab/gpu_report.py --minutes 4     skips what does not fit into the time
 
-First come the checks, tests/gpu (they need pytest), then the speed of four models with and without
-`torch.compile`. A step is forward, backward, clipping and optimizers on random tokens. Model FLOPs, hence
-MFU, and predicted memory are those of utils/cost.py. All checks are one process, and each model is one, with
-a limit of time: what crashes or hangs spoils nothing else. Both files are written after each. Without a GPU
-everything runs in a small mode on the CPU, which shows that the script works and nothing else. The exit code
-is 1 if anything failed; what does not fit into the memory or the time has not.
+It runs the checks in tests/gpu (they need pytest), then measures four models with and without
+`torch.compile`. A step is forward, backward, clipping and optimizers on random tokens. Model FLOPs (hence
+MFU) and predicted memory come from utils/cost.py. The checks run in one process and each model in its own,
+with a time limit, so that a crash or a hang spoils nothing else; both files are rewritten after each. Without
+a GPU, everything runs in a small mode on the CPU, which only shows that the script works. The exit code is 1
+if anything failed; a model that runs out of memory or time has not failed.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
@@ -35,7 +35,7 @@ from utils.device import peak_flops, pick_dtype, synchronize
 from utils.errors import Parser, UserError, run_main
 
 CHECKS = ROOT / "tests" / "gpu"
-LIMIT, LEAST = 150.0, 30.0  # seconds for all checks or a model, mostly to compile; and to begin another
+LIMIT, LEAST = 150.0, 30.0  # seconds: most for the checks or one model; least left to begin a model
 WARM_UP, STEPS = 3, 10
 LARGE = ["model.hidden_size=1024", "model.num_hidden_layers=24", "model.num_attention_heads=16",
          "model.num_key_value_heads=8", "model.intermediate_size=3328", "train.batch_size=16"]  # fmt: skip
@@ -55,18 +55,18 @@ COLUMNS = ["model", "compiled", "parameters", "active", "tokens/s", "MFU %", "ms
 
 
 def main() -> int:
-    """Check, measure, write; return 1 if anything failed."""
+    """Run the checks, measure the models, write the results; return 1 if anything failed."""
     parser = Parser(__doc__)
     parser.add_argument("--out", default=ROOT / "out" / "gpu_report", type=Path, metavar="DIR")
-    parser.add_argument("--minutes", type=float, default=8.5, help="for all of it (default 8.5)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="time limit for everything (default 8.5)")
     parser.add_argument("--model", choices=MODELS, help="only measure this one, and print a line of JSON")
-    parser.add_argument("--compile", action="store_true", help="with --model")
+    parser.add_argument("--compile", action="store_true", help="compile it; with --model")
     args = parser.parse_args()
     if args.model:
         print(json.dumps(measure(args.model, args.compile)))
         return 0
     end, kind = time.monotonic() + 60 * args.minutes, "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if kind == "cuda" else "CPU, small mode: no figure means anything"
+    name = torch.cuda.get_device_name() if kind == "cuda" else "CPU, small mode: the figures mean nothing"
     dtype, _, reason = pick_dtype("auto", torch.device(kind))
     print(f"{name}; PyTorch {torch.__version__}; {reason}")
     checks = {"passed": [], "failed": [], "problem": "still running"}
@@ -77,7 +77,7 @@ def main() -> int:
     for model, compiled in itertools.product(MODELS, (False, True)):
         row, left = {"model": model, "compiled": "yes" if compiled else "no"}, end - time.monotonic()
         print(f"{left:4.0f} s left; {model}{', compiled' if compiled else ''}: ", end="", flush=True)
-        if compiled and kind == "cpu":  # it takes longer than all the rest
+        if compiled and kind == "cpu":  # compiling takes longer than all the rest
             row["note"] = "not in the small mode"
         elif left < LEAST:
             row["note"] = "no time was left"
@@ -96,7 +96,7 @@ def main() -> int:
 
 
 def run(arguments: list, seconds: float) -> tuple[str, str]:
-    """Run Python with these arguments; return what it prints, and what went wrong with it, if anything."""
+    """Run Python with these arguments; return its output, and what went wrong, if anything."""
     command = [sys.executable, *map(str, arguments)]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=seconds, check=False)
@@ -111,7 +111,7 @@ def run(arguments: list, seconds: float) -> tuple[str, str]:
 
 
 def check(kind: str, left: float) -> dict:
-    """Run tests/gpu on this kind of device; return the names of those that passed and failed."""
+    """Run tests/gpu on this kind of device; return the names of tests that passed and failed."""
     words = ["-m", "pytest", "-o", "addopts=", "-v", "-p", "no:cacheprovider", "-k", kind, CHECKS]
     said, problem = run(words, min(LIMIT, left))
     passed, failed = (re.findall(rf"::test_(\S+) {word}", said) for word in ("PASSED", "(?:FAILED|ERROR)"))
@@ -122,7 +122,7 @@ def check(kind: str, left: float) -> dict:
 
 
 def measure(name: str, compiled: bool) -> dict:
-    """Train one of `MODELS` for some steps, a tiny one without a GPU; return its row of the table."""
+    """Train one of `MODELS` for a few steps (a tiny version without a GPU); return its row of the table."""
     preset, changes = MODELS[name]
     start, small = time.monotonic(), [] if torch.cuda.is_available() else SMALL
     config = load_config(preset, [*changes, *small])
@@ -163,7 +163,7 @@ def measure(name: str, compiled: bool) -> dict:
 
 
 def write(out: Path, about: dict) -> None:
-    """Write the results so far: all of them as JSON, the models as a table with a line about the rest."""
+    """Write the results so far: everything as JSON, and the models as a table with a line on the checks."""
 
     def cell(value) -> str:
         """Format a number, None or a word."""

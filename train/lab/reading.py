@@ -1,11 +1,11 @@
-"""Count how much of this repository a script calls: what a reader meets who follows it from top to bottom.
+"""Count how much of this repository a script calls: what someone who follows every call has to read.
 
     python train/lab/reading.py train/minimal.py
     python train/lab/reading.py train/pre_train.py --max-steps 20 --out /tmp/reading
 
-Runs the script in this process and lists our files of which a function was called, each with all its lines.
-Statements of modules and class bodies do not count, since an import runs them whether they are used or not.
-Other processes are not seen. Nothing of ours is imported here: that would hide what the imports call.
+It runs the script in this process and lists each of our files in which a function was called, with all its
+lines. Module and class bodies do not count, since an import runs them whether they are used or not. Other
+processes are not seen. Nothing of ours is imported here: that would hide what the imports call.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
@@ -15,11 +15,11 @@ import runpy
 import threading
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PARTS = ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>")  # functions of the interpreter's own making
+PARTS = ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>")  # functions that the interpreter creates
 
 
 def lines_called(script: str, arguments: list[str], root: pathlib.Path = ROOT) -> dict[str, int]:
-    """Run a script; return the lines of each file below `root` that it called into, most lines first."""
+    """Run a script; return the line count of each file in `root` that it called into, longest first."""
     seen = {script}
 
     def watch(frame, event, _):
@@ -46,7 +46,7 @@ def lines_called(script: str, arguments: list[str], root: pathlib.Path = ROOT) -
 
 
 def main():
-    """Print a table of the files, and their sum."""
+    """Print the files with their line counts, and the total."""
     if len(sys.argv) < 2 or not pathlib.Path(sys.argv[1]).is_file():
         print("error: name a script: train/lab/reading.py train/minimal.py [its flags]", file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""Checks of a model before it runs: nothing hidden, nothing shared by accident, the right half frozen.
+"""Checks of a model before it runs: nothing hidden, nothing shared by accident, the right parts frozen.
 
 A module owns the parameters and buffers that are registered in it. Only these follow `.to()`, reach the
 optimizer and are saved. A layer in a plain dictionary still works in the forward and gets gradients, but is

@@ -1,10 +1,10 @@
-"""The trial of the gradient proof: a copy of the model on which the first steps are played.
+"""The trial of the gradient proof: a copy of the model on which the first steps are imitated.
 
 Zeros need care: a projection that starts at zero (LoRA's B, the last layer of each block under
 `zero_init_residual`) passes no gradient to what lies before it on the very first step, and a healthy model
-would look broken. So the copy plays the first steps: a tensor of zeros that gets a gradient is given small
-random numbers, as the optimizer would move it, until no more of them wake up. A tensor that is then still
-without gradient stays so forever, such as a LoRA whose A and B both start at zero.
+would look broken. So the copy imitates the first steps: a tensor of zeros that gets a gradient is given small
+random numbers, as if the optimizer had moved it, until no other tensor of zeros gets one. A tensor that is
+still without gradient then stays so forever, such as a LoRA whose A and B both start at zero.
 """
 
 import copy
@@ -73,7 +73,7 @@ class Trial:
             if not odd or not re.search("same device|expected device", str(error)):
                 raise
             raise UserError(
-                f"the forward meets two devices; plain attributes do not follow the model to {usual}: "
+                f"the forward uses two devices; plain attributes do not follow the model to {usual}: "
                 f"{some(odd)}; use register_buffer"
             ) from error
         losses = losses if isinstance(losses, Mapping) else {"loss": losses}
@@ -136,8 +136,8 @@ class Trial:
     # --- findings -------------------------------------------------------------------------------------
 
     def measure(self) -> None:
-        """Run all micro-batches forward and backward, one at a time, and add up what their terms reach, over
-        all processes: `reached` names, by term; `norms` of all terms; names with a `lapsed` gradient."""
+        """Run all micro-batches forward and backward, one at a time. Collect over all processes: the names
+        that each term has `reached`, the gradient `norms`, and the names whose gradient has `lapsed`."""
         self.prepare(self.model, self.batches)
         for batch in self.batches:
             self.measure_one(batch)
@@ -181,7 +181,7 @@ class Trial:
     def dead_slices(self) -> tuple[list[str], list[str]]:
         """Return rows and columns of matrices whose gradient is exactly zero, and experts without a token.
 
-        Dropout may hit a column by chance, so only what `CONFIRMING` further passes confirm is dead."""
+        Dropout may zero a column by chance, so a slice is dead only if `CONFIRMING` more passes agree."""
         dead, idle = self.without_gradient()
         confirmed = 0
         while dead and confirmed < CONFIRMING:
@@ -192,7 +192,7 @@ class Trial:
         return dead, idle
 
     def without_gradient(self) -> tuple[list[str], list[str]]:
-        """Return the `dead_slices` so far. In tables of the vocabulary and in routers, rows may be idle."""
+        """Return the current result of `dead_slices`. Rows of vocabulary tables and routers may be idle."""
         dead, idle = [], []
         for name, dims in self.alive.items():
             module = self.model.get_submodule(name.rpartition(".")[0])
@@ -207,7 +207,7 @@ class Trial:
 
     def explain_missed(self) -> None:
         """Raise an error about parameters that no term reaches, with its cause: zeros that block each other,
-        frozen zeros, or a cut in between. Trainable zeros are filled first to tell, then frozen ones."""
+        frozen zeros, or a cut in between. To find out, it fills trainable zeros, then frozen ones."""
         reached = set().union(*self.reached.values())
         cut_off = [name for name in self.trainable if name not in reached]
         if not cut_off:
@@ -250,7 +250,7 @@ def agreed(flags: dict) -> list:
 
 
 def leaves(loss: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the tensors that the graph of `loss` ends in: those that a backward would give a gradient."""
+    """Yield the tensors that the graph of `loss` ends in: those that backward would give a gradient."""
     waiting, seen = [loss.grad_fn], set()
     while waiting:
         node = waiting.pop()

@@ -1,4 +1,4 @@
-"""Proof that training trained: after the last step every weight is compared with its first value.
+"""Proof that training moved the weights: after the last step each is compared with its initial value.
 
 A gradient before the first step (`train/proof/gradient_check.py`) is a promise. A weight moves only if the
 optimizer holds it, its learning rate is above zero, each step is larger than the rounding of the weight, and
@@ -28,13 +28,13 @@ class Note:
 
 
 class WeightWitness:
-    """Keeps the weights of the start, and proves at the end that exactly the trainable ones have moved.
+    """Keeps the initial weights, and proves at the end that exactly the trainable ones have moved.
 
     Weight decay shrinks a weight even if no gradient ever reaches it. So the witness keeps, for each
-    parameter, the product of (1 - lr * weight_decay) over the steps. Decay alone leads from the first value w
-    to s * w for some s between that product and 1, and a weight was trained if it is anywhere else.
-    (Decoupled decay, as in AdamW and Muon.) First values are kept on the CPU; of frozen tensors and buffers
-    only a fingerprint. Of the buffers, only the biases of trainable routers may change.
+    parameter, the product of (1 - lr * weight_decay) over the steps. Decay alone leads from the initial value
+    w to s * w for some s between that product and 1, and a weight was trained if it is anywhere else.
+    (Decoupled decay, as in AdamW and Muon.) Initial values are kept on the CPU; of frozen tensors and
+    buffers only a fingerprint. Of the buffers, only the biases of trainable routers may change.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -87,7 +87,7 @@ class WeightWitness:
                 stuck.setdefault(reason(note, start.dtype), []).append(name)
         zeros = {name for name, start in self.start.items() if not start.any()}
         if max(note.live for note in self.notes.values()) == 1 and zeros and zeros <= relative.keys():
-            stuck.pop(UNREACHED, None)  # what lies before zeros, as LoRA's A, waits for the second step
+            stuck.pop(UNREACHED, None)  # what precedes zeros, like LoRA's A, moves from the second step on
         if stuck:
             words = [f"{describe(self.model, names)}: {why}" for why, names in stuck.items()]
             raise UserError(f"trainable, yet not moved by training: {'; '.join(words)}")
@@ -103,7 +103,7 @@ class WeightWitness:
         """Raise `UserError` if a tensor had no gradient in over a tenth of the steps: a layer that freezes in
         the middle of a run has moved, and stopped. Describe the parameters that missed a few steps.
 
-        Two steps are always allowed: what lies before zeros waits for them to move."""
+        Two missed steps are always allowed: a gradient passes zeros only after they have moved."""
         counts = Counter()
         for keys, hits in self.hits.items():
             counts.update(dict(zip(keys, hits.tolist(), strict=True)))
@@ -126,7 +126,7 @@ def differing(fingerprints: dict[str, str], tensors: dict[str, torch.Tensor]) ->
 
 
 def learned(first: torch.Tensor, now: torch.Tensor, note: Note, eps: float) -> bool:
-    """Return True if decay alone cannot explain the way of a weight, in fp64; `eps` is that of its dtype."""
+    """Return True if decay alone cannot explain a weight's change, in fp64; `eps` is that of its dtype."""
     if ((now - first) * now > 0).any():  # decay never makes a number larger, nor of the other sign
         return True
     shrunk = ((now * first).sum() / (first * first).sum().clamp_min(1e-30)).clamp(note.decay, 1.0)
@@ -143,7 +143,7 @@ def reason(note: Note, dtype: torch.dtype) -> str:
         return "the learning rate was 0 in every step"
     moments = [part for what, part in note.state.items() if what != "step"]
     if any(torch.is_tensor(part) and part.any() for part in moments):
-        return f"its gradients came, but were rounded away in {dtype}: use fp32 weights or a higher lr"
+        return f"got gradients, but its steps were rounded away in {dtype}: use fp32 weights or a higher lr"
     return UNREACHED
 
 

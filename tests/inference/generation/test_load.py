@@ -80,9 +80,9 @@ def test_broken_checkpoints_are_one_clear_error(tmp_path):
         "does not fit this model": {"config": changed(num_hidden_layers=1)},
         "not a tokenizer": {"tokenizer": "{}"},
         "unknown setting.*colour": {"config": changed(colour=1)},
-        "its config are of a wrong type": {"config": "text"},
-        "its weights are of a wrong type": {"weights": [torch.zeros(1)]},
-        "its stage, tokenizer, weights are": {"stage": 5, "tokenizer": ["x"], "weights": {"a": 1}},
+        "wrong types in config": {"config": "text"},
+        "wrong types in weights": {"weights": [torch.zeros(1)]},
+        "wrong types in stage, tokenizer, weights": {"stage": 5, "tokenizer": ["x"], "weights": {"a": 1}},
         "embed_tokens.weight .* where the model has .1000000000, 24.": {"config": changed(vocab_size=10**9)},
         "down_proj.weight .* the model has .24, 1000000000.": {"config": changed(intermediate_size=10**9)},
         "names 1000000000 layers": {"config": changed(num_hidden_layers=10**9)},
@@ -196,9 +196,9 @@ def test_damaged_adapters_are_one_clear_error(base, tmp_path):
         ({"weights": {"lm_head.weight": torch.zeros(1)}}, "missing .*; 1 unexpected"),
         ({"config": {"colour": 1}}, "colour"),
         ({"short": None}, "not an adapter, it has no short"),
-        ({"base": ["x"]}, "its base are of a wrong type"),
-        ({"base": {"path": 3, "digest": "x"}}, "its base are of a wrong type"),
-        ({"weights": "text"}, "its weights are of a wrong type"),
+        ({"base": ["x"]}, "wrong types in base"),
+        ({"base": {"path": 3, "digest": "x"}}, "wrong types in base"),
+        ({"weights": "text"}, "wrong types in weights"),
     ):
         write_adapter(path, base, **entries)
         with pytest.raises(UserError, match=f"a.pkl.*{words}"):

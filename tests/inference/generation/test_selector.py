@@ -170,8 +170,8 @@ def test_what_cannot_be_chosen_is_refused(folder, tmp_path):
         LoadedSelector(folder / "base.pkl", base)
     saved = load_checkpoint(gate)
     for changes, words in (
-        ({"base": {"path": "x", "digest": "y"}}, "its base are of a wrong type"),
-        ({"base": saved["base"] | {"candidates": ["base"]}}, "its base are of a wrong type"),
+        ({"base": {"path": "x", "digest": "y"}}, "wrong types in base"),
+        ({"base": saved["base"] | {"candidates": ["base"]}}, "wrong types in base"),
         ({"config": saved["config"] | {"gate": {"width": "wide"}}}, "gate.width"),
     ):
         save_checkpoint(tmp_path / "odd.pkl", saved | changes)

@@ -98,9 +98,9 @@ def test_all_forms_of_records(run_config, write):
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
-        (turns("a"), "no message of the assistant"),
-        ([message("system", "s")], "no message of the assistant"),
-        ([message("system", "s"), *turns("a")], "no message of the assistant"),
+        (turns("a"), "no assistant message"),
+        ([message("system", "s")], "no assistant message"),
+        ([message("system", "s"), *turns("a")], "no assistant message"),
         ([message("assistant", "hello"), *turns("a", "b")], "message 1 has role assistant where user is exp"),
         ([message("system", "s"), message("assistant", "a")], "message 2 has role assistant where user"),
         ([*turns("a"), *turns("a", "b")], "message 2 has role user where assistant is expected"),
@@ -127,7 +127,7 @@ def test_bad_paths(run_config, write, tmp_path):
         "python": "--data python: .*train/pre_train.py",
         plain: "a.txt: plain text is for train/pre_train.py; chat stages read skills, or dialogues from",
         plain.parent: "folder: plain text is for train/pre_train.py",
-        tmp_path / "nowhere": "nowhere: no such file or folder; embedded are python",
+        tmp_path / "nowhere": "nowhere: no such file or folder; built in are python",
         "skills:lists,flying": "unknown skill 'flying'; skills: .*identity.*, or all",
         write("a.csv", "text"): "a.csv: .*files with text are read",
     }.items():

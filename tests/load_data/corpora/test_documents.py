@@ -124,7 +124,7 @@ def test_bad_records_are_skipped_and_reported(write):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("missing.txt", None, r"missing.txt: no such file or folder; embedded are python"),
+        ("missing.txt", None, r"missing.txt: no such file or folder; built in are python"),
         ("empty.txt", "", r"empty.txt: nothing to read; .txt and .jsonl files with text"),
         ("empty.jsonl", "", r"empty.jsonl: nothing to read"),
         ("picture.png", b"\x89PNG", r"picture.png: nothing to read; .txt and .jsonl files .*: convert"),

@@ -70,7 +70,7 @@ def test_large_products_are_counted_and_small_ones_launched(words_of):
     ("flags", "said"),
     [
         (("--device", "Abacus"), "--device Abacus: unknown; known: B200"),
-        (("--device", "H200", "--mfu", "1.5"), "--mfu 1.5: a share"),
+        (("--device", "H200", "--mfu", "1.5"), "--mfu 1.5: must be above 0"),
         (("--device", "H200", "--set", "train.dtype=fp32"), "train.dtype=fp32: data sheets"),
     ],
 )
