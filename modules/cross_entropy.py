@@ -69,12 +69,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             label = labels[part, None]  # (n, 1)
             logits = soft_cap(rows[part] @ head.T, softcap)  # (n, V)
-            log_probs = logits.log_softmax(dim=-1, dtype=wide)
-            nll[part] = -log_probs.gather(1, label).squeeze(1)
+            probs = logits.softmax(dim=-1, dtype=wide)
+            # A label's probability may underflow to 0, the largest of a row cannot: log(V) is its worst.
+            below = logits.amax(dim=-1, keepdim=True).to(wide) - logits.gather(1, label)  # (n, 1)
+            nll[part] = (below - probs.amax(dim=-1, keepdim=True).log()).squeeze(1)
             if not (wants_hidden or wants_weight):
                 continue
-            grad = log_probs.exp_()  # softmax
-            grad.scatter_add_(1, label, torch.full_like(grad[:, :1], -1.0))  # minus the one-hot label
+            grad = probs.scatter_add_(1, label, probs.new_full(label.shape, -1.0))  # minus the one-hot label
             if softcap is not None:
                 grad *= 1 - (logits / softcap).square()  # derivative of cap * tanh(x / cap)
             grad = grad.to(dtype)

@@ -49,6 +49,20 @@ def test_each_tokens_loss_in_order():
     torch.testing.assert_close(nll, rows[labels != -100].detach(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_label_whose_probability_underflows(dtype):
+    """exp(-500) is 0 in fp32; its loss is 500 all the same, and a certain label's is 0."""
+    logits = torch.tensor([[0.0, -500.0, -3.0], [1000.0, 0.0, 1000.0], [0.0, -500.0, -3.0]])
+    labels = torch.tensor([1, 0, 0])
+    expected = F.cross_entropy(logits.double(), labels, reduction="none")
+    hidden = logits.to(dtype).requires_grad_()
+    total, nll = linear_cross_entropy(hidden, torch.eye(3, dtype=dtype), labels)
+    torch.testing.assert_close(nll.double(), expected, rtol=2e-7, atol=1e-7)  # the rounding of fp32
+    (grad,) = torch.autograd.grad(total, hidden)
+    exact = logits.double().softmax(-1) - F.one_hot(labels, 3)
+    torch.testing.assert_close(grad.double(), exact, rtol=0, atol=4e-3 if dtype == torch.bfloat16 else 1e-7)
+
+
 def test_no_label_at_all_costs_nothing():
     hidden, weight, _ = sample(5)
     total, nll = linear_cross_entropy(hidden, weight, torch.full((5,), -100))
