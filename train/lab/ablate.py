@@ -51,7 +51,7 @@ LOSS_WEIGHT, BIAS_RATE = 0.01, 0.001  # of a balance that the base lacks (2101.0
 def cells_of(base: RunConfig) -> dict[str, tuple[str, dict]]:
     """Return every cell but the base: name -> the change in words, and the settings that change.
 
-    Half as many experts of twice the width, half as many per token, leave K * F unchanged. So do shared
+    Twice as many experts of half the width, twice as many per token, leave K * F unchanged. So do shared
     experts that become routed ones: E + S experts, of which K + S are chosen.
     """
     model, balance = base.model, base.balance
@@ -69,9 +69,9 @@ def cells_of(base: RunConfig) -> dict[str, tuple[str, dict]]:
     return {
         "dense": ("one feed-forward, no experts",
                   {"model.n_routed_experts": 0, "model.intermediate_size": (chosen + shared) * width}),
-        "coarse": ("half as many experts, twice as wide",
-                   {"model.n_routed_experts": experts // 2, "model.num_experts_per_tok": chosen // 2,
-                    "model.n_shared_experts": shared // 2, "model.moe_intermediate_size": 2 * width}),
+        "fine": ("twice as many experts, half as wide",
+                 {"model.n_routed_experts": 2 * experts, "model.num_experts_per_tok": 2 * chosen,
+                  "model.n_shared_experts": 2 * shared, "model.moe_intermediate_size": width // 2}),
         "no_shared": ("the shared experts become routed ones",
                       {"model.n_routed_experts": experts + shared, "model.n_shared_experts": 0,
                        "model.num_experts_per_tok": chosen + shared}),
@@ -164,7 +164,7 @@ def plan(name: str, common: list[str], max_steps: int, wanted=None) -> tuple[lis
             raise UserError(
                 f"cell {cell} changes the feed-forward widths that a token uses from "
                 f"{used_widths(base.model)} to {used_widths(config.model)}: choose others with --cells, or "
-                "give the base even numbers of experts and the same width in every layer"
+                "give the base experts of even width, and every layer the same"
             )
         if same := [other.name for other in cells if other.config == config]:
             left_out.append(f"{cell} ({words}): that is {same[0]}")

@@ -25,7 +25,7 @@ EXPERTS = [
     "model.moe_intermediate_size=128", "model.intermediate_size=700", "model.num_hidden_layers=3",
     "model.first_k_dense_replace=0", "balance.weight=0.0", "balance.bias_rate=0.001",
 ]  # fmt: skip
-EVERY_CELL = ["dense", "coarse", "no_shared", "no_balance", "bias_only", "loss_only", "mtp_parallel",
+EVERY_CELL = ["dense", "fine", "no_shared", "no_balance", "bias_only", "loss_only", "mtp_parallel",
               "mtp_sequential", "mla", "mha"]  # fmt: skip
 
 
@@ -108,15 +108,15 @@ def test_a_base_with_experts_has_nine_other_cells_and_each_changes_what_it_says(
         }
     assert changed == {
         "dense": {"n_routed_experts": 0, "intermediate_size": 6 * 128},
-        "coarse": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1,
-                   "moe_intermediate_size": 256},
+        "fine": {"n_routed_experts": 32, "num_experts_per_tok": 8, "n_shared_experts": 4,
+                 "moe_intermediate_size": 64},
         "no_shared": {"n_routed_experts": 18, "num_experts_per_tok": 6, "n_shared_experts": 0},
         "no_balance": {"bias_rate": 0.0},
         "loss_only": {"weight": 0.01, "bias_rate": 0.0},
         "mtp_parallel": {"mtp": "parallel"},
         "mtp_sequential": {"mtp": "sequential"},
         "mla": {"attention_kind": "mla"},
-        "mha": {"num_key_value_heads": 8},
+        "mha": {"num_key_value_heads": 6},
     }  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def test_the_cell_that_is_the_base_is_left_out(settings, same):
 
 
 def test_a_base_of_one_kind_of_head_or_without_experts_has_fewer_cells():
-    dense = ["model.n_routed_experts=0", "model.num_key_value_heads=8", "model.num_attention_heads=8"]
+    dense = ["model.n_routed_experts=0", "model.num_key_value_heads=6", "model.num_attention_heads=6"]
     cells, left_out = ablate.plan(DEFAULT_PRESET, dense, 240)
     assert [cell.name for cell in cells] == ["base", "mtp_parallel", "mtp_sequential", "mla"]
     assert [line.split()[0] for line in left_out] == ["mha"]
@@ -173,7 +173,7 @@ def test_cells_are_trained_in_the_order_asked_for_and_the_base_always():
 @pytest.mark.parametrize(
     ("settings", "cell"),
     [
-        ("model.n_shared_experts=1", "coarse"),  # half of one is none: 4 + 1 narrow ones, 2 + 0 wide ones
+        ("model.moe_intermediate_size=65", "fine"),  # half of it is 32, and 12 x 32 are not 6 x 65
         ("model.first_k_dense_replace=1", "dense"),  # that layer had another width
     ],
 )
