@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 CHUNK = 256  # tokens on a CPU: 256 x 6400 logits are 3 MB in bf16 and stay in the cache
+MULTIPLE = 32  # rows of zeros fill up the last chunk: a CPU library keeps 640 KiB for each size of a product
 GPU_CHUNK = 4096  # GPUs need large products; 4096 x 32768 logits are 0.5 GB in fp32
 
 
@@ -59,7 +60,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """hidden (N, C), weight (V, C), labels (N,) -> sum (), nll (N,)."""
         # needs_input_grad ignores no_grad: without `training`, evaluation would pay for unused gradients.
         wants_hidden, wants_weight = (training and wanted for wanted in ctx.needs_input_grad[:2])
-        head, rows = weight.to(dtype), hidden.to(dtype)
+        N, blank = len(labels), -len(labels) % MULTIPLE
+        head, rows = weight.to(dtype), F.pad(hidden.to(dtype), (0, 0, 0, blank))
+        labels = F.pad(labels, (0, blank))
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         nll = torch.empty(len(labels), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(rows) if wants_hidden else None
@@ -83,6 +86,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, head, out=grad_hidden[part])
             if wants_weight:
                 grad_weight += grad.T @ rows[part]
+        nll, grad_hidden = nll[:N], grad_hidden[:N] if wants_hidden else None
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(nll)
