@@ -24,8 +24,6 @@ from modules.attention.context import AttentionContext, build_context
 from modules.norm import RMSNorm
 from modules.rope import RotaryEmbedding, apply_rotary
 
-SHORT = 128  # tokens; up to here blocks of queries gain nothing
-
 
 def eager_attention(q, k, v, context: AttentionContext, scale: float, dropout: float = 0.0):
     """Compute the formula of the paper. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D), the D of v.
@@ -85,15 +83,15 @@ class GroupedQueryAttention(nn.Module):
 def attend(name: str, q, k, v, context: AttentionContext, scale: float, dropout: float = 0.0):
     """Run attention by the path that `attn_implementation` names; `auto` takes the fastest one measured.
 
-    On a CPU: blocks of queries for long causal rows; otherwise plain products in bf16 (PyTorch's kernel
-    leaves the processor's bf16 units idle) and PyTorch's kernel in fp32. On other devices: PyTorch's kernel.
-    The numbers are in docs/experiments.md. Shapes as in `eager_attention`.
+    On a CPU: blocks of queries for causal rows. With a mask, PyTorch's kernel, or plain products where it is
+    slow: it leaves bf16 units idle, and it multiplies so small blocks that oneDNN (utils/products.py) takes
+    longer to begin than to multiply. On other devices: PyTorch's kernel. The numbers are in
+    docs/experiments.md, 36. Shapes as in `eager_attention`.
     """
     triangle = context.is_causal and not dropout
     if name == "auto" and q.device.type == "cpu":
-        name = "eager" if q.dtype == torch.bfloat16 else "sdpa"
-        if triangle and q.shape[2] > SHORT:
-            name = "blocked"
+        onednn = q.dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        name = "blocked" if triangle else "eager" if onednn or q.dtype == torch.bfloat16 else "sdpa"
     if name == "blocked" and triangle:
         return blocked_attention(q, k, v, scale)
     path = sdpa_attention if name in ("auto", "sdpa") else eager_attention
