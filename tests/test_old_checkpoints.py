@@ -29,8 +29,9 @@ import pytest
 import torch
 
 from inference import chat
+from tests.train.tools import TIMING_KEYS
 from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint
-from utils.log import TIMING_KEYS, read_log
+from utils.log import read_log
 
 OLD = Path(__file__).with_name("old_checkpoints")
 ANSWERS = json.loads((OLD / "answers.json").read_text(encoding="utf-8"))

@@ -11,9 +11,6 @@ from pathlib import Path
 
 from utils.errors import UserError
 
-# these keys measure the machine, so they differ from run to run
-TIMING_KEYS = frozenset({"tok_s", "data_ms", "step_ms", "eval_ms"})
-
 
 class RunLog:
     """Appends lines to a log file. `resume_at` is the `position` that a checkpoint stored; None starts over.
@@ -85,8 +82,3 @@ def read_log(path: str | Path) -> list[dict[str, int | float]]:
             if number < len(lines) - 1:
                 raise UserError(f"{path}, line {number}: no key=value pairs: {line[:60]!r}") from None
     return rows
-
-
-def without_timing(rows: list[dict[str, int | float]]) -> list[dict[str, int | float]]:
-    """Return the rows without `TIMING_KEYS`: two runs of the same command must agree in the rest."""
-    return [{key: value for key, value in row.items() if key not in TIMING_KEYS} for row in rows]

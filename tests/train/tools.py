@@ -209,3 +209,12 @@ def run(*arguments, processes=1, timeout=120, **changes) -> subprocess.Completed
     return subprocess.run(
         command, env=environment(**changes), capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+# They measure the machine, so they differ from run to run.
+TIMING_KEYS = frozenset({"tok_s", "data_ms", "step_ms", "eval_ms"})
+
+
+def without_timing(rows: list[dict]) -> list[dict]:
+    """The rows of a log without times, in which two runs of the same command differ."""
+    return [{key: value for key, value in row.items() if key not in TIMING_KEYS} for row in rows]

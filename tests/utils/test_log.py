@@ -5,7 +5,7 @@ import math
 import pytest
 
 from utils.errors import UserError
-from utils.log import TIMING_KEYS, RunLog, format_line, read_log, without_timing
+from utils.log import RunLog, format_line, read_log
 
 
 def test_a_line_reads_as_promised():
@@ -81,9 +81,3 @@ def test_a_file_that_is_no_log_is_refused(tmp_path):
         read_log(tmp_path / "log.txt")
     with pytest.raises(UserError, match="cannot write the log"):
         RunLog(tmp_path)
-
-
-def test_timing_can_be_set_aside():
-    rows = [{"step": 1, "loss": 2.0, "tok_s": 10.0, "data_ms": 1.0, "step_ms": 5.0}]
-    assert without_timing(rows) == [{"step": 1, "loss": 2.0}]
-    assert {"tok_s", "data_ms", "step_ms"} <= TIMING_KEYS

@@ -24,9 +24,9 @@ import torch
 
 from tests.inference.tools import write_checkpoint
 from tests.processes import Forked, without_pictures
-from tests.train.tools import PRE_TRAIN, environment, same_bits
+from tests.train.tools import PRE_TRAIN, environment, same_bits, without_timing
 from utils.checkpoint import find_checkpoints, load_checkpoint
-from utils.log import read_log, without_timing
+from utils.log import read_log
 
 STEPS = 24
 STAGES = {"muon": "pre_train", "lora": "lora_train", "adamw": "pre_train", "sft": "sft_train"}

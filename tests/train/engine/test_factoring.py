@@ -26,10 +26,11 @@ from tests.train.tools import (
     small_model,
     uneven_steps,
     weights_of,
+    without_timing,
 )
 from utils import distributed
 from utils.checkpoint import load_checkpoint
-from utils.log import read_log, without_timing
+from utils.log import read_log
 
 ROUNDING = 2e-6  # weights of size about 0.1, a few steps of AdamW at 0.01
 

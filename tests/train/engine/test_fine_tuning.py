@@ -13,13 +13,13 @@ from inference.generation.load import load_adapter, load_full
 from load_data.chat import chat_data
 from tests.inference.tools import byte_tokenizer, write_checkpoint
 from tests.processes import fork, without_pictures
-from tests.train.tools import largest_difference, same_bits
+from tests.train.tools import largest_difference, same_bits, without_timing
 from train import gate_train, lora_train, mixlora_train, prefix_train, sft_train
 from train.engine.command import parse_command
 from train.engine.trainer import Trainer
 from utils.checkpoint import find_checkpoints, load_checkpoint, weights_digest
 from utils.errors import UserError
-from utils.log import read_log, without_timing
+from utils.log import read_log
 
 SCRIPTS = {"SFT": sft_train, "Lora": lora_train, "MixLora": mixlora_train, "Prefix": prefix_train}
 

@@ -23,11 +23,12 @@ from tests.train.tools import (
     same_bits,
     small_config,
     weights_of,
+    without_timing,
 )
 from train.engine.language_model_loss import LanguageModelLoss
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
-from utils.log import read_log, without_timing
+from utils.log import read_log
 
 EXPERTS = ("model.n_routed_experts=4", "model.num_experts_per_tok=2", "model.n_shared_experts=1",
            "model.moe_intermediate_size=12")  # fmt: skip

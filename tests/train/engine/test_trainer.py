@@ -26,13 +26,14 @@ from tests.train.tools import (
     small_model,
     uneven_steps,
     weights_of,
+    without_timing,
 )
 from train.engine import trainer as engine
 from train.engine.step_log import StepLog
 from train.engine.stopping import STOPPING
 from utils.checkpoint import final_name, find_checkpoints, load_checkpoint
 from utils.errors import UserError
-from utils.log import read_log, without_timing
+from utils.log import read_log
 
 
 ROUNDING = 2e-6  # weights of size about 0.1, a few steps of AdamW at 0.01
