@@ -14,10 +14,7 @@ STAT = Path("/proc/stat")
 
 
 def choose_waiting(environment) -> None:
-    """Set the variable that the library reads while PyTorch loads, unless the user has set one of them.
-
-    Spin if enough cores are idle. On Linux only: other systems have other libraries, which choose themselves.
-    """
+    """Let threads spin if enough cores are idle, else sleep; only on Linux, and unless the user chose."""
     if STAT.exists() and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(environment):
         needed = thread_count(environment) - 0.5
         enough = any(idle_cores() > needed for _ in range(5))  # a program that is just ending is no matter
@@ -25,11 +22,7 @@ def choose_waiting(environment) -> None:
 
 
 def thread_count(environment) -> int:
-    """Return the threads of this process, or 0 where that is left to PyTorch.
-
-    One per physical core that it may use, shared between the processes of one machine. `OMP_NUM_THREADS`
-    overrides it, as usual.
-    """
+    """Return `OMP_NUM_THREADS`, or the share of the cores for this process; 0 leaves it to PyTorch."""
     told = environment.get("OMP_NUM_THREADS", "")
     if told.isdigit() and int(told):
         return int(told)
@@ -47,10 +40,7 @@ def idle_cores(seconds: float = 0.06) -> float:
 
 
 def idle_ticks() -> list[tuple[int, int]]:
-    """Return, of each core that this process may use, the idle and all clock ticks so far.
-
-    Programs of low priority (nice) give way, so their ticks count as idle.
-    """
+    """Return idle and all clock ticks of each core. Programs of low priority (nice) count as idle."""
     mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     lines = (line.split() for line in STAT.read_text(encoding="utf-8").splitlines())
     ticks = [[int(word) for word in words] for name, *words in lines if name in mine]
@@ -58,11 +48,8 @@ def idle_ticks() -> list[tuple[int, int]]:
 
 
 def physical_cores() -> int:
-    """Return the cores that this process may use, by affinity and container limits, without hyper-threads.
-
-    0 on macOS and Windows, which do not say.
-    """
-    if not hasattr(os, "sched_getaffinity"):
+    """Return the cores for this process by affinity and container limits, hyper-threads apart; or 0."""
+    if not hasattr(os, "sched_getaffinity"):  # macOS, Windows
         return 0
     cores = len({siblings_of(cpu) for cpu in os.sched_getaffinity(0)})
     try:
