@@ -10,7 +10,7 @@ from typing import NamedTuple
 from config.model import ModelConfig
 
 FP32, INT64 = 4, 8  # bytes per number
-BLOCK, SHORT = 64, 128  # as in modules/attention/: queries per block, and the longest row without blocks
+BLOCK = 64  # queries, as in modules/attention/blocked.py
 CHUNK = {"cpu": 256, "cuda": 4096}  # as in modules/cross_entropy.py: tokens whose logits are held at a time
 
 
@@ -84,9 +84,10 @@ def kept_keys(config: ModelConfig, batch: MicroBatch) -> float:
     name, length, cpu = config.attn_implementation, batch.length, batch.device == "cpu"
     whole = (config.sliding_window or length) >= length
     if name == "auto" and cpu:
-        name = "blocked" if whole and length > SHORT else "eager" if batch.wide < FP32 else "sdpa"
+        name = "blocked" if whole else "eager" if batch.wide < FP32 else "sdpa"
     if name == "blocked" and whole:
-        return (length + BLOCK) / 2
+        stops = [min(start + BLOCK, length) for start in range(0, length, BLOCK)]
+        return sum(stop * ((stop - 1) % BLOCK + 1) for stop in stops) / length
     scores, values, _ = head_widths(config)  # the fused CPU kernel needs them equal
     return length if name in ("eager", "blocked") or (cpu and scores != values) else 0
 
