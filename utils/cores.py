@@ -17,7 +17,7 @@ def choose_waiting(environment) -> None:
     """Let threads spin if enough cores are idle, else sleep; only on Linux, and unless the user chose."""
     if STAT.exists() and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(environment):
         needed = thread_count(environment) - 0.5
-        enough = any(idle_cores() > needed for _ in range(5))  # a program that is just ending is no matter
+        enough = any(idle_cores() > needed for _ in range(5))  # not misled by a program that is just ending
         environment.update({"GOMP_SPINCOUNT": SPIN} if enough else {"OMP_WAIT_POLICY": "passive"})
 
 
@@ -48,7 +48,7 @@ def idle_ticks() -> list[tuple[int, int]]:
 
 
 def physical_cores() -> int:
-    """Return the cores for this process by affinity and container limits, hyper-threads apart; or 0."""
+    """Return the cores for this process by affinity and container limits, no hyper-threads; 0 if unknown."""
     if not hasattr(os, "sched_getaffinity"):  # macOS, Windows
         return 0
     cores = len({siblings_of(cpu) for cpu in os.sched_getaffinity(0)})

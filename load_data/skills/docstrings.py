@@ -1,7 +1,7 @@
 """Questions about Python's standard library, answered from its own docstrings and signatures:
 ``What does `textwrap.dedent` do?`` -> its first sentence; ``How is ... called?`` -> its signature.
 
-Sides follow the files: files that pre-training reads are for training, its held-out files for `val` and
+The split is by file: files that pre-training reads are for training, its held-out files for `val` and
 `test`. Most held-out answers can only be guessed from the name: a model of this size that scores far above
 zero has seen them.
 """
