@@ -15,7 +15,7 @@ STAT = Path("/proc/stat")
 
 def choose_waiting(environment) -> None:
     """Let threads spin if enough cores are idle, else sleep; only on Linux, and unless the user chose."""
-    if STAT.exists() and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(environment):
+    if os.access(STAT, os.R_OK) and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(environment):
         needed = thread_count(environment) - 0.5
         enough = any(idle_cores() > needed for _ in range(5))  # not misled by a program that is just ending
         environment.update({"GOMP_SPINCOUNT": SPIN} if enough else {"OMP_WAIT_POLICY": "passive"})

@@ -57,15 +57,16 @@ class Forecast:
         end = end_of_run(run.config.train, run.step, run.elapsed, costs)
         self.made = *end, *peak_memory(run.machine.device)
         longer = ", which longer rows will make slower" if run.config.data.start_length else ""
-        texts = ", ".join(write(number) for write, number in zip(WRITE, self.made, strict=False))
+        pairs = zip(WRITE[: len(self.made)], self.made, strict=True)
+        texts = ", ".join(write(number) for write, number in pairs)
         run.machine.say(f"forecast after {self.count} steps of {step * 1e3:.0f} ms{longer}: {texts}")
 
     def compare(self) -> None:
         """Print the prediction beside the measurement."""
         if self.made:
             now = self.run.step, self.run.elapsed, *peak_memory(self.run.machine.device)
-            texts = [f"{write(told)}, measured {write(came)} ({came / told - 1:+.1%})"
-                     for write, told, came in zip(WRITE, self.made, now, strict=False)]  # fmt: skip
+            texts = [f"{write(told)}, measured {write(got)} ({got / told - 1:+.1%})"
+                     for write, told, got in zip(WRITE[: len(now)], self.made, now, strict=True)]  # fmt: skip
             self.run.machine.say("predicted " + "; ".join(texts))
 
 
@@ -96,5 +97,5 @@ def duration(seconds: float) -> str:
     return f"{seconds / unit:.1f} {name}"
 
 
-# How to print the numbers of a forecast. On Windows it has no third one, so `strict=False` above.
+# How to print the numbers of a forecast; on Windows it has no third one.
 WRITE = "{:,.0f} steps".format, duration, lambda count: f"{size(count)} of memory"

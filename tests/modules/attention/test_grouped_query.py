@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
-from modules.attention import blocked
+from modules.attention import blocked, grouped_query
 from modules.attention.grouped_query import (
     GroupedQueryAttention,
     attend,
@@ -19,6 +19,7 @@ from modules.attention.grouped_query import (
 from modules.attention.context import AttentionContext, build_context
 from modules.rope import RotaryEmbedding
 from tests.modules.tools import shake, slow_attention, small_config
+from utils.products import MKL, ONEDNN, multiply_with
 
 PATHS = [eager_attention, sdpa_attention]
 NAMES = ["auto", "blocked", "eager", "sdpa"]
@@ -320,3 +321,17 @@ def test_without_qk_norm_nothing_is_normed():
     slow = slow_attention(q, k, v, lambda b, t, s: s <= t, 8**-0.5)
     expected = slow.transpose(1, 2).reshape(1, 3, 32) @ layer.o_proj.weight.T
     torch.testing.assert_close(layer(x, context, tables), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("window", "dtype", "library", "path"), [
+    (None, torch.float32, MKL, "blocked"), (None, torch.float32, ONEDNN, "blocked"),
+    (None, torch.bfloat16, MKL, "blocked"), (3, torch.float32, MKL, "sdpa"),
+    (3, torch.float32, ONEDNN, "eager"), (3, torch.bfloat16, MKL, "eager"),
+])  # fmt: skip
+def test_auto_takes_the_path_measured_to_be_fastest_on_a_cpu(monkeypatch, window, dtype, library, path):
+    """docs/experiments.md, 36: short rows too; with a mask, PyTorch's kernel only where MKL multiplies."""
+    for name in ("blocked", "sdpa", "eager"):
+        monkeypatch.setattr(grouped_query, f"{name}_attention", lambda *_, name=name: name)
+    q = torch.randn(1, 2, 7, 4, dtype=dtype)
+    with multiply_with(library):
+        assert attend("auto", q, q, q, build_context(7, "cpu", window=window), 0.5) == path

@@ -241,7 +241,7 @@ def test_a_full_disk_at_a_line_of_the_log(tmp_path):
 
 
 def test_a_seed_like_a_date(tmp_path):
-    train(tmp_path, "train.seed=20251121123456", steps=1)
+    assert train(tmp_path, "train.seed=20251121123456", steps=1).step == 1
 
 
 @pytest.mark.parametrize("error", [
