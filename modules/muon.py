@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
 
     def update(self, parameters, lr, momentum, weight_decay, parts):
         """Update parameters whose matrices have one shape, up to transposition."""
-        directions = []
+        directions, moving = [], []
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
@@ -76,15 +76,16 @@ class Muon(torch.optim.Optimizer):
             buffer.lerp_(parameter.grad, 1 - momentum)
             ahead = matrices_of(parameter.grad.lerp(buffer, momentum), parts)
             directions.append(ahead.mT if ahead.shape[-2] > ahead.shape[-1] else ahead)
+            moving.append(matrices_of(parameter.grad, parts).flatten(1).norm(dim=1) != 0)
         orthogonal = orthogonalize(torch.cat(directions))  # (all matrices, rows, columns)
-        for parameter, part in zip(parameters, orthogonal.split([len(d) for d in directions]), strict=True):
+        orthogonal *= torch.cat(moving)[:, None, None]
+        counts = [len(moves) for moves in moving]
+        for parameter, part, moves in zip(parameters, orthogonal.split(counts), moving, strict=True):
             weights = matrices_of(parameter, parts)
             rows, columns = weights.shape[-2:]
-            largest = matrices_of(parameter.grad, parts).flatten(1).abs().amax(1)
-            moves = (largest != 0).to(weights.dtype)[:, None, None]
-            weights.mul_(1 - lr * weight_decay * moves)
-            size = lr * max(1.0, rows / columns) ** 0.5
-            weights.sub_((part.mT if rows > columns else part) * (size * moves))
+            if weight_decay:
+                weights.mul_(1 - lr * weight_decay * moves[:, None, None])
+            weights.sub_(part.mT if rows > columns else part, alpha=lr * max(1.0, rows / columns) ** 0.5)
 
 
 def matrices_of(tensor, parts: int):
