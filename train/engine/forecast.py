@@ -4,7 +4,8 @@
     steps to come     = those left until max_steps, or those that fit into the remaining time, if fewer
     end               = seconds so far + steps to come * seconds of a step + last evaluation and checkpoint
 
-The first steps of a process are slow and are not measured. Memory is the peak so far.
+The first steps of a process are slow and are not measured. Memory is the peak so far, and what the longest
+rows of the run keep for the backward pass beyond those so far: attention grows with their length.
 """
 
 import statistics
@@ -13,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from config.schema import TrainConfig
+from config.schema import RunConfig, TrainConfig
+from utils.activations import MicroBatch, kept_bytes
 from utils.cost import size
 
 SLOW = 5  # steps that are not measured
@@ -55,7 +57,11 @@ class Forecast:
         saving = SAVING * sum(p.numel() for p in run.model.parameters() if p.requires_grad)
         costs = Costs(step, run.held_out.reserve, run.stage.evaluate.batches, saving, epochs)
         end = end_of_run(run.config.train, run.step, run.elapsed, costs)
-        self.made = *end, *peak_memory(run.machine.device)
+        growth = 0
+        if run.config.data.start_length:  # pre-training: its source reads a loader with rows that grow
+            length, machine = run.stage.source.loader.length, run.machine
+            growth = longest_rows(run.config, length, machine.dtype.itemsize, machine.device.type)
+        self.made = *end, *(peak + growth for peak in peak_memory(run.machine.device))
         longer = ", which longer rows will make slower" if run.config.data.start_length else ""
         pairs = zip(WRITE[: len(self.made)], self.made, strict=True)
         texts = ", ".join(write(number) for write, number in pairs)
@@ -78,6 +84,14 @@ def end_of_run(train: TrainConfig, step: int, elapsed: float, costs: Costs) -> t
     left += [(train.max_seconds - costs.evaluation - elapsed) / each] if train.max_seconds else []
     steps = max(0.0, min(left))
     return step + steps, elapsed + steps * each + costs.evaluation + costs.saving
+
+
+def longest_rows(config: RunConfig, length: int, wide: int, device: str) -> int:
+    """Return the bytes that the longest rows keep for the backward pass beyond rows of `length`."""
+    rows, longest = config.train.batch_size, config.data.sequence_length
+    batches = (MicroBatch(rows * longest // T, T, wide, device) for T in (length, longest))
+    now, then = (kept_bytes(config.model, batch, matrices=0) for batch in batches)
+    return then - now
 
 
 def peak_memory(device: torch.device) -> list[int]:

@@ -5,10 +5,11 @@ import time
 import pytest
 import torch
 
+from config.load import load_config
 from config.schema import TrainConfig
 from tests.train.tools import ListLoader, make_loader, make_trainer, small_config
 from train.engine import forecast
-from train.engine.forecast import Costs, duration, end_of_run
+from train.engine.forecast import Costs, duration, end_of_run, longest_rows
 
 SLOW, STEP, BATCH, SAVE = 7.0, 2.0, 2.0, 3.0  # seconds of a first step, a step, a batch of evaluation, a save
 
@@ -147,7 +148,9 @@ def test_steps_without_a_label_and_rows_that_grow_are_forecast_too(tmp_path, cap
     config = small_config("data.start_length=4", steps=31)
     (labelled,) = make_loader(config).next_step()
     batch = labelled | {"labels": torch.full_like(labelled["labels"], -100)}
-    trainer = make_trainer(tmp_path, config, loader=ListLoader([[labelled], [batch]]))
+    loader = ListLoader([[labelled], [batch]])
+    loader.length = 4
+    trainer = make_trainer(tmp_path, config, loader=loader)
     trainer.run()
     words = capsys.readouterr().out
     assert "forecast after 30 steps" in words and "longer rows will make slower" in words
@@ -156,3 +159,15 @@ def test_steps_without_a_label_and_rows_that_grow_are_forecast_too(tmp_path, cap
 def test_durations_have_the_unit_that_fits():
     words = [duration(seconds) for seconds in (3, 119.9, 120, 7199, 7200)]
     assert words == ["3.0 seconds", "119.9 seconds", "2.0 minutes", "120.0 minutes", "2.0 hours"]
+
+
+def test_memory_of_rows_that_grow_is_that_of_the_longest():
+    """By hand: a block of 64 queries keeps the scores of all keys up to its own end, for each head."""
+    config = load_config("dense", [])
+    config.model.vocab_size = 4096
+    rows, heads, layers = 4, 6, 4
+    short = 8 * rows * heads * 64 * 64
+    long = rows * heads * sum(64 * 64 * block for block in range(1, 9))
+    tables = 2 * 4 * 32 * (512 - 64)  # cos and sin
+    assert longest_rows(config, 64, 4, "cpu") == 4 * layers * (long - short) + tables
+    assert longest_rows(config, 512, 4, "cpu") == 0
