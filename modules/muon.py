@@ -76,7 +76,8 @@ class Muon(torch.optim.Optimizer):
             buffer.lerp_(parameter.grad, 1 - momentum)
             ahead = matrices_of(parameter.grad.lerp(buffer, momentum), parts)
             directions.append(ahead.mT if ahead.shape[-2] > ahead.shape[-1] else ahead)
-            moving.append(matrices_of(parameter.grad, parts).flatten(1).norm(dim=1) != 0)
+            lengths = matrices_of(parameter.grad, parts).flatten(1).norm(dim=1)  # (matrices,)
+            moving.append(lengths != 0)  # numbers below 1e-23, whose squares vanish, count as zeros
         orthogonal = orthogonalize(torch.cat(directions))  # (all matrices, rows, columns)
         orthogonal *= torch.cat(moving)[:, None, None]
         counts = [len(moves) for moves in moving]

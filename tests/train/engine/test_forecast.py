@@ -144,7 +144,8 @@ def test_the_nearer_bound_ends_the_run():
     assert end_of_run(train, 20, 0.0, costs)[1] == pytest.approx(10 * (1 + 1 + 0.1 + 1) + 15)
 
 
-def test_steps_without_a_label_and_rows_that_grow_are_forecast_too(tmp_path, capsys):
+def test_steps_without_a_label_and_rows_that_grow_are_forecast_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(forecast, "peak_memory", lambda device: [1000])
     config = small_config("data.start_length=4", steps=31)
     (labelled,) = make_loader(config).next_step()
     batch = labelled | {"labels": torch.full_like(labelled["labels"], -100)}
@@ -154,6 +155,7 @@ def test_steps_without_a_label_and_rows_that_grow_are_forecast_too(tmp_path, cap
     trainer.run()
     words = capsys.readouterr().out
     assert "forecast after 30 steps" in words and "longer rows will make slower" in words
+    assert trainer.forecast.made[2] == 1000 + longest_rows(config, 4, 4, "cpu") > 1000
 
 
 def test_durations_have_the_unit_that_fits():
