@@ -11,6 +11,8 @@ Every query sees the keys of a prefix (modules/adapters/prefix.py), which stand 
 
 All layers read the same object; no layer builds a mask of its own. If no rule needs a mask (whole causal
 rows, or one new token that may see all the past) there is none, and kernels can use their own triangle.
+Otherwise the object holds the rules, and makes the mask when a layer first asks for it, or only one tile of it
+for kernels that never hold all of it (flash.py).
 
     mask: (B or 1, 1, T, S) bool, True = may attend     T new tokens (queries), S keys (cached and new)
 
@@ -20,25 +22,75 @@ its output.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
 
 @dataclass
+class Rules:
+    """What a query may attend to, as numbers per query and per key, from which any tile of the mask follows.
+
+    Attributes:
+        query_index: (B or 1, T), the index of each query in its row.
+        key_index: (B or 1, S), that of each key; -1 for an empty slot of a cache.
+        causal, window: as in `build_context`.
+        prefix: keys with an index below this are visible to all.
+        query_documents, key_documents: (B, T) and (B, S), or None.
+        real_queries, real_keys: (B, T) and (B, S) bool, or None if all are real.
+    """
+
+    query_index: torch.Tensor
+    key_index: torch.Tensor
+    causal: bool = True
+    window: int | None = None
+    prefix: int = 0
+    query_documents: torch.Tensor | None = None
+    key_documents: torch.Tensor | None = None
+    real_queries: torch.Tensor | None = None
+    real_keys: torch.Tensor | None = None
+
+    def tile(self, queries: slice = slice(None), keys: slice = slice(None)):
+        """Return the mask of some queries and keys, (B or 1, t, s) bool, True = may attend."""
+        query, key = self.query_index[:, queries, None], self.key_index[:, None, keys]
+        mask = (key >= 0).expand(-1, query.shape[1], -1)
+        if self.causal:
+            mask = mask & (key <= query)
+        if self.window is not None:
+            mask = mask & (key > query - self.window)
+            if not self.causal:
+                mask = mask & (key < query + self.window)
+        if self.query_documents is not None:
+            mask = mask & (self.query_documents[:, queries, None] == self.key_documents[:, None, keys])
+        if self.real_keys is not None:
+            mask = mask & self.real_keys[:, None, keys]
+        if self.real_queries is not None:
+            mask = mask | ~self.real_queries[:, queries, None]  # padding may attend to every key
+        if self.prefix:
+            mask = mask | ((key >= 0) & (key < self.prefix))
+        return mask
+
+
+@dataclass
 class AttentionContext:
-    """The positions and masks of one forward pass, which all layers share.
+    """The positions and rules of one forward pass, which all layers share.
 
     Attributes:
         positions: (B or 1, T), the position of each query for rotary embeddings; 0 for padding.
-        mask: (B or 1, 1, T, S) bool, True where a query may attend; None if `is_causal` is enough.
-        is_causal: True if T == S and the plain triangle is the only rule (then mask is None).
+        rules: from which `mask` and `tile` follow; None if nothing is hidden, or only the future.
+        is_causal: True if T == S and the plain triangle is the only rule (then `rules` is None).
     """
 
     positions: torch.Tensor
-    mask: torch.Tensor | None
+    rules: Rules | None
     is_causal: bool
     shared: torch.Tensor | None = field(default=None, init=False, repr=False)  # the bias, built on first use
+
+    @cached_property
+    def mask(self):
+        """The whole mask (B or 1, 1, T, S) bool, True where a query may attend; None without rules."""
+        return None if self.rules is None else self.rules.tile()[:, None]
 
     def bias(self, dtype):
         """Return 0 where a query may attend and -inf elsewhere, (B or 1, 1, T, S), to be added to scores.
@@ -56,7 +108,13 @@ class AttentionContext:
 
     def without_prefix(self, prefix: int):
         """Return the context of a layer without the prefix; `prefix` is that given to `build_context`."""
-        return self if self.mask is None else replace(self, mask=self.mask[..., prefix:])
+        if self.rules is None or not prefix:
+            return self
+        parts = {"key_index": self.rules.key_index[:, prefix:], "prefix": 0}
+        for name in ("key_documents", "real_keys"):
+            part = getattr(self.rules, name)
+            parts[name] = None if part is None else part[:, prefix:]
+        return replace(self, rules=replace(self.rules, **parts))
 
 
 def build_context(
@@ -80,7 +138,8 @@ def build_context(
     if cache is not None and (document_ids is not None or padding_mask is not None):
         raise ValueError("document_ids and padding_mask need cache=None; a cache takes `new_tokens` per row")
     if cache is None:
-        query_index = key_index = torch.arange(prefix, prefix + tokens, device=device)[None]  # (1, T)
+        query_index = torch.arange(prefix, prefix + tokens, device=device)[None]  # (1, T)
+        key_index = torch.arange(prefix + tokens, device=device)[None]  # (1, prefix + T)
         past, real = prefix, None if padding_mask is None else padding_mask.bool()  # (B, T)
     else:
         query_index, key_index = cache.query_index, cache.key_index  # (B or 1, T), (B or 1, S)
@@ -92,25 +151,16 @@ def build_context(
             return AttentionContext(positions, None, is_causal=False)  # everyone sees everyone
         if causal and (past == 0 or tokens == 1):
             return AttentionContext(positions, None, is_causal=past == 0)
-
-    query, key = query_index[:, :, None], key_index[:, None, :]  # (B or 1, T, 1), (B or 1, 1, S)
-    mask = (key >= 0).expand(-1, tokens, -1)  # an empty slot of a cache has index -1
-    if causal:
-        mask = mask & (key <= query)
-    if window is not None:
-        mask = mask & (key > query - window)
-        if not causal:
-            mask = mask & (key < query + window)
-    if document_ids is not None:
-        mask = mask & (document_ids[:, :, None] == document_ids[:, None, :])
-    if padding_mask is not None:
-        mask = mask & real[:, None, :]
     if real is not None:
-        mask = mask | ~real[:, :, None]  # padding may attend to every key
         positions = positions.masked_fill(~real, 0)
-    if prefix and cache is None:
-        mask = F.pad(mask, (prefix, 0), value=True)  # (B or 1, T, n + T)
-    return AttentionContext(positions, mask[:, None], is_causal=False)
+    rules = Rules(
+        query_index, key_index, causal, window, prefix if cache is None else 0,
+        query_documents=document_ids,
+        key_documents=None if document_ids is None else F.pad(document_ids, (prefix, 0)),
+        real_queries=real,
+        real_keys=None if padding_mask is None else F.pad(real, (prefix, 0), value=True),
+    )  # fmt: skip
+    return AttentionContext(positions, rules, is_causal=False)
 
 
 def lesson():

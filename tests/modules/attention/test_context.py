@@ -14,6 +14,8 @@ def seen_by(context, rows, tokens, keys):
     """The context as a (B, T, S) mask, whichever way it says it."""
     if context.mask is not None:
         assert not context.is_causal and context.mask.dtype == torch.bool
+        some, others = slice(tokens // 3, tokens // 3 + 4), slice(keys // 2, keys // 2 + 3)
+        assert torch.equal(context.rules.tile(some, others), context.mask[:, 0, some, others])
         return context.mask[:, 0].expand(rows, tokens, keys)
     if context.is_causal:
         assert tokens == keys

@@ -19,7 +19,7 @@ from model.tinyseek import TinySeek
 from modules.adapters.lora_model import add_lora, merge, switch_of
 from modules.attention import latent as mla
 from modules.attention.grouped_query import attend
-from modules.attention.context import AttentionContext, build_context
+from modules.attention.context import AttentionContext, Rules, build_context
 from modules.attention.latent_cache import LatentCache
 from modules.attention.latent import LatentAttention, softmax_scale
 from modules.rope import RotaryEmbedding
@@ -262,8 +262,8 @@ def test_the_cheaper_form_is_chosen(heads, rank, nope, rope, v_dim):
     layer = LatentAttention(config, 0)
 
     def count(form, T, S):
-        mask = torch.ones(1, 1, T, S, dtype=torch.bool)
-        context = AttentionContext(torch.zeros(1, T), mask, False)
+        everyone = Rules(torch.zeros(1, T), torch.zeros(1, S))
+        context = AttentionContext(torch.zeros(1, T), everyone, False)
         sizes = (1, heads, T, nope), (1, heads, T, rope), (1, 1, S, rank + rope)
         with FlopCounterMode(display=False) as counter:
             form(*(torch.zeros(size) for size in sizes), context)
