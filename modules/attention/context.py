@@ -11,7 +11,7 @@ Every query sees the keys of a prefix (modules/adapters/prefix.py), which stand 
 
 All layers read the same object; no layer builds a mask of its own. If no rule needs a mask (whole causal
 rows, or one new token that may see all the past) there is none, and kernels can use their own triangle.
-Otherwise the object holds the rules, and makes the mask when a layer first asks for it, or only one tile of it
+Otherwise the object holds the rules, and makes the mask when a layer first asks for it, or one tile of it
 for kernels that never hold all of it (flash.py).
 
     mask: (B or 1, 1, T, S) bool, True = may attend     T new tokens (queries), S keys (cached and new)
