@@ -156,16 +156,20 @@ def test_a_window_and_a_prefix():
         same(torch.cat(parts, dim=1), model(text[:, :length]).logits)
 
 
+@pytest.mark.parametrize("prefix", [0, 4])
 @torch.no_grad()
-def test_drafts_are_made_for_the_same_length():
-    """The MTP layer of a forward over the whole text, and the same layer with its own cache."""
+def test_drafts_are_made_for_the_same_length(prefix):
+    """The MTP layer of a forward over the whole text, and the same layer with its own cache. With the prefix
+    the trunk's rows are longer than trained, although the text is not."""
     config = small_config(rope_scaling=longrope(4), mtp="sequential")
-    model, text = shake(TinySeek(config)).double().eval(), test_tinyseek.text(1, 12)
-    decoded = model.model(text)
-    following = model.model.embed_tokens(text.roll(-1, 1))
-    expected, _ = model.mtp(decoded.hidden, following, decoded.context, decoded.rotary)
-    cache, parts = make_draft_cache(model, 1, 12), []
-    for at, piece in zip((0, 5, 6), decoded.hidden.split([5, 1, 6], dim=1), strict=True):
+    model, text = shake(TinySeek(config)).double().eval(), test_tinyseek.text(1, 12 - 2 * prefix + 3)
+    if prefix:
+        model.prefix = PrefixEncoder(*torch.randn(2, 2, 2, prefix, 8)).double()
+    decoded = model.model(text, prefix=model.prefix)
+    following, context = model.model.embed_tokens(text.roll(-1, 1)), decoded.context.without_prefix(prefix)
+    expected, _ = model.mtp(decoded.hidden, following, context, decoded.rotary)
+    cache, parts = make_draft_cache(model, 1, text.shape[1]), []
+    for at, piece in zip((0, 5, 6), decoded.hidden.split([5, 1, text.shape[1] - 6], dim=1), strict=True):
         ids = text.roll(-1, 1)[:, at : at + piece.shape[1]]
         parts.append(draft(model, piece, ids, cache)[1])
     same(torch.cat(parts, dim=1), expected)
