@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from config.checks import option
+from config.checks import checked, option
 from utils.errors import UserError
 
 
@@ -25,6 +25,7 @@ class ModelConfig:
     rope_theta: float = option(10000.0, above=1)  # raising it is ABF, arXiv 2309.16039
     rope_scaling: dict | None = None  # old or new Hugging Face spelling, see modules/rope_scaling.py
     rope_interleaved: bool = False  # pairs (0,1),(2,3).. instead of (0,D/2),(1,D/2+1)..
+    partial_rotary_factor: float = option(1.0, above=0, at_most=1)  # the share of a head's channels to rotate
     tie_word_embeddings: bool = True
     dropout: float = option(0.0, at_least=0, below=1)  # on embeddings and on each block's two outputs
     attention_dropout: float = option(0.0, at_least=0, below=1)
@@ -61,19 +62,35 @@ class ModelConfig:
     @property
     def rotary_dim(self) -> int:
         """The number of channels of a head that the rotary embedding rotates."""
-        return self.qk_rope_head_dim if self.attention_kind == "mla" else self.head_dim
+        if self.attention_kind == "mla":
+            return self.qk_rope_head_dim
+        return int(self.head_dim * self.partial_rotary_factor)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether layer `layer` has experts; the one after the last is that of sequential MTP."""
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
 
     def check(self):
-        """Fill in `head_dim`, and raise `UserError` for the first rule that is broken."""
+        """Fill in `head_dim` and `partial_rotary_factor`; raise `UserError` for the first broken rule."""
+        self.read_partial_rotary_factor()
         attention = self.latent_rules if self.attention_kind == "mla" else self.head_rules
         for broken, message in (*attention(), *self.expert_rules()):
             if broken:
                 raise UserError(message)
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def read_partial_rotary_factor(self):
+        """Move `partial_rotary_factor` out of `rope_scaling`, where Hugging Face's files have it."""
+        scaling = dict(self.rope_scaling or {})
+        share = scaling.pop("partial_rotary_factor", None)
+        if share is None:
+            return
+        key = "model.rope_scaling: partial_rotary_factor"
+        share = checked(key, share, float, {"above": 0, "at_most": 1})
+        if self.partial_rotary_factor not in (1.0, share):
+            raise UserError(f"{key}={share} contradicts model.partial_rotary_factor="
+                            f"{self.partial_rotary_factor}: omit one")  # fmt: skip
+        self.partial_rotary_factor, self.rope_scaling = share, scaling or None
 
     def head_rules(self):
         """Yield for each rule of grouped-query attention whether it is broken, and the error."""
@@ -83,6 +100,11 @@ class ModelConfig:
         )
         D = D or C // H
         yield D % 2, f"model.head_dim={D} is odd: rotary embeddings rotate pairs of channels"
+        turned = int(D * self.partial_rotary_factor)
+        yield turned < 2 or turned % 2, (
+            f"model.partial_rotary_factor={self.partial_rotary_factor} rotates {turned} channels of {D}: "
+            "rotary embeddings need an even number, at least 2"
+        )
         yield H % G, (
             f"model.num_attention_heads={H} is not divisible by model.num_key_value_heads={G}: change one"
         )
@@ -91,6 +113,10 @@ class ModelConfig:
         """Yield the same for latent attention, which reads neither head_dim nor num_key_value_heads."""
         D, window = self.qk_rope_head_dim, self.sliding_window
         yield D % 2, f"model.qk_rope_head_dim={D} is odd: rotary embeddings rotate pairs of channels"
+        yield self.partial_rotary_factor != 1, (
+            f"model.partial_rotary_factor={self.partial_rotary_factor} needs model.attention_kind=gqa: "
+            "in latent attention set model.qk_rope_head_dim"
+        )
         yield window is not None, f"model.sliding_window={window} needs model.attention_kind=gqa: change one"
 
     def expert_rules(self):

@@ -5,12 +5,15 @@ from modules.attention.rolling_cache import RollingKVCache
 from modules.attention.latent_cache import LatentCache
 
 
-def make_cache(model, batch_size: int, capacity: int) -> KVCache:
+def make_cache(model, batch_size: int, capacity: int, planned: list[int] | None = None) -> KVCache:
     """Return a cache of a `TinySeek` for `batch_size` rows of at most `capacity` tokens.
 
-    It holds the model's prefix, if there is one, for which it has extra room.
+    `planned` is the length that each row is meant to reach, by default `capacity`: rotary embeddings that
+    depend on the length are computed for it from the first token on. The cache holds the model's prefix, if
+    there is one, for which it has extra room.
     """
     cache = empty_cache(model, model.config.num_hidden_layers, batch_size, capacity + model.prefix_length)
+    cache.planned = [length + model.prefix_length for length in planned or [capacity] * batch_size]
     if model.prefix is not None:
         model.prefix.start(cache)
     return cache
@@ -18,7 +21,11 @@ def make_cache(model, batch_size: int, capacity: int) -> KVCache:
 
 def make_draft_cache(model, batch_size: int, capacity: int) -> KVCache | None:
     """Return a cache for the sequential MTP head, one layer deep, no prefix; None for other models."""
-    return empty_cache(model, 1, batch_size, capacity) if model.config.mtp == "sequential" else None
+    if model.config.mtp != "sequential":
+        return None
+    cache = empty_cache(model, 1, batch_size, capacity)
+    cache.planned = [capacity + model.prefix_length] * batch_size  # as the trunk's: in training they share it
+    return cache
 
 
 def empty_cache(model, layers: int, batch_size: int, capacity: int) -> KVCache:

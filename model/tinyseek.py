@@ -104,7 +104,7 @@ class Decoder(nn.Module):
             position_ids=position_ids, document_ids=document_ids, padding_mask=padding_mask,
             prefix=0 if prefix is None else prefix.length,
         )  # fmt: skip
-        rotary = self.rotary_emb(context.positions)
+        rotary = self.rotary_emb(context.positions, None if cache is None else cache.planned)
         past = prefix if cache is None else cache  # a cache already holds the prefix
         hidden, routings = self.dropout(self.embed_tokens(input_ids)), []  # (B, T, C)
         for layer in self.layers:

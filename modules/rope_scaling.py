@@ -2,82 +2,32 @@
 
 With s the stretch factor (new length / old length) and inv_i = base^(-2i/D):
 
-  linear   inv_i / s                                     all frequencies alike (arXiv 2306.15595)
-  ntk      base' = base * s^(D/(D-2))                    the fastest is kept, the slowest is divided by s
-  dynamic  ntk with an s that follows the row's length   nothing changes up to the trained length; beyond it,
-           cached keys keep the base with which they were rotated, so cached and uncached logits differ
-  yarn     fast ones are kept, slow ones divided by s, with a ramp in between; cos and sin are multiplied by
-           a temperature m = 0.1 ln(s) + 1 (arXiv 2309.00071)
-  llama3   by wavelength: short ones are kept, long ones divided by s, blended in between (Llama 3.1)
-  ABF      no rule: a larger `rope_theta` (arXiv 2309.16039)
+  linear    inv_i / s                                     all frequencies alike (arXiv 2306.15595)
+  ntk       base' = base * s^(D/(D-2))                    the fastest is kept, the slowest is divided by s
+  dynamic   ntk with an s that follows the length of the row; nothing changes up to the trained length
+  yarn      fast ones are kept, slow ones divided by s, with a ramp in between; cos and sin are multiplied by
+            a temperature m = 0.1 ln(s) + 1 (arXiv 2309.00071)
+  llama3    by wavelength: short ones are kept, long ones divided by s, blended in between (Llama 3.1)
+  longrope  each is divided by a number of its own, which a search has found: one list for rows up to the
+            trained length L, one for longer rows; cos and sin times sqrt(1 + ln s / ln L) (arXiv 2402.13753)
+  ABF       no rule: a larger `rope_theta` (arXiv 2309.16039)
 
-`rope_frequencies` returns the D/2 inverse frequencies in fp32 and the factor for cos and sin. The dictionary
-may use the old Hugging Face spelling ({"type": "yarn", "factor": 4.0}) or the new one ("rope_type").
+`rope_frequencies` returns the D/2 inverse frequencies in fp32 and the factor for cos and sin. The parameters
+of each rule are in config/rope.py.
 
 Traps: YaRN's ramp runs over the D/2 frequencies, not over D channels; it uses the *original* length; its
-temperature multiplies both cos and sin, so scores are multiplied by m^2.
+temperature multiplies both cos and sin, so scores are multiplied by m^2. `dynamic` and `longrope` depend on
+the length of the row: it must stay the same while a row is read piece by piece (`RotaryEmbedding`).
 """
 
 import math
 
 import torch
 
+from config.rope import read_scaling
 from utils.errors import UserError
 
-NEEDS = {  # the parameters of each rule and their defaults (None: required; 0: not given)
-    "default": {},
-    "linear": {"factor": None},
-    "ntk": {"factor": None},
-    "dynamic": {"factor": None},
-    "yarn": {
-        "factor": 0, "original_max_position_embeddings": 0, "beta_fast": 32.0, "beta_slow": 1.0,
-        "attention_factor": 0, "mscale": 0, "mscale_all_dim": 0, "truncate": True,
-    },
-    "llama3": {
-        "factor": None, "low_freq_factor": None, "high_freq_factor": None,
-        "original_max_position_embeddings": None,
-    },
-}  # fmt: skip
-
-
-def read_scaling(scaling: dict | None, theta: float) -> tuple[str, float, dict]:
-    """Check a `rope_scaling` dictionary in either spelling; return (rule, theta, all parameters).
-
-    A null counts as absent. Without a factor, YaRN takes max_position_embeddings /
-    original_max_position_embeddings, as Hugging Face does. Raise `UserError` for anything unknown or wrong.
-    """
-    given = {key: value for key, value in (scaling or {}).items() if value is not None}
-    rule = given.pop("type", "default")
-    rule = given.pop("rope_type", rule)
-    if given.get("partial_rotary_factor") == 1:  # the whole head, in Hugging Face's terms
-        del given["partial_rotary_factor"]
-    if not isinstance(rule, str) or rule not in NEEDS:
-        raise UserError(f"model.rope_scaling: unknown rope_type {rule!r}; known: {', '.join(NEEDS)}")
-    for key, value in given.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-        if not (isinstance(value, bool) if key == "truncate" else number):
-            name = "true or false" if key == "truncate" else "a positive number"
-            raise UserError(f"model.rope_scaling: {key} must be {name}, not {value!r}")
-    theta = given.pop("rope_theta", theta)
-    if theta <= 1:
-        raise UserError(f"model.rope_scaling: rope_theta must be above 1, not {theta}")
-    values = dict(NEEDS[rule])
-    unknown = set(given) - set(values)
-    if unknown:
-        names = ", ".join(sorted(unknown))
-        raise UserError(f"model.rope_scaling: {rule} does not take {names}; it takes {list(values)}")
-    values.update(given)
-    missing = [key for key, value in values.items() if value is None]
-    if rule == "yarn" and not values["factor"] and not values["original_max_position_embeddings"]:
-        missing = ["factor"]
-    if missing:
-        raise UserError(f"model.rope_scaling: {rule} needs {', '.join(missing)}")
-    if 0 < values.get("factor", 0) < 1:
-        raise UserError(f"model.rope_scaling: factor must be at least 1, not {values['factor']}")
-    for small, large in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
-        if small in values and not values[small] < values[large]:
-            raise UserError(f"model.rope_scaling: {small}={values[small]} must be below {large}")
-    return rule, float(theta), values
+LENGTH_RULES = ("dynamic", "longrope")  # their frequencies depend on the length of the row
 
 
 def rope_frequencies(head_dim, theta, scaling=None, max_positions=2048, length=None):
@@ -88,7 +38,7 @@ def rope_frequencies(head_dim, theta, scaling=None, max_positions=2048, length=N
         theta: the base, unless `scaling` carries `rope_theta`.
         scaling: Hugging Face dictionary or None.
         max_positions: the configured context length (`max_position_embeddings`).
-        length: the current length in tokens; only `dynamic` reads it.
+        length: the length of the row in tokens, read by the rules of `LENGTH_RULES`; None: the trained one.
     """
     rule, theta, p = read_scaling(scaling, theta)
     if rule == "yarn":
@@ -98,8 +48,8 @@ def rope_frequencies(head_dim, theta, scaling=None, max_positions=2048, length=N
         raise UserError(f"model.rope_scaling: {rule} needs a head_dim of at least 4, not {head_dim}")
     factor = p.get("factor", 1.0)
     if rule == "dynamic":
-        length = max(length or max_positions, max_positions)
-        stretch = factor * length / max_positions - (factor - 1)
+        trained = p["original_max_position_embeddings"] or max_positions
+        stretch = factor * max(length or 0, trained) / trained - (factor - 1)
         return plain(head_dim, theta * stretch ** (head_dim / (head_dim - 2))), 1.0
     if rule == "ntk":
         return plain(head_dim, theta * factor ** (head_dim / (head_dim - 2))), 1.0
@@ -114,6 +64,8 @@ def rope_frequencies(head_dim, theta, scaling=None, max_positions=2048, length=N
         position = torch.arange(head_dim // 2, dtype=torch.float32)
         ramp = ((position - low) / (high - low)).clamp(0, 1)  # 0: fast, kept as it is; 1: slow, divided
         return inv_freq / factor * ramp + inv_freq * (1 - ramp), yarn_temperature(p)
+    if rule == "longrope":
+        return longrope(inv_freq, p, max_positions, length)
     return inv_freq, 1.0
 
 
@@ -158,6 +110,23 @@ def llama3(inv_freq, p):
     wavelength = 2 * math.pi / inv_freq
     blend = ((original / wavelength - low) / (high - low)).clamp(0, 1)  # 1: kept; 0: divided
     return (1 - blend) * inv_freq / p["factor"] + blend * inv_freq
+
+
+def longrope(inv_freq, p, max_positions, length):
+    """Return the frequencies divided by one of the two lists, and the factor on cos and sin, one for both."""
+    trained, factor = p["original_max_position_embeddings"], p["attention_factor"]
+    divisors = {name: p[name] for name in ("short_factor", "long_factor")}
+    for name, numbers in divisors.items():
+        if len(numbers) != len(inv_freq):
+            raise UserError(
+                f"model.rope_scaling: {name} has {len(numbers)} numbers, but {2 * len(inv_freq)} channels "
+                f"rotate: give {len(inv_freq)}, one for each pair"
+            )
+    if not factor:
+        stretch = max(1.0, p["factor"] or max_positions / trained)
+        factor = math.sqrt(1 + math.log(stretch) / math.log(trained))
+    chosen = "long_factor" if length and length > trained else "short_factor"
+    return inv_freq / torch.tensor(divisors[chosen]), factor
 
 
 def lesson():

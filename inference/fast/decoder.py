@@ -20,6 +20,7 @@ import threading
 import weakref
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from inference.fast.layer import FastAttention, FastMLP, FastMoE, FastNorm, joined
@@ -107,12 +108,13 @@ class FastDecoder:
         self.lock = threading.Lock()  # threads may share a decoder and thus its memory
 
         # A rotation is x cos + x[partner] sin, with the sign of the first of each pair in the table of sines.
-        channels, sign = torch.arange(config.head_dim), torch.ones(config.head_dim)
-        first, second = pairs(channels, config.rope_interleaved)
-        self.partner = torch.empty_like(channels)
+        self.partner, sign = torch.arange(config.head_dim), torch.ones(config.rotary_dim)
+        first, second = pairs(torch.arange(config.rotary_dim), config.rope_interleaved)
         self.partner[first], self.partner[second], sign[first] = second, first, -1.0
         cos, sin = decoder.rotary_emb(torch.arange(config.max_position_embeddings))
-        self.cos, self.sin = cos.to(self.dtype), (sin * sign).to(self.dtype)  # (positions, D)
+        rest = (0, config.head_dim - config.rotary_dim)  # channels that do not rotate: cos 1, sin 0
+        cos, sin = F.pad(cos, rest, value=1.0), F.pad(sin * sign, rest)
+        self.cos, self.sin = cos.to(self.dtype), sin.to(self.dtype)  # (positions, D)
 
     def parts(self, layer: DecoderLayer, config):
         """Return the attention and the feed-forward of `layer`, each with the gain of the norm before it."""

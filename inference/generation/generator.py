@@ -5,7 +5,8 @@
 Prompts of different lengths share one batch: they are padded on the right, and the cache knows how many real
 tokens each row has. A row ends at a stop token, after `max_new_tokens`, when the context is full, or when
 `on_token` returns True. Its result does not depend on the other rows, except that in fp32 two almost equal
-candidates may change places, because sums are taken in another order.
+candidates may change places, because sums are taken in another order. With a `rope_scaling` that depends on
+the length (dynamic, longrope), a row is read for the length of its prompt plus `max_new_tokens`.
 
 Prompt and answer together never exceed `max_position_embeddings`. A prompt is never shortened here; callers
 keep its last `room` tokens.
@@ -93,7 +94,8 @@ class Generator:
     def write(self, prompts: list[list[int]], room: list[int], sampler: Sampler, add) -> None:
         """Write up to `room[row]` tokens in each row; `add(row, token)` returns False if the row ends."""
         lengths = [len(prompt) for prompt in prompts]
-        cache = make_cache(self.model, len(prompts), max(map(sum, zip(lengths, room, strict=True))))
+        planned = [length + places for length, places in zip(lengths, room, strict=True)]
+        cache = make_cache(self.model, len(prompts), max(planned), planned)
         decoder = self.fast_decoder() if len(prompts) == 1 else None
         active = [places > 0 for places in room]
         ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)  # (B, T)

@@ -113,7 +113,7 @@ def draft(model, hidden, following, cache=None, last_only=False):
     if cache is not None:
         cache.begin(tokens)
     context = build_context(tokens, hidden.device, window=model.config.sliding_window, cache=cache)
-    rotary = model.model.rotary_emb(context.positions)
+    rotary = model.model.rotary_emb(context.positions, None if cache is None else cache.planned)
     second, _ = model.mtp(hidden, model.model.embed_tokens(following), context, rotary, cache)
     if cache is not None:
         cache.advance()

@@ -26,6 +26,10 @@ class KVCache:
     Args:
         num_layers, batch_size, num_key_value_heads (G), head_dim (D): sizes of the store.
         capacity: the largest number of tokens in a row.
+
+    Attributes:
+        planned: the length that each row is meant to reach, None for unknown; rotary embeddings that depend
+            on the length (modules/rope.py) are computed for it. May be set before the first token.
     """
 
     parts = 2  # tensors per layer: keys and values
@@ -35,6 +39,7 @@ class KVCache:
         self.store = torch.zeros(shape, dtype=dtype, device=device)  # zeros: an unread slot must not be NaN
         self.capacity, self.lengths, self.device = capacity, [0] * batch_size, device
         self.prefix = 0  # tokens that `start_with` has put in front
+        self.planned: list[int | None] = [capacity] * batch_size
 
     @property
     def uniform_past(self) -> int | None:

@@ -27,6 +27,7 @@ class RollingKVCache(KVCache):
         self.ring, self.window, self.margin = window - 1 + margin, window, margin
         super().__init__(num_layers, batch_size, self.ring, num_key_value_heads, head_dim, dtype, device)
         self.capacity = 2**62  # rows may grow without end; they occupy `ring` slots
+        self.planned = [None] * batch_size
         self.held = torch.full((batch_size, self.ring), -1, device=device)  # index of the token in each slot
         self.longest = [0] * batch_size  # the largest length of each row so far: only `ring` tokens remain
 

@@ -6,7 +6,6 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from modules.norm import rms_norm
 from modules.rope import RotaryEmbedding, apply_rotary
 from tests.modules.tools import slow_rotation
 
@@ -14,15 +13,6 @@ from tests.modules.tools import slow_rotation
 def odd_positions(B, T):
     """Positions that neither start at zero nor rise by one."""
     return torch.randint(0, 500, (B, T), generator=torch.Generator().manual_seed(3))
-
-
-def interleaved_to_half(weight, num_heads):
-    """Reorder the rows of a q or k projection (H*D, C), or its bias (H*D,), from interleaved to half-split.
-
-    The gains of QK-norm (D,) need the same permutation: pass them with num_heads=1.
-    """
-    rows = weight.reshape(num_heads, -1, 2, *weight.shape[1:])  # (H, D/2, 2, ...)
-    return rows.transpose(1, 2).reshape(weight.shape)
 
 
 @pytest.mark.parametrize("head_dim, theta", [(2, 10000.0), (8, 10000.0), (64, 5e5), (128, 1e6)])
@@ -74,38 +64,6 @@ def test_scores_depend_on_the_distance_only(interleaved):
     for shift in (1, 100, 3000):
         torch.testing.assert_close(score(7 + shift, 3 + shift), near, rtol=0, atol=1e-11)
     assert (score(8, 3) - near).abs() > 1e-3
-
-
-def test_weights_move_from_interleaved_to_half():
-    """A projection with bias and QK-norm made for interleaved pairs gives the same scores as its permuted
-    copy."""
-    torch.manual_seed(3)
-    B, T, C, H, G, D = 2, 5, 12, 4, 2, 6
-    x = torch.randn(B, T, C, dtype=torch.float64)
-    weights = {name: torch.randn(n * D, C, dtype=torch.float64) for name, n in (("q", H), ("k", G))}
-    biases = {name: torch.randn(n * D, dtype=torch.float64) for name, n in (("q", H), ("k", G))}
-    gains = {name: torch.randn(D, dtype=torch.float64) for name in "qk"}
-    tables = {
-        flag: RotaryEmbedding(D, 100.0, interleaved=flag).double()(torch.arange(T)[None]) for flag in (0, 1)
-    }
-
-    def scores(weights, biases, gains, interleaved):
-        turned = []
-        for name, heads in (("q", H), ("k", G)):
-            y = (x @ weights[name].T + biases[name]).view(B, T, heads, D)
-            y = rms_norm(y, gains[name], 1e-6).transpose(1, 2)
-            turned.append(apply_rotary(y, *tables[interleaved], interleaved))
-        return turned[0] @ turned[1].repeat_interleave(H // G, dim=1).transpose(2, 3)
-
-    old = scores(weights, biases, gains, True)
-    heads = {"q": H, "k": G}
-    moved = [{n: interleaved_to_half(v, heads[n]) for n, v in group.items()} for group in (weights, biases)]
-    new_gains = {n: interleaved_to_half(v, 1) for n, v in gains.items()}
-    torch.testing.assert_close(scores(*moved, new_gains, False), old, rtol=0, atol=1e-12)
-    assert (scores(*moved, gains, False) - old).abs().max() > 0.1  # gains left behind: wrong
-    assert (scores(weights, biases, gains, False) - old).abs().max() > 0.1
-    # The published permutation: row 2i goes to i, row 2i + 1 to i + D/2.
-    assert interleaved_to_half(torch.arange(6), 1).tolist() == [0, 2, 4, 1, 3, 5]
 
 
 def test_casting_a_model_does_not_round_the_angles():

@@ -10,8 +10,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from config.model import ModelConfig
+from config.rope import read_scaling
 from modules.rope import RotaryEmbedding
-from modules.rope_scaling import read_scaling, rope_frequencies, yarn_range
+from modules.rope_scaling import rope_frequencies, yarn_range
 from tests.modules.tools import small_config
 from utils.errors import UserError
 
@@ -81,6 +82,34 @@ def test_dynamic_is_hugging_faces(length, head_dim):
     ours, our_factor = rope_frequencies(head_dim, 1e4, scaling, 64, length)
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
     assert our_factor == factor == 1.0
+    # With the trained length given, the model may be longer; there Hugging Face calls it the model's.
+    apart = scaling | {"original_max_position_embeddings": 64}
+    assert torch.equal(rope_frequencies(head_dim, 1e4, apart, 4096, length)[0], ours)
+
+
+def lists(head_dim, seed=0):
+    """A dictionary for LongRoPE with random lists."""
+    short, long = 1 + 30 * torch.rand(2, head_dim // 2, generator=torch.Generator().manual_seed(seed))
+    return {
+        "rope_type": "longrope", "short_factor": short.tolist(), "long_factor": long.tolist(),
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [None, 1, 64, 65, 1000])
+@pytest.mark.parametrize(
+    "changes", [{}, {"factor": 32.0}, {"attention_factor": 1.5}, {"attention_factor": 0.5, "factor": 2.0}]
+)
+@pytest.mark.parametrize("head_dim, max_positions", [(2, 64), (16, 4096), (96, 50)])
+def test_longrope_is_hugging_faces(length, changes, head_dim, max_positions):
+    """Also where the model is no longer than it was trained, and the factor is 1."""
+    scaling = lists(head_dim) | changes
+    expected, factor = theirs(head_dim, 500.0, dict(scaling), max_positions, length)
+    ours, our_factor = rope_frequencies(head_dim, 500.0, scaling, max_positions, length)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+    assert our_factor == pytest.approx(factor, abs=1e-12)
+    table = RotaryEmbedding(head_dim, 500.0, scaling, max_positions)(torch.zeros(1, 1), [length or 1])
+    assert torch.equal(table[0], torch.full((1, 1, head_dim), factor))
 
 
 def test_the_tables_follow_the_scaling():
@@ -123,6 +152,8 @@ def test_published_numbers():
     llama = rope_frequencies(128, 5e5, LLAMA3)[0]
     for index, value in ((35, 9.5562e-5), (40, 3.4281e-5), (63, 3.0689e-7)):
         assert llama[index].item() == pytest.approx(value, rel=1e-4)
+    phi = lists(128) | {"original_max_position_embeddings": 4096, "factor": 32}
+    assert rope_frequencies(128, 1e4, phi)[1] == pytest.approx(1.1902381, abs=1e-7)
     plain = rope_frequencies(128, 1e4)[0]
     for length, base in ((8192, 51293.787), (16384, 135401.973), (4096, 1e4), (100, 1e4)):
         ours = rope_frequencies(128, 1e4, {"rope_type": "dynamic", "factor": 4.0}, 4096, length)[0]
@@ -205,7 +236,19 @@ BAD = [
     (LLAMA3 | {"high_freq_factor": 1.0}, "low_freq_factor"),
     ({"rope_type": "default", "rope_theta": "1e6"}, "rope_theta"),
     ({"rope_type": "default", "rope_theta": 0.5}, "rope_theta"),
-    ({"rope_type": "longrope", "factor": 2.0}, "longrope"),
+    ({"rope_type": "longrope", "factor": 2.0}, "longrope needs short_factor, long_factor, original"),
+    (lists(8) | {"original_max_position_embeddings": 1}, "above 1"),
+    (lists(8) | {"factor": 0.5}, "at least 1"),
+    (lists(8) | {"long_mscale": 1.2}, "long_mscale"),
+    (lists(6), "short_factor has 3 numbers, but 8 channels"),
+    (lists(8) | {"long_factor": [1.0] * 5}, "long_factor has 5 numbers"),
+    (lists(8) | {"long_factor": []}, "long_factor has 0 numbers"),
+    (lists(8) | {"short_factor": [1, 2, 3, 0]}, r"short_factor must be a list .*\[0\]"),
+    (lists(8) | {"short_factor": [1, 2, 3, -4.0]}, "short_factor must be"),
+    (lists(8) | {"long_factor": [1, 2, math.inf, 4]}, "long_factor must be"),
+    (lists(8) | {"long_factor": [1, 2, "3", 4]}, "long_factor must be"),
+    (lists(8) | {"long_factor": [1, 2, True, 4]}, "long_factor must be"),
+    (lists(8) | {"long_factor": 2.0}, "long_factor must be"),
 ]
 
 

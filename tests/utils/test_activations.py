@@ -28,6 +28,7 @@ LATENT = {
 CASES = {
     "dense": {},
     "plain": {"qk_norm": False, "tie_word_embeddings": False},
+    "partial rotation": {"partial_rotary_factor": 0.25},
     "sdpa": {"attn_implementation": "sdpa"},
     "window": {"sliding_window": 32},
     "experts": EXPERTS,

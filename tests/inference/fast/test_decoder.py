@@ -42,12 +42,16 @@ SHAPES = {
     "interleaved": {"rope_interleaved": True, "num_key_value_heads": 4},
     "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
     "untied": {"tie_word_embeddings": False},
+    "half of the channels rotate": {"partial_rotary_factor": 0.5},
+    "a quarter rotates, interleaved": {"partial_rotary_factor": 0.25, "rope_interleaved": True},
 }
 UNSUPPORTED = {
     "bias": {"attention_bias": True},
     "window": {"sliding_window": 4},
     "soft cap": {"final_logit_softcapping": 3.0},
     "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}},
+    "longrope": {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4,
+                                  "long_factor": [2.0] * 4, "original_max_position_embeddings": 16}},
     "groups of experts": MOE | {"n_group": 3, "topk_group": 2},
     "MLA": {"attention_kind": "mla"},
 }

@@ -25,6 +25,11 @@ SHAPES = {
     "window": {"sliding_window": 5},
     "window wider than the text": {"sliding_window": 60},
     "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0,
+                                 "original_max_position_embeddings": 16}},
+    "longrope, half of the channels": {"partial_rotary_factor": 0.5, "rope_scaling": {
+        "rope_type": "longrope", "short_factor": [1.5, 2.0], "long_factor": [6.0, 8.0],
+        "original_max_position_embeddings": 24}},
     "untied": {"tie_word_embeddings": False},
     "soft cap": {"final_logit_softcapping": 5.0},
     "eager": {"attn_implementation": "eager"},
@@ -48,10 +53,13 @@ def build(dtype=torch.float64, seed=1, **changes):
 
 @torch.no_grad()
 def slow_greedy(model, prompt, count):
-    """Greedy decoding by the definition. Returns tokens and, for each, how far the second best logit was."""
+    """Greedy decoding by the definition. Returns tokens and, for each, how far the second best logit was.
+
+    The text has its final length from the start, for rotary embeddings that depend on it; what is not yet
+    written is filled with a token that nobody sees."""
     ids, gaps = list(prompt) or [0], []
-    for _ in range(count):
-        best = model(torch.tensor([ids])).logits[0, -1].topk(2)
+    for left in range(count, 0, -1):
+        best = model(torch.tensor([ids + [7] * left])).logits[0, len(ids) - 1].topk(2)
         ids.append(best.indices[0].item())
         gaps.append((best.values[0] - best.values[1]).item())
     return ids[len(prompt) or 1 :], gaps
@@ -80,7 +88,7 @@ def test_fp32_differs_only_at_near_ties(fast):
         assert not different or gaps[different[0]] < 1e-4
 
 
-@pytest.mark.parametrize("name", ["GQA", "window", "bias", "experts", "latent attention"])
+@pytest.mark.parametrize("name", ["GQA", "window", "bias", "experts", "latent attention", "dynamic"])
 def test_a_row_is_what_it_would_be_alone(name):
     """With drawing: row b alone, with its own seed, gives the same tokens; so do other neighbours."""
     model = build(**SHAPES[name])

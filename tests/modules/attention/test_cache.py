@@ -250,42 +250,6 @@ def test_what_does_not_fit_is_said():
 
 
 @torch.no_grad()
-def test_dynamic_ntk_agrees_up_to_the_trained_length():
-    """Beyond it the base moves under keys that are already turned: the one known difference, stated in
-    rope_scaling.py."""
-    scaling = {"rope_type": "dynamic", "factor": 4.0}
-    model = shake(TinySeek(small_config(rope_scaling=scaling, max_position_embeddings=16))).double().eval()
-    text, cache = ids(1, 24), None
-    cache = make_cache(model, 1, 24)
-    parts = torch.cat([model(part, cache=cache).logits for part in text.split(1, dim=1)], dim=1)
-    same(parts[:, :16], model(text[:, :16]).logits)
-    assert (parts[:, -1] - model(text).logits[:, -1]).abs().max() > 1e-6
-
-
-@torch.no_grad()
-def test_dynamic_ntk_counts_the_real_tokens_of_each_row():
-    """Padding columns and longer neighbours stretch nothing: each row is as alone, with a cache and
-    without."""
-    scaling = {"rope_type": "dynamic", "factor": 4.0}
-    model = shake(TinySeek(small_config(rope_scaling=scaling, max_position_embeddings=16))).double().eval()
-    texts, cache, done = [ids(1, 14, seed=1), ids(1, 20, seed=2)], make_cache(model, 2, 20), [0, 0]
-    alone = [make_cache(model, 1, 20) for _ in texts]
-    for new in ([12, 4], [1, 10], [1, 6]):  # row 0 ends within the trained 16, row 1 beyond
-        batch = ids(2, max(new), seed=99)
-        for b in range(2):
-            batch[b, : new[b]] = texts[b][0, done[b] : done[b] + new[b]]
-        logits = model(batch, cache=cache, new_tokens=new).logits
-        for b in range(2):
-            same(logits[b, : new[b]], model(batch[b : b + 1, : new[b]], cache=alone[b]).logits[0])
-        done = [d + n for d, n in zip(done, new, strict=True)]
-    batch, mask = ids(2, 20, seed=99), torch.ones(2, 20, dtype=torch.bool)
-    batch[0, :14], batch[1], mask[0, 14:] = texts[0], texts[1], False
-    logits = model(batch, padding_mask=mask).logits
-    for b in range(2):
-        same(logits[b, mask[b]], model(texts[b]).logits[0])
-
-
-@torch.no_grad()
 def test_half_precision_model_and_autocast():
     """The cache takes the dtype of the model; under autocast the keys of fp32 weights come in bf16 and are
     still taken."""
