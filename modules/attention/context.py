@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Rules:
-    """The rules for what a query may attend to, as numbers per query and per key; any tile of the mask follows.
+    """The rules of attention as numbers per query and per key, from which any tile of the mask follows.
 
     Attributes:
         query_index: (B or 1, T), the index of each query in its row.
