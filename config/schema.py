@@ -81,6 +81,7 @@ class TrainConfig:
     save_every: int = option(250, at_least=1)
     dtype: str = option("auto", choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool = False
+    gradient_checkpointing: bool = False  # modules/checkpointing.py: less memory, a third more work
     device: str = option("auto", choices=("auto", "cpu", "cuda", "mps"))
     seed: int = option(0, at_least=0)
     mtp_weight: float | None = option(None, at_least=0)  # None: 1 for parallel, 0.3 for sequential prediction

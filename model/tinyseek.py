@@ -25,6 +25,7 @@ from config.model import ModelConfig
 from modules.attention.context import AttentionContext, build_context
 from modules.attention.grouped_query import GroupedQueryAttention
 from modules.attention.latent import LatentAttention
+from modules.checkpointing import CheckpointedLayer
 from modules.cross_entropy import linear_cross_entropy, soft_cap
 from modules.experts.moe import MoE
 from modules.experts.router import Routing
@@ -55,7 +56,7 @@ class CausalLMOutput:
     mtp_loss_sum: torch.Tensor | None = None  # (), the same sum for the tokens after the next
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(CheckpointedLayer):
     """One pre-norm layer: attention, then feed-forward, each added to the residual stream (B, T, C).
 
     `layer` is the layer's number, which decides whether it has experts; `slot` is its place in the cache.

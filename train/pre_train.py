@@ -57,8 +57,8 @@ def main():
     model = TinySeek(config.model)
     if command.init:
         load_weights(model, command.init["weights"], "--init")
-    tokens, optimizer = train.batch_size * length, config.optim.optimizer
-    card = cost_card(model, tokens, length, optimizer, machine.dtype, machine.device.type)
+    tokens, optimizer, device = train.batch_size * length, config.optim.optimizer, machine.device.type
+    card = cost_card(model, tokens, length, optimizer, machine.dtype, device, train.gradient_checkpointing)
     machine.say("\n".join(card.lines()))
 
     evaluation = text_evaluation(data.val, data.tokenizer, length, train.batch_size, machine)

@@ -3,6 +3,10 @@
 Hand-written kernels keep what they pass to `save_for_backward`; PyTorch's kernels keep the inputs that their
 derivatives need. The residual stream, the statistics and the router are fp32; products have the autocast
 dtype, `wide` bytes per number. A test compares the sum with what autograd keeps. `torch.compile` keeps less.
+
+With gradient checkpointing (modules/checkpointing.py) a layer keeps its input. Memory is then largest either
+at the end of the forward pass, in the output head, or while the backward pass runs a layer once more: by then
+what the head kept is gone, and the layer's own gradients, small beside all layers, count beside one.
 """
 
 from typing import NamedTuple
@@ -15,12 +19,14 @@ CHUNK = {"cpu": 256, "cuda": 4096}  # as in modules/cross_entropy.py: tokens who
 
 
 class MicroBatch(NamedTuple):
-    """The shape of a forward pass's input, the bytes per number in its products, and the kind of device."""
+    """The shape of a forward pass's input, the bytes per number in its products, the kind of device, and
+    whether layers are recomputed."""
 
     rows: int
     length: int
     wide: int = FP32
     device: str = "cpu"
+    checkpointed: bool = False
 
 
 def head_widths(config: ModelConfig) -> tuple[int, int, int]:
@@ -31,16 +37,17 @@ def head_widths(config: ModelConfig) -> tuple[int, int, int]:
     return config.head_dim, config.head_dim, 2 * config.num_key_value_heads * config.head_dim
 
 
-def kept_bytes(config: ModelConfig, batch: MicroBatch, matrices: int) -> int:
-    """Return the bytes that a forward pass with labels keeps. `matrices`: the numbers in all matrices."""
-    C, wide, layers = config.hidden_size, batch.wide, config.num_hidden_layers + (config.mtp == "sequential")
-    heads = 1 if config.mtp == "none" else 2
+def kept_bytes(config: ModelConfig, batch: MicroBatch, matrices: float, heads: int = 2) -> int:
+    """Return the bytes that a forward pass with labels keeps. `matrices`: the numbers in all matrices;
+    `heads`: of the output heads that the model has, count so many."""
+    C, wide = config.hidden_size, batch.wide
+    heads = min(heads, 1 if config.mtp == "none" else 2)
     mtp = {"none": 0, "parallel": 3 * C * wide + FP32, "sequential": INT64 + FP32 * (C + 3) + 4 * C * wide}
     per_token = {
         "ids": INT64,
-        "layers": sum(sum(layer_table(config, batch, n).values()) for n in range(layers)),
-        "final norm, and gradients of the heads' inputs": FP32 * (C + 1) + heads * C * wide,
-        "inputs of multi-token prediction, and their norms": mtp[config.mtp],
+        "layers": sum(layer_bytes(config, batch, n) for n in layers(config)),
+        "final norm, and gradients of the heads' inputs": (heads > 0) * FP32 * (C + 1) + heads * C * wide,
+        "inputs of multi-token prediction, and their norms": (heads > 0) * mtp[config.mtp],
     }
     once = {
         "cos and sin": 2 * FP32 * batch.length * config.rotary_dim,
@@ -48,6 +55,46 @@ def kept_bytes(config: ModelConfig, batch: MicroBatch, matrices: int) -> int:
         "matrices in the dtype of autocast": wide * matrices if wide < FP32 else 0,
     }
     return int(batch.rows * batch.length * sum(per_token.values()) + sum(once.values()))
+
+
+def recompute_bytes(config: ModelConfig, batch: MicroBatch, matrices: float) -> int:
+    """Return the bytes that exist while the backward pass runs the largest layer again; 0 if it runs none.
+
+    By then it has used what the head keeps, or the second head if its layer (sequential MTP) is run again.
+    """
+    if not batch.checkpointed:
+        return 0
+    again = max(sum(layer_table(config, batch, n).values()) + gradients(config, batch, n)
+                for n in layers(config))  # fmt: skip
+    held = kept_bytes(config, batch, matrices / len(layers(config)), heads=config.mtp == "sequential")
+    return held + int(batch.rows * batch.length * again)
+
+
+def gradients(config: ModelConfig, batch: MicroBatch, layer: int) -> float:
+    """Return the bytes per token of gradients while most of the layer is kept: those of the residual stream
+    and inside the feed-forward, or of scores if they are many, when the feed-forward's are gone."""
+    C, F, K, wide = config.hidden_size, config.intermediate_size, config.num_experts_per_tok, batch.wide
+    stream, inner, kept = (FP32 + wide) * C, 2 * F, 4 * F
+    if config.is_moe_layer(layer):
+        F = config.moe_intermediate_size
+        inner, kept = K * (C + 2 * F), 4 * F * (K + config.n_shared_experts)
+    keys = kept_keys(config, batch)
+    scores = 2 * config.num_attention_heads * keys if keys == batch.length else 0  # blocks need few at a time
+    return stream + wide * max(inner, scores - kept)
+
+
+def layers(config: ModelConfig) -> range:
+    """Return the numbers of all layers, the sequential MTP block last."""
+    return range(config.num_hidden_layers + (config.mtp == "sequential"))
+
+
+def layer_bytes(config: ModelConfig, batch: MicroBatch, layer: int) -> float:
+    """Return the bytes per token that a layer keeps: of all its kernels, or with gradient checkpointing its
+    input, and the router's scores, which the balance loss reads."""
+    if not batch.checkpointed:
+        return sum(layer_table(config, batch, layer).values())
+    width = FP32 if layer < config.num_hidden_layers else batch.wide
+    return width * config.hidden_size + FP32 * config.n_routed_experts * config.is_moe_layer(layer)
 
 
 def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from utils.activations import MicroBatch, head_bytes, head_widths, kept_bytes
+from utils.activations import MicroBatch, head_bytes, head_widths, kept_bytes, recompute_bytes
 
 FP32, BF16 = 4, 2  # bytes per number
 PARTS = {  # a word in the name of a parameter -> its part of the model; the first match counts
@@ -51,7 +51,7 @@ class CostCard:
     kv_cache_numbers: int  # per token
     batch_tokens: int
     state_bytes: dict[str, int]  # weights, gradients, optimizer
-    activation_bytes: int  # kept for the backward pass (utils/activations.py)
+    activation_bytes: int  # kept for the backward pass, or computed again in it (utils/activations.py)
     peak_bytes: int  # of all tensors
 
     @property
@@ -106,12 +106,12 @@ class CostCard:
 
 def cost_card(
     model: nn.Module, batch_tokens: int, sequence_length: int | None = None, optimizer: str = "adamw",
-    dtype: torch.dtype = torch.float32, device: str = "cpu",
+    dtype: torch.dtype = torch.float32, device: str = "cpu", checkpointed: bool = False,
 ) -> CostCard:  # fmt: skip
     """Return the cost of training `model`, which may be on the meta device, its weights in fp32.
 
     `batch_tokens` is the size of a micro-batch; `sequence_length` defaults to the maximum of the model;
-    products are in `dtype`, on a `device` of this kind.
+    products are in `dtype`, on a `device` of this kind; `checkpointed`: with train.gradient_checkpointing.
     """
     config, groups = model.config, parameter_groups(model)
     length = sequence_length or config.max_position_embeddings
@@ -122,8 +122,9 @@ def cost_card(
     moments = total + (adam if optimizer == "muon" else total)
     scores, values, cached = head_widths(config)
     state = {"weights": FP32 * total, "gradients": FP32 * total, "optimizer": FP32 * moments}
-    batch = MicroBatch(max(1, batch_tokens // length), min(batch_tokens, length), dtype.itemsize, device)
-    kept = kept_bytes(config, batch, matrices=total - adam)
+    rows, wide = max(1, batch_tokens // length), dtype.itemsize
+    batch = MicroBatch(rows, min(batch_tokens, length), wide, device, checkpointed)
+    kept, again = (count(config, batch, matrices=total - adam) for count in (kept_bytes, recompute_bytes))
     return CostCard(
         groups=groups,
         layers=config.num_hidden_layers,
@@ -134,8 +135,8 @@ def cost_card(
         kv_cache_numbers=config.num_hidden_layers * cached,
         batch_tokens=batch_tokens,
         state_bytes=state,
-        activation_bytes=kept,
-        peak_bytes=sum(state.values()) + kept + head_bytes(config, batch),
+        activation_bytes=max(kept, again),
+        peak_bytes=sum(state.values()) + max(kept + head_bytes(config, batch), again),
     )
 
 

@@ -25,7 +25,7 @@ from utils.products import MKL
 # Settings that a resumed run may change: its end, reporting, device and paths, and the rule of the split,
 # which the data digest covers.
 MAY_CHANGE = {"max_steps", "max_seconds", "log_every", "eval_every", "eval_batches", "save_every", "device",
-              "paths", "cache_dir", "same_question"}  # fmt: skip
+              "paths", "cache_dir", "same_question", "gradient_checkpointing"}  # fmt: skip
 SIZES = ("batch_size", "accumulation_steps")  # may change if their product, times the processes, does not
 OLD = ".old"  # suffix of a checkpoint that was moved aside
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from config.schema import RunConfig, TrainConfig
-from utils.activations import MicroBatch, kept_bytes
+from utils.activations import MicroBatch, kept_bytes, recompute_bytes
 from utils.cost import size
 
 SLOW = 5  # steps that are not measured
@@ -88,9 +88,10 @@ def end_of_run(train: TrainConfig, step: int, elapsed: float, costs: Costs) -> t
 
 def longest_rows(config: RunConfig, length: int, wide: int, device: str) -> int:
     """Return the bytes that the longest rows keep for the backward pass beyond rows of `length`."""
-    rows, longest = config.train.batch_size, config.data.sequence_length
-    batches = (MicroBatch(rows * longest // T, T, wide, device) for T in (length, longest))
-    now, then = (kept_bytes(config.model, batch, matrices=0) for batch in batches)
+    rows, longest, kinds = config.train.batch_size, config.data.sequence_length, (kept_bytes, recompute_bytes)
+    checkpointed = config.train.gradient_checkpointing
+    batches = (MicroBatch(rows * longest // T, T, wide, device, checkpointed) for T in (length, longest))
+    now, then = (max(count(config.model, batch, matrices=0) for count in kinds) for batch in batches)
     return then - now
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from config.schema import RunConfig
+from modules.checkpointing import checkpoint_layers
 from train.engine import parallel
 from train.engine.checkpoints import Checkpoints
 from train.engine.forecast import Forecast
@@ -51,6 +52,7 @@ class Trainer:
         self.warm_from = 0  # the step at which the last warmup began
         self.signals, self.held_out, self.forecast = StopSignals(), HeldOut(self), Forecast(self)
         self.model = self.runner = stage.model
+        checkpoint_layers(stage.model, config.train.gradient_checkpointing)
         parallel.place(stage.model, machine.device)
         distributed.same_on_all_ranks(stage.data_digest, "training data")
         for model in stage.frozen.values():

@@ -37,6 +37,7 @@ from inference.generation.sampling import SamplingParams
 from inference.generation.speculative import SpeculativeGenerator
 from load_data.packing import prepare_pretraining
 from model.tinyseek import TinySeek
+from modules.checkpointing import checkpoint_layers
 from train.engine.machine import start_machine, start_process
 from utils.cost import cost_card
 from utils.device import peak_flops, set_threads, synchronize
@@ -159,7 +160,10 @@ def our_steps(config, machine) -> dict:
     def loss(model, inputs, labels):
         return model(inputs, labels=labels).loss_sum / labels.numel()
 
-    return {name: training_step(TinySeek(shape), config, machine, loss) for name, shape in shapes.items()}
+    models = {name: TinySeek(shape) for name, shape in shapes.items()}
+    if config.train.gradient_checkpointing:
+        models["TinySeek, checkpointed"] = checkpoint_layers(TinySeek(config.model))
+    return {name: training_step(model, config, machine, loss) for name, model in models.items()}
 
 
 def large_product(dtype: torch.dtype):

@@ -60,11 +60,13 @@ def estimate(config, held_out: int, peak: float, room: float, mfu: float) -> lis
     with torch.device("meta"):
         model = TinySeek(config.model)
     tokens, passes = train.batch_size * length, train.accumulation_steps
-    card = cost_card(model, tokens, length, config.optim.optimizer, torch.bfloat16, "cuda")
-    products = passes * card.train_flops() * tokens / (mfu * peak)
-    launches = passes * config.model.num_hidden_layers * KERNELS * LAUNCH * (not train.compile)
+    again, kind = train.gradient_checkpointing, torch.bfloat16
+    card = cost_card(model, tokens, length, config.optim.optimizer, kind, "cuda", again)
+    forwards = 4 if again else 3  # the work of a step, in forward passes: a backward pass is two
+    products = passes * card.train_flops() / 3 * forwards * tokens / (mfu * peak)
+    launches = passes * config.model.num_hidden_layers * KERNELS / 3 * forwards * LAUNCH * (not train.compile)
     step, batches = max(products, launches), -(-held_out // tokens)
-    evaluation = batches * step / passes / 3  # a forward pass is a third of forward plus backward
+    evaluation = batches * step / passes / forwards
     costs = Costs(step, evaluation, batches, SAVING * card.parameters)
     steps, seconds = end_of_run(train, 0, 0.0, costs)
     needs = SPARE[0] + SPARE[1] * card.peak_bytes
