@@ -10,7 +10,9 @@ from config.checks import validate_section
 from config.model import ModelConfig
 from config.schema import OptimConfig
 from model.tinyseek import TinySeek
+from modules.checkpointing import checkpoint_layers
 from train.engine.optimizers import build_optimizers
+from utils.activations import MicroBatch, kept_bytes
 from utils.cost import cost_card
 
 SHAPE = {
@@ -52,7 +54,8 @@ def loss_of(model, ids, dtype):
     """The loss of training, with all its terms."""
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         output = model(ids, labels=ids, mtp=model.mtp is not None)
-        return sum(part for part in (output.loss_sum, output.mtp_loss_sum) if part is not None)
+        balance = [routing.scores.square().sum() for routing in output.routings]  # keeps the scores
+        return sum(part for part in (output.loss_sum, output.mtp_loss_sum, *balance) if part is not None)
 
 
 def kept_by_autograd(model, run) -> int:
@@ -80,6 +83,20 @@ def test_activations_are_what_autograd_keeps(name, length, dtype):
     kept = kept_by_autograd(model, lambda: loss_of(model, ids, dtype))
     card = cost_card(model, ids.numel(), length, dtype=dtype)
     assert card.activation_bytes == pytest.approx(kept, rel=0.01 if model.config.n_routed_experts else 0.002)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_checkpointed_layers_keep_their_inputs(name, dtype):
+    """Nothing of what the hand-written kernels save is left either. Autograd does not see the tables of
+    cos and sin, which the call to run a layer again holds."""
+    model, ids = setting(3, 192, **CASES[name])
+    checkpoint_layers(model)
+    kept = kept_by_autograd(model, lambda: loss_of(model, ids, dtype))
+    batch = MicroBatch(3, 192, dtype.itemsize, checkpointed=True)
+    tables = 2 * 4 * 192 * model.config.rotary_dim
+    close = 0.002 if model.mtp is None else 0.02  # the places of labels for the second head
+    assert kept_bytes(model.config, batch, matrices=0) - tables == pytest.approx(kept, rel=close)
 
 
 def peak_of(run) -> int:
@@ -128,3 +145,28 @@ def test_the_peak_is_that_of_all_allocations(monkeypatch, name):
     weights, moments = card.state_bytes["weights"], card.state_bytes["optimizer"]
     peak = max(2 * weights + peak_of(proof), weights + moments + peak_of(step))
     assert card.peak_bytes == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["dense", "experts", "latent", "sequential"])
+def test_the_peak_with_checkpointing_is_that_of_all_allocations(name, dtype):
+    """Forward and backward of a micro-batch, onto gradients that are there, as in all but the first of a
+    step: what is kept, the layer that runs again, its own gradients, the head's logits."""
+    model, ids = setting(3, 256, **CASES[name] | {"num_hidden_layers": 4})
+    checkpoint_layers(model)
+    loss_of(model, ids, dtype).backward()
+    card = cost_card(model, ids.numel(), 256, dtype=dtype, checkpointed=True)
+    peak = peak_of(lambda: loss_of(model, ids, dtype).backward())
+    assert card.peak_bytes - sum(card.state_bytes.values()) == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("changes", [{"attn_implementation": "eager"}, {"vocab_size": 3000}])
+def test_the_peak_is_elsewhere_with_many_scores_or_logits(changes):
+    """Gradients of scores that are not computed by blocks outgrow those of the feed-forward; logits outgrow
+    a layer."""
+    model, ids = setting(2, 256, **changes)
+    checkpoint_layers(model)
+    loss_of(model, ids, torch.float32).backward()
+    card = cost_card(model, ids.numel(), 256, checkpointed=True)
+    peak = peak_of(lambda: loss_of(model, ids, torch.float32).backward())
+    assert card.peak_bytes - sum(card.state_bytes.values()) == pytest.approx(peak, rel=0.1)

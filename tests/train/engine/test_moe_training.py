@@ -1,6 +1,5 @@
 """Training with experts through the real engine: balance over a whole step however it is divided, the bias
-once per step, evaluation and recomputation that count nothing, and the proof that finds a constant balance
-loss."""
+once per step, evaluation that counts nothing, and the proof that finds a constant balance loss."""
 
 import math
 import runpy
@@ -8,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint as recompute
 
 from model.tinyseek import TinySeek
 from modules.experts.balance import max_vio
@@ -20,7 +18,6 @@ from tests.train.tools import (
     largest_difference,
     machine,
     make_trainer,
-    same_bits,
     small_config,
     weights_of,
     without_timing,
@@ -151,36 +148,6 @@ def test_the_bias_moves_once_per_step_by_the_counts_of_all_micro_batches(tmp_pat
     trainer.held_out.measure(None)  # an evaluation
     model(batches[0]["input_ids"], labels=batches[0]["labels"])  # a forward
     assert torch.equal(biases(model), before)
-
-
-def test_recomputing_layers_counts_nothing_twice(tmp_path):
-    """Gradient checkpointing runs each layer's forward again in the backward pass."""
-    config = moe_config("balance.bias_rate=0.05", "balance.weight=0.1", steps=3)
-    plain = train(tmp_path / "plain", config, steps_of_batches(2))
-    model = moe_model(config)
-    calls = []
-    for layer in model.model.layers:
-
-        def twice(*arguments, forward=layer.forward):
-            def counted(*inner):
-                calls.append(torch.is_grad_enabled())
-                return forward(*inner)
-
-            return (
-                recompute(counted, *arguments, use_reentrant=False) if model.training else forward(*arguments)
-            )
-
-        layer.forward = twice
-    loss = LanguageModelLoss(model, config, machine())
-    trainer = make_trainer(tmp_path / "again", config, model=model, loader=ListLoader(steps_of_batches(2)),
-                           loss=loss)  # fmt: skip
-    trainer.prove_before = lambda: (
-        None
-    )  # it copies the model, whose patched forwards would stay with this one
-    trainer.run()
-    assert len(calls) == 3 * 2 * 2 * 2  # steps, micro-batches, layers, forward and recomputation
-    assert same_bits(weights_of(plain.model), weights_of(model))
-    assert [row["max_vio"] for row in log_of(plain)] == [row["max_vio"] for row in log_of(trainer)]
 
 
 def test_a_balance_loss_that_became_a_constant_is_found_before_the_first_step(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from load_data.loader import eval_windows
 from tests.inference.tools import byte_tokenizer, tiny_model
 from tests.processes import fork
-from tests.train.tools import machine, make_trainer, small_config
+from tests.train.tools import machine, make_trainer, same_bits, small_config, weights_of
 from train.engine.evaluation import Evaluation
 from utils import checkpoint, distributed
 from utils.errors import UserError
@@ -61,6 +61,18 @@ def locked(out, world):
         first.checkpoints.close()
 
 
+def recomputed(out, world):
+    """Two steps of two processes, with gradient checkpointing and without."""
+    ends = []
+    for wanted in (False, True):
+        config = small_config(f"train.gradient_checkpointing={wanted}", "model.dropout=0.2", steps=2)
+        trainer = make_trainer(out / str(wanted), config, world=world)
+        trainer.run()
+        ends.append(weights_of(trainer.model))
+    if not same_bits(*ends):
+        raise UserError("other weights")
+
+
 def one_row(world):
     """T2: one held-out row and two processes; a model with experts. Returns what was measured."""
     model = tiny_model(n_routed_experts=5, num_experts_per_tok=2, moe_intermediate_size=8)
@@ -77,7 +89,7 @@ def one_row(world):
 def processes_main(out):
     """What each process runs; a line for each case, and in the end the second process leaves the first."""
     world, lines = distributed.start("cpu"), []
-    for case in (drifting, full_disk, bad_data, locked):
+    for case in (drifting, full_disk, bad_data, locked, recomputed):
         try:
             case(Path(out) / case.__name__, world)
             lines.append(f"{case.__name__}: no error")
@@ -100,6 +112,7 @@ def test_all_processes_notice_what_happens_to_one(tmp_path):
     assert "No space left on device" in first[1] and second[1] == f"full_disk: {failed}"
     assert first[2] == "bad_data: a bad file" and second[2] == f"bad_data: {failed}"
     assert "is in use by another run (toy, process" in first[3] and second[3] == f"locked: {failed}"
+    assert first[4] == second[4] == "recomputed: no error"
     one, two = (torch.load(tmp_path / f"row_{rank}.pt") for rank in (0, 1))
     assert one["values"] == two["values"] and torch.equal(one["loads"], two["loads"])
     assert one["loads"].sum() == 2 * 2 * 16  # layers, experts of a token, tokens
