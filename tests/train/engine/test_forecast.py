@@ -173,3 +173,5 @@ def test_memory_of_rows_that_grow_is_that_of_the_longest():
     tables = 2 * 4 * 32 * (512 - 64)  # cos and sin
     assert longest_rows(config, 64, 4, "cpu") == 4 * layers * (long - short) + tables
     assert longest_rows(config, 512, 4, "cpu") == 0
+    config.train.gradient_checkpointing = True  # the scores of the one layer that runs again
+    assert longest_rows(config, 64, 4, "cpu") == 4 * (long - short) + tables

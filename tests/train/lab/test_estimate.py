@@ -66,6 +66,18 @@ def test_large_products_are_counted_and_small_ones_launched(words_of):
     assert number(r"a step +256 tokens, ([\d,]+) ms", tiny) == 4  # 2 layers of 200 kernels of 10 us
 
 
+def test_layers_that_run_again_take_time_and_save_memory(words_of):
+    """A batch that is too large for a GPU fits; a step has four forward passes' work in place of three."""
+    large = GPT2 | {"train.batch_size": 48}
+    plain = words_of("--device", "4090", **large)
+    again = words_of("--device", "4090", **large | {"train.gradient_checkpointing": "true"})
+    assert "does not fit" in plain and again.rstrip().endswith(": fits")
+    speeds = [number(r"([\d,]+) tokens/s", words) for words in (plain, again)]
+    assert speeds[1] == pytest.approx(speeds[0] * 3 / 4, rel=1e-3)
+    memory = "activations of 49,152 tokens ([0-9.]+) GiB"
+    assert number(memory, again) < number(memory, plain) / 4
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
