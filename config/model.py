@@ -32,7 +32,7 @@ class ModelConfig:
     final_logit_softcapping: float | None = option(None, above=0)  # None keeps the Hugging Face twin exact
     initializer_range: float = option(0.02, above=0)
     zero_init_residual: bool = False  # o_proj and down_proj start at zero: each block starts as the identity
-    attn_implementation: str = option("auto", choices=("auto", "sdpa", "eager", "blocked"))
+    attn_implementation: str = option("auto", choices=("auto", "sdpa", "eager", "blocked", "flash"))
 
     # mixture of experts (modules/experts/moe.py); n_routed_experts = 0 is a dense model
     n_routed_experts: int = option(0, at_least=0)

@@ -113,7 +113,8 @@ def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str,
         table["QK-norm: input, statistic"] = config.qk_norm * (H + G) * (wide * scores + FP32)
         table["queries, keys, values, output"] = wide * 2 * (H + G) * scores
     table["probabilities, or the sums of their rows"] = H * (wide * keys or FP32)
-    if not keys and (config.sliding_window or batch.length) < batch.length:
+    fused = not keys and config.attn_implementation != "flash"  # PyTorch's kernels keep the whole mask
+    if fused and (config.sliding_window or batch.length) < batch.length:
         table["mask"] = FP32 * batch.length / batch.rows
     if not config.is_moe_layer(layer):
         return table | {"gate, up, SiLU, their product": 4 * wide * config.intermediate_size}
@@ -127,7 +128,7 @@ def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str,
 
 
 def kept_keys(config: ModelConfig, batch: MicroBatch) -> float:
-    """Return how many keys per query attention keeps probabilities for: 0 in PyTorch's fused kernels."""
+    """Return how many keys per query attention keeps probabilities for: 0 in fused kernels and in flash.py."""
     name, length, cpu = config.attn_implementation, batch.length, batch.device == "cpu"
     whole = (config.sliding_window or length) >= length
     if name == "auto" and cpu:
@@ -135,8 +136,9 @@ def kept_keys(config: ModelConfig, batch: MicroBatch) -> float:
     if name == "blocked" and whole:
         stops = [min(start + BLOCK, length) for start in range(0, length, BLOCK)]
         return sum(stop * ((stop - 1) % BLOCK + 1) for stop in stops) / length
-    scores, values, _ = head_widths(config)  # the fused CPU kernel needs them equal
-    return length if name in ("eager", "blocked") or (cpu and scores != values) else 0
+    scores, values, _ = head_widths(config)
+    plain = cpu and scores != values and name != "flash"  # the fused CPU kernel needs them equal
+    return length if name in ("eager", "blocked") or plain else 0
 
 
 def head_bytes(config: ModelConfig, batch: MicroBatch) -> int:

@@ -11,8 +11,9 @@ QK-norm (arXiv 2010.04245, Qwen3): RMSNorm over the D channels of every head of 
 It bounds the scores, so that training tolerates a larger learning rate.
 
 Vaswani et al., arXiv 1706.03762; Ainslie et al., "GQA", arXiv 2305.13245. Names as in `Qwen3Attention`.
-Three paths compute the same: `eager_attention` is the formula, `sdpa_attention` calls PyTorch's kernel, and
-`modules/attention/blocked.py` works by blocks of queries. `attend` chooses one of them.
+Four paths compute the same: `eager_attention` is the formula, `sdpa_attention` calls PyTorch's kernel,
+`modules/attention/blocked.py` works by blocks of queries, and `modules/attention/flash.py` by tiles of both.
+`attend` chooses one of them.
 """
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 
 from modules.attention.blocked import blocked_attention
 from modules.attention.context import AttentionContext, build_context
+from modules.attention.flash import flash_attention
 from modules.norm import RMSNorm
 from modules.rope import RotaryEmbedding, apply_rotary
 
@@ -94,7 +96,7 @@ def attend(name: str, q, k, v, context: AttentionContext, scale: float, dropout:
         name = "blocked" if triangle else "eager" if onednn or q.dtype == torch.bfloat16 else "sdpa"
     if name == "blocked" and triangle:
         return blocked_attention(q, k, v, scale)
-    path = sdpa_attention if name in ("auto", "sdpa") else eager_attention
+    path = {"auto": sdpa_attention, "sdpa": sdpa_attention, "flash": flash_attention}.get(name, eager_attention)
     return path(q, k, v, context, scale, dropout)
 
 

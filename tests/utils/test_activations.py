@@ -33,6 +33,8 @@ CASES = {
     "partial rotation": {"partial_rotary_factor": 0.25},
     "sdpa": {"attn_implementation": "sdpa"},
     "window": {"sliding_window": 32},
+    "flash, window": {"attn_implementation": "flash", "sliding_window": 32},
+    "flash, latent": LATENT | {"attn_implementation": "flash"},
     "experts": EXPERTS,
     "experts, later": EXPERTS | LATER,
     "latent": LATENT,

@@ -17,12 +17,13 @@ from modules.attention.grouped_query import (
     sdpa_attention,
 )
 from modules.attention.context import AttentionContext, build_context
+from modules.attention.flash import flash_attention
 from modules.rope import RotaryEmbedding
 from tests.modules.tools import shake, slow_attention, small_config
 from utils.products import MKL, ONEDNN, multiply_with
 
-PATHS = [eager_attention, sdpa_attention]
-NAMES = ["auto", "blocked", "eager", "sdpa"]
+PATHS = [eager_attention, sdpa_attention, flash_attention]
+NAMES = ["auto", "blocked", "eager", "flash", "sdpa"]
 RULES = {
     "causal": {},
     "everyone": {"causal": False},
