@@ -128,7 +128,7 @@ def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str,
 
 
 def kept_keys(config: ModelConfig, batch: MicroBatch) -> float:
-    """Return how many keys per query attention keeps probabilities for: 0 in fused kernels and in flash.py."""
+    """Return how many keys per query attention keeps probabilities for: 0 in fused kernels and flash.py."""
     name, length, cpu = config.attn_implementation, batch.length, batch.device == "cpu"
     whole = (config.sliding_window or length) >= length
     if name == "auto" and cpu:

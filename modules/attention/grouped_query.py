@@ -96,7 +96,8 @@ def attend(name: str, q, k, v, context: AttentionContext, scale: float, dropout:
         name = "blocked" if triangle else "eager" if onednn or q.dtype == torch.bfloat16 else "sdpa"
     if name == "blocked" and triangle:
         return blocked_attention(q, k, v, scale)
-    path = {"auto": sdpa_attention, "sdpa": sdpa_attention, "flash": flash_attention}.get(name, eager_attention)
+    paths = {"auto": sdpa_attention, "sdpa": sdpa_attention, "flash": flash_attention}
+    path = paths.get(name, eager_attention)
     return path(q, k, v, context, scale, dropout)
 
 
