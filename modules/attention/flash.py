@@ -184,7 +184,7 @@ def lesson():
         probs, a, m = (tile - new).exp(), (m - new).exp(), new
         total, mixed = a * total + probs.sum(), a * mixed + probs @ value
         print(f"  scores {tile.tolist()}: m {m:.0f}, a {a:.3f}, l {total:.3f}, O / l {mixed / total:.3f}")
-    print(f"  at once: {scores.softmax(0) @ values:.3f}; LSE {m + total.log():.3f}, {scores.logsumexp(0):.3f}")
+    print(f"  at once {scores.softmax(0) @ values:.3f}; LSE {m + total.log():.3f}, {scores.logsumexp(0):.3f}")
     print("KiB kept for the backward pass, for 256, 512 and 1024 tokens, 4 heads of 16 in fp32")
     for name in ("eager", "blocked", "flash"):
         kept = [{}, {}, {}]  # address and bytes
