@@ -176,7 +176,7 @@ def test_lse_is_that_of_pytorchs_kernel(dtype):
 
 
 def test_parts_merge_through_their_lse(small_tiles):
-    """Attention over three ranges of keys, weighted by exp(LSE), is attention over all, as are its gradients."""
+    """Attention over three ranges of keys, weighted by exp(LSE), is attention over all; so are gradients."""
     *qkv, upstream = inputs(2, 4, 2, 11, 11)
     q, k, v = qkv
     outs, sums = zip(*(
