@@ -92,7 +92,7 @@ def plan(rules: Rules):
 
 
 class FlashAttention(torch.autograd.Function):
-    """The R = H/G query heads of a group are stacked as rows of one matrix, as in `eager_attention`."""
+    """The R = H/G query heads of a group are rows of one matrix, so products also sum dK and dV over them."""
 
     @staticmethod
     def forward(ctx, q, k, v, rules, scale, dropout, seed):
