@@ -23,6 +23,7 @@ from torch import nn
 
 from config.model import ModelConfig
 from modules.attention.context import AttentionContext, build_context
+from modules.attention.dual_chunk import DualChunkAttention, DualChunkRotary
 from modules.attention.grouped_query import GroupedQueryAttention
 from modules.attention.latent import LatentAttention
 from modules.checkpointing import CheckpointedLayer
@@ -65,6 +66,8 @@ class DecoderLayer(CheckpointedLayer):
     def __init__(self, config: ModelConfig, layer: int, slot: int | None = None):
         super().__init__()
         attention = LatentAttention if config.attention_kind == "mla" else GroupedQueryAttention
+        if config.dual_chunk_attention_config is not None:
+            attention = DualChunkAttention
         self.self_attn = attention(config, layer if slot is None else slot)
         self.has_experts = config.is_moe_layer(layer)
         self.mlp = MoE(config) if self.has_experts else SwiGLU(config.hidden_size, config.intermediate_size)
@@ -91,6 +94,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         angles = (config.rotary_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
         self.rotary_emb = RotaryEmbedding(*angles, config.rope_interleaved)
+        if config.dual_chunk_attention_config is not None:
+            self.rotary_emb = DualChunkRotary(self.rotary_emb, config.dual_chunk_attention_config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
