@@ -8,19 +8,17 @@ three positions, depending on d, the number of chunks between it and the key:
                  d = 1   successive chunks   min(i mod s + s, c)
                  d > 1   inter-chunk         min(2s - 1, c), the same for every query
 
-The distance that RoPE sees is the difference of the two: between 0 and c, however long the text is. It is
-exact (i - j) within a chunk and for the nearest w + 1 tokens if w < s; further away it only says "far".
-A text of at most s tokens is one chunk, and attention is as usual. Nothing needs to be trained, and the
-frequencies may be those of any rule that does not depend on the length, such as YaRN.
+RoPE sees the difference of the two, from 0 to c however long the text is. It is exact (i - j) within a chunk,
+and for the nearest w + 1 tokens if w < s; elsewhere it may be too small. A text of at most s tokens is one
+chunk: attention as usual. Nothing needs training. The frequencies may be stretched as well, as by YaRN.
 
     c  chunk_size   the largest distance       Qwen2.5-1M: 262144     the authors: 3/4 of the trained length
     w  local_size   tokens at exact distance               8192                    1/8
     s  = c - w      tokens in a chunk
 
-Two paths compute the same. `by_chunks` is for whole rows: it takes some queries of a chunk at a time, runs
-three attentions over three ranges of keys, each with the logarithm of its denominator (LSE), and merges them
-with softmax(LSE) as weights. `at_once` is for packed documents and ragged rows: it selects each score from
-three products.
+Two paths compute the same. `by_chunks` is for whole rows: for some queries of a chunk at a time it runs three
+attentions over three ranges of keys, each with the logarithm of its denominator (LSE), and merges them with
+softmax(LSE) as weights. `at_once` is for packed documents and ragged rows: it selects each score from three.
 
 An, Huang, et al., arXiv 2402.17463; Qwen2.5-1M, arXiv 2501.15383. The paper's text limits positions to c - 1;
 here it is c, as in the authors' and in Qwen's code.
@@ -39,7 +37,7 @@ from modules.attention.grouped_query import GroupedQueryAttention, average, scor
 from modules.rope import RotaryEmbedding, apply_rotary
 from utils.errors import UserError
 
-BLOCK = 256  # queries at a time at most, so that scores take BLOCK * S numbers per head
+BLOCK = 128  # queries at a time at most, so that scores take BLOCK * S numbers per head
 
 
 def three_positions(positions, c: int, s: int):
@@ -56,14 +54,14 @@ class ChunkTables:
     chunks: torch.Tensor  # (B or 1, T), the chunk of each new token
     keys: tuple
     queries: list[tuple]  # for d = 0, 1, and 2 or more
-    apart: torch.Tensor | None = None  # once computed, see `distances`
+    masks: list[torch.Tensor] | None = None  # the same for all layers, so computed once, by `further`
 
-    def distances(self, key_positions):
-        """Return d of each query and key, (B or 1, 1, T, S): the same for all layers, so computed once."""
-        if self.apart is None:
-            self.apart = (self.chunks[:, :, None] - (key_positions // self.stride)[:, None, :])[:, None]
-            self.most = int(self.apart.max())
-        return self.apart
+    def further(self, key_positions):
+        """Return the masks d >= 1 and d >= 2, each (B or 1, 1, T, S) bool, if there are such keys."""
+        if self.masks is None:
+            d = (self.chunks[:, :, None] - (key_positions // self.stride)[:, None, :])[:, None]
+            self.masks = [d >= least for least in range(1, min(int(d.max()), 2) + 1)]
+        return self.masks
 
 
 class DualChunkRotary(nn.Module):
@@ -81,11 +79,10 @@ class DualChunkRotary(nn.Module):
         super().__init__()
         if rotary.depends_on_length:
             raise UserError(
-                "model.dual_chunk_attention_config does not work with a model.rope_scaling that depends on "
-                "the length: no distance exceeds chunk_size, so use another rule or none"
+                "model.dual_chunk_attention_config needs a model.rope_scaling that ignores the length, or none"
             )
-        self.rotary, self.c = rotary, chunks["chunk_size"]
-        self.s = self.c - chunks["local_size"]
+        c, w = chunks["chunk_size"], chunks["local_size"]
+        self.rotary, self.c, self.s = rotary, c, c - w
         self.trained = chunks.get("original_max_position_embeddings")
 
     @torch.no_grad()
@@ -134,15 +131,15 @@ class DualChunkAttention(GroupedQueryAttention):
 
         Where positions start again in a row without documents, d < 0 counts as intra-chunk.
         """
-        apart = rotary.distances(key_positions)
         scores = scores_of(self.turned(q, rotary.queries[0]), k, self.scale)
-        for d in range(1, min(rotary.most, 2) + 1):
-            further = scores_of(self.turned(q, rotary.queries[d]), k, self.scale)
-            scores = torch.where(apart >= d, further, scores)
+        for table, mask in zip(rotary.queries[1:], rotary.further(key_positions), strict=False):
+            scores = torch.where(mask, scores_of(self.turned(q, table), k, self.scale), scores)
         return average(scores, v, context, self.dropout)
 
     def by_chunks(self, q, k, v, rotary: ChunkTables):
         """Attend to the keys at 0 .. S - 1 of rows whose last T tokens are the queries. Shapes as above."""
+        # One copy at most: slices of keys that cannot be viewed as (B*G, S, D) would be copied in each block.
+        k, v = (part.flatten(0, 1).unflatten(0, part.shape[:2]) for part in (k, v))
         s, end, outs = rotary.stride, k.shape[2], []
         first = start = end - q.shape[2]
         while start < end:
@@ -186,20 +183,17 @@ def merge(parts):
 def lesson():
     """Print the distances that RoPE sees, as the paper's figure does, and check both paths."""
     c, w, T = 6, 2, 12
-    s, positions = c - w, torch.arange(T)
-    chunks, queries = positions // s, torch.stack(three_positions(positions, c, s))
+    s = c - w
+    queries = torch.stack(three_positions(torch.arange(T), c, s))  # (3, T)
     print(f"DCA: distances of {T} tokens, chunk_size {c} (the largest), local_size {w}: chunks of {s}")
     for i in range(T):
-        row = [queries[min(chunks[i] - chunks[j], 2), i] - j % s for j in range(i + 1)]
-        print("  ", *[f"{distance:2d}" for distance in row])
+        print("  ", *[f"{queries[min(i // s - j // s, 2), i] - j % s:2d}" for j in range(i + 1)])
     torch.manual_seed(0)
-    config = ModelConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-    layer, context, x = DualChunkAttention(config, 0), build_context(1000, "cpu"), torch.randn(1, 1000, 64)
+    layer = DualChunkAttention(ModelConfig(hidden_size=64, head_dim=16), 0)
+    x, context = torch.randn(1, 1000, 64), build_context(1000, "cpu")
     rotary = DualChunkRotary(RotaryEmbedding(16), {"chunk_size": 384, "local_size": 64})
-    outs = []
-    for layer.implementation in ("auto", "eager"):
-        outs.append(layer(x, context, rotary(context.positions)))
-    print(f"1000 tokens in chunks of 320: by chunks - at once: {(outs[0] - outs[1]).abs().max().item():.0e}")
+    a, b = (layer(x, context, rotary(context.positions)) for layer.implementation in ("auto", "eager"))
+    print(f"1000 tokens in chunks of 320: by chunks - at once: {(a - b).abs().max().item():.0e}")
 
 
 if __name__ == "__main__":
