@@ -79,7 +79,7 @@ class DualChunkRotary(nn.Module):
         super().__init__()
         if rotary.depends_on_length:
             raise UserError(
-                "model.dual_chunk_attention_config needs a model.rope_scaling that ignores the length, or none"
+                "model.dual_chunk_attention_config needs a rule in model.rope_scaling that ignores the length"
             )
         c, w = chunks["chunk_size"], chunks["local_size"]
         self.rotary, self.c, self.s = rotary, c, c - w
