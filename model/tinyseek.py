@@ -173,14 +173,14 @@ class TinySeek(nn.Module):
             last_only: return only the logits of each row's last real token (of any token if it has none).
             mtp: with labels, also compute the loss of the MTP head.
         """
-        decoded = self.model(input_ids, position_ids, document_ids, padding_mask, cache, new_tokens, self.prefix)
-        hidden, output = decoded.hidden, CausalLMOutput(decoded.hidden, decoded.routings)
+        body = self.model(input_ids, position_ids, document_ids, padding_mask, cache, new_tokens, self.prefix)
+        hidden, output = body.hidden, CausalLMOutput(body.hidden, body.routings)
         if labels is not None:
             output.loss_sum, output.nll = self.cross_entropy(hidden, labels)
             if mtp:
                 following = self.model.embed_tokens(next_ids(input_ids))  # (B, T, C)
-                context = decoded.context.without_prefix(self.prefix_length)
-                second, routing = self.mtp(hidden, following, context, decoded.rotary)
+                context = body.context.without_prefix(self.prefix_length)
+                second, routing = self.mtp(hidden, following, context, body.rotary)
                 output.mtp_loss_sum, _ = self.cross_entropy(second, mtp_labels(labels, document_ids))
                 output.routings += [] if routing is None else [routing]
             return output
