@@ -250,6 +250,18 @@ def test_merging_huge_scores(size):
     assert merge(lost) == 1
 
 
+def test_merging_in_half_precision():
+    """Three keys of value 1 and four of value 0 with equal scores of 32, near which bf16 has steps of 0.25:
+    an LSE in bf16 would give 0.38 in place of 3/7."""
+    q, k, v = (torch.full((1, 1, n, 4), value, dtype=torch.bfloat16) for n, value in ((1, 4), (7, 2), (7, 1)))
+    v[:, :, 3:] = 0
+    parts = [
+        partial_attention(q, k[:, :, keys], v[:, :, keys], 1.0, 0.0, causal=False)
+        for keys in (slice(0, 3), slice(3, 7))
+    ]
+    assert (merge(parts) - 3 / 7).abs().max() < 2**-9  # half a step at 1
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_dropout_drops_weights_in_training(path, monkeypatch):
     """With the identity as values the output is the weights: a share p of them is zero, the others are scaled
@@ -288,19 +300,23 @@ def test_scores_are_never_all_there(monkeypatch):
         return real(q, k, scale)
 
     monkeypatch.setattr(dual_chunk, "scores_of", watched)
+    model = TinySeek(small_config(**chunks(50, 10), num_hidden_layers=1, max_position_embeddings=400))
     for block, most in ((256, 40), (32, 32)):
         monkeypatch.setattr(dual_chunk, "BLOCK", block)
-        model = TinySeek(small_config(**chunks(50, 10), num_hidden_layers=1, max_position_embeddings=400))
         sizes.clear()
         model(ids(1, 400))
         assert max(queries for queries, _ in sizes) == most
         computed = sum(queries * keys for queries, keys in sizes)
         assert 400 * 401 / 2 <= computed <= 400 * (401 + most) / 2
+    model.model.layers[0].self_attn.implementation = "eager"
+    sizes.clear()
+    model(ids(1, 400))
+    assert sizes == [(400, 400)] * 3  # the formula: three products, from which scores are selected
 
 
 @torch.no_grad()
 def test_half_precision():
-    """Products in bf16, LSE in fp32: merging three attentions loses no more than one softmax does."""
+    """Merging three attentions loses no more than one softmax does; keys under autocast fit the cache."""
     texts, errors = ids(4, 40), {}
     for path in PATHS:
         model = shake(TinySeek(small_config(**chunks(6, 2), attn_implementation=path)), scale=0.3).eval()
