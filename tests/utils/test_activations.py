@@ -33,6 +33,10 @@ CASES = {
     "partial rotation": {"partial_rotary_factor": 0.25},
     "sdpa": {"attn_implementation": "sdpa"},
     "window": {"sliding_window": 32},
+    "two chunks, the first in two blocks": {
+        "dual_chunk_attention_config": {"chunk_size": 150, "local_size": 10}
+    },
+    "three chunks": {"dual_chunk_attention_config": {"chunk_size": 100, "local_size": 20}},
     "experts": EXPERTS,
     "experts, later": EXPERTS | LATER,
     "latent": LATENT,
