@@ -48,12 +48,12 @@ def three_positions(positions, c: int, s: int):
 
 @dataclass
 class ChunkTables:
-    """The rotary tables of one forward, which all layers share: pairs (cos, sin), each (B or 1, T, D)."""
+    """The rotary tables of one forward, which all layers share."""
 
     stride: int  # s
     chunks: torch.Tensor  # (B or 1, T), the chunk of each new token
-    keys: tuple
-    queries: list[tuple]  # for d = 0, 1, and 2 or more
+    tables: list[tuple]  # (cos, sin), each (B or 1, T, R), for d = 0 (and for keys), 1, and 2 or more
+    temperature: torch.Tensor | None  # (B or 1, 1, T, 1), a factor on queries
     masks: list[torch.Tensor] | None = None  # the same for all layers, so computed once, by `further`
 
     def further(self, key_positions):
@@ -68,7 +68,7 @@ class DualChunkRotary(nn.Module):
     """The tables for dual chunk attention, from a `RotaryEmbedding`, in whose place it stands.
 
     Args:
-        rotary: the embedding, with its frequencies and its temperature.
+        rotary: the embedding, with its frequencies and factors.
         chunks: chunk_size, local_size, and original_max_position_embeddings or None. The last is the length L
             of Qwen's temperature: the scores of the n-th token, n > L, are multiplied by m^2, with m =
             0.1 ln(n / L) + 1. Qwen's servers put the length of the whole text in place of n; here the past
@@ -86,15 +86,14 @@ class DualChunkRotary(nn.Module):
         self.trained = chunks.get("original_max_position_embeddings")
 
     @torch.no_grad()
-    def forward(self, positions):
-        """positions (B or 1, T) int -> `ChunkTables`."""
-        queries = [self.rotary(places) for places in three_positions(positions, self.c, self.s)]
-        keys = queries[0]
+    def forward(self, positions, lengths=None):
+        """positions (B or 1, T) int -> `ChunkTables`; `lengths`, for rules that need them, is not read."""
+        tables = [self.rotary(places) for places in three_positions(positions, self.c, self.s)]
+        temperature = None
         if self.trained is not None:
-            ratio = (positions + 1).to(keys[0].dtype) / self.trained
-            squared = (0.1 * ratio.log() + 1).clamp(min=1).square()[..., None]  # (B or 1, T, 1)
-            queries = [(cos * squared, sin * squared) for cos, sin in queries]
-        return ChunkTables(self.s, positions // self.s, keys, queries)
+            ratio = (positions + 1).to(tables[0][0].dtype) / self.trained
+            temperature = (0.1 * ratio.log() + 1).clamp(min=1).square()[:, None, :, None]
+        return ChunkTables(self.s, positions // self.s, tables, temperature)
 
 
 class DualChunkAttention(GroupedQueryAttention):
@@ -108,7 +107,9 @@ class DualChunkAttention(GroupedQueryAttention):
         """x (B, T, C) -> (B, T, C); cache: a `KVCache` or None."""
         B, T, _ = x.shape
         q, k, v = self.project(x)
-        k = apply_rotary(k, *rotary.keys, self.interleaved)
+        if rotary.temperature is not None:
+            q = (q * rotary.temperature).to(q.dtype)
+        k = apply_rotary(k, *rotary.tables[0], self.interleaved)
         whole = context.is_causal
         if cache is not None:
             if context.positions_given:
@@ -131,8 +132,8 @@ class DualChunkAttention(GroupedQueryAttention):
 
         Where positions start again in a row without documents, d < 0 counts as intra-chunk.
         """
-        scores = scores_of(self.turned(q, rotary.queries[0]), k, self.scale)
-        for table, mask in zip(rotary.queries[1:], rotary.further(key_positions), strict=False):
+        scores = scores_of(self.turned(q, rotary.tables[0]), k, self.scale)
+        for table, mask in zip(rotary.tables[1:], rotary.further(key_positions), strict=False):
             scores = torch.where(mask, scores_of(self.turned(q, table), k, self.scale), scores)
         return average(scores, v, context, self.dropout)
 
@@ -148,7 +149,7 @@ class DualChunkAttention(GroupedQueryAttention):
             stop = min(end, chunk + s, start + BLOCK)
             parts, rows = [], slice(start - first, stop - first)
             ranges = slice(chunk, stop), slice(before, chunk), slice(0, before)
-            for table, keys in zip(rotary.queries, ranges, strict=True):
+            for table, keys in zip(rotary.tables, ranges, strict=True):
                 if keys.start < keys.stop:
                     some = self.turned(q, table, rows), k[:, :, keys], v[:, :, keys]
                     parts.append(partial_attention(*some, self.scale, self.dropout, causal=not parts))
@@ -182,8 +183,7 @@ def merge(parts):
 
 def lesson():
     """Print the distances that RoPE sees, as the paper's figure does, and check both paths."""
-    c, w, T = 6, 2, 12
-    s = c - w
+    c, w, s, T = 6, 2, 4, 12
     queries = torch.stack(three_positions(torch.arange(T), c, s))  # (3, T)
     print(f"DCA: distances of {T} tokens, chunk_size {c} (the largest), local_size {w}: chunks of {s}")
     for i in range(T):

@@ -30,7 +30,8 @@ MODELS = {  # strides 4, 3, 5, 2, 1, 4
     | {"num_key_value_heads": 1, "qk_norm": False, "rope_scaling": YARN, "rope_interleaved": True},
     "window above the stride, yarn": chunks(5, 3) | {"rope_scaling": YARN},
     "stride of one": chunks(3, 2),
-    "temperature, bias": chunks(6, 2, original_max_position_embeddings=5) | {"attention_bias": True},
+    "temperature, bias, partial rotary": chunks(6, 2, original_max_position_embeddings=5)
+    | {"attention_bias": True, "partial_rotary_factor": 0.5},
 }
 PATHS = ["auto", "eager"]
 
@@ -67,24 +68,21 @@ def by_the_paper(layer, config, x, first=0):
     """One attention layer on rows whose positions begin at `first`. Pairs of channels are complex numbers."""
     B, T, _ = x.shape
     q, k, v = layer.project(x)
-    scaling = (config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+    scaling = (config.rotary_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
     inv_freq, factor = rope_frequencies(*scaling)
-    sizes, half = config.dual_chunk_attention_config, config.head_dim // 2
-    pairs = (
-        torch.complex(part[..., 0::2], part[..., 1::2])
-        if config.rope_interleaved
-        else torch.complex(part[..., :half], part[..., half:])
-        for part in (q, k)
-    )
-    zq, zk = pairs
-    shared, rows = q.shape[1] // k.shape[1], []
-    zk, v = zk.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+    sizes, R, rows = config.dual_chunk_attention_config, config.rotary_dim, []
+    k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+    first_of, second_of = slice(0, R // 2), slice(R // 2, R)
+    if config.rope_interleaved:
+        first_of, second_of = slice(0, R, 2), slice(1, R, 2)
+    zq, zk = (torch.complex(part[..., first_of], part[..., second_of]) for part in (q, k))
     for i in range(T):
         scores = []
         for j in range(i + 1):
             far = distance(first + i, first + j, sizes["chunk_size"], sizes["local_size"])
-            turn = torch.polar(torch.ones(half, dtype=torch.float64), far * inv_freq.double())
-            scores.append((zq[:, :, i] * turn * zk[:, :, j].conj()).real.sum(-1) * factor**2)
+            turn = torch.polar(torch.ones(R // 2, dtype=torch.float64), far * inv_freq.double())
+            score = (zq[:, :, i] * turn * zk[:, :, j].conj()).real.sum(-1) * factor**2
+            scores.append(score + (q[:, :, i, R:] * k[:, :, j, R:]).sum(-1))  # channels that do not rotate
         scores = torch.stack(scores, dim=-1) * config.head_dim**-0.5  # (B, H, i + 1)
         if "original_max_position_embeddings" in sizes:
             longer = (first + i + 1) / sizes["original_max_position_embeddings"]
