@@ -26,6 +26,7 @@ class ModelConfig:
     rope_scaling: dict | None = None  # old or new Hugging Face spelling, see modules/rope_scaling.py
     rope_interleaved: bool = False  # pairs (0,1),(2,3).. instead of (0,D/2),(1,D/2+1)..
     partial_rotary_factor: float = option(1.0, above=0, at_most=1)  # the share of a head's channels to rotate
+    dual_chunk_attention_config: dict | None = None  # Qwen's, see modules/attention/dual_chunk.py
     tie_word_embeddings: bool = True
     dropout: float = option(0.0, at_least=0, below=1)  # on embeddings and on each block's two outputs
     attention_dropout: float = option(0.0, at_least=0, below=1)
@@ -74,9 +75,10 @@ class ModelConfig:
         """Fill in `head_dim` and `partial_rotary_factor`; raise `UserError` for the first broken rule."""
         self.read_partial_rotary_factor()
         attention = self.latent_rules if self.attention_kind == "mla" else self.head_rules
-        for broken, message in (*attention(), *self.expert_rules()):
-            if broken:
-                raise UserError(message)
+        for rules in (attention, self.chunk_rules, self.expert_rules):
+            for broken, message in rules():
+                if broken:
+                    raise UserError(message)
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
     def read_partial_rotary_factor(self):
@@ -118,6 +120,30 @@ class ModelConfig:
             "in latent attention set model.qk_rope_head_dim"
         )
         yield window is not None, f"model.sliding_window={window} needs model.attention_kind=gqa: change one"
+
+    def chunk_rules(self):
+        """Yield the same for dual chunk attention, if it is asked for."""
+        chunks, name = self.dual_chunk_attention_config, "model.dual_chunk_attention_config"
+        if chunks is None:
+            return
+        keys = ("chunk_size", "local_size", "original_max_position_embeddings")
+        unknown = ", ".join(sorted(set(chunks) - set(keys)))
+        yield unknown, f"{name} does not take {unknown}; it takes {', '.join(keys)}"
+        for key in keys:
+            value = chunks.get(key)
+            wrong = type(value) is not int or value < 1
+            optional = key == keys[2] and value is None
+            yield wrong and not optional, f"{name}: {key} must be a whole number above 0, not {value!r}"
+        c, w = chunks["chunk_size"], chunks["local_size"]
+        yield w >= c, f"{name}: local_size={w} must be below chunk_size={c}: their difference is the stride"
+        yield self.attention_kind == "mla", f"{name} needs model.attention_kind=gqa: change one"
+        yield self.sliding_window is not None, (
+            f"model.sliding_window={self.sliding_window} leaves nothing for {name} to reach: set one to null"
+        )
+        yield self.attn_implementation not in ("auto", "eager"), (
+            f"{name} has its own kernels: set model.attn_implementation=auto (or eager, the slow formula), "
+            f"not {self.attn_implementation}"
+        )
 
     def expert_rules(self):
         """Yield the same for a mixture of experts; a dense model has no such rules."""

@@ -23,6 +23,7 @@ from torch import nn
 
 from config.model import ModelConfig
 from modules.attention.context import AttentionContext, build_context
+from modules.attention.dual_chunk import DualChunkAttention, DualChunkRotary
 from modules.attention.grouped_query import GroupedQueryAttention
 from modules.attention.latent import LatentAttention
 from modules.checkpointing import CheckpointedLayer
@@ -64,7 +65,8 @@ class DecoderLayer(CheckpointedLayer):
 
     def __init__(self, config: ModelConfig, layer: int, slot: int | None = None):
         super().__init__()
-        attention = LatentAttention if config.attention_kind == "mla" else GroupedQueryAttention
+        grouped = DualChunkAttention if config.dual_chunk_attention_config else GroupedQueryAttention
+        attention = LatentAttention if config.attention_kind == "mla" else grouped
         self.self_attn = attention(config, layer if slot is None else slot)
         self.has_experts = config.is_moe_layer(layer)
         self.mlp = MoE(config) if self.has_experts else SwiGLU(config.hidden_size, config.intermediate_size)
@@ -90,7 +92,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         angles = (config.rotary_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
-        self.rotary_emb = RotaryEmbedding(*angles, config.rope_interleaved)
+        rotary, chunks = RotaryEmbedding(*angles, config.rope_interleaved), config.dual_chunk_attention_config
+        self.rotary_emb = DualChunkRotary(rotary, chunks) if chunks else rotary
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -170,15 +173,14 @@ class TinySeek(nn.Module):
             last_only: return only the logits of each row's last real token (of any token if it has none).
             mtp: with labels, also compute the loss of the MTP head.
         """
-        where = (position_ids, document_ids, padding_mask)
-        decoded = self.model(input_ids, *where, cache, new_tokens, self.prefix)
-        hidden, output = decoded.hidden, CausalLMOutput(decoded.hidden, decoded.routings)
+        body = self.model(input_ids, position_ids, document_ids, padding_mask, cache, new_tokens, self.prefix)
+        hidden, output = body.hidden, CausalLMOutput(body.hidden, body.routings)
         if labels is not None:
             output.loss_sum, output.nll = self.cross_entropy(hidden, labels)
             if mtp:
                 following = self.model.embed_tokens(next_ids(input_ids))  # (B, T, C)
-                context = decoded.context.without_prefix(self.prefix_length)
-                second, routing = self.mtp(hidden, following, context, decoded.rotary)
+                context = body.context.without_prefix(self.prefix_length)
+                second, routing = self.mtp(hidden, following, context, body.rotary)
                 output.mtp_loss_sum, _ = self.cross_entropy(second, mtp_labels(labels, document_ids))
                 output.routings += [] if routing is None else [routing]
             return output

@@ -15,6 +15,7 @@ from config.model import ModelConfig
 
 FP32, INT64 = 4, 8  # bytes per number
 BLOCK = 64  # queries, as in modules/attention/blocked.py
+CHUNK_BLOCK = 128  # the same in modules/attention/dual_chunk.py
 CHUNK = {"cpu": 256, "cuda": 4096}  # as in modules/cross_entropy.py: tokens whose logits are held at a time
 
 
@@ -50,7 +51,7 @@ def kept_bytes(config: ModelConfig, batch: MicroBatch, matrices: float, heads: i
         "inputs of multi-token prediction, and their norms": (heads > 0) * mtp[config.mtp],
     }
     once = {
-        "cos and sin": 2 * FP32 * batch.length * config.rotary_dim,
+        "cos and sin": 2 * FP32 * batch.length * config.rotary_dim * kept_chunks(config, batch.length)[2],
         "gradients of the heads": heads * FP32 * config.vocab_size * C,
         "matrices in the dtype of autocast": wide * matrices if wide < FP32 else 0,
     }
@@ -113,6 +114,12 @@ def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str,
         table["QK-norm: input, statistic"] = config.qk_norm * (H + G) * (wide * scores + FP32)
         table["queries, keys, values, output"] = wide * 2 * (H + G) * scores
     table["probabilities, or the sums of their rows"] = H * (wide * keys or FP32)
+    if config.dual_chunk_attention_config:
+        keys, parts, _ = kept_chunks(config, batch.length)
+        table["probabilities, or the sums of their rows"] = H * keys * (FP32 + wide * (wide < FP32))
+        table["queries for further chunks"] = wide * H * scores * (parts - 1)
+        table["partial outputs, before and after division, and sums"] = H * parts * (wide + FP32) * scores
+        table["partial sums, shares"] = H * parts * 2 * FP32
     fused = not keys and config.attn_implementation != "flash"  # PyTorch's kernels keep the whole mask
     if fused and (config.sliding_window or batch.length) < batch.length:
         table["mask"] = FP32 * batch.length / batch.rows
@@ -139,6 +146,21 @@ def kept_keys(config: ModelConfig, batch: MicroBatch) -> float:
     scores, values, _ = head_widths(config)
     plain = cpu and scores != values and name != "flash"  # the fused CPU kernel needs them equal
     return length if name in ("eager", "blocked") or plain else 0
+
+
+def kept_chunks(config: ModelConfig, length: int) -> tuple[float, float, int]:
+    """Return the keys per query, and the partial attentions per query on average and at most, in dual chunk
+    attention; another kind is one chunk."""
+    sizes = config.dual_chunk_attention_config
+    stride = sizes["chunk_size"] - sizes["local_size"] if sizes else length
+    start = keys = parts = 0
+    while start < length:
+        chunk = start // stride
+        stop, merged = min(length, chunk * stride + stride, start + CHUNK_BLOCK), min(chunk + 1, 3)
+        keys += (stop - start) * stop
+        parts += (stop - start) * merged
+        start = stop
+    return keys / length, parts / length, merged
 
 
 def head_bytes(config: ModelConfig, batch: MicroBatch) -> int:

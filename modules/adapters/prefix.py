@@ -91,6 +91,10 @@ def add_prefix(model, config) -> None:
             "prefix.kind=prefix needs keys and values that stay, which a model with model.attention_kind=mla "
             "or model.sliding_window does not keep: use prefix.kind=prompt"
         )
+    if shape.dual_chunk_attention_config is not None:
+        raise UserError(
+            "prefix.kind=prefix does not work with model.dual_chunk_attention_config: use prefix.kind=prompt"
+        )
     if config.length >= shape.max_position_embeddings:
         raise UserError(
             f"prefix.length={config.length} leaves no room for text in model.max_position_embeddings="

@@ -80,11 +80,13 @@ class AttentionContext:
         positions: (B or 1, T), the position of each query for rotary embeddings; 0 for padding.
         rules: from which `mask` and `tile` follow; None if nothing is hidden, or only the future.
         is_causal: True if T == S and the plain triangle is the only rule (then `rules` is None).
+        positions_given: True if the caller chose the positions; otherwise they are indices in the row.
     """
 
     positions: torch.Tensor
     rules: Rules | None
     is_causal: bool
+    positions_given: bool = False
     shared: torch.Tensor | None = field(default=None, init=False, repr=False)  # the bias, built on first use
 
     @cached_property
@@ -150,7 +152,7 @@ def build_context(
         if not causal and cache is None:
             return AttentionContext(positions, None, is_causal=False)  # everyone sees everyone
         if causal and (past == 0 or tokens == 1):
-            return AttentionContext(positions, None, is_causal=past == 0)
+            return AttentionContext(positions, None, past == 0, position_ids is not None)
     if real is not None:
         positions = positions.masked_fill(~real, 0)
     rules = Rules(
@@ -160,7 +162,7 @@ def build_context(
         real_queries=real,
         real_keys=None if padding_mask is None else F.pad(real, (prefix, 0), value=True),
     )  # fmt: skip
-    return AttentionContext(positions, rules, is_causal=False)
+    return AttentionContext(positions, rules, False, position_ids is not None)
 
 
 def lesson():

@@ -28,7 +28,12 @@ from modules.rope import RotaryEmbedding, apply_rotary
 
 
 def eager_attention(q, k, v, context: AttentionContext, scale: float, dropout: float = 0.0):
-    """Compute the formula of the paper. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D), the D of v.
+    """Compute the formula of the paper. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D), the D of v."""
+    return average(scores_of(q, k, scale), v, context, dropout)
+
+
+def scores_of(q, k, scale: float):
+    """q (B, H, T, D), k (B, G, S, D) -> scale * q k^T, (B, H, T, S).
 
     The H/G query heads of a group are stacked as rows of one matrix: each group is a single product with its
     keys, and the keys need no copies.
@@ -36,12 +41,22 @@ def eager_attention(q, k, v, context: AttentionContext, scale: float, dropout: f
     B, H, T, D = q.shape
     G, S = k.shape[1], k.shape[2]
     rows = (q * scale).reshape(B * G, H // G * T, D)  # (B*G, H/G*T, D)
-    scores = torch.bmm(rows, k.reshape(B * G, S, D).transpose(1, 2)).view(B, H, T, S)
+    return torch.bmm(rows, k.reshape(B * G, S, D).transpose(1, 2)).view(B, H, T, S)
+
+
+def average(scores, v, context: AttentionContext, dropout: float = 0.0):
+    """Average values by the softmax of scores (B, H, T, S). v (B, G, S, D) -> (B, H, T, D)."""
     bias = context.bias(scores.dtype)
     if bias is not None:
         scores = scores + bias  # -inf where a query may not attend
-    probs = F.dropout(scores.softmax(dim=-1), dropout)
-    return torch.bmm(probs.view(B * G, H // G * T, S), v.reshape(B * G, S, -1)).view(B, H, T, -1)
+    return weighted_sum(F.dropout(scores.softmax(dim=-1), dropout), v)
+
+
+def weighted_sum(weights, v):
+    """weights (B, H, T, S), v (B, G, S, D) -> (B, H, T, D)."""
+    B, H, T, S = weights.shape
+    G = v.shape[1]
+    return torch.bmm(weights.view(B * G, H // G * T, S), v.reshape(B * G, S, -1)).view(B, H, T, -1)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -57,7 +72,7 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.interleaved, self.implementation = config.rope_interleaved, config.attn_implementation
-        self.attention_dropout = config.attention_dropout
+        self.attention_dropout, self.scale = config.attention_dropout, config.head_dim**-0.5
         queries = config.num_attention_heads * config.head_dim  # H*D
         keys = config.num_key_value_heads * config.head_dim  # G*D
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
@@ -70,16 +85,26 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x, context: AttentionContext, rotary, cache=None):
         """x (B, T, C); rotary = (cos, sin), each (B or 1, T, D); cache: a `KVCache` or None."""
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, G, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, D)
+        q, k, v = self.project(x)
         q = apply_rotary(q, *rotary, self.interleaved)
         k = apply_rotary(k, *rotary, self.interleaved)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, D)
-        dropout = self.attention_dropout if self.training else 0.0
-        out = attend(self.implementation, q, k, v, context, self.head_dim**-0.5, dropout)  # (B, H, T, D)
+        out = attend(self.implementation, q, k, v, context, self.scale, self.dropout)  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, H*D) -> (B, T, C)
+
+    def project(self, x):
+        """x (B, T, C) -> q (B, H, T, D), k and v (B, G, T, D), not rotated yet."""
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, G, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, D)
+        return q, k, v
+
+    @property
+    def dropout(self) -> float:
+        """The share of attention weights to drop: none outside of training."""
+        return self.attention_dropout if self.training else 0.0
 
 
 def attend(name: str, q, k, v, context: AttentionContext, scale: float, dropout: float = 0.0):

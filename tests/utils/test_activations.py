@@ -35,6 +35,10 @@ CASES = {
     "window": {"sliding_window": 32},
     "flash, window": {"attn_implementation": "flash", "sliding_window": 32},
     "flash, latent": LATENT | {"attn_implementation": "flash"},
+    "two chunks, the first in two blocks": {
+        "dual_chunk_attention_config": {"chunk_size": 150, "local_size": 10}
+    },
+    "three chunks": {"dual_chunk_attention_config": {"chunk_size": 100, "local_size": 20}},
     "experts": EXPERTS,
     "experts, later": EXPERTS | LATER,
     "latent": LATENT,

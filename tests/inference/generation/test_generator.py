@@ -23,6 +23,7 @@ SHAPES = {
     "bias": {"attention_bias": True},
     "interleaved": {"rope_interleaved": True},
     "window": {"sliding_window": 5},
+    "dual chunks": {"dual_chunk_attention_config": {"chunk_size": 7, "local_size": 2}},
     "window wider than the text": {"sliding_window": 60},
     "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
     "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0,

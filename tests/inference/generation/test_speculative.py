@@ -22,6 +22,7 @@ from utils.errors import UserError
 SHAPES = {
     "GQA": {},
     "window": {"sliding_window": 5},
+    "dual chunks": {"dual_chunk_attention_config": {"chunk_size": 7, "local_size": 2}},
     "experts": MOE,
     "MLA": MLA,
     "MLA, experts": MLA | MOE,

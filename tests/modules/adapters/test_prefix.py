@@ -306,6 +306,10 @@ def test_the_new_parameters_are_named_and_saved(kind):
     [
         ({"attention_kind": "mla"}, 4, "attention_kind=mla.*prefix.kind=prompt"),
         ({"sliding_window": 5}, 4, "sliding_window.*prefix.kind=prompt"),
+        (
+            {"dual_chunk_attention_config": {"chunk_size": 7, "local_size": 2}},
+            4, "dual_chunk_attention_config.*prefix.kind=prompt",
+        ),
         ({}, 64, "prefix.length=64.*64: lower it"),
     ],
 )

@@ -24,6 +24,7 @@ MODELS = {
         "num_attention_heads": 1, "num_key_value_heads": 1, "attn_implementation": "eager",
         "final_logit_softcapping": 3.0,
     },
+    "dual chunks": {"dual_chunk_attention_config": {"chunk_size": 9, "local_size": 2}},
     "window of 1": {"sliding_window": 1, "attention_bias": True},
     "window of 3": {"sliding_window": 3, "num_key_value_heads": 1, "rope_interleaved": True},
     "window of 3, eager": {"sliding_window": 3, "attn_implementation": "eager", "rope_scaling": YARN},
