@@ -54,7 +54,7 @@ def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str,
     """Return the bytes per token of each kernel of a layer, in order; both norms share one entry."""
     C, H, G, wide = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, batch.wide
     scores, values, latents = head_widths(config)
-    keys = kept_keys(config, batch)
+    keys = kept_keys(config, batch, layer)
     residual = FP32 if layer < config.num_hidden_layers else wide  # the sequential MTP block's is not
     table = {"norms: input, statistic, output": 2 * (C * residual + FP32 + C * wide)}
     if config.attention_kind == "mla":
@@ -66,7 +66,7 @@ def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str,
         table["QK-norm: input, statistic"] = config.qk_norm * (H + G) * (wide * scores + FP32)
         table["queries, keys, values, output"] = wide * 2 * (H + G) * scores
     table["probabilities, or the sums of their rows"] = H * (wide * keys or FP32)
-    if not keys and (config.sliding_window or batch.length) < batch.length:
+    if not keys and config.layer_reach(layer, batch.length) < batch.length:
         table["mask"] = FP32 * batch.length / batch.rows
     if not config.is_moe_layer(layer):
         return table | {"gate, up, SiLU, their product": 4 * wide * config.intermediate_size}
@@ -79,10 +79,10 @@ def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str,
     }
 
 
-def kept_keys(config: ModelConfig, batch: MicroBatch) -> float:
-    """Return how many keys per query attention keeps probabilities for: 0 in PyTorch's fused kernels."""
+def kept_keys(config: ModelConfig, batch: MicroBatch, layer: int) -> float:
+    """Return how many keys per query the layer keeps probabilities for: 0 in PyTorch's fused kernels."""
     name, length, cpu = config.attn_implementation, batch.length, batch.device == "cpu"
-    whole = (config.sliding_window or length) >= length
+    whole = config.layer_reach(layer, length) >= length
     if name == "auto" and cpu:
         name = "blocked" if whole else "eager" if batch.wide < FP32 else "sdpa"
     if name == "blocked" and whole:
