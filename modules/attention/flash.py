@@ -63,27 +63,26 @@ def plan(rules: Rules):
     instead of indices, so tiles that are hidden from all queries cost nothing, not even their mask.
     """
     T, S = rules.query_index.shape[1], rules.key_index.shape[1]
-    real = torch.ones_like(rules.query_index, dtype=torch.bool)
-    if rules.real_queries is not None:
-        real = rules.real_queries
-    valid = rules.key_index >= 0
-    if rules.real_keys is not None:
-        valid = valid & rules.real_keys
+    everyone = torch.ones_like(rules.query_index, dtype=torch.bool)
+    real = everyone if rules.real_queries is None else rules.real_queries
+    valid = (rules.key_index >= 0) & (True if rules.real_keys is None else rules.real_keys)
+    sinks = valid & (False if rules.sinks is None else rules.sinks)
     first, last = (x[..., None] for x in spans(rules.query_index, real, QUERIES))  # (B or 1, T/QUERIES, 1)
     first_key, last_key = (x[:, None] for x in spans(rules.key_index, valid, KEYS))  # (B or 1, 1, S/KEYS)
-    low, high = spans(rules.query_index, ~real, QUERIES)
-    padding = (low <= high)[..., None]  # a padding query is in the block, which may see every key
+    padding = torch.le(*spans(real, ~real, QUERIES))[..., None]  # one is in the block: it may see every key
     if rules.query_documents is not None:
         low, high = (x[..., None] for x in spans(rules.query_documents, real, QUERIES))
         low_key, high_key = (x[:, None] for x in spans(rules.key_documents, valid, KEYS))
+    sink = torch.le(*spans(sinks, sinks, KEYS))[:, None]  # (B or 1, 1, S/KEYS): one is in the block
     for n, start in enumerate(range(0, T, QUERIES)):
         seen = first_key <= last_key  # (B or 1, 1, S/KEYS): there is a key
         if rules.causal:
             seen = seen & (first_key <= last[:, n : n + 1])
         if rules.window is not None:
-            seen = seen & (last_key > first[:, n : n + 1] - rules.window)
+            near = last_key > first[:, n : n + 1] - rules.window
             if not rules.causal:
-                seen = seen & (first_key < last[:, n : n + 1] + rules.window)
+                near = near & (first_key < last[:, n : n + 1] + rules.window)
+            seen = seen & (near | sink)
         if rules.query_documents is not None:
             seen = seen & (low_key <= high[:, n : n + 1]) & (high_key >= low[:, n : n + 1])
         seen = seen | padding[:, n : n + 1] | (first_key < rules.prefix)

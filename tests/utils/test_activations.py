@@ -39,6 +39,15 @@ CASES = {
         "dual_chunk_attention_config": {"chunk_size": 150, "local_size": 10}
     },
     "three chunks": {"dual_chunk_attention_config": {"chunk_size": 100, "local_size": 20}},
+    "pattern": {"sliding_window": 32, "sliding_window_pattern": 3, "num_hidden_layers": 4},
+    "pattern, sinks, eager": {
+        "sliding_window": 48, "sliding_window_pattern": 2, "attention_sinks": 16,
+        "attn_implementation": "eager",
+    },
+    "a window as long as 64 with its sinks": {"sliding_window": 40, "attention_sinks": 24},
+    "pattern, sequential": {
+        "sliding_window": 40, "sliding_window_pattern": 2, "num_hidden_layers": 3, "mtp": "sequential",
+    },
     "experts": EXPERTS,
     "experts, later": EXPERTS | LATER,
     "latent": LATENT,

@@ -49,6 +49,8 @@ UNSUPPORTED = {
     "bias": {"attention_bias": True},
     "window": {"sliding_window": 4},
     "dual chunks": {"dual_chunk_attention_config": {"chunk_size": 7, "local_size": 2}},
+    "pattern": {"sliding_window": 4, "sliding_window_pattern": 2},
+    "sinks": {"sliding_window": 4, "attention_sinks": 2},
     "soft cap": {"final_logit_softcapping": 3.0},
     "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}},
     "longrope": {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4,

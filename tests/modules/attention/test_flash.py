@@ -103,7 +103,8 @@ def all_rules(seed):
     return Rules(
         query_index=torch.arange(T)[None] + pick(8, B, 1) - 2,  # below 0: sees no key if causal
         key_index=torch.where(pick(5, B, S) == 0, -1, torch.arange(S)), causal=bool(pick(2)),
-        window=some(1 + pick(9).item()), prefix=pick(3).item(), query_documents=documents,
+        window=some(1 + pick(9).item()), prefix=pick(3).item(), sinks=some(pick(6, B, S) == 0),
+        query_documents=documents,
         key_documents=key_documents, real_queries=some(torch.arange(T) >= pick(T, B, 1)),
         real_keys=some(torch.arange(S) < pick(S, B, 1)),
     )  # fmt: skip
@@ -113,7 +114,7 @@ def all_rules(seed):
 def test_the_plan_leaves_out_only_tiles_that_nobody_may_see(seed, small_tiles):
     """For every rule at once, and the result is that of the whole mask, rows without a key included."""
     rules = all_rules(seed)
-    left = rules.tile()
+    left = rules.tile().clone()
     for block, tiles in flash.plan(rules):
         for tile in tiles:
             left[:, block, tile] = False
@@ -128,8 +129,8 @@ def test_the_plan_leaves_out_only_tiles_that_nobody_may_see(seed, small_tiles):
 def test_the_plan_knows_every_rule():
     """A rule that widens what is seen, and that `plan` does not know, would be cut off at the tiles."""
     assert {field.name for field in fields(Rules)} == {
-        "query_index", "key_index", "causal", "window", "prefix", "query_documents", "key_documents",
-        "real_queries", "real_keys",
+        "query_index", "key_index", "causal", "window", "prefix", "sinks", "query_documents",
+        "key_documents", "real_queries", "real_keys",
     }  # fmt: skip
 
 
@@ -276,6 +277,7 @@ def test_peak_memory_grows_linearly():
 MODELS = {
     "GQA": {},
     "GQA, window": {"sliding_window": 5},
+    "GQA, pattern, sinks": {"sliding_window": 3, "sliding_window_pattern": 2, "attention_sinks": 2},
     "MLA": {"attention_kind": "mla", "qk_norm": False, "num_key_value_heads": 4, "kv_lora_rank": 12,
             "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5},
 }  # fmt: skip
