@@ -22,6 +22,8 @@ class ModelConfig:
     qk_norm: bool = True
     attention_bias: bool = False  # on q, k, v and o
     sliding_window: int | None = option(None, at_least=1)  # tokens, the query's own included
+    sliding_window_pattern: int | None = option(None, at_least=2)  # every n-th layer sees all; None: no layer
+    attention_sinks: int = option(0, at_least=0)  # the first n tokens of a text, which no window hides
     rope_theta: float = option(10000.0, above=1)  # raising it is ABF, arXiv 2309.16039
     rope_scaling: dict | None = None  # old or new Hugging Face spelling, see modules/rope_scaling.py
     rope_interleaved: bool = False  # pairs (0,1),(2,3).. instead of (0,D/2),(1,D/2+1)..
@@ -70,11 +72,25 @@ class ModelConfig:
         """Return whether layer `layer` has experts; the one after the last is that of sequential MTP."""
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
 
+    def layer_window(self, layer: int) -> int | None:
+        """Return the window of layer `layer`, or None if it sees all.
+
+        With a pattern of n, layers n-1, 2n-1, .. see all (Gemma 3), and so does that of sequential MTP.
+        """
+        every = self.sliding_window_pattern
+        local = every is None or (layer % every != every - 1 and layer < self.num_hidden_layers)
+        return self.sliding_window if local else None
+
+    def layer_reach(self, layer: int, length):
+        """Return how many tokens a query of the layer sees, at most, in a row of `length` tokens."""
+        window = self.layer_window(layer)
+        return length if window is None else min(window + self.attention_sinks, length)
+
     def check(self):
         """Fill in `head_dim` and `partial_rotary_factor`; raise `UserError` for the first broken rule."""
         self.read_partial_rotary_factor()
         attention = self.latent_rules if self.attention_kind == "mla" else self.head_rules
-        for broken, message in (*attention(), *self.expert_rules()):
+        for broken, message in (*attention(), *self.window_rules(), *self.expert_rules()):
             if broken:
                 raise UserError(message)
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
@@ -118,6 +134,14 @@ class ModelConfig:
             "in latent attention set model.qk_rope_head_dim"
         )
         yield window is not None, f"model.sliding_window={window} needs model.attention_kind=gqa: change one"
+
+    def window_rules(self):
+        """Yield the same for settings that mean nothing without a window."""
+        for name in ("sliding_window_pattern", "attention_sinks"):
+            value = getattr(self, name)
+            yield value and self.sliding_window is None, (
+                f"model.{name}={value} needs a window: set model.sliding_window, or leave it out"
+            )
 
     def expert_rules(self):
         """Yield the same for a mixture of experts; a dense model has no such rules."""

@@ -1,6 +1,9 @@
 """Empty caches that fit a model: kind, shape, dtype and device."""
 
+from collections.abc import Sequence
+
 from modules.attention.cache import KVCache
+from modules.attention.hybrid_cache import HybridCache
 from modules.attention.rolling_cache import RollingKVCache
 from modules.attention.latent_cache import LatentCache
 
@@ -12,7 +15,8 @@ def make_cache(model, batch_size: int, capacity: int, planned: list[int] | None 
     depend on the length are computed for it from the first token on. The cache holds the model's prefix, if
     there is one, for which it has extra room.
     """
-    cache = empty_cache(model, model.config.num_hidden_layers, batch_size, capacity + model.prefix_length)
+    layers = range(model.config.num_hidden_layers)
+    cache = empty_cache(model, layers, batch_size, capacity + model.prefix_length)
     cache.planned = [length + model.prefix_length for length in planned or [capacity] * batch_size]
     if model.prefix is not None:
         model.prefix.start(cache)
@@ -23,19 +27,23 @@ def make_draft_cache(model, batch_size: int, capacity: int) -> KVCache | None:
     """Return a cache for the sequential MTP head, one layer deep, no prefix; None for other models."""
     if model.config.mtp != "sequential":
         return None
-    cache = empty_cache(model, 1, batch_size, capacity)
+    cache = empty_cache(model, [model.config.num_hidden_layers], batch_size, capacity)
     cache.planned = [capacity + model.prefix_length] * batch_size  # as the trunk's: in training they share it
     return cache
 
 
-def empty_cache(model, layers: int, batch_size: int, capacity: int) -> KVCache:
-    """Return an empty cache of the model's kind and dtype, on its device."""
+def empty_cache(model, layers: Sequence[int], batch_size: int, capacity: int) -> KVCache:
+    """Return an empty cache for these layers of the model, of its kind and dtype, on its device."""
     config, weight = model.config, model.model.embed_tokens.weight
     place = (weight.dtype, weight.device)
     if config.attention_kind == "mla":
         widths = (config.kv_lora_rank, config.qk_rope_head_dim)
-        return LatentCache(layers, batch_size, capacity, *widths, *place)
-    heads = (config.num_key_value_heads, config.head_dim)
-    if config.sliding_window is not None and config.sliding_window < capacity:
-        return RollingKVCache(layers, batch_size, config.sliding_window, *heads, *place)
-    return KVCache(layers, batch_size, capacity, *heads, *place)
+        return LatentCache(len(layers), batch_size, capacity, *widths, *place)
+    place = (config.num_key_value_heads, config.head_dim, *place)
+    local = [config.layer_reach(layer, capacity) < capacity for layer in layers]  # others forget nothing
+    if not any(local):
+        return KVCache(len(layers), batch_size, capacity, *place)
+    window, sinks = config.sliding_window, config.attention_sinks
+    if all(local):
+        return RollingKVCache(len(layers), batch_size, window, *place, sinks=sinks)
+    return HybridCache(local, batch_size, capacity, window, *place, sinks=sinks)

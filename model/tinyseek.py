@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from config.model import ModelConfig
-from modules.attention.context import AttentionContext, build_context
+from modules.attention.context import AttentionContext, layer_contexts
 from modules.attention.grouped_query import GroupedQueryAttention
 from modules.attention.latent import LatentAttention
 from modules.checkpointing import CheckpointedLayer
@@ -36,11 +36,11 @@ from modules.rope import RotaryEmbedding
 
 
 class DecoderOutput(NamedTuple):
-    """The output of the decoder, and what all its layers share."""
+    """The output of the decoder, and what an MTP layer needs."""
 
     hidden: torch.Tensor  # (B, T, C), after the final norm
     routings: list[Routing]  # of each layer with experts
-    context: AttentionContext
+    context: AttentionContext  # of the layer after the last, that of sequential MTP
     rotary: tuple[torch.Tensor, torch.Tensor]
 
 
@@ -100,21 +100,22 @@ class Decoder(nn.Module):
         """Compute positions, mask and rotary tables once, then run all layers."""
         if cache is not None:
             cache.begin(input_ids.shape[1], new_tokens)
-        context = build_context(
-            input_ids.shape[1], input_ids.device, window=self.config.sliding_window, cache=cache,
+        windows = [self.config.layer_window(n) for n in range(len(self.layers) + 1)]  # the last is MTP's
+        contexts = layer_contexts(
+            windows, input_ids.shape[1], input_ids.device, cache=cache, sinks=self.config.attention_sinks,
             position_ids=position_ids, document_ids=document_ids, padding_mask=padding_mask,
             prefix=0 if prefix is None else prefix.length,
         )  # fmt: skip
-        rotary = self.rotary_emb(context.positions, None if cache is None else cache.planned)
+        rotary = self.rotary_emb(contexts[windows[-1]].positions, None if cache is None else cache.planned)
         past = prefix if cache is None else cache  # a cache already holds the prefix
         hidden, routings = self.dropout(self.embed_tokens(input_ids)), []  # (B, T, C)
-        for layer in self.layers:
-            hidden, routing = layer(hidden, context, rotary, past)
+        for layer, window in zip(self.layers, windows):
+            hidden, routing = layer(hidden, contexts[window], rotary, past)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
             cache.advance()
-        return DecoderOutput(self.norm(hidden), routings, context, rotary)
+        return DecoderOutput(self.norm(hidden), routings, contexts[windows[-1]], rotary)
 
 
 class TinySeek(nn.Module):

@@ -78,7 +78,7 @@ def gradients(config: ModelConfig, batch: MicroBatch, layer: int) -> float:
     if config.is_moe_layer(layer):
         F = config.moe_intermediate_size
         inner, kept = K * (C + 2 * F), 4 * F * (K + config.n_shared_experts)
-    keys = kept_keys(config, batch)
+    keys = kept_keys(config, batch, layer)
     scores = 2 * config.num_attention_heads * keys if keys == batch.length else 0  # blocks need few at a time
     return stream + wide * max(inner, scores - kept)
 
@@ -101,7 +101,7 @@ def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str,
     """Return the bytes per token of each kernel of a layer, in order; both norms share one entry."""
     C, H, G, wide = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, batch.wide
     scores, values, latents = head_widths(config)
-    keys = kept_keys(config, batch)
+    keys = kept_keys(config, batch, layer)
     residual = FP32 if layer < config.num_hidden_layers else wide  # the sequential MTP block's is not
     table = {"norms: input, statistic, output": 2 * (C * residual + FP32 + C * wide)}
     if config.attention_kind == "mla":
@@ -114,7 +114,7 @@ def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str,
         table["queries, keys, values, output"] = wide * 2 * (H + G) * scores
     table["probabilities, or the sums of their rows"] = H * (wide * keys or FP32)
     fused = not keys and config.attn_implementation != "flash"  # PyTorch's kernels keep the whole mask
-    if fused and (config.sliding_window or batch.length) < batch.length:
+    if fused and config.layer_reach(layer, batch.length) < batch.length:
         table["mask"] = FP32 * batch.length / batch.rows
     if not config.is_moe_layer(layer):
         return table | {"gate, up, SiLU, their product": 4 * wide * config.intermediate_size}
@@ -127,10 +127,10 @@ def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str,
     }
 
 
-def kept_keys(config: ModelConfig, batch: MicroBatch) -> float:
-    """Return how many keys per query attention keeps probabilities for: 0 in fused kernels and flash.py."""
+def kept_keys(config: ModelConfig, batch: MicroBatch, layer: int) -> float:
+    """Return how many keys per query the layer keeps probabilities for: 0 in fused kernels and flash.py."""
     name, length, cpu = config.attn_implementation, batch.length, batch.device == "cpu"
-    whole = (config.sliding_window or length) >= length
+    whole = config.layer_reach(layer, length) >= length
     if name == "auto" and cpu:
         name = "blocked" if whole else "eager" if batch.wide < FP32 else "sdpa"
     if name == "blocked" and whole:

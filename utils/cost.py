@@ -44,11 +44,11 @@ class CostCard:
 
     groups: dict[str, Group]
     layers: int
-    mtp_layers: int  # with attention, in training only
     attention_width: int  # query heads times (head dim of queries and keys + head dim of values)
     sequence_length: int
-    keys_seen: float  # per query, on average
-    kv_cache_numbers: int  # per token
+    keys_seen: list[float]  # by a query of each layer, on average; the last may be that of MTP
+    kv_cache_numbers: int  # per token and layer
+    kv_cache_tokens: list[float]  # the most that each layer has to keep; infinite without a window
     batch_tokens: int
     state_bytes: dict[str, int]  # weights, gradients, optimizer
     activation_bytes: int  # kept for the backward pass, or computed again in it (utils/activations.py)
@@ -71,26 +71,32 @@ class CostCard:
 
     def forward_flops(self) -> float:
         """Return the FLOPs per token of a forward pass over full sequences."""
-        return 2 * self.matmul_parameters + 2 * self.layers * self.attention_width * self.keys_seen
+        return 2 * (self.matmul_parameters + self.attention_width * sum(self.keys_seen[: self.layers]))
 
     def mtp_flops(self) -> float:
         """Return the FLOPs per token that multi-token prediction adds to the forward pass of training."""
-        attention = self.mtp_layers * self.attention_width * self.keys_seen
+        attention = self.attention_width * sum(self.keys_seen[self.layers :])
         return 2 * (self.groups["mtp"].multiplied + attention)
 
     def train_flops(self) -> float:
         """Return the FLOPs per token of a training step: forward, and twice as many backward."""
         return 3 * (self.forward_flops() + self.mtp_flops())
 
-    def kv_cache_bytes(self, bytes_per_number: int = BF16) -> int:
-        """Return the bytes of one token in the cache (of latents, in latent attention)."""
-        return self.kv_cache_numbers * bytes_per_number
+    def kv_cache_bytes(self, bytes_per_number: int = BF16, tokens: int = 1) -> int:
+        """Return the bytes of a row's first tokens in the cache (of latents, in latent attention).
+
+        A layer with a window keeps no more than the window and the sinks, and here no slots to spare.
+        """
+        kept = sum(min(tokens, most) for most in self.kv_cache_tokens)
+        return kept * self.kv_cache_numbers * bytes_per_number
 
     def lines(self) -> list[str]:
         """Return the lines of the card."""
         parts = ", ".join(f"{name} {group.total:,}" for name, group in self.groups.items() if group.total)
         state = ", ".join(f"{name} {size(count)}" for name, count in self.state_bytes.items())
         active = f", {self.active_parameters:,} active" if self.active_parameters != self.parameters else ""
+        text, windows = self.sequence_length, any(most < math.inf for most in self.kv_cache_tokens)
+        row = f", {size(self.kv_cache_bytes(BF16, text))} for {text:,} tokens in bf16" if windows else ""
         extra = f"{self.groups['mtp'].total:,} parameters, {flops(3 * self.mtp_flops())} per token"
         return [
             f"parameters  {self.parameters:,}{active} ({parts})",
@@ -98,7 +104,7 @@ class CostCard:
             + f"{flops(self.forward_flops())} forward (causal, sequences of {self.sequence_length})",
             *([f"mtp         {extra}: in training only"] if self.groups["mtp"].total else []),
             f"kv cache    {size(self.kv_cache_bytes(BF16))} per token in bf16, "
-            + f"{size(self.kv_cache_bytes(FP32))} in fp32",
+            + f"{size(self.kv_cache_bytes(FP32))} in fp32{row}",
             f"memory      {size(self.peak_bytes)} to train ({state}, "
             + f"activations of {self.batch_tokens:,} tokens {size(self.activation_bytes)})",
         ]
@@ -115,7 +121,8 @@ def cost_card(
     """
     config, groups = model.config, parameter_groups(model)
     length = sequence_length or config.max_position_embeddings
-    window = min(config.sliding_window or length, length)
+    layers = range(config.num_hidden_layers + (config.mtp == "sequential"))
+    reach = [config.layer_reach(layer, length) for layer in layers]
     total = sum(group.total for group in groups.values())
     # Adam keeps two moments of each parameter; Muon one of each matrix in the blocks, and Adam the rest
     adam = sum(group.adam for group in groups.values())
@@ -128,11 +135,11 @@ def cost_card(
     return CostCard(
         groups=groups,
         layers=config.num_hidden_layers,
-        mtp_layers=1 if config.mtp == "sequential" else 0,
         attention_width=config.num_attention_heads * (scores + values),
         sequence_length=length,
-        keys_seen=window - window**2 / (2 * length),  # without a window: length / 2
-        kv_cache_numbers=config.num_hidden_layers * cached,
+        keys_seen=[most - most**2 / (2 * length) for most in reach],  # length / 2 if a query sees all
+        kv_cache_numbers=cached,
+        kv_cache_tokens=[config.layer_reach(n, math.inf) for n in range(config.num_hidden_layers)],
         batch_tokens=batch_tokens,
         state_bytes=state,
         activation_bytes=max(kept, again),

@@ -112,7 +112,9 @@ def draft(model, hidden, following, cache=None, last_only=False):
     tokens = following.shape[1]
     if cache is not None:
         cache.begin(tokens)
-    context = build_context(tokens, hidden.device, window=model.config.sliding_window, cache=cache)
+    config = model.config
+    window, sinks = config.layer_window(config.num_hidden_layers), config.attention_sinks
+    context = build_context(tokens, hidden.device, window=window, sinks=sinks, cache=cache)
     rotary = model.model.rotary_emb(context.positions, None if cache is None else cache.planned)
     second, _ = model.mtp(hidden, model.model.embed_tokens(following), context, rotary, cache)
     if cache is not None:

@@ -3,7 +3,8 @@
 Generating token t costs t tokens of work without a cache and 1 with one. The price is memory: 2 * layers * G
 * D numbers per token (keys and values), the reason for grouped-query attention and for MLA.
 
-There is one class per kind of content (see rolling_cache.py, latent_cache.py), all with the same methods:
+There is one class per kind of content (rolling_cache.py, hybrid_cache.py, latent_cache.py), all with the same
+methods:
 
   begin(tokens, new_tokens)  start a forward over `tokens` columns; `new_tokens[b]` of row b are real
   append(layer, ...)         store one layer's keys and values of the new tokens; return all visible ones
@@ -77,17 +78,23 @@ class KVCache:
         if not self._uniform:
             self._row, self._column, self._slot = self._writes(self.capacity)
 
-    def _writes(self, slots: int):
-        """Return row, column and slot of every new token that is kept: the last `slots` real ones per row.
+    def _writes(self, ring: int, fixed: int = 0):
+        """Return row, column and slot of every new token that is kept, of each row's real ones.
 
-        Computed from the lists, without reading from the device.
+        Token t < `fixed` has slot t; the last `ring` of the others share `ring` slots behind. Computed from
+        the lists, without reading from the device.
         """
-        kept = [
-            (row, column, (past + column) % slots)
-            for row, (past, new) in enumerate(zip(self._past, self._new, strict=True))
-            for column in range(max(0, new - slots), new)
-        ]
+        kept = []
+        for row, (past, new) in enumerate(zip(self._past, self._new, strict=True)):
+            early = min(max(fixed - past, 0), new)  # columns of tokens below `fixed`
+            kept += [(row, column, past + column) for column in range(early)]
+            late = range(max(early, new - ring), new)
+            kept += [(row, column, fixed + (past + column - fixed) % ring) for column in late]
         return torch.tensor(kept, dtype=torch.long).view(-1, 3).T.to(self.device)
+
+    def part(self, window: int | None):
+        """Return the cache whose `key_index` is that of the layers with this window: all share one here."""
+        return self
 
     def append(self, layer: int, keys, values):
         """keys, values (B, G, T, D) of the new tokens -> all of them (B, G, S, D). Padding is not kept."""

@@ -3,13 +3,14 @@
 The rules, for a query with index q and a key with index k in the same row (counted from the row's start):
 
   causal     k <= q                      a token sees itself and the past
-  window     k > q - W                   only the last W tokens, itself included (Mistral, arXiv 2310.06825)
+  window     k > q - W                   only the last W tokens, itself included (Mistral, arXiv 2310.06825),
+             or k is a sink              and the first tokens of the text (sinks.py)
   documents  document[k] == document[q]  texts packed into one row do not see each other
   padding    k is a real token
 
 Every query sees the keys of a prefix (modules/adapters/prefix.py), which stand in front of the row.
 
-All layers read the same object; no layer builds a mask of its own. If no rule needs a mask (whole causal
+Layers with the same window read the same object; none builds a mask. If no rule needs a mask (whole causal
 rows, or one new token that may see all the past) there is none, and kernels can use their own triangle.
 Otherwise the object holds the rules, and makes the mask when a layer first asks for it, or one tile of it
 for kernels that never hold all of it (flash.py).
@@ -27,6 +28,8 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from modules.attention.sinks import sink_keys
+
 
 @dataclass
 class Rules:
@@ -37,6 +40,7 @@ class Rules:
         key_index: (B or 1, S), that of each key; -1 for an empty slot of a cache.
         causal, window: as in `build_context`.
         prefix: keys with an index below this are visible to all.
+        sinks: (B or 1, S) bool, keys that the window does not hide; None without such keys.
         query_documents, key_documents: (B, T) and (B, S), or None.
         real_queries, real_keys: (B, T) and (B, S) bool, or None if all are real.
     """
@@ -46,6 +50,7 @@ class Rules:
     causal: bool = True
     window: int | None = None
     prefix: int = 0
+    sinks: torch.Tensor | None = None
     query_documents: torch.Tensor | None = None
     key_documents: torch.Tensor | None = None
     real_queries: torch.Tensor | None = None
@@ -58,9 +63,10 @@ class Rules:
         if self.causal:
             mask = mask & (key <= query)
         if self.window is not None:
-            mask = mask & (key > query - self.window)
+            near = key > query - self.window
             if not self.causal:
-                mask = mask & (key < query + self.window)
+                near = near & (key < query + self.window)
+            mask = mask & (near if self.sinks is None else near | self.sinks[:, None, keys])
         if self.query_documents is not None:
             mask = mask & (self.query_documents[:, queries, None] == self.key_documents[:, None, keys])
         if self.real_keys is not None:
@@ -74,7 +80,7 @@ class Rules:
 
 @dataclass
 class AttentionContext:
-    """The positions and rules of one forward pass, which all layers share.
+    """The positions and rules of one forward pass, which all layers with the same window share.
 
     Attributes:
         positions: (B or 1, T), the position of each query for rotary embeddings; 0 for padding.
@@ -111,7 +117,7 @@ class AttentionContext:
         if self.rules is None or not prefix:
             return self
         parts = {"key_index": self.rules.key_index[:, prefix:], "prefix": 0}
-        for name in ("key_documents", "real_keys"):
+        for name in ("sinks", "key_documents", "real_keys"):
             part = getattr(self.rules, name)
             parts[name] = None if part is None else part[:, prefix:]
         return replace(self, rules=replace(self.rules, **parts))
@@ -119,7 +125,7 @@ class AttentionContext:
 
 def build_context(
     tokens: int, device, *, causal: bool = True, window: int | None = None, position_ids=None,
-    document_ids=None, padding_mask=None, cache=None, prefix: int = 0,
+    document_ids=None, padding_mask=None, cache=None, prefix: int = 0, sinks: int = 0,
 ) -> AttentionContext:  # fmt: skip
     """Return the context of one forward over `tokens` new tokens per row.
 
@@ -134,6 +140,7 @@ def build_context(
         padding_mask: (B, T) bool or 0/1, True = real token; without a cache only.
         cache: a cache on which `begin` was called for these tokens. It counts a prefix among its own keys.
         prefix: the number of keys that stand in front, without a cache.
+        sinks: the number of tokens at the start of each row, or document, that no window hides.
     """
     if cache is not None and (document_ids is not None or padding_mask is not None):
         raise ValueError("document_ids and padding_mask need cache=None; a cache takes `new_tokens` per row")
@@ -145,7 +152,7 @@ def build_context(
         query_index, key_index = cache.query_index, cache.key_index  # (B or 1, T), (B or 1, S)
         past, real = cache.uniform_past, cache.real  # None if rows differ in length, None if all are real
     positions = query_index if position_ids is None else position_ids + prefix
-    narrow = window is not None and (past is None or past + tokens > window)
+    narrow = window is not None and (past is None or past + tokens > window + causal * sinks)
     if document_ids is None and real is None and past is not None and not narrow:
         if not causal and cache is None:
             return AttentionContext(positions, None, is_causal=False)  # everyone sees everyone
@@ -155,12 +162,18 @@ def build_context(
         positions = positions.masked_fill(~real, 0)
     rules = Rules(
         query_index, key_index, causal, window, prefix if cache is None else 0,
+        sinks=sink_keys(key_index, sinks, prefix, document_ids, padding_mask) if sinks else None,
         query_documents=document_ids,
         key_documents=None if document_ids is None else F.pad(document_ids, (prefix, 0)),
         real_queries=real,
         real_keys=None if padding_mask is None else F.pad(real, (prefix, 0), value=True),
     )  # fmt: skip
     return AttentionContext(positions, rules, is_causal=False)
+
+
+def layer_contexts(windows, *sizes, cache=None, **rules) -> dict:
+    """Return window -> the context of the layers with that window. Arguments as for `build_context`."""
+    return {w: build_context(*sizes, window=w, cache=cache and cache.part(w), **rules) for w in set(windows)}
 
 
 def lesson():

@@ -2,10 +2,14 @@
 
     ring = W - 1 + margin slots of a row:   token t is in slot t mod ring
 
+With n attention sinks (sinks.py), tokens 0 .. n-1 stay in slots of their own, in front of the ring:
+
+    n + ring slots of a row:   token t >= n is in slot n + (t - n) mod ring
+
 Memory does not grow with the text: a window of W tokens (Mistral, arXiv 2310.06825) needs no more than W of
 them, however long the text is. The methods are those of `modules/attention/cache.py`.
 
-    keys, values: (B, G, T, D) of the new tokens  ->  (B, G, ring, D), or (B, G, ring + T, D) for a long piece
+    keys, values: (B, G, T, D) of the new tokens  ->  (B, G, n + ring, D), or + T for a long piece
 """
 
 import torch
@@ -14,7 +18,7 @@ from modules.attention.cache import KVCache
 
 
 class RollingKVCache(KVCache):
-    """Keys and values of the last W tokens only, in a ring: token t is in slot t mod `ring`.
+    """Keys and values of the last W tokens only, in a ring, and of the first `sinks` tokens.
 
     A window needs W - 1 past tokens. The ring has `margin` slots more, so that up to `margin` tokens can be
     written before they are read, and cropped again. For a longer piece (a prompt), attention reads the ring
@@ -22,14 +26,16 @@ class RollingKVCache(KVCache):
     """
 
     def __init__(
-        self, num_layers, batch_size, window, num_key_value_heads, head_dim, dtype, device, margin: int = 16
-    ):
-        self.ring, self.window, self.margin = window - 1 + margin, window, margin
-        super().__init__(num_layers, batch_size, self.ring, num_key_value_heads, head_dim, dtype, device)
-        self.capacity = 2**62  # rows may grow without end; they occupy `ring` slots
+        self, num_layers, batch_size, window, num_key_value_heads, head_dim, dtype, device, margin: int = 16,
+        sinks: int = 0,
+    ):  # fmt: skip
+        self.ring, self.window, self.margin, self.sinks = window - 1 + margin, window, margin, sinks
+        slots = sinks + self.ring
+        super().__init__(num_layers, batch_size, slots, num_key_value_heads, head_dim, dtype, device)
+        self.capacity = 2**62  # rows may grow without end; they occupy `slots` slots
         self.planned = [None] * batch_size
-        self.held = torch.full((batch_size, self.ring), -1, device=device)  # index of the token in each slot
-        self.longest = [0] * batch_size  # the largest length of each row so far: only `ring` tokens remain
+        self.held = torch.full((batch_size, slots), -1, device=device)  # index of the token in each slot
+        self.longest = [0] * batch_size  # the largest length of each row so far, which has used up slots
 
     @property
     def uniform_past(self) -> None:
@@ -37,10 +43,10 @@ class RollingKVCache(KVCache):
         return None
 
     def _plan(self):
-        """Choose the slots to write, and set the index of every key: (B, ring) or (B, ring + T)."""
+        """Choose the slots to write, and set the index of every key: (B, n + ring), or + T if long."""
         index = self.query_index.expand(len(self.lengths), -1)  # (B, T)
         self._long = self._tokens > self.margin
-        self._row, self._column, self._slot = self._writes(self.ring)
+        self._row, self._column, self._slot = self._writes(self.ring, self.sinks)
         before = self.held.clone() if self._long else None
         self.held[self._row, self._slot] = index[self._row, self._column]
         self.key_index = self.held
@@ -63,7 +69,7 @@ class RollingKVCache(KVCache):
         overwritten one that the window would need again.
         """
         for row, (most, new) in enumerate(zip(self.longest, lengths, strict=True)):
-            if most > self.ring and most - new > self.margin:
+            if most > self.sinks + self.ring and most - new > self.margin:
                 least = most - self.margin
                 raise ValueError(
                     f"row {row} of the ring has held {most} tokens: crop it to {least} or more, not {new}"

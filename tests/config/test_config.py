@@ -72,6 +72,8 @@ MISTAKES = {
     "model.dropout=NaN": ["model.dropout"],
     "model.hidden_size=100": ["model.hidden_size=100", "model.num_attention_heads=6"],
     "model.num_key_value_heads=4": ["model.num_key_value_heads=4", "model.num_attention_heads=6"],
+    "model.sliding_window_pattern=2": ["model.sliding_window_pattern=2", "set model.sliding_window"],
+    "model.attention_sinks=4": ["model.attention_sinks=4", "set model.sliding_window"],
     "model.head_dim=33": ["model.head_dim=33", "odd"],
     "model.rope_scaling=4": ["model.rope_scaling", "dict or null", "4"],
     "data.paths=python": ["data.paths", "list"],
@@ -169,6 +171,23 @@ def test_head_dim_follows_the_heads():
     explicit = ModelConfig(hidden_size=100, num_attention_heads=6, num_key_value_heads=2, head_dim=16)
     validate_section("model", explicit)
     assert explicit.head_dim == 16
+
+
+@pytest.mark.parametrize("every", [2, 3, 6, 9])
+def test_the_pattern_is_that_of_gemma_3(every):
+    from transformers import Gemma3TextConfig
+
+    theirs = Gemma3TextConfig(num_hidden_layers=7, sliding_window_pattern=every).layer_types
+    config = ModelConfig(num_hidden_layers=7, sliding_window=5, sliding_window_pattern=every)
+    validate_section("model", config)
+    windows = {"sliding_attention": 5, "full_attention": None}
+    assert [config.layer_window(layer) for layer in range(7)] == [windows[kind] for kind in theirs]
+    assert config.layer_window(7) is None  # sequential MTP
+    config.sliding_window_pattern = None
+    assert [config.layer_window(layer) for layer in range(8)] == [5] * 8
+    assert [ModelConfig().layer_window(layer) for layer in range(5)] == [None] * 5
+    with pytest.raises(UserError, match="sliding_window_pattern=1 must be at least 2"):
+        validate_section("model", ModelConfig(sliding_window=5, sliding_window_pattern=1))
 
 
 def test_latent_attention_does_not_read_the_heads_of_the_other_kind():

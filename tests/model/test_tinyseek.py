@@ -22,6 +22,7 @@ SHAPES = {
     "MQA, yarn": {"num_key_value_heads": 1, "rope_scaling": YARN},
     "one head, one layer": {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1},
     "window": {"sliding_window": 3, "num_hidden_layers": 3},
+    "pattern": {"sliding_window": 3, "sliding_window_pattern": 2, "num_hidden_layers": 5},
     "dynamic": {"rope_scaling": DYNAMIC, "max_position_embeddings": 6},
     "eager": {"attn_implementation": "eager", "sliding_window": 4},
 }
@@ -36,12 +37,13 @@ def twins(dtype=torch.float32, seed=1, **changes):
         "intermediate_size rms_norm_eps max_position_embeddings attention_bias "
         "tie_word_embeddings sliding_window"
     )
-    kind = "sliding_attention" if config.sliding_window else "full_attention"
+    windowed, every = config.sliding_window is not None, config.sliding_window_pattern or 99
+    local = [windowed and (n + 1) % every != 0 for n in range(config.num_hidden_layers)]
     theirs = Qwen3ForCausalLM(
         Qwen3Config(
             **{name: getattr(config, name) for name in same.split()},
             use_sliding_window=config.sliding_window is not None,
-            layer_types=[kind] * config.num_hidden_layers,
+            layer_types=["sliding_attention" if one else "full_attention" for one in local],
             rope_parameters={
                 "rope_type": "default",
                 "rope_theta": config.rope_theta,

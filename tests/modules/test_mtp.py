@@ -28,7 +28,11 @@ MOE = {
     "first_k_dense_replace": 1, "routed_scaling_factor": 1.5,
 }  # fmt: skip
 TWINS = {"GQA": {}, "experts": MOE, "MLA": MLA, "MLA, experts": MLA | MOE}
-KINDS = TWINS | {"window": {"sliding_window": 4}}
+KINDS = TWINS | {
+    "window": {"sliding_window": 4},
+    "window, sinks": {"sliding_window": 3, "attention_sinks": 2},
+    "pattern": {"sliding_window": 4, "sliding_window_pattern": 2},
+}
 
 
 def build(kind="sequential", dtype=torch.float64, seed=1, **changes) -> TinySeek:
@@ -267,7 +271,10 @@ def test_in_pieces_with_a_cache_as_in_one_forward(name, dtype, atol):
     model = build(dtype=dtype, **KINDS[name])
     ids = torch.randint(0, 61, (1, 14), generator=torch.Generator().manual_seed(4))
     hidden, following = model(ids).hidden, next_ids(ids)
-    context = build_context(14, "cpu", window=model.config.sliding_window)
+    window = None if name == "pattern" else model.config.sliding_window  # its MTP layer sees all
+    context = build_context(14, "cpu", window=window, sinks=model.config.attention_sinks)
+    expected, ours = context.bias(dtype), model.model(ids).context.bias(dtype)  # as in training
+    assert torch.equal(ours, expected) if expected is not None else ours is None
     rotary = model.model.rotary_emb(context.positions)
     whole, _ = model.mtp(hidden, model.model.embed_tokens(following), context, rotary)
     cache, start = make_draft_cache(model, 1, 20), 0

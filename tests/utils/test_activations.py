@@ -35,6 +35,15 @@ CASES = {
     "window": {"sliding_window": 32},
     "flash, window": {"attn_implementation": "flash", "sliding_window": 32},
     "flash, latent": LATENT | {"attn_implementation": "flash"},
+    "pattern": {"sliding_window": 32, "sliding_window_pattern": 3, "num_hidden_layers": 4},
+    "pattern, sinks, eager": {
+        "sliding_window": 48, "sliding_window_pattern": 2, "attention_sinks": 16,
+        "attn_implementation": "eager",
+    },
+    "a window as long as 64 with its sinks": {"sliding_window": 40, "attention_sinks": 24},
+    "pattern, sequential": {
+        "sliding_window": 40, "sliding_window_pattern": 2, "num_hidden_layers": 3, "mtp": "sequential",
+    },
     "experts": EXPERTS,
     "experts, later": EXPERTS | LATER,
     "latent": LATENT,

@@ -11,6 +11,7 @@ from transformers.modeling_layers import MtpLayer
 from config.checks import validate_section
 from config.model import ModelConfig
 from config.schema import OptimConfig
+from model.caches import make_cache
 from model.tinyseek import TinySeek
 from modules.mtp import ParallelMTP
 from train.engine.optimizers import build_optimizers
@@ -168,6 +169,11 @@ def test_published_mixtures_of_experts():
     assert extra.active_parameters == deepseek.active_parameters
 
 
+def all_seen(card: CostCard, tokens: int) -> CostCard:
+    """The card if every query of every layer had `tokens` keys."""
+    return replace(card, keys_seen=[tokens for _ in card.keys_seen])
+
+
 def counted_flops(run) -> tuple[int, int]:
     """FLOPs of a forward pass, and of it together with its backward pass, as PyTorch counts them."""
     with FlopCounterMode(display=False) as forward:
@@ -184,7 +190,7 @@ def test_flops_as_pytorch_counts_them(name, changes):
     ids = torch.arange(tokens)[None] % config.vocab_size
     card = card_of(config, batch_tokens=tokens, sequence_length=tokens)
     forward, both = counted_flops(lambda: model(ids).logits)
-    full = replace(card, keys_seen=tokens)  # masked keys cost as much there
+    full = all_seen(card, tokens)  # masked keys cost as much there
     assert (forward, both) == (tokens * full.forward_flops(), tokens * full.train_flops())
     scores, values = (15, 11) if config.attention_kind == "mla" else (config.head_dim, config.head_dim)
     half = 3 * config.num_hidden_layers * config.num_attention_heads * (scores + values) * tokens
@@ -218,7 +224,7 @@ def test_sequential_mtp_costs_what_the_layer_in_transformers_does(name, changes)
         return longer.lm_head(mtp(embeddings, hidden, rotary, None, None, None))
 
     forward, both = counted_flops(run)
-    assert forward == tokens * replace(card, keys_seen=tokens).mtp_flops()
+    assert forward == tokens * all_seen(card, tokens).mtp_flops()
     assert both == 3 * forward
 
 
@@ -231,7 +237,7 @@ def test_parallel_mtp_costs_its_block_and_a_second_head():
     hidden = torch.randn(1, tokens, config.hidden_size, requires_grad=True)
     block.norm = torch.nn.Identity()  # its backward sums rows by a product with ones, which would be counted
     forward, both = counted_flops(lambda: head(block(hidden)[0]))
-    assert forward == tokens * card.mtp_flops() == tokens * replace(card, keys_seen=tokens).mtp_flops()
+    assert forward == tokens * card.mtp_flops() == tokens * all_seen(card, tokens).mtp_flops()
     assert both == 3 * forward
     without = card_of(model_config(**TINY), tokens, tokens)
     assert card.forward_flops() == without.forward_flops()
@@ -239,14 +245,60 @@ def test_parallel_mtp_costs_its_block_and_a_second_head():
     assert card.active_parameters == without.active_parameters
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 16, 99])
-def test_keys_seen_is_the_average_of_a_mask(window):
-    tokens = 512
-    card = card_of(model_config(**TINY, sliding_window=window and window * 8), 1, sequence_length=tokens)
+@pytest.mark.parametrize("window", [None, 8, 40, 128, 500, 792])
+@pytest.mark.parametrize("sinks", [0, 4, 20])
+def test_keys_seen_is_the_average_of_a_mask(window, sinks):
+    tokens, settings = 512, {"sliding_window": window, "attention_sinks": sinks if window else 0}
+    card = card_of(model_config(**TINY, **settings), 1, sequence_length=tokens)
     positions = torch.arange(tokens)
     distance = positions[:, None] - positions[None]
-    mask = (distance >= 0) & (distance < (window * 8 if window else tokens))
-    assert card.keys_seen == pytest.approx(mask.sum(1).double().mean().item(), abs=0.51)
+    mask = (distance >= 0) & ((distance < (window or tokens)) | (positions < sinks))
+    mean = mask.sum(1).double().mean().item()
+    assert card.keys_seen == pytest.approx([mean, mean], abs=0.51)
+
+
+@pytest.mark.parametrize("mtp", ["none", "sequential"])
+def test_every_layer_of_a_pattern_costs_what_its_mask_shows(mtp):
+    """Scores and weighted sums of the allowed pairs, counted from the masks that a model of 3 local and 2
+    global layers gives to its layers; MTP sees all."""
+    shape = TINY | {"num_hidden_layers": 5, "sliding_window": 24, "sliding_window_pattern": 2, "mtp": mtp}
+    config, tokens = model_config(**shape, attention_sinks=4), 64
+    model, pairs = TinySeek(config), []
+
+    def count(layer, arguments):
+        bias = arguments[1].bias(torch.float32)  # of the context
+        pairs.append(int((bias == 0).sum()))
+
+    layers = [*model.model.layers, *([model.mtp.layer] if mtp == "sequential" else [])]
+    for layer in layers:
+        layer.register_forward_pre_hook(count)
+    ids = torch.arange(tokens)[None]
+    model(ids, labels=ids, mtp=mtp != "none")
+    card, per_pair = cost_card(model, tokens), 2 * 4 * (16 + 16)  # 2 products of 4 heads of 16
+    assert len(set(pairs)) == 2 and len(pairs) == len(card.keys_seen)
+    most = tokens / 2 + 0.5  # keys of a causal query, on average; the convention leaves out the half
+    for layer, count in enumerate(pairs):
+        assert card.keys_seen[layer] == pytest.approx(count / tokens, abs=0.51), layer
+        assert (card.keys_seen[layer] == tokens / 2) == (count / tokens == most)
+    assert card.forward_flops() == 2 * card.matmul_parameters + per_pair * sum(card.keys_seen[:5])
+    extra = 2 * card.groups["mtp"].multiplied + per_pair * sum(card.keys_seen[5:])
+    assert card.mtp_flops() == extra
+
+
+@pytest.mark.parametrize("every", [None, 2])
+@pytest.mark.parametrize("window", [None, 8])
+def test_the_cache_on_the_card_is_that_of_the_tensors(window, every):
+    """Apart from the slots of a ring that are spare: 16 of margin, less the newest token's."""
+    shape = {"num_hidden_layers": 5, "sliding_window": window}
+    shape |= {"sliding_window_pattern": every, "attention_sinks": 2} if window else {}
+    model = TinySeek(model_config(**TINY | shape))
+    card, locals_ = cost_card(model, 64), 0 if window is None else 5 if every is None else 3
+    for tokens in (1, 10, 11, 64, 1000):
+        spare = 15 * locals_ if tokens > 10 else 0
+        assert make_cache(model, 1, tokens).bytes == card.kv_cache_bytes(4, tokens) + spare * 2 * 2 * 16 * 4
+    text = 2 * 2 * 16 * 2 * ((5 - locals_) * 64 + locals_ * 10)
+    line = next(line for line in card.lines() if line.startswith("kv cache"))
+    assert (f", {text / 1024:.4g} KiB for 64 tokens in bf16" in line) == bool(locals_), line
 
 
 @pytest.mark.parametrize("name, changes", CASES)

@@ -48,6 +48,8 @@ SHAPES = {
 UNSUPPORTED = {
     "bias": {"attention_bias": True},
     "window": {"sliding_window": 4},
+    "pattern": {"sliding_window": 4, "sliding_window_pattern": 2},
+    "sinks": {"sliding_window": 4, "attention_sinks": 2},
     "soft cap": {"final_logit_softcapping": 3.0},
     "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}},
     "longrope": {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4,

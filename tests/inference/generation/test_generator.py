@@ -24,6 +24,8 @@ SHAPES = {
     "interleaved": {"rope_interleaved": True},
     "window": {"sliding_window": 5},
     "window wider than the text": {"sliding_window": 60},
+    "window, sinks": {"sliding_window": 4, "attention_sinks": 3},
+    "pattern, sinks": {"sliding_window": 4, "sliding_window_pattern": 2, "attention_sinks": 1},
     "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
     "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0,
                                  "original_max_position_embeddings": 16}},

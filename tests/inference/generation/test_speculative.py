@@ -22,6 +22,7 @@ from utils.errors import UserError
 SHAPES = {
     "GQA": {},
     "window": {"sliding_window": 5},
+    "pattern, sinks": {"sliding_window": 4, "sliding_window_pattern": 2, "attention_sinks": 1},
     "experts": MOE,
     "MLA": MLA,
     "MLA, experts": MLA | MOE,
@@ -351,12 +352,12 @@ def test_what_cannot_draft_is_an_error():
     for kind, length in (("parallel", 2), ("sequential", 0), ("sequential", 16), ("parallel", 0)):
         with pytest.raises(UserError, match=f"draft_length={length}"):
             SpeculativeGenerator(build(kind), draft_length=length)
-    model = build(sliding_window=3)  # the longest draft that a rolling cache takes back
-    trunk = build(sliding_window=3)
-    for head in (model, WithDrafts(trunk, drafts_like(trunk, WHEN["sometimes"]))):
-        params = SamplingParams(temperature=0, max_new_tokens=40)
-        answer = SpeculativeGenerator(head, draft_length=15).generate([PROMPTS[3]], params)[0]
-        assert answer == slow_greedy(trunk, PROMPTS[3], 40)[0]
+    for shape in ({}, {"sliding_window_pattern": 2, "attention_sinks": 2}):
+        trunk = build(sliding_window=3, **shape)  # 15: the longest draft that a rolling cache takes back
+        for head in (trunk, WithDrafts(trunk, drafts_like(trunk, WHEN["sometimes"]))):
+            params = SamplingParams(temperature=0, max_new_tokens=40)
+            answer = SpeculativeGenerator(head, draft_length=15).generate([PROMPTS[3]], params)[0]
+            assert answer == slow_greedy(trunk, PROMPTS[3], 40)[0]
 
 
 # Drawing. Every text of three tokens has a probability that can be written down.

@@ -7,11 +7,12 @@ import random
 import pytest
 import torch
 
-from model.caches import make_cache
+from model.caches import make_cache, make_draft_cache
 from model.tinyseek import TinySeek
 from modules.attention.grouped_query import eager_attention
 from modules.attention.context import build_context
 from modules.attention.cache import KVCache
+from modules.attention.hybrid_cache import HybridCache
 from modules.attention.rolling_cache import RollingKVCache
 from tests.modules.tools import shake, slow_attention, small_config
 
@@ -29,6 +30,12 @@ MODELS = {
     "window of 3, eager": {"sliding_window": 3, "attn_implementation": "eager", "rope_scaling": YARN},
     "window of 20": {"sliding_window": 20, "qk_norm": False},
     "window larger than the text": {"sliding_window": 500},
+    "window of 2, sinks": {"sliding_window": 2, "attention_sinks": 3},
+    "pattern": {"sliding_window": 3, "sliding_window_pattern": 2, "num_hidden_layers": 3},
+    "pattern, sinks, eager": {
+        "sliding_window": 4, "sliding_window_pattern": 3, "attention_sinks": 2, "num_hidden_layers": 4,
+        "attn_implementation": "eager", "rope_scaling": YARN,
+    },
 }  # fmt: skip
 
 
@@ -51,9 +58,19 @@ def caches(model, B, capacity):
     config = model.config
     if config.sliding_window is not None:
         shape = (config.num_key_value_heads, config.head_dim, torch.float64, "cpu")
+        layers, window, sinks = config.num_hidden_layers, config.sliding_window, config.attention_sinks
         for margin in (1, 3):
-            yield RollingKVCache(config.num_hidden_layers, B, config.sliding_window, *shape, margin=margin)
-        yield KVCache(config.num_hidden_layers, B, capacity, *shape)  # keeps all, and the mask narrows
+            if every := config.sliding_window_pattern:
+                local = [bool((layer + 1) % every) for layer in range(layers)]
+                yield HybridCache(local, B, capacity, window, *shape, margin=margin, sinks=sinks)
+            else:
+                yield RollingKVCache(layers, B, window, *shape, margin=margin, sinks=sinks)
+        yield KVCache(layers, B, capacity, *shape)  # keeps all, and the mask narrows
+
+
+def margin_of(cache):
+    """How many tokens the cache surely takes back: a ring as many as its margin."""
+    return getattr(getattr(cache, "local", cache), "margin", 99)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -92,7 +109,7 @@ def test_ragged_rows_are_each_row_alone(name):
                 same(logits[b, : new[b]], expected[b][done[b] : done[b] + new[b]])
             done = [a + n for a, n in zip(done, new, strict=True)]
             assert cache.lengths == done
-            if min(new) > 0 and max(new) <= getattr(cache, "margin", 99):
+            if min(new) > 0 and max(new) <= margin_of(cache):
                 cache.crop(before)  # the same round again, for the last token only
                 last = model(batch, cache=cache, new_tokens=lengths, last_only=True).logits
                 for b in range(3):
@@ -122,7 +139,7 @@ def test_rejected_drafts_leave_no_trace(name):
     model, text = model_of(name), ids(2, 40, seed=7)
     expected = model(text).logits
     for cache in caches(model, 2, 50):
-        most = min(8, getattr(cache, "margin", 8))  # a ring takes back as many as its margin
+        most = min(8, margin_of(cache))
         dice, done = random.Random(len(name)), [0, 0]
         while min(done) < 30:
             size = dice.randint(1, most)
@@ -158,11 +175,27 @@ def test_a_ring_refuses_to_forget_what_it_has_overwritten():
         cache.crop([18])
 
 
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_a_ring_that_has_overwritten_nothing_can_forget_all(sinks):
+    for tokens, refused in ((sinks + 6, False), (sinks + 7, True)):  # W - 1 + margin = 6
+        cache = RollingKVCache(1, 1, 4, 1, 2, torch.float32, "cpu", margin=3, sinks=sinks)
+        cache.begin(tokens)
+        cache.advance()
+        if refused:
+            with pytest.raises(ValueError, match=f"has held {tokens} tokens: crop it to {tokens - 3}"):
+                cache.crop([tokens - 4])
+            assert cache.lengths == [tokens]
+            tokens = 3
+        cache.crop([cache.lengths[0] - tokens])
+        assert (cache.held >= 0).sum() == (sinks + 3 if refused else 0)
+
+
 @torch.no_grad()
-def test_memory_of_a_ring_does_not_grow():
-    cache = RollingKVCache(2, 1, 5, 1, 4, torch.float32, "cpu", margin=2)
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_memory_of_a_ring_does_not_grow(sinks):
+    cache = RollingKVCache(2, 1, 5, 1, 4, torch.float32, "cpu", margin=2, sinks=sinks)
     taken, address = cache.bytes, cache.store.data_ptr()
-    assert taken == 2 * 2 * (5 - 1 + 2) * 4 * 4
+    assert taken == 2 * 2 * (sinks + 5 - 1 + 2) * 4 * 4
     for tokens in (3, 50, 1, 1, 200):
         cache.begin(tokens)
         for layer in range(2):
@@ -171,9 +204,44 @@ def test_memory_of_a_ring_does_not_grow():
         written = cache._slot.tolist()  # no slot twice: on a GPU it would be open which of the two stays
         assert len(set(written)) == len(written)
     assert cache.lengths == [255] and cache.bytes == taken and cache.store.data_ptr() == address
-    model = TinySeek(small_config(sliding_window=4))
+    model = TinySeek(small_config(sliding_window=4, attention_sinks=sinks))
     assert make_cache(model, 1, 10_000_000).bytes < 100_000
-    assert type(make_cache(model, 1, 4)) is KVCache  # never needs to forget
+    assert type(make_cache(model, 1, 4 + sinks)) is KVCache  # never needs to forget
+    assert type(make_cache(model, 1, 5 + sinks)) is RollingKVCache
+
+
+@torch.no_grad()
+def test_memory_of_a_pattern_grows_with_its_global_layers():
+    """Counted from the tensors that a text has filled: 2 of 5 layers are global, and 3 stay as they are."""
+    shape = {"sliding_window": 4, "sliding_window_pattern": 2, "attention_sinks": 2, "num_hidden_layers": 5}
+    model, per_token = TinySeek(small_config(**shape)).eval(), 2 * 2 * 8 * 4  # keys, values; G; D; fp32
+    for tokens in (40, 400):
+        cache = make_cache(model, 1, tokens)
+        for piece in ids(1, tokens).split([tokens - 20, *[1] * 20], dim=1):
+            model(piece, cache=cache)
+        filled = [part.store.any(dim=(1, 2, 3, 5)).sum(dim=1) for part in (cache, cache.local)]
+        assert [layer.tolist() for layer in filled] == [[tokens] * 2, [2 + 4 - 1 + 16] * 3]
+        assert cache.bytes == (2 * tokens + 3 * (2 + 4 - 1 + 16)) * per_token
+        assert cache.lengths == cache.local.lengths == [tokens]
+    model = TinySeek(small_config(**shape, mtp="sequential"))
+    assert type(make_draft_cache(model, 1, 400)) is KVCache  # the second head sees all
+    assert type(make_cache(model, 1, 6)) is KVCache and type(make_cache(model, 1, 7)) is HybridCache
+
+
+@torch.no_grad()
+def test_a_hybrid_cache_that_refuses_has_changed_nothing():
+    shape = {"sliding_window": 2, "sliding_window_pattern": 2}
+    model, text = shake(TinySeek(small_config(**shape))).double().eval(), ids(1, 40)
+    cache = make_cache(model, 1, 40)
+    model(text[:, :30], cache=cache)
+    with pytest.raises(ValueError, match="holds 40 tokens"):
+        model(text, cache=cache)  # would take every slot of the ring
+    with pytest.raises(ValueError, match="crop it to 14"):
+        cache.crop([13])
+    with pytest.raises(ValueError, match="prefix"):
+        make_cache(model, 1, 40).start_with(0, *torch.zeros(2, 1, 2, 3, 8))
+    assert cache.lengths == cache.local.lengths == [30]
+    same(model(text[:, 30:], cache=cache).logits, model(text).logits[:, 30:])
 
 
 @pytest.mark.parametrize("rows", [1, 2])
