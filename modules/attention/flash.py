@@ -81,9 +81,13 @@ def plan(rules: Rules):
         if rules.causal:
             seen = seen & (first_key <= last[:, n : n + 1])
         if rules.window is not None:
-            seen = seen & (last_key > first[:, n : n + 1] - rules.window)
+            near = last_key > first[:, n : n + 1] - rules.window
             if not rules.causal:
-                seen = seen & (first_key < last[:, n : n + 1] + rules.window)
+                near = near & (first_key < last[:, n : n + 1] + rules.window)
+            if rules.sinks is not None:
+                lowest, highest = spans(rules.key_index, valid & rules.sinks, KEYS)
+                near = near | (lowest <= highest)[:, None]  # the window does not hide sinks
+            seen = seen & near
         if rules.query_documents is not None:
             seen = seen & (low_key <= high[:, n : n + 1]) & (high_key >= low[:, n : n + 1])
         seen = seen | padding[:, n : n + 1] | (first_key < rules.prefix)
