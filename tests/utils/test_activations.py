@@ -47,6 +47,7 @@ CASES = {
     "a window as long as 64 with its sinks": {"sliding_window": 40, "attention_sinks": 24},
     "pattern, sequential": {
         "sliding_window": 40, "sliding_window_pattern": 2, "num_hidden_layers": 3, "mtp": "sequential",
+        "attn_implementation": "sdpa",
     },
     "experts": EXPERTS,
     "experts, later": EXPERTS | LATER,
