@@ -109,10 +109,9 @@ class Decoder(nn.Module):
             prefix=0 if prefix is None else prefix.length,
         )  # fmt: skip
         rotary = self.rotary_emb(context.positions, None if cache is None else cache.planned)
-        past = prefix if cache is None else cache  # a cache already holds the prefix
         hidden, routings = self.dropout(self.embed_tokens(input_ids)), []  # (B, T, C)
         for layer in self.layers:
-            hidden, routing = layer(hidden, context, rotary, past)
+            hidden, routing = layer(hidden, context, rotary, cache or prefix)  # a cache holds the prefix
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
