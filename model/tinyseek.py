@@ -110,10 +110,9 @@ class Decoder(nn.Module):
             prefix=0 if prefix is None else prefix.length,
         )  # fmt: skip
         rotary = self.rotary_emb(contexts[windows[-1]].positions, None if cache is None else cache.planned)
-        past = prefix if cache is None else cache  # a cache already holds the prefix
         hidden, routings = self.dropout(self.embed_tokens(input_ids)), []  # (B, T, C)
         for layer, window in zip(self.layers, windows):
-            hidden, routing = layer(hidden, contexts[window], rotary, past)
+            hidden, routing = layer(hidden, contexts[window], rotary, cache or prefix)  # a cache holds the prefix
             if routing is not None:
                 routings.append(routing)
         if cache is not None:

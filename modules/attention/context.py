@@ -178,11 +178,6 @@ def layer_contexts(windows, *sizes, cache=None, **rules) -> dict:
     return {w: build_context(*sizes, window=w, cache=cache and cache.part(w), **rules) for w in set(windows)}
 
 
-def layer_contexts(windows, *sizes, cache=None, **rules) -> dict:
-    """Return window -> the context of the layers with that window. Arguments as for `build_context`."""
-    return {w: build_context(*sizes, window=w, cache=cache and cache.part(w), **rules) for w in set(windows)}
-
-
 def lesson():
     """Print the mask of one row with two documents, with a window, and with padding."""
     print("AttentionContext: rows are queries, columns keys, # may attend")
