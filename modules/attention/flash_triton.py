@@ -1,168 +1,33 @@
-"""Flash attention as a Triton kernel: what GPUs run where PyTorch has no kernel for a mask and shared keys.
+"""Flash attention for GPUs, by the Triton kernels of flash_kernels.py: masks and shared keys in linear memory.
 
-Each program takes one tile of queries and walks over the tiles of keys; only scores of one tile exist, in
-registers. With S = scale * Q K^T, P = softmax(S), O = P V (Dao et al., arXiv 2205.14135, 2307.08691):
+PyTorch has no such kernel: with a mask it repeats shared keys for all query heads, and stores the mask. Here
+all rules of modules/attention/context.py become one. Every query and every key is a box, an interval of
+indices times an interval of documents, and a query sees a key if their boxes overlap:
 
-    forward    m' = max(m, rowmax S)   P = exp(S - m')   a = exp(m - m')   l = a l + rowsum P   O = a O + P V
-               at the end  O = O / l,  LSE = m + ln l
-    backward   P = exp(S - LSE)        dP = dO V^T       D = rowsum(dO * O)         dS = P * (dP - D)
-               dQ = scale * dS K       dK = scale * dS^T Q       dV = P^T dO        (summed over the group)
+    query      max(0, q - W + 1) .. q   x   document .. document     padding: everything
+    key                        k .. k   x   document .. document     of a prefix: everything; not real: FAR .. -1
 
-    q, dQ: (B, H, T, D)   k, dK: (B, G, S, D)   v, dV: (B, G, S, E)   O: (B, H, T, E)   LSE: (B, H, T) fp32
+The box around all boxes of a tile tells which tiles can meet at all. A program starts at the first and stops
+after the last tile that its own can meet: it skips the future, what lies before the window, and other
+documents.
 
-No mask is stored: queries and keys are boxes (modules/attention/boxes.py), which see each other if they
-overlap, and tiles that cannot meet are skipped.
+    q: (B, H, T, D)   k: (B, G, S, D)   v: (B, G, S, E)   ->   (B, H, T, E)
+    boxes: (B, 4, N) int32, low, high, first, last of N queries, keys, or tiles
 
-Traps: TRITON_INTERPRET=1, which runs kernels in NumPy, is read where a kernel is decorated, and for Triton's
-own functions when it is imported: set it before Python starts. It cannot multiply bf16.
+Traps: `torch.compile` would look into a plain autograd function, and cannot follow this one; an operator it
+calls as it is. Contexts are shared by all layers, so boxes are made once per forward and kept with the rules.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
+from torch.library import custom_op
 
-from modules.attention.boxes import FAR, plan
-from modules.attention.context import AttentionContext, Rules
-
-try:
-    import triton
-    import triton.language as tl
-    from triton import jit
-    from triton.language import constexpr
-except ImportError:  # PyTorch for CUDA brings it along; elsewhere the kernels are only read
-    triton, jit, constexpr = None, lambda kernel: kernel, int
-
-TILE = 64  # queries or keys at most
-BEYOND = constexpr(FAR + 1)  # kernels may only read globals that are declared constant
-
-
-@jit
-def fetch(x, strides, row, head, i, size, d, width):
-    """Load x[row, head, i, d] of (B, heads, size, width) for vectors i and d; zeros outside.
-
-    Trap: offsets into a large tensor exceed 32 bits; row and head have 64.
-    """
-    at = x + row * strides[0] + head * strides[1] + i.to(tl.int64)[:, None] * strides[2] + d[None] * strides[3]
-    return tl.load(at, (i < size)[:, None] & (d < width)[None], 0.0)
-
-
-@jit
-def put(x, strides, row, head, i, size, d, width, value):
-    """Store what `fetch` loads."""
-    at = x + row * strides[0] + head * strides[1] + i.to(tl.int64)[:, None] * strides[2] + d[None] * strides[3]
-    tl.store(at, value, (i < size)[:, None] & (d < width)[None])
-
-
-@jit
-def box(boxes, row, i, size):
-    """Load the boxes i of (B, 4, size): low, high, first, last. Beyond the end they are empty."""
-    at, inside = boxes + row * 4 * size + i, i < size
-    low, high = tl.load(at, inside, BEYOND), tl.load(at + size, inside, -BEYOND)
-    return low, high, tl.load(at + 2 * size, inside, BEYOND), tl.load(at + 3 * size, inside, -BEYOND)
-
-
-@jit
-def meet(a, b):
-    """Whether each box of a overlaps each of b: (N), (M) -> (N, M)."""
-    indices = (a[0][:, None] <= b[1][None]) & (b[0][None] <= a[1][:, None])
-    return indices & (a[2][:, None] <= b[3][None]) & (b[2][None] <= a[3][:, None])
-
-
-@jit
-def span(own, others, row, size, TILES: constexpr):
-    """The first of the other tiles that meets this program's own, and the one after the last."""
-    tile = tl.arange(0, TILES)
-    mine = box(own, row, tl.program_id(0) + tl.arange(0, 1), tl.num_programs(0))
-    near = meet(mine, box(others, row, tile, size))  # (1, TILES)
-    return tl.min(tl.where(near, tile[None], size)), tl.max(tl.where(near, tile[None] + 1, 0))
-
-
-@jit(do_not_specialize=["T", "S"])
-def forward_kernel(
-    q, k, v, out, lse, plan, strides, scale, T, S, R, D: constexpr, E: constexpr, WIDTH: constexpr,
-    WIDTH_V: constexpr, TILE: constexpr, TILES: constexpr, PRECISION: constexpr,
-):  # fmt: skip
-    """Compute O and LSE of one tile of queries of one head."""
-    row, head, tile = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64), tl.arange(0, TILE)
-    t, d, e = tl.program_id(0) * TILE + tile, tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
-    Q, queries = fetch(q, strides[0], row, head, t, T, d, D), box(plan[0], row, t, T)
-    m, l = tl.full([TILE], float("-inf"), tl.float32), tl.full([TILE], 0.0, tl.float32)
-    O = tl.full([TILE, WIDTH_V], 0.0, tl.float32)
-    start, stop = span(plan[2], plan[3], row, tl.cdiv(S, TILE), TILES)
-    for number in range(start, stop):
-        s = number * TILE + tile
-        K = fetch(k, strides[1], row, head // R, s, S, d, D)
-        V = fetch(v, strides[2], row, head // R, s, S, e, E)
-        x = tl.dot(Q, tl.trans(K), input_precision=PRECISION) * scale
-        x = tl.where(meet(queries, box(plan[1], row, s, S)), x, float("-inf"))
-        top = tl.maximum(m, tl.max(x, 1))
-        safe = tl.where(top == float("-inf"), 0.0, top)  # trap: no key yet, and -inf - -inf is NaN
-        P, a = tl.exp(x - safe[:, None]), tl.exp(m - safe)
-        l = l * a + tl.sum(P, 1)
-        O = O * a[:, None] + tl.dot(P.to(V.dtype), V, input_precision=PRECISION)
-        m = top
-    some = tl.where(l > 0, l, 1.0)  # a query that sees nothing: O = 0, and LSE = inf so that P = exp(-inf)
-    put(out, strides[3], row, head, t, T, e, E, O / some[:, None])
-    at = (row * tl.num_programs(1) + head) * T + t
-    tl.store(lse + at, tl.where(l > 0, m + tl.log(some), float("inf")), t < T)
-
-
-@jit(do_not_specialize=["T", "S"])
-def query_kernel(
-    q, k, v, grad, lse, delta, dq, plan, strides, scale, T, S, R, D: constexpr, E: constexpr,
-    WIDTH: constexpr, WIDTH_V: constexpr, TILE: constexpr, TILES: constexpr, PRECISION: constexpr,
-):  # fmt: skip
-    """Compute dQ of one tile of queries of one head. `grad` is dO, `delta` is D of the formula."""
-    row, head, tile = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64), tl.arange(0, TILE)
-    t, d, e = tl.program_id(0) * TILE + tile, tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
-    Q, queries = fetch(q, strides[0], row, head, t, T, d, D), box(plan[0], row, t, T)
-    dO = fetch(grad, strides[3], row, head, t, T, e, E)
-    at = (row * tl.num_programs(1) + head) * T + t
-    L, mean = tl.load(lse + at, t < T, float("inf")), tl.load(delta + at, t < T, 0.0)
-    dQ = tl.full([TILE, WIDTH], 0.0, tl.float32)
-    start, stop = span(plan[2], plan[3], row, tl.cdiv(S, TILE), TILES)
-    for number in range(start, stop):
-        s = number * TILE + tile
-        K = fetch(k, strides[1], row, head // R, s, S, d, D)
-        V = fetch(v, strides[2], row, head // R, s, S, e, E)
-        x = tl.dot(Q, tl.trans(K), input_precision=PRECISION) * scale
-        x = tl.where(meet(queries, box(plan[1], row, s, S)), x, float("-inf"))
-        dS = tl.exp(x - L[:, None]) * (tl.dot(dO, tl.trans(V), input_precision=PRECISION) - mean[:, None])
-        dQ += tl.dot(dS.to(K.dtype), K, input_precision=PRECISION)
-    put(dq, strides[4], row, head, t, T, d, D, dQ * scale)
-
-
-@jit(do_not_specialize=["T", "S"])
-def key_kernel(
-    q, k, v, grad, lse, delta, dk, dv, plan, strides, scale, T, S, R, D: constexpr, E: constexpr,
-    WIDTH: constexpr, WIDTH_V: constexpr, TILE: constexpr, TILES: constexpr, PRECISION: constexpr,
-):  # fmt: skip
-    """Compute dK and dV of one tile of keys: one program sums over the R heads of the group, so that none
-    adds to what another one writes. Scores are transposed: rows are keys, columns queries."""
-    row, group, tile = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64), tl.arange(0, TILE)
-    s, d, e = tl.program_id(0) * TILE + tile, tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
-    K, keys = fetch(k, strides[1], row, group, s, S, d, D), box(plan[1], row, s, S)
-    V = fetch(v, strides[2], row, group, s, S, e, E)
-    dK, dV = tl.full([TILE, WIDTH], 0.0, tl.float32), tl.full([TILE, WIDTH_V], 0.0, tl.float32)
-    start, stop = span(plan[3], plan[2], row, tl.cdiv(T, TILE), TILES)
-    for head in range(group * R, group * R + R):
-        for number in range(start, stop):
-            t = number * TILE + tile
-            Q = fetch(q, strides[0], row, head, t, T, d, D)
-            dO = fetch(grad, strides[3], row, head, t, T, e, E)
-            at = (row * tl.num_programs(1) * R + head) * T + t
-            L, mean = tl.load(lse + at, t < T, float("inf")), tl.load(delta + at, t < T, 0.0)
-            x = tl.dot(K, tl.trans(Q), input_precision=PRECISION) * scale
-            x = tl.where(meet(keys, box(plan[0], row, t, T)), x, float("-inf"))
-            P = tl.exp(x - L[None])
-            dV += tl.dot(P.to(dO.dtype), dO, input_precision=PRECISION)
-            dS = P * (tl.dot(V, tl.trans(dO), input_precision=PRECISION) - mean[None])
-            dK += tl.dot(dS.to(Q.dtype), Q, input_precision=PRECISION)
-    put(dk, strides[4], row, group, s, S, d, D, dK * scale)
-    put(dv, strides[5], row, group, s, S, e, E, dV)
+from modules.attention.context import AttentionContext, Rules, build_context
+from modules.attention.flash_kernels import FAR, forward_kernel, key_kernel, query_kernel, sizes, triton
 
 
 def takes(q, k, v) -> bool:
-    """Return whether the kernels can compute attention over these tensors on this machine."""
+    """Return whether the kernels can compute attention over these tensors on this GPU."""
     return (
         triton is not None and max(q.shape[-1], v.shape[-1]) <= 256
         and all(x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in (q, k, v))
@@ -179,52 +44,125 @@ def triton_attention(q, k, v, context: AttentionContext, scale: float):
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
     if rules is None:
         rules = Rules(*(torch.arange(x.shape[2], device=q.device)[None] for x in (q, k)), context.is_causal)
-    return FlashAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype), rules, scale)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    *_, tile = sizes(q.shape[3], v.shape[3], q.element_size())
+    return flash_forward(q, k, v, plan(rules, len(q), tile), scale)[0]
 
 
-class FlashAttention(torch.autograd.Function):
-    """The kernels under autograd."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, rules, scale):
-        """Save the inputs, the output and the LSE, and no scores."""
-        B, H, T, _ = q.shape
-        out = q.new_empty(B, T, H, v.shape[3]).transpose(1, 2)  # the layout that `o_proj` reads
-        lse = q.new_empty(B, H, T, dtype=torch.float32)
-        ctx.rules, ctx.scale = rules, scale
-        launch(forward_kernel, (q, k, v, out), (lse,), (), rules, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        """(B, H, T, E) -> gradients of q, k, v."""
-        q, k, v, out, lse = ctx.saved_tensors
-        delta = (grad.float() * out).sum(-1)  # (B, H, T), D of the formula
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        launch(query_kernel, (q, k, v, grad), (lse, delta), (dq,), ctx.rules, ctx.scale)
-        launch(key_kernel, (q, k, v, grad), (lse, delta), (dk, dv), ctx.rules, ctx.scale)
-        return dq, dk, dv, None, None
+def plan(rules: Rules, rows: int, size: int):
+    """Return the boxes of all queries and keys, and those around each `size` of them: a list of four."""
+    if rules.plan is None or rules.plan[0] != (rows, size):
+        q, k, window = rules.query_index, rules.key_index, rules.window
+        low = torch.zeros_like(q) if window is None else (q - window + 1).clamp(min=0)
+        high = q if rules.causal else torch.full_like(q, FAR) if window is None else q + window - 1
+        padding = torch.zeros_like(q).bool() if rules.real_queries is None else ~rules.real_queries
+        real = k >= 0 if rules.real_keys is None else (k >= 0) & rules.real_keys
+        ends = torch.where(real, k, FAR), torch.where(real, k, -1)
+        documents = rules.query_documents, rules.key_documents
+        documents = [torch.zeros_like(x) if y is None else y for x, y in zip((q, k), documents, strict=True)]
+        pair = boxes(low, high, documents[0], padding), boxes(*ends, documents[1], real & (k < rules.prefix))
+        pair = [x.expand(rows, -1, -1).contiguous() for x in pair]
+        rules.plan = (rows, size), [*pair, *(around(x, size) for x in pair)]
+    return rules.plan[1]
 
 
-def launch(kernel, tensors, numbers, results, rules, scale):
-    """Run a kernel, one program per tile of queries (of keys in `key_kernel`), head and row."""
+def boxes(low, high, document, unlimited):
+    """Stack the sides of boxes, each (B or 1, N), to (B or 1, 4, N)."""
+    sides = zip((low, high, document, document), (-FAR, FAR, -FAR, FAR), strict=True)
+    sides = torch.broadcast_tensors(*(torch.where(unlimited, far, side) for side, far in sides))
+    return torch.stack(sides, 1).int()
+
+
+def around(boxes, size: int):
+    """Return the smallest box around each `size` boxes in a row: (B, 4, N) -> (B, 4, tiles)."""
+    number = boxes.shape[2]
+    places = torch.arange(-(-number // size) * size, device=boxes.device).clamp(max=number - 1)
+    tiles = boxes[..., places].unflatten(2, (-1, size))
+    low, high = tiles.amin(-1), tiles.amax(-1)
+    return torch.stack([low[:, 0], high[:, 1], low[:, 2], high[:, 3]], 1)
+
+
+@custom_op("tinyseek::flash_forward", mutates_args=())
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, plan: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    """Return O and the LSE."""
+    out, lse = outputs(q, k, v, plan, scale)
+    launch(forward_kernel, (q, k, v, out), (lse,), (), plan, scale)
+    return out, lse
+
+
+@flash_forward.register_fake
+def outputs(q, k, v, plan, scale):
+    """Allocate O, in the layout that the next layer reads, and the LSE."""
+    B, H, T, _ = q.shape
+    return q.new_empty(B, T, H, v.shape[3]).transpose(1, 2), q.new_empty(B, H, T, dtype=torch.float32)
+
+
+@custom_op("tinyseek::flash_backward", mutates_args=())
+def flash_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: list[Tensor], grad: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dQ, dK and dV from dO."""
+    delta = (grad.float() * out).sum(-1)  # (B, H, T), D of the formula
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    launch(query_kernel, (q, k, v, grad), (lse, delta), (dq,), plan, scale)
+    launch(key_kernel, (q, k, v, grad), (lse, delta), (dk, dv), plan, scale)
+    return dq, dk, dv
+
+
+flash_backward.register_fake(lambda q, k, v, *rest: tuple(torch.empty_like(x) for x in (q, k, v)))
+
+
+def keep(ctx, inputs, output):
+    """Keep inputs, O and LSE for the backward pass, and no scores."""
+    *tensors, plan, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output, *plan)
+
+
+def backward(ctx, grad, _):
+    """(B, H, T, E) -> gradients of q, k, v."""
+    tensors, plan = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    return *flash_backward(*tensors, list(plan), grad, ctx.scale), [None] * 4, None
+
+
+flash_forward.register_autograd(backward, setup_context=keep)
+
+
+def launch(kernel, tensors, numbers, results, plan, scale):
+    """Run a kernel: one program per tile of queries (of keys in `key_kernel`), head and row."""
     q, k, v = tensors[:3]
     (B, H, T, D), (_, G, S, E) = q.shape, v.shape
-    widths = [max(16, triton.next_power_of_2(width)) for width in (D, E)]  # 16: the least of `tl.dot`
-    tile = min(TILE, 2**14 // (max(widths) * q.element_size()))  # 16 KiB of queries or keys
-    one, other, heads = (S, T, G) if kernel is key_kernel else (T, S, H)
+    *widths, tile = sizes(D, E, q.element_size())
+    own, other, heads = (S, T, G) if kernel is key_kernel else (T, S, H)
     tiles = max(64, triton.next_power_of_2(triton.cdiv(other, tile)))  # trap: each value is compiled anew
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"  # of fp32 inputs
-    kernel[(triton.cdiv(one, tile), heads, B)](
-        *tensors, *numbers, *results, plan(rules, B, tile), tuple(x.stride() for x in (*tensors, *results)),
-        scale, T, S, H // G, D, E, *widths, tile, tiles, precision,
+    strides = tuple(x.stride() for x in (*tensors, *results))
+    kernel[(triton.cdiv(own, tile), heads, B)](
+        *tensors, *numbers, *results, tuple(plan), strides, scale, T, S, H // G, D, E, *widths, tile, tiles,
+        precision, num_warps=8 if max(widths) > 64 else 4, num_stages=2,
     )  # fmt: skip
 
 
 def lesson():
-    """Print"""
+    """Print which tiles can meet under several rules; where the kernels can run, compare with the formula."""
+    print("of 64 tokens, tiles of 8 queries (rows) and 8 keys (columns) that can meet")
+    tokens, pictures = torch.arange(64)[None], []
+    for options in ({"window": 12}, {"document_ids": (tokens > 20).int()}, {"padding_mask": tokens < 50}):
+        *_, queries, keys = plan(build_context(64, "cpu", **options).rules, 1, 8)
+        a, b = queries[0, :, :, None], keys[0, :, None]
+        near = (a[0] <= b[1]) & (b[0] <= a[1]) & (a[2] <= b[3]) & (b[2] <= a[3])
+        pictures.append(["".join(".#"[cell] for cell in row) for row in near.tolist()])
+    print("  window of 12  2 documents   14 padding")
+    for row in zip(*pictures, strict=True):
+        print("  " + "      ".join(row))
+    if triton is None or not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
+        print("the kernels need a GPU, or the package triton and TRITON_INTERPRET=1: not run here")
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v = (torch.randn(1, heads, 100, 32, device=device) for heads in (2, 1, 1))
+    context = build_context(100, device, window=30)
+    scores = (q @ k.mT * 0.2).masked_fill(~context.mask, -torch.inf)
+    gap = triton_attention(q, k, v, context, 0.2) - scores.softmax(-1) @ v
+    print(f"largest difference from the formula, 100 tokens, window of 30: {gap.abs().max():.0e}")
 
 
 if __name__ == "__main__":
