@@ -38,14 +38,16 @@ NOWHERE = constexpr(FAR + 1)  # from here to its negative is an empty box; kerne
 @jit
 def fetch(x, strides, row, head, i, size, d, width):
     """Load x[row, head, i, d] for vectors i and d; zeros outside. Trap: large offsets exceed 32 bits."""
-    at = x + row * strides[0] + head * strides[1] + i.to(tl.int64)[:, None] * strides[2] + d[None] * strides[3]
+    x += row * strides[0] + head * strides[1]
+    at = x + i.to(tl.int64)[:, None] * strides[2] + d[None] * strides[3]
     return tl.load(at, (i < size)[:, None] & (d < width)[None], 0.0)
 
 
 @jit
 def put(x, strides, row, head, i, size, d, width, value):
     """Store what `fetch` loads."""
-    at = x + row * strides[0] + head * strides[1] + i.to(tl.int64)[:, None] * strides[2] + d[None] * strides[3]
+    x += row * strides[0] + head * strides[1]
+    at = x + i.to(tl.int64)[:, None] * strides[2] + d[None] * strides[3]
     tl.store(at, value, (i < size)[:, None] & (d < width)[None])
 
 

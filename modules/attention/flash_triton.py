@@ -1,11 +1,11 @@
-"""Flash attention for GPUs, by the Triton kernels of flash_kernels.py: masks and shared keys in linear memory.
+"""Flash attention for GPUs by the Triton kernels of flash_kernels.py: masks and shared keys in linear memory.
 
 PyTorch has no such kernel: with a mask it repeats shared keys for all query heads, and stores the mask. Here
 all rules of modules/attention/context.py become one. Every query and every key is a box, an interval of
 indices times an interval of documents, and a query sees a key if their boxes overlap:
 
     query      max(0, q - W + 1) .. q   x   document .. document     padding: everything
-    key                        k .. k   x   document .. document     of a prefix: everything; not real: FAR .. -1
+    key                        k .. k   x   document .. document     prefix: everything; not real: FAR .. -1
 
 The box around all boxes of a tile tells which tiles can meet at all. A program starts at the first and stops
 after the last tile that its own can meet: it skips the future, what lies before the window, and other
@@ -120,8 +120,8 @@ def keep(ctx, inputs, output):
 
 def backward(ctx, grad, _):
     """(B, H, T, E) -> gradients of q, k, v."""
-    tensors, plan = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-    return *flash_backward(*tensors, list(plan), grad, ctx.scale), [None] * 4, None
+    q, k, v, out, lse, *plan = ctx.saved_tensors  # trap: under checkpointing they can be read once
+    return *flash_backward(q, k, v, out, lse, plan, grad, ctx.scale), [None] * 4, None
 
 
 flash_forward.register_autograd(backward, setup_context=keep)
