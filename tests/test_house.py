@@ -24,6 +24,7 @@ MAY_IMPORT = {  # own folder and the floors below; floor 4 first
 }
 WITHIN_TRAIN = {"scripts": {"engine", "proof"}, "lab": {"lab", "engine", "proof"},
                 "engine": {"engine", "proof"}, "proof": {"proof"}}  # fmt: skip
+TORCH = {"torch", "triton"}  # PyTorch for CUDA brings Triton along
 LONGEST = {"modules": 200, "model": 200}  # lines of a file; 300 elsewhere
 QUESTIONS = ("what ", "how ", "which ", "who ", "where ", "whether ", "why ", "when ")
 
@@ -117,7 +118,7 @@ def imports_point_down(tree):
                 yield f"{where}: {folder}/ may not import {top}/"
             elif top == folder == "train" and room(name) not in WITHIN_TRAIN[room(path.replace("/", "."))]:
                 yield f"{where}: {path} may not import {name}"
-            elif folder == "modules" and top not in {*MAY_IMPORT, "torch", *sys.stdlib_module_names}:
+            elif folder == "modules" and top not in {*MAY_IMPORT, *TORCH, *sys.stdlib_module_names}:
                 yield f"{where}: modules/ imports {name}"
             if top in ("tests", "peft", "trl"):
                 yield f"{where}: {top} is for tests only"

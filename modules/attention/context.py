@@ -55,6 +55,7 @@ class Rules:
     key_documents: torch.Tensor | None = None
     real_queries: torch.Tensor | None = None
     real_keys: torch.Tensor | None = None
+    plan: tuple | None = field(default=None, init=False, repr=False)  # of flash_triton.py, built on first use
 
     def tile(self, queries: slice = slice(None), keys: slice = slice(None)):
         """Return the mask of some queries and keys, (B or 1, t, s) bool, True = may attend."""

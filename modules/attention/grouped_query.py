@@ -112,9 +112,15 @@ def attend(name: str, q, k, v, context: AttentionContext, scale: float, dropout:
 
     On a CPU: blocks of queries for causal rows. With a mask, PyTorch's kernel, or plain products where it is
     slow: it leaves bf16 units idle, and it multiplies so small blocks that oneDNN (utils/products.py) takes
-    longer to begin than to multiply. On other devices: PyTorch's kernel. The numbers are in
+    longer to begin than to multiply. On other devices: PyTorch's kernel, but on GPUs the one of
+    flash_triton.py for a mask with shared keys, which PyTorch would repeat. The numbers are in
     docs/experiments.md, 36. Shapes as in `eager_attention`.
     """
+    if name == "auto" and q.is_cuda and context.rules is not None and k.shape[1] < q.shape[1] and not dropout:
+        from modules.attention.flash_triton import takes, triton_attention  # only GPUs need Triton
+
+        if takes(q, k, v):
+            return triton_attention(q, k, v, context, scale)
     triangle = context.is_causal and not dropout
     if name == "auto" and q.device.type == "cpu":
         onednn = q.dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams
 from model.tinyseek import TinySeek
+from modules.attention import flash_triton
 from modules.attention.context import build_context
 from modules.attention.grouped_query import attend
 from modules.cross_entropy import linear_cross_entropy
@@ -153,6 +154,34 @@ def test_the_flash_kernel_takes_the_plain_case(device):
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises if it does not fit
         ours = attention("sdpa", device, torch.bfloat16, tensors)
     close(BF16, ours, attention("eager", CPU, torch.float64, tensors))
+
+
+@CUDA
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, FP32), (torch.bfloat16, BF16)])
+@pytest.mark.parametrize("width", [32, 80, 256])
+@pytest.mark.parametrize("rules", [
+    {"padding_mask": REAL, "document_ids": torch.arange(45).expand(3, -1) // 10}, {"window": 7},
+], ids=["documents and padding", "window"])  # fmt: skip
+def test_the_triton_kernel_is_the_formula(dtype, bound, width, rules):
+    """On a CPU, tests/modules/attention/test_flash_triton.py runs it in Triton's interpreter."""
+    tensors = normal(*((3, heads, 45, width) for heads in (8, 2, 2, 8)), dtype=torch.bfloat16)
+    with mock.patch.object(flash_triton, "flash_forward", wraps=flash_triton.flash_forward) as kernel:
+        ours = attention("auto", torch.device("cuda"), dtype, tensors, **rules)
+    assert kernel.call_count == 1
+    close(bound, ours, attention("eager", CPU, torch.float64, tensors, **rules))
+
+
+@CUDA
+def test_the_triton_kernel_allocates_nothing_of_the_size_of_a_mask():
+    """A mask of 4,096 x 4,096 bools is larger than all that is needed."""
+    tokens, device = 4096, torch.device("cuda")
+    tensors = normal(*((1, heads, tokens, 32) for heads in (4, 2, 2, 4)), dtype=torch.bfloat16)
+    documents = (torch.arange(tokens) // 1000)[None]
+    attention("auto", device, torch.bfloat16, tensors, document_ids=documents)  # compiles
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention("auto", device, torch.bfloat16, tensors, document_ids=documents)
+    assert torch.cuda.max_memory_allocated() - before < tokens**2
 
 
 # --------------------------------------------------------------------------------- fp32 where TF32 is allowed
