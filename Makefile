@@ -24,8 +24,9 @@ chat: $(VENV)/core.done       ## talk to the most advanced model in out/
 plot: $(VENV)/core.done       ## draw the curves of the last pre-training run again
 	$(BIN)/python utils/plot.py
 
-# Tests use one thread each, so as many processes as there are cores take turns at the files.
-test: $(VENV)/test.done       ## all tests
+# Tests use one thread each, so as many processes as there are cores take turns at the files. ORACLES=1 installs
+# large packages to compare with (requirements-oracles.txt); without them their tests are skipped by name.
+test: $(VENV)/$(if $(ORACLES),oracles,test).done       ## all tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 quick: $(VENV)/test.done      ## the tests that take a moment
@@ -41,6 +42,10 @@ $(VENV)/core.done: requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'TinySeek needs Python 3.11 or newer: make PYTHON=python3.11 ...')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/oracles.done: requirements-oracles.txt $(VENV)/test.done
+	$(BIN)/python -m pip install --quiet -r requirements-oracles.txt
 	@touch $@
 
 $(VENV)/test.done: requirements-test.txt $(VENV)/core.done

@@ -58,10 +58,8 @@ class CausalLMOutput:
 
 
 class DecoderLayer(CheckpointedLayer):
-    """One pre-norm layer: attention, then feed-forward, each added to the residual stream (B, T, C).
-
-    `layer` is the layer's number, which decides whether it has experts; `slot` is its place in the cache.
-    """
+    """One pre-norm layer: attention, then feed-forward, each added to the residual stream (B, T, C). Its
+    number `layer` decides whether it has experts; `slot` is its place in the cache."""
 
     def __init__(self, config: ModelConfig, layer: int, slot: int | None = None):
         super().__init__()
@@ -112,7 +110,7 @@ class Decoder(nn.Module):
         rotary = self.rotary_emb(contexts[windows[-1]].positions, None if cache is None else cache.planned)
         hidden, routings = self.dropout(self.embed_tokens(input_ids)), []  # (B, T, C)
         for layer, window in zip(self.layers, windows):
-            hidden, routing = layer(hidden, contexts[window], rotary, cache or prefix)  # a cache holds the prefix
+            hidden, routing = layer(hidden, contexts[window], rotary, cache or prefix)  # the cache has it too
             if routing is not None:
                 routings.append(routing)
         if cache is not None:

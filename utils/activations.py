@@ -122,7 +122,7 @@ def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str,
         table["partial sums, shares"] = H * parts * 2 * FP32
     fused = not keys and config.attn_implementation != "flash"  # PyTorch's kernels keep the whole mask
     if fused and config.layer_reach(layer, batch.length) < batch.length:
-        table["mask"] = FP32 * batch.length / batch.rows
+        table["mask"] = wide * batch.length / batch.rows
     if not config.is_moe_layer(layer):
         return table | {"gate, up, SiLU, their product": 4 * wide * config.intermediate_size}
     F, E, K = config.moe_intermediate_size, config.n_routed_experts, config.num_experts_per_tok

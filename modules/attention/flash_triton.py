@@ -6,6 +6,7 @@ indices times an interval of documents, and a query sees a key if their boxes ov
 
     query      max(0, q - W + 1) .. q   x   document .. document     padding: everything
     key                        k .. k   x   document .. document     prefix: everything; not real: FAR .. -1
+                                                                     sink: k .. FAR, where no window ends
 
 The box around all boxes of a tile tells which tiles can meet at all. A program starts at the first and stops
 after the last tile that its own can meet: it skips the future, what lies before the window, and other
@@ -57,7 +58,11 @@ def plan(rules: Rules, rows: int, size: int):
         high = q if rules.causal else torch.full_like(q, FAR) if window is None else q + window - 1
         padding = torch.zeros_like(q).bool() if rules.real_queries is None else ~rules.real_queries
         real = k >= 0 if rules.real_keys is None else (k >= 0) & rules.real_keys
-        ends = torch.where(real, k, FAR), torch.where(real, k, -1)
+        begin, end = k, k
+        if rules.sinks is not None:
+            end = torch.where(rules.sinks, FAR, k)
+            begin = k if rules.causal else torch.where(rules.sinks, -FAR, k)
+        ends = torch.where(real, begin, FAR), torch.where(real, end, -1)
         documents = rules.query_documents, rules.key_documents
         documents = [torch.zeros_like(x) if y is None else y for x, y in zip((q, k), documents, strict=True)]
         pair = boxes(low, high, documents[0], padding), boxes(*ends, documents[1], real & (k < rules.prefix))

@@ -70,6 +70,7 @@ CASES = {  # context, dtype, query heads, key/value heads, D, Dv
     "everyone": (lambda: build_context(18, "cpu", causal=False), torch.float16, 1, 1, 16, 16),
     "window": (lambda: build_context(53, "cpu", window=7), torch.float16, 2, 2, 24, 8),
     "both sides": (lambda: build_context(36, "cpu", causal=False, window=4), torch.float32, 1, 1, 16, 16),
+    "sinks": (lambda: build_context(53, "cpu", window=7, sinks=3), torch.float32, 2, 1, 16, 16),
     "packed": (mixed, torch.float32, 2, 1, 16, 40),
     "prefix": (prefix, torch.float32, 2, 1, 16, 16),
     "ragged": (lambda: cached("all", [25, 3, 0], [2, 5, 1], 5), torch.float32, 4, 2, 16, 16),
@@ -169,6 +170,15 @@ def test_boxes_are_the_mask_and_tiles_that_cannot_meet_hold_none_of_it(name):
     assert not (needed & ~near).any()
     if name in ("window", "both sides"):
         assert torch.equal(near, needed)  # and no tile outside of the window is computed
+
+
+def test_sinks_have_boxes_that_reach_as_far_as_they_are_seen():
+    """With both kinds of windows, and packed documents with sinks of their own."""
+    documents = torch.tensor([[0] * 9 + [1] * 14, [2] * 3 + [3] * 20])
+    for options in ({}, {"causal": False}, {"document_ids": documents}):
+        context = build_context(23, "cpu", window=4, sinks=2, **options)
+        queries, keys, *_ = flash_triton.plan(context.rules, len(context.mask), TILE)
+        assert torch.equal(overlap(queries, keys), context.mask[:, 0])
 
 
 def test_layers_share_the_boxes_but_not_with_other_tiles():
