@@ -66,14 +66,15 @@ def plan(rules: Rules):
     everyone = torch.ones_like(rules.query_index, dtype=torch.bool)
     real = everyone if rules.real_queries is None else rules.real_queries
     valid = (rules.key_index >= 0) & (True if rules.real_keys is None else rules.real_keys)
-    sinks = valid & (False if rules.sinks is None else rules.sinks)
     first, last = (x[..., None] for x in spans(rules.query_index, real, QUERIES))  # (B or 1, T/QUERIES, 1)
     first_key, last_key = (x[:, None] for x in spans(rules.key_index, valid, KEYS))  # (B or 1, 1, S/KEYS)
     padding = torch.le(*spans(real, ~real, QUERIES))[..., None]  # one is in the block: it may see every key
     if rules.query_documents is not None:
         low, high = (x[..., None] for x in spans(rules.query_documents, real, QUERIES))
         low_key, high_key = (x[:, None] for x in spans(rules.key_documents, valid, KEYS))
-    sink = torch.le(*spans(sinks, sinks, KEYS))[:, None]  # (B or 1, 1, S/KEYS): one is in the block
+    sink = False
+    if rules.sinks is not None:
+        sink = torch.le(*spans(rules.sinks, valid & rules.sinks, KEYS))[:, None]  # one is in the block
     for n, start in enumerate(range(0, T, QUERIES)):
         seen = first_key <= last_key  # (B or 1, 1, S/KEYS): there is a key
         if rules.causal:
