@@ -2,7 +2,7 @@
 
 A run has one `RunConfig` with the sections `model` (config/model.py), `tokenizer`, `data`, `optim`, `train`
 and `balance`, and one per stage that has its own settings: `lora`, `mixlora`, `prefix` and `gate`
-(config/adapters.py). Presets (JSON files in config/presets/) and the command line set them
+(config/adapters.py), and `extend`. Presets (JSON files in config/presets/) and the command line set them
 (config/load.py).
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 
 from config.adapters import LoraConfig, MixLoraConfig, PrefixConfig, SelectorConfig
 from config.checks import option, validate_section
+from config.extension import METHODS
 from config.model import ModelConfig
 from utils.errors import UserError
 
@@ -106,6 +107,14 @@ class BalanceConfig:
 
 
 @dataclass
+class ExtendConfig:
+    """The extension of a trained context (config/extension.py)."""
+
+    method: str = option("yarn", choices=METHODS)
+    times: int = option(4, at_least=2)  # the new context, in trained lengths
+
+
+@dataclass
 class RunConfig:
     """All sections of one run."""
 
@@ -119,6 +128,7 @@ class RunConfig:
     mixlora: MixLoraConfig = field(default_factory=MixLoraConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     gate: SelectorConfig = field(default_factory=SelectorConfig)
+    extend: ExtendConfig = field(default_factory=ExtendConfig)
 
     def validate(self) -> "RunConfig":
         """Check every field of every section and return self. Raises `UserError` for the first violation."""

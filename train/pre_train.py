@@ -14,19 +14,15 @@ import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().par
 import utils  # noqa: F401  sets how threads wait; must precede torch
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams
-from load_data.loader import TokenLoader
 from load_data.packing import prepare_pretraining
 from load_data.tokenization.tokenizer import Tokenizer
 from model.tinyseek import TinySeek
 from modules.experts.balance import max_vio
 from train.engine.command import chat_command, parse_command
 from train.engine.trainer import Trainer
-from train.engine.evaluation import text_evaluation
-from train.engine.language_model_loss import LanguageModelLoss
 from train.engine.machine import start_machine
-from train.engine.stage import LoaderSource, Stage
+from train.engine.text_stage import text_stage
 from utils.checkpoint import load_weights
-from utils.cost import cost_card
 from utils.distributed import finish
 from utils.errors import UserError, run_main
 from utils.plot_experts import plot_expert_load, plot_expert_tokens
@@ -39,14 +35,9 @@ def main():
     """Train a model on plain text, then print samples."""
     command = parse_command(STAGE, SHORT, __doc__)
     config, machine = command.config, start_machine(command.config)
-    train, world, length = config.train, machine.world, config.data.sequence_length
     tokenizer = Tokenizer.from_json(command.init["tokenizer"]) if command.init else None
     data = machine.read(prepare_pretraining, config, tokenizer)
     machine.say("\n".join(data.summary))
-    loader = TokenLoader(
-        data.train, length, train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed,
-        config.data.start_length,
-    )  # fmt: skip
 
     config.model.vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
     if config.model.vocab_size < data.tokenizer.vocab_size:
@@ -57,19 +48,10 @@ def main():
     model = TinySeek(config.model)
     if command.init:
         load_weights(model, command.init["weights"], "--init")
-    tokens, optimizer, device = train.batch_size * length, config.optim.optimizer, machine.device.type
-    card = cost_card(model, tokens, length, optimizer, machine.dtype, device, train.gradient_checkpointing)
-    machine.say("\n".join(card.lines()))
-
-    evaluation = text_evaluation(data.val, data.tokenizer, length, train.batch_size, machine)
-    stage = Stage(
-        name=STAGE, short=SHORT, model=model, source=LoaderSource(loader),
-        loss=LanguageModelLoss(model, config, machine), evaluate=evaluation,
-        tokenizer=data.tokenizer, data_digest=data.digest,
-    )  # fmt: skip
+    stage = text_stage(STAGE, SHORT, model, data, config, machine)
     Trainer(stage, config, machine, command.out, command.resume).run()
-    if world.is_first:
-        show_experts(evaluation, command.out / STAGE)
+    if machine.world.is_first:
+        show_experts(stage.evaluate, command.out / STAGE)
         show_samples(model, data, config)
         print(f'\nnext: {chat_command(SHORT, command.out)} --prompt "def "')
     finish()

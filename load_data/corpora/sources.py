@@ -3,6 +3,7 @@
 The split is made before anything is learned from the text:
 
 - the word `python`: by file of the standard library (see `load_data/corpora/python_corpus.py`);
+- the word `recall`: training files of it again, with lines to remember (see `load_data/corpora/recall.py`);
 - a `.txt` file: its last `data.val_fraction` of characters is held out, as is usual for tinyshakespeare;
 - a record of a `.jsonl` file: by a hash of its text, or of the questions of a conversation, so that two
   copies are always on the same side.
@@ -18,11 +19,14 @@ from pathlib import Path
 from config.schema import DataConfig
 from load_data.corpora.documents import as_document, find_files, read_pieces, read_records
 from load_data.corpora.python_corpus import PythonCorpus, docstring_documents, read_python_corpus
+from load_data.corpora.recall import recall_documents
 from load_data.corpora.reserved import unit_hash
 from load_data.corpora.worked_examples import worked_examples
 from utils.errors import UserError
 
 PYTHON = "python"  # in data.paths: the standard library
+RECALL = "recall"  # some files of it with notes to remember, for training only
+BUILT_IN = (PYTHON, RECALL)
 TRAIN, VAL = "train", "val"
 SPLIT_DOCUMENT = tuple[str, Iterable[str]]  # its side, and its text in pieces
 
@@ -36,12 +40,12 @@ class Sources:
 
     def __init__(self, data: DataConfig):
         self.data, self.skipped = data, []
-        self.files = find_files([path for path in data.paths if path != PYTHON])
+        self.files = find_files([path for path in data.paths if path not in BUILT_IN])
 
     @cached_property
     def corpus(self) -> PythonCorpus | None:
-        """The standard library, if `data.paths` names it."""
-        return read_python_corpus(self.data.val_fraction) if PYTHON in self.data.paths else None
+        """The standard library, if `data.paths` needs it."""
+        return read_python_corpus(self.data.val_fraction) if {*BUILT_IN} & {*self.data.paths} else None
 
     @property
     def size(self) -> int:
@@ -62,7 +66,8 @@ class Sources:
         data = self.data
         parts = [code_hash(), str(data.val_fraction), str(data.limit), data.same_question]
         if self.corpus:
-            parts += [self.corpus.digest, str(data.worked_examples)]
+            built_in = [path for path in BUILT_IN if path in data.paths]
+            parts += [self.corpus.digest, str(data.worked_examples), *built_in]
         for file in self.files:
             stat = file.stat()
             parts += [str(file.resolve()), str(stat.st_size), str(stat.st_mtime_ns)]
@@ -91,12 +96,17 @@ class Sources:
 
     @cached_property
     def python_documents(self) -> list[SPLIT_DOCUMENT]:
-        """Held-out sources; then the other sources, their docstrings and worked examples, shuffled."""
-        train = [file.text for file in self.corpus.train]
-        train += [text for file in self.corpus.train for text in docstring_documents(file)]
-        train += worked_examples(self.data.worked_examples)
+        """Held-out sources; then the other sources, their docstrings, worked examples, and sources with
+        notes to recall, shuffled."""
+        files, train, held_out = [file.text for file in self.corpus.train], [], []
+        if PYTHON in self.data.paths:
+            train += files
+            train += [text for file in self.corpus.train for text in docstring_documents(file)]
+            train += worked_examples(self.data.worked_examples)
+            held_out = [file.text for file in self.corpus.val]
+        if RECALL in self.data.paths:
+            train += recall_documents(files)
         random.Random(0).shuffle(train)
-        held_out = [file.text for file in self.corpus.val]
         if self.data.limit:
             # Held-out files come first below, so a limit would otherwise leave nothing to train on.
             share = self.data.limit / (1 + len(self.files))

@@ -1,0 +1,1 @@
+"""Long contexts: tasks that need text from far above, and their measurement."""
