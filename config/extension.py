@@ -31,7 +31,7 @@ def stretched(model: ModelConfig, method: str, length: int) -> ModelConfig:
     if length <= trained:
         raise UserError(f"a context of {length} tokens is no extension: the model has {trained} already")
     if method != "plain" and (model.rope_scaling or model.dual_chunk_attention_config):
-        raise UserError(f"{method} needs a model without rope_scaling and dual chunks: extend its base instead")
+        raise UserError(f"{method} needs a model that is not stretched already: extend its base instead")
     factor = length / trained
     original = {"original_max_position_embeddings": trained}
     changes = {

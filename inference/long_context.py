@@ -1,12 +1,12 @@
 """Measure how far a model reads: its loss by position, and what it recalls from far above.
 
-    python inference/long_context.py                                 the latest model in out/, up to 8 times its length
-    python inference/long_context.py --methods plain,yarn,dca        without training, by several methods
-    python inference/long_context.py --checkpoint out/TinySeek_Long_final.pkl --tasks passkey,keys,names
+    python inference/long_context.py                           the latest model, up to 8 times its length
+    python inference/long_context.py --methods plain,yarn,dca  by several methods, without training
+    python inference/long_context.py --checkpoint out/TinySeek_Pre_final.pkl --tasks passkey,keys,names
 
-Methods are those of config/extension.py; `plain` reads on beyond the trained length as it is. The tables go to
-the terminal, and pictures to `long_context/` beside the model: `loss.png`, and a heat map of length and depth
-for each task (inference/context/tasks.py).
+Methods are those of config/extension.py; `plain` reads on beyond the trained length as it is. The tables go
+to the terminal, and pictures to `long_context/` beside the model: `loss.png`, and a heat map of length and
+depth for each task (inference/context/tasks.py).
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
@@ -45,10 +45,10 @@ def parse_command():
     add("--checkpoint", metavar="FILE", help="the model (default: the latest stage in --out)")
     add("--out", metavar="DIR", default=DEFAULT_OUT, help="the folder of the trained models")
     add("--lengths", metavar="N,N", help="tokens (default: 1, 2, 4 and 8 times the trained length)")
-    add("--methods", metavar="A,B", default="plain", help=f"some of {','.join(METHODS)} (default: %(default)s)")
-    add("--tasks", metavar="A,B", default="passkey", help=f"some of {','.join(TASKS)} (default: %(default)s)")
-    add("--data", nargs="+", metavar="PATH", help="held-out text of these (default: of what the model learned)")
-    add("--count", type=int, default=20, metavar="N", help="items for each length and depth (default: %(default)s)")
+    add("--methods", metavar="A,B", default="plain", help=f"of {','.join(METHODS)} (default: %(default)s)")
+    add("--tasks", metavar="A,B", default="passkey", help=f"of {','.join(TASKS)} (default: %(default)s)")
+    add("--data", nargs="+", metavar="PATH", help="held-out text of these (default: the model's own)")
+    add("--count", type=int, default=20, metavar="N", help="items per cell of a table (default: %(default)s)")
     add("--depths", type=int, default=5, metavar="N", help="depths from 0 to 1 (default: %(default)s)")
     add("--windows", type=int, default=32, metavar="N", help="windows for the loss (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the items (default: %(default)s)")
@@ -90,6 +90,8 @@ def main():
     lengths = chosen_lengths(args.lengths, trained)
     data = replace(config, data=replace(config.data, paths=args.data or config.data.paths))
     tokens = prepare_pretraining(data, loaded.tokenizer).val
+    if lengths[-1] >= len(tokens):
+        raise UserError(f"--lengths {lengths[-1]}: there are only {len(tokens)} tokens of held-out text")
     haystack = Haystack(tokens, loaded.tokenizer)
     depths = [depth / max(1, args.depths - 1) for depth in range(args.depths)]
     tell(f"{loaded.path}: trained on {trained} tokens; {len(tokens):,} tokens of held-out text")
@@ -114,14 +116,15 @@ def main():
 
 
 def report(losses, grids, lengths, depths) -> list[str]:
-    """Return the lines of the tables: loss between one length and the next, and recall by length and depth."""
-    edges = [0, *lengths]
-    spans = list(zip(edges[:-1], edges[1:], strict=True))
-    lines = ["loss (nats per token) by position", " " * 12 + "".join(f"{f'{a}-{b}':>14}" for a, b in spans)]
+    """Return the lines of the tables: loss between lengths, and recall by length and depth."""
+    spans = list(zip([0, *lengths[:-1]], lengths, strict=True))
+    heads = "".join(f"{f'{a}-{b}':>14}" for a, b in spans)
+    lines = ["loss (nats per token) by position", " " * 12 + heads]
     for method, curve in losses.items():
         lines.append(f"{method:12}" + "".join(f"{np.mean(curve[a:b]):14.3f}" for a, b in spans))
     for task, by_method in grids.items():
-        lines += ["", f"{task}: percent recalled", f"{'':12}{'tokens':>8}  depth" + "".join(f"{d:6.0%}" for d in depths)]
+        heads = "".join(f"{depth:6.0%}" for depth in depths)
+        lines += ["", f"{task}: percent recalled", f"{'':12}{'tokens':>8}  depth" + heads]
         for method, grid in by_method.items():
             for length, row in zip(lengths, grid, strict=True):
                 lines.append(f"{method:12}{length:8}       " + "".join(f"{percent:6.0f}" for percent in row))

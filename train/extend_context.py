@@ -1,8 +1,8 @@
 """Context extension: a trained model learns to read several times as far, in a short second training.
 
-    python train/extend_context.py                                    out/TinySeek_Pre_final.pkl, 4 times, YaRN
+    python train/extend_context.py                               out/TinySeek_Pre_final.pkl, 4 times, YaRN
     python train/extend_context.py --set extend.method=abf --set extend.times=8
-    python inference/long_context.py --checkpoint out/TinySeek_Long_final.pkl      what it reads now
+    python inference/long_context.py --checkpoint out/TinySeek_Long_final.pkl     measures how far it reads
 
 What makes this stage: its data are the same text as in pre-training, in rows of the new length, with files
 that ask for lines far above (load_data/corpora/recall.py), since ordinary text seldom does; its loss is the
@@ -31,11 +31,11 @@ def main():
     """Train all weights of the base on rows of the new length."""
     command = parse_command(STAGE, SHORT, __doc__, bases=("Pre",))
     config, trained = command.config, command.config.model.max_position_embeddings
-    config.model = stretched(config.model, config.extend.method, trained * config.extend.times)
-    config.data.sequence_length = config.model.max_position_embeddings
+    config.data.sequence_length = length = trained * config.extend.times
+    config.model = stretched(config.model, config.extend.method, length)
     machine = start_machine(config)
     base = open_base(command, machine)
-    machine.say(f"context: {trained} -> {config.model.max_position_embeddings} tokens by {config.extend.method}")
+    machine.say(f"context: {trained} -> {length} tokens by {config.extend.method}")
     data = machine.read(prepare_pretraining, config, base.tokenizer)
     machine.say("\n".join(data.summary))
     stage = text_stage(STAGE, SHORT, base.model, data, config, machine)

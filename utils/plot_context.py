@@ -15,13 +15,13 @@ def plot_losses(curves: dict[str, np.ndarray], trained: int, png) -> None:
         means = [losses[start:stop].mean() for start, stop in zip(edges[:-1], edges[1:])]
         axes.plot(np.sqrt(edges[:-1] * edges[1:]), means, label=name, color=color)
     axes.axvline(trained, color="grey", linestyle="--", label="trained length")
-    axes.set(title="Loss by position", xlabel="position in the row (tokens)", ylabel="nats per token", xscale="log")
+    axes.set(title="Loss by position", xlabel="position (tokens)", ylabel="nats per token", xscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, png)
 
 
-def plot_recall(grids: dict[str, np.ndarray], lengths: list[int], depths: list[float], title: str, png) -> None:
+def plot_recall(grids: dict[str, np.ndarray], lengths: list[int], depths: list, title: str, png) -> None:
     """Draw one heat map per method: percent recalled, (lengths, depths)."""
     figure, panels = make_panels(len(grids), width=4.5, height=3.2)
     for axes, (name, grid) in zip(panels, grids.items()):

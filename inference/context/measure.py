@@ -1,4 +1,4 @@
-"""How far a model reads: its loss by position, and the share of items that it recalls from a given distance.
+"""Measure how far a model reads: its loss by position, and the share of items recalled from a distance.
 
 No text is generated: an answer is right if each of its tokens is the most probable one after the tokens
 before it, which is exactly when greedy decoding writes it.
@@ -22,7 +22,8 @@ def loss_by_position(model: TinySeek, tokens: np.ndarray, length: int, windows: 
     """Return the mean loss in nats at each position (length,) of at most `windows` windows of `tokens`."""
     device, rows = model.lm_head.weight.device, max(1, ROW_TOKENS // length)
     total, count = torch.zeros(length, dtype=torch.float64), 0
-    for batch in eval_windows(tokens[: (len(tokens) - 1) // length * length + 1], length, rows, -(-windows // rows)):
+    whole = tokens[: (len(tokens) - 1) // length * length + 1]  # without a shorter last window
+    for batch in eval_windows(whole, length, rows, -(-windows // rows)):
         ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
         total += model(ids, labels=labels).nll.view(ids.shape).double().sum(dim=0).cpu()  # (B, T) -> (T,)
         count += len(ids)

@@ -26,7 +26,7 @@ from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint, loa
 from utils.errors import UserError
 
 CHAT_STAGES = ("GRPO", "DPO", "SFT")  # stages whose models answer, the latest first
-FULL_MODELS = (*CHAT_STAGES, "Pre")  # a pre-trained model continues
+FULL_MODELS = (*CHAT_STAGES, "Long", "Pre")  # models before fine-tuning continue texts
 DEFAULT_OUT = Path(__file__).resolve().parents[2] / "out"
 ENTRIES = {"stage": str, "short": str, "config": dict, "tokenizer": str, "step": int}  # of any checkpoint
 RECORD = {"path": str, "digest": str}  # what a checkpoint says about another file

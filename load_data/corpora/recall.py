@@ -21,14 +21,14 @@ LISTS, LIST_LINES = 6000, 40
 SHARE = 0.6  # of the source files, with notes between their lines
 GAPS = (2, 6, 20)  # lines of code between notes, on average, one for each file
 WORDS = """
-acorn amber anchor arrow autumn bamboo banana basket bicycle biscuit blanket blossom bridge bucket butter cactus
-camel candle canyon carpet castle cedar cherry chimney circus clover coconut copper coral cotton cricket crystal
-curtain daisy desert dolphin donkey dragon eagle falcon feather fiddle forest fountain galaxy garlic ginger
-glacier granite guitar hammer harbor honey island ivory jacket jungle kettle kitchen ladder lagoon lantern lemon
-leopard lobster magnet maple marble meadow melon monkey mushroom needle oasis ocean orchid otter palace panda
-parrot pebble pencil pepper piano pigeon planet pumpkin rabbit raven ribbon river rocket saddle salmon silver
-spider squirrel summer tulip
-""".split()
+acorn amber anchor arrow autumn bamboo banana basket bicycle biscuit blanket blossom bridge bucket butter
+cactus camel candle canyon carpet castle cedar cherry chimney circus clover coconut copper coral cotton
+cricket crystal curtain daisy desert dolphin donkey dragon eagle falcon feather fiddle forest fountain
+galaxy garlic ginger glacier granite guitar hammer harbor honey island ivory jacket jungle kettle kitchen
+ladder lagoon lantern lemon leopard lobster magnet maple marble meadow melon monkey mushroom needle oasis
+ocean orchid otter palace panda parrot pebble pencil pepper piano pigeon planet pumpkin rabbit raven
+ribbon river rocket saddle salmon silver spider squirrel summer tulip
+""".split()  # noqa: SIM905  a list literal of these would fill two pages
 
 
 def note(name: str, value: str) -> str:

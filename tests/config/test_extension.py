@@ -11,7 +11,7 @@ from model.tinyseek import TinySeek
 from utils.errors import UserError
 
 SHAPE = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-SHAPE |= {"num_key_value_heads": 1, "intermediate_size": 8, "max_position_embeddings": 32}
+SHAPE |= {"num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 8, "max_position_embeddings": 32}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -45,7 +45,7 @@ def test_the_factor_of_yarn_is_that_of_the_lengths():
     ("yarn", 32, {}, "32 tokens is no extension"),
     ("other", 64, {}, "known: plain, linear"),
     ("yarn", 64, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "extend its base instead"),
-    ("dca", 64, {"dual_chunk_attention_config": {"chunk_size": 8, "local_size": 2}}, "extend its base instead"),
+    ("dca", 64, {"dual_chunk_attention_config": {"chunk_size": 8, "local_size": 2}}, "extend its base"),
     ("dca", 64, {"attention_kind": "mla"}, "needs model.attention_kind=gqa"),
 ])  # fmt: skip
 def test_what_cannot_be_extended(method, length, changes, words):

@@ -6,7 +6,6 @@ import pytest
 
 from inference import long_context
 from inference.generation.load import load_full
-from tests.train.tools import ROOT
 from train import extend_context, pre_train
 from utils.checkpoint import load_checkpoint
 from utils.errors import run_main
@@ -27,8 +26,8 @@ def folder(tmp_path_factory, part_of_the_library):
     shape = ["--set", f"data.cache_dir={out / 'cache'}", "--data", "python", "recall", "--limit", 60]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pre_train, "show_samples", lambda *arguments: None)
-        size = [f"--set=model.max_position_embeddings={n}" for n in [32]] + ["--set=data.sequence_length=32"]
-        assert command(patch, pre_train, "--config", "tiny", "--out", out, "--max-steps", 3, *shape, *size) == 0
+        size = ["--config", "tiny", "--set=model.max_position_embeddings=32", "--set=data.sequence_length=32"]
+        assert command(patch, pre_train, "--out", out, "--max-steps", 3, *shape, *size) == 0
         flags = ["--set", "extend.times=2", "--set", "train.batch_size=2", "--set", "train.eval_batches=2"]
         assert command(patch, extend_context, "--out", out, "--max-steps", 2, *shape, *flags) == 0
     return out
@@ -45,8 +44,8 @@ def test_the_extended_model_has_the_settings_and_other_weights(folder):
 
 
 def test_the_command_measures_every_method(monkeypatch, capsys, folder):
-    arguments = ["--checkpoint", folder / "TinySeek_Pre_final.pkl", "--lengths", "32,64", "--count", 2]
-    arguments += ["--methods", "plain,yarn,dca,window", "--tasks", "passkey,keys", "--depths", 2, "--windows", 2]
+    arguments = ["--checkpoint", folder / "TinySeek_Pre_final.pkl", "--lengths", "128,256", "--count", 2]
+    arguments += ["--methods", "plain,yarn,dca,window", "--tasks", "passkey,keys", "--depths", 2]
     assert command(monkeypatch, long_context, *arguments) == 0
     out = capsys.readouterr().out
     for method in ("plain", "yarn", "dca", "window"):
@@ -66,7 +65,7 @@ def test_the_latest_model_is_the_extended_one(monkeypatch, capsys, folder):
     (["--tasks", "riddle"], "--tasks riddle: known are passkey"),
     (["--lengths", "12,x"], "--lengths 12,x: give whole numbers"),
     (["--count", "0"], "--count 0 must be at least 1"),
-    (["--lengths", "100000000"], "no row of 100000000 tokens"),
+    (["--lengths", "100000000"], "there are only"),
 ])  # fmt: skip
 def test_wrong_flags(monkeypatch, capsys, folder, arguments, words):
     base = folder / "TinySeek_Pre_final.pkl"
@@ -85,4 +84,4 @@ def test_what_cannot_be_extended(monkeypatch, capsys, folder, tmp_path, settings
     init = [] if "--init" in settings else ["--init", folder / "TinySeek_Pre_final.pkl"]
     assert command(monkeypatch, extend_context, "--out", tmp_path / "new", *init, *settings) == 2
     assert words in capsys.readouterr().err
-    assert not (tmp_path / "new").exists() and ROOT.exists()
+    assert not (tmp_path / "new").exists()

@@ -1,4 +1,4 @@
-"""What the stages that learn from plain text share: windows of one long row of tokens, and their evaluation."""
+"""Shared by the stages that learn from plain text: windows of one long row of tokens, and their score."""
 
 from load_data.loader import TokenLoader
 from load_data.packing import PretrainData

@@ -78,7 +78,8 @@ def test_a_question_is_the_beginning_of_a_note():
 
 @pytest.mark.parametrize("paths", [["python"], ["python", "recall"], ["recall"]])
 def test_the_word_recall_is_for_training_only(monkeypatch, paths):
-    corpus = PythonCorpus([SourceFile(f"{n}.py", f"x = {n}\n" * 9) for n in range(8)], [SourceFile("v.py", "y\n")])
+    files = [SourceFile(f"{n}.py", f"x = {n}\n" * 9) for n in range(8)]
+    corpus = PythonCorpus(files, [SourceFile("v.py", "y\n")])
     monkeypatch.setattr(sources, "read_python_corpus", lambda fraction: corpus)
     found = Sources(DataConfig(paths=paths, worked_examples=16))
     sides = {TRAIN: [], VAL: []}
