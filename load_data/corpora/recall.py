@@ -9,8 +9,8 @@
 Plain text rarely needs one word from a thousand tokens ago, and a small model that reads only plain text does
 not learn to look for it. Here the second word of every repeated note can be copied from above, and nothing
 else predicts it (associative recall, arXiv 2312.04927; passkey retrieval, arXiv 2305.16300). Lists of notes
-alone, many to a row, teach the skill; notes between the lines of source code teach the distance. Distances
-are spread evenly over their logarithm, so rows of any length have repetitions that reach across them.
+alone, many to a row, teach the skill; notes between the lines of source code teach the distance. Half of the
+distances are spread evenly, half over their logarithm, so rows of any length have some that reach across.
 """
 
 import random
@@ -52,7 +52,8 @@ def with_notes(lines: list[str], gap: int, rng: random.Random) -> str:
         if line and not line.endswith("\n") or rng.randrange(gap):
             continue
         if names and rng.random() < REPEATED:
-            name = names[-round(len(names) ** rng.random())]  # log-uniform, from the last to the first
+            back = rng.choice((1 + rng.randrange(len(names)), round(len(names) ** rng.random())))
+            name = names[-back]  # half of the distances are uniform, half log-uniform
         else:
             name, values[name] = rng.choice(WORDS), rng.choice(WORDS)
             names.append(name)
