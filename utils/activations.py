@@ -15,6 +15,7 @@ from config.model import ModelConfig
 
 FP32, INT64 = 4, 8  # bytes per number
 BLOCK = 64  # queries, as in modules/attention/blocked.py
+LONG = 2**21  # numbers in a mask, as in modules/attention/grouped_query.py
 CHUNK_BLOCK = 128  # the same in modules/attention/dual_chunk.py
 CHUNK = {"cpu": 256, "cuda": 4096}  # as in modules/cross_entropy.py: tokens whose logits are held at a time
 
@@ -120,7 +121,7 @@ def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str,
         table["queries for further chunks"] = wide * H * scores * (parts - 1)
         table["partial outputs, before and after division, and sums"] = H * parts * (wide + FP32) * scores
         table["partial sums, shares"] = H * parts * 2 * FP32
-    fused = not keys and config.attn_implementation != "flash"  # PyTorch's kernels keep the whole mask
+    fused = not keys and attention_path(config, batch, layer)[0] != "flash"  # PyTorch's keep the whole mask
     if fused and config.layer_reach(layer, batch.length) < batch.length:
         table["mask"] = wide * batch.length / batch.rows
     if not config.is_moe_layer(layer):
@@ -136,16 +137,24 @@ def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str,
 
 def kept_keys(config: ModelConfig, batch: MicroBatch, layer: int) -> float:
     """Return how many keys per query the layer keeps probabilities for: 0 in fused kernels and flash.py."""
-    name, length, cpu = config.attn_implementation, batch.length, batch.device == "cpu"
-    whole = config.layer_reach(layer, length) >= length
-    if name == "auto" and cpu:
-        name = "blocked" if whole else "eager" if batch.wide < FP32 else "sdpa"
+    name, whole = attention_path(config, batch, layer)
+    length, cpu = batch.length, batch.device == "cpu"
     if name == "blocked" and whole:
         stops = [min(start + BLOCK, length) for start in range(0, length, BLOCK)]
         return sum(stop * ((stop - 1) % BLOCK + 1) for stop in stops) / length
     scores, values, _ = head_widths(config)
     plain = cpu and scores != values and name != "flash"  # the fused CPU kernel needs them equal
     return length if name in ("eager", "blocked") or plain else 0
+
+
+def attention_path(config: ModelConfig, batch: MicroBatch, layer: int) -> tuple[str, bool]:
+    """Return the path of `attend` (grouped_query.py), and whether the layer sees whole rows."""
+    name, length = config.attn_implementation, batch.length
+    whole = config.layer_reach(layer, length) >= length
+    if name == "auto" and batch.device == "cpu":
+        short = "eager" if batch.wide < FP32 else "sdpa"
+        name = "blocked" if whole else short if length**2 < LONG else "flash"
+    return name, whole
 
 
 def kept_chunks(config: ModelConfig, length: int) -> tuple[float, float, int]:

@@ -26,6 +26,8 @@ from modules.attention.flash import flash_attention
 from modules.norm import RMSNorm
 from modules.rope import RotaryEmbedding, apply_rotary
 
+LONG = 2**21  # numbers in a mask: rows of 1,449 tokens
+
 
 def eager_attention(q, k, v, context: AttentionContext, scale: float, dropout: float = 0.0):
     """Compute the formula of the paper. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D), the D of v."""
@@ -112,9 +114,9 @@ def attend(name: str, q, k, v, context: AttentionContext, scale: float, dropout:
 
     On a CPU: blocks of queries for causal rows. With a mask, PyTorch's kernel, or plain products where it is
     slow: it leaves bf16 units idle, and it multiplies so small blocks that oneDNN (utils/products.py) takes
-    longer to begin than to multiply. On other devices: PyTorch's kernel, but on GPUs the one of
-    flash_triton.py for a mask with shared keys, which PyTorch would repeat. The numbers are in
-    docs/experiments.md, 36. Shapes as in `eager_attention`.
+    longer to begin than to multiply; for `LONG` masks, tiles (flash.py), which skip what is hidden. On other
+    devices: PyTorch's kernel, but on GPUs the one of flash_triton.py for a mask with shared keys, which
+    PyTorch would repeat. The numbers are in docs/experiments.md, 36 and 40. Shapes as in `eager_attention`.
     """
     if name == "auto" and q.is_cuda and context.rules is not None and k.shape[1] < q.shape[1] and not dropout:
         from modules.attention.flash_triton import takes, triton_attention  # only GPUs need Triton
@@ -124,7 +126,9 @@ def attend(name: str, q, k, v, context: AttentionContext, scale: float, dropout:
     triangle = context.is_causal and not dropout
     if name == "auto" and q.device.type == "cpu":
         onednn = q.dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-        name = "blocked" if triangle else "eager" if onednn or q.dtype == torch.bfloat16 else "sdpa"
+        masked = "eager" if onednn or q.dtype == torch.bfloat16 else "sdpa"
+        masked = "flash" if q.shape[2] * k.shape[2] >= LONG else masked
+        name = "blocked" if triangle else masked
     if name == "blocked" and triangle:
         return blocked_attention(q, k, v, scale)
     paths = {"auto": sdpa_attention, "sdpa": sdpa_attention, "flash": flash_attention}

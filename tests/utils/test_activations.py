@@ -12,6 +12,8 @@ from config.schema import OptimConfig
 from model.tinyseek import TinySeek
 from modules.checkpointing import checkpoint_layers
 from train.engine.optimizers import build_optimizers
+from modules.attention import grouped_query
+from utils import activations
 from utils.activations import MicroBatch, kept_bytes, kept_chunks
 from utils.cost import cost_card
 
@@ -114,6 +116,14 @@ def test_checkpointed_layers_keep_their_inputs(name, dtype):
     tables = pairs * 2 * 4 * 192 * model.config.rotary_dim
     close = 0.002 if model.mtp is None else 0.02  # the places of labels for the second head
     assert kept_bytes(model.config, batch, matrices=0) - tables == pytest.approx(kept, rel=close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_rows_with_a_window_go_by_tiles(monkeypatch, dtype):
+    """As if 64 tokens were long: neither probabilities nor a mask are kept."""
+    for module in (activations, grouped_query):
+        monkeypatch.setattr(module, "LONG", 64 * 64)
+    test_activations_are_what_autograd_keeps("window", 64, dtype)
 
 
 def peak_of(run) -> int:

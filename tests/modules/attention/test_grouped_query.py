@@ -246,6 +246,23 @@ def test_whatever_path_is_chosen_the_answer_is_the_same():
         torch.testing.assert_close(attend(name, q[:, :, -1:], k, v, one, 0.5), slow, rtol=0, atol=1e-13)
 
 
+def test_long_masks_are_read_by_tiles(monkeypatch):
+    """From `LONG` numbers on, and the answer stays the same; whole causal rows keep their blocks."""
+    used = []
+    monkeypatch.setattr(grouped_query, "LONG", 9 * 9)
+    monkeypatch.setattr(
+        grouped_query, "flash_attention", lambda *args: used.append(args[0].shape[2]) or flash_attention(*args)
+    )
+    torch.manual_seed(0)
+    for tokens in (8, 9):
+        q, k, v = (torch.randn(2, n, tokens, 4, dtype=torch.float64) for n in (4, 2, 2))
+        for rules in ({}, {"window": 3}):
+            context, allowed = make_context(tokens, rules)
+            slow = slow_attention(q, k, v, allowed, 0.5)
+            torch.testing.assert_close(attend("auto", q, k, v, context, 0.5), slow, rtol=0, atol=1e-13)
+    assert used == [9]
+
+
 @pytest.mark.parametrize("name", ["auto", "blocked"])
 def test_by_blocks_there_is_no_dropout_so_another_path_takes_over(name):
     torch.manual_seed(0)
