@@ -37,7 +37,8 @@ def configured(model, method: str, length: int):
     places = max(length + NEW, model.max_position_embeddings + 1)
     if method == PATTERN:
         window = model.max_position_embeddings
-        model = replace(model, sliding_window=window, sliding_window_pattern=4, max_position_embeddings=places)
+        settings = {"sliding_window": window, "sliding_window_pattern": 4, "max_position_embeddings": places}
+        model = replace(model, **settings)
         model.check()
         return model
     return stretched(model, method, places)
@@ -55,7 +56,8 @@ def measure(model: TinySeek, length: int, machine) -> tuple[float, float, float,
         for place in range(length, length + NEW):
             model(ids[:, place : place + 1], cache=cache, last_only=True)
         end = time.perf_counter()
-    return length / (middle - start), NEW / (end - middle), cache.bytes / MIB, peak(model, ids[:, :length], machine)
+    speeds = length / (middle - start), NEW / (end - middle)
+    return *speeds, cache.bytes / MIB, peak(model, ids[:, :length], machine)
 
 
 def peak(model: TinySeek, ids, machine) -> float:
@@ -91,8 +93,9 @@ def main():
         for method in args.methods.split(","):
             torch.manual_seed(0)
             model = TinySeek(configured(config.model, method, length)).to(machine.device).eval()
-            speed, decode, cache, most = measure(model, length, machine)
-            print(f"{method:10}{length:8,}{speed:11,.0f}{decode:10,.0f}{cache:11,.1f}{most:10,.1f}", flush=True)
+            prefill, decode, *sizes = measure(model, length, machine)
+            numbers = f"{prefill:11,.0f}{decode:10,.0f}{sizes[0]:11,.1f}{sizes[1]:10,.1f}"
+            print(f"{method:10}{length:8,}{numbers}", flush=True)
 
 
 if __name__ == "__main__":
