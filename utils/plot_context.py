@@ -10,11 +10,12 @@ BINS = 24  # of a curve, evenly spaced over the logarithm of the position
 def plot_losses(curves: dict[str, np.ndarray], trained: int, png) -> None:
     """Draw the loss at each position (length,) of each method; a line marks the `trained` length."""
     figure, (axes,) = make_panels(1, width=8, height=4.5)
-    for (name, losses), color in zip(curves.items(), COLORS * len(curves)):
+    styles = [(color, line) for line in ("-", "--", ":") for color in COLORS]
+    for (name, losses), (color, line) in zip(curves.items(), styles):
         edges = np.unique(np.geomspace(8, len(losses), BINS + 1).astype(int))
         means = [losses[start:stop].mean() for start, stop in zip(edges[:-1], edges[1:])]
-        axes.plot(np.sqrt(edges[:-1] * edges[1:]), means, label=name, color=color)
-    axes.axvline(trained, color="grey", linestyle="--", label="trained length")
+        axes.plot(np.sqrt(edges[:-1] * edges[1:]), means, label=name, color=color, linestyle=line)
+    axes.axvline(trained, color="grey", linestyle="-.", label="trained length")
     axes.set(title="Loss by position", xlabel="position (tokens)", ylabel="nats per token", xscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
