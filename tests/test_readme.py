@@ -28,7 +28,7 @@ NEEDS_GPU = ("--config gpu_", "--device cuda", "nccl")
 STAGES = {
     "pre_train": ("Pre", ()), "sft_train": ("SFT", ("Pre",)), "lora_train": ("Lora", ("SFT", "Pre")),
     "mixlora_train": ("MixLora", ("SFT", "Pre")), "prefix_train": ("Prefix", ("SFT", "Pre")),
-    "gate_train": ("Gate", ("SFT", "Pre")),
+    "gate_train": ("Gate", ("SFT", "Pre")), "extend_context": ("Long", ("Pre",)),
 }  # fmt: skip
 TEXT = "\n".join(f"To be or not to be, that is question {number}." for number in range(400))
 COMMON = ["train.batch_size=2", "train.accumulation_steps=1", "train.eval_batches=1"]
@@ -39,6 +39,7 @@ SMALL_MODEL = [
     "data.worked_examples=20", "data.sequence_length=32", "data.val_fraction=0.2",
 ]  # fmt: skip
 FEW_DIALOGUES = ["data.skill_samples=40", "data.val_fraction=0.2"]
+LITTLE_TEXT = ["data.limit=60", "data.worked_examples=20", "data.val_fraction=0.2"]
 
 
 def blocks(text: str) -> list[str]:
@@ -244,7 +245,8 @@ def small(words: list[str], home: Path) -> list[str]:
             words = ["torchrun", "--nproc_per_node", "2", *words[1:]]
             assert "--out" in words, "of another process the test does not know where it writes by default"
             words += [] if "--data" in words else ["--data", a_text(home)]
-        settings = [*COMMON, *(FEW_DIALOGUES if STAGES[stage][1] else SMALL_MODEL)]
+        own = {"pre_train": SMALL_MODEL, "extend_context": LITTLE_TEXT}
+        settings = [*COMMON, *own.get(stage, FEW_DIALOGUES)]
         settings += [f"data.cache_dir={home / 'cache'}"]
         words += ["--max-steps", "2", "--device", "cpu", *(f"--set={setting}" for setting in settings)]
         return words if "--resume" in words else [*words, "--overwrite"]
@@ -258,6 +260,9 @@ def small(words: list[str], home: Path) -> list[str]:
         words += [] if "--prompt" in words else ["--prompt", "To be"]
     if script == "inference/evaluate.py":
         words = [*without(words, "--count"), "--count", "2"]
+    if script == "inference/long_context.py":
+        words = [*without(words, "--lengths", "--count", "--depths", "--windows"), "--lengths", "300"]
+        words += ["--count", "1", "--depths", "2", "--windows", "1"]
     if script == "load_data/show.py" and "--checkpoint" not in words:
         words += ["--checkpoint", str(home / "out" / "TinySeek_SFT_final.pkl")]
     if script == "utils/plot.py" and not any(word.endswith(".txt") for word in words):
