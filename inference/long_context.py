@@ -100,7 +100,7 @@ def main():
     with tqdm(total=cells, desc="recall", disable=None) as bar:
         for method in args.methods:
             model = loaded.model
-            if lengths[-1] > trained:
+            if method != "plain" or lengths[-1] > trained:
                 model = with_config(model, stretched(config.model, method, lengths[-1]))
             losses[method] = loss_by_position(model, tokens, lengths[-1], args.windows).numpy()
             for task in args.tasks:

@@ -132,7 +132,7 @@ class DualChunkAttention(GroupedQueryAttention):
 
         Where positions start again in a row without documents, d < 0 counts as intra-chunk.
         """
-        scores = scores_of(self.turned(q, rotary.tables[0]), k, self.scale)
+        scores = scores_of(self.turned(q, rotary.tables[0]), k, self.scale)  # (B, H, T, S)
         for table, mask in zip(rotary.tables[1:], rotary.further(key_positions), strict=False):
             scores = torch.where(mask, scores_of(self.turned(q, table), k, self.scale), scores)
         return average(scores, v, context, self.dropout)

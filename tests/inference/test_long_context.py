@@ -66,12 +66,19 @@ def test_the_latest_model_is_the_extended_one(monkeypatch, capsys, folder):
     (["--lengths", "12,x"], "--lengths 12,x: give whole numbers"),
     (["--count", "0"], "--count 0 must be at least 1"),
     (["--lengths", "100000000"], "there are only"),
+    (["--lengths", "16", "--methods", "yarn"], "16 tokens is no extension"),
 ])  # fmt: skip
 def test_wrong_flags(monkeypatch, capsys, folder, arguments, words):
     base = folder / "TinySeek_Pre_final.pkl"
     assert command(monkeypatch, long_context, "--checkpoint", base, *arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert words in error and error.startswith("error")
+
+
+def test_a_finished_extension_is_not_replaced(monkeypatch, capsys, folder):
+    """And the way to talk to it is that of a whole model."""
+    assert command(monkeypatch, extend_context, "--out", folder) == 2
+    assert f"chat.py --out {folder}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings, words", [

@@ -98,7 +98,7 @@ def inherited_sections(init: dict, path: str) -> dict:
         what = f"a checkpoint without {', '.join(missing)}"
         raise UserError(f"--init {path}: {what}; name one of a training run")
     data = init["config"].get("data") or {}
-    names = ["same_question"] + ["template"] * (init.get("short") != "Pre")
+    names = ["same_question"] + ["template"] * (init.get("short") not in ("Pre", "Long"))
     if not all(str(path).lower().endswith(".txt") for path in data.get("paths") or [""]):
         names.append("val_fraction")  # plain text shares no held-out question with a later stage
     old = {"same_question": "exact"}  # the split of checkpoints that do not name theirs
@@ -134,7 +134,7 @@ def refuse_to_overwrite(out: Path, stage: str, short: str, resume: bool) -> None
 
 def chat_command(short: str, out: Path) -> str:
     """Return the command that talks to the result of a stage in folder `out`."""
-    if short in ("Pre", "SFT"):
+    if short in ("Pre", "Long", "SFT"):
         flag = "" if out.resolve() == (ROOT / "out").resolve() else f" --out {quote(str(out))}"
     else:
         flag = f" --{'gate' if short == 'Gate' else 'adapter'} {quote(str(out / final_name(short)))}"
