@@ -176,7 +176,7 @@ def test_sinks_have_boxes_that_reach_as_far_as_they_are_seen():
     """With both kinds of windows, and packed documents with sinks of their own."""
     documents = torch.tensor([[0] * 9 + [1] * 14, [2] * 3 + [3] * 20])
     for options in ({}, {"causal": False}, {"document_ids": documents}):
-        context = build_context(23, "cpu", window=4, sinks=2, **options)
+        context = build_context(23, "cpu", window=4, sinks=6, **options)  # more than the window
         queries, keys, *_ = flash_triton.plan(context.rules, len(context.mask), TILE)
         assert torch.equal(overlap(queries, keys), context.mask[:, 0])
 
