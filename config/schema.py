@@ -2,8 +2,8 @@
 
 A run has one `RunConfig` with the sections `model` (config/model.py), `tokenizer`, `data`, `optim`, `train`
 and `balance`, and one per stage that has its own settings: `lora`, `mixlora`, `prefix` and `gate`
-(config/adapters.py), and `extend`. Presets (JSON files in config/presets/) and the command line set them
-(config/load.py).
+(config/adapters.py), `extend`, and `rl` (config/rl.py). Presets (JSON files in config/presets/) and the
+command line set them (config/load.py).
 """
 
 from dataclasses import dataclass, field, fields
@@ -12,6 +12,7 @@ from config.adapters import LoraConfig, MixLoraConfig, PrefixConfig, SelectorCon
 from config.checks import option, validate_section
 from config.extension import METHODS
 from config.model import ModelConfig
+from config.rl import RLConfig
 from utils.errors import UserError
 
 
@@ -129,6 +130,7 @@ class RunConfig:
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     gate: SelectorConfig = field(default_factory=SelectorConfig)
     extend: ExtendConfig = field(default_factory=ExtendConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
 
     def validate(self) -> "RunConfig":
         """Check every field of every section and return self. Raises `UserError` for the first violation."""
