@@ -100,7 +100,7 @@ class RLConfig:
                 "longer the one that sampled; set rl.ratio=token, or rl.updates=1"
             )
         if self.kl_weight and recipe.kl == "none":
-            raise UserError(f"rl.kl_weight={self.kl_weight} needs an estimator: set rl.kl=k3, or leave it out")
+            raise UserError(f"rl.kl_weight={self.kl_weight} needs an estimator: set rl.kl=k3 too")
         if recipe.advantage in ("mean", "mean_std", "leave_one_out") and self.group_size < 2:
             raise UserError(
                 f"rl.group_size={self.group_size}: advantage {recipe.advantage} compares samples of one "
