@@ -167,6 +167,9 @@ def keys(name, pairs):
     for question, answer in pairs:
         if name == "arithmetic":
             yield from sums_in(question)
+        elif name == "sums":
+            numbers = re.findall(r"\d+", question)
+            yield ("-", *numbers) if "-" in question else tuple(sorted(numbers))
         elif name == "lists":
             yield frozenset(ast.literal_eval(answer))
         elif name == "expressions":
