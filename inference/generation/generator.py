@@ -176,8 +176,8 @@ class Generator:
         """Run the model on ids (B, T), of which `new` are real (None: all); return each row's last logits,
         and what to record about experts: a list (B) of lists (T), or None."""
         output = self.model(ids.to(self.device), cache=cache, new_tokens=new, last_only=True)
-        record = recorded is not None and output.routings
-        return output.logits[:, 0], routing_codes(output.routings).view(ids.shape).tolist() if record else None
+        logits, record = output.logits[:, 0], recorded is not None and output.routings
+        return logits, routing_codes(output.routings).view(ids.shape).tolist() if record else None
 
     def fast_decoder(self) -> FastDecoder | None:
         """Return the prepared decoder, rebuilt if the model has changed, or None: `why_plain`."""

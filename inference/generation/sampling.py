@@ -13,7 +13,7 @@ The filters, in their order (that of Hugging Face `transformers`):
 Filtering and drawing are separate: speculative decoding compares the filtered probabilities of two models.
 
 Reinforcement learning needs the log-probability of each drawn token, and computes it again, with a gradient,
-as log softmax(logits / temperature). Trap: a filter makes the two differ, since what it keeps sums to 1 again.
+as log softmax(logits / temperature). Trap: after a filter the two differ: what it keeps sums to 1 again.
 """
 
 import hashlib
