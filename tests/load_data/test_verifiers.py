@@ -54,8 +54,8 @@ def test_answers_of_other_items_are_wrong(items):
 
 
 @pytest.mark.parametrize("item, right, wrong", [
-    (asked("sums", "347 + 285 - 0?"), ["632", "1: 632", "no working at all: 632\n", ": 632"],
-     ["63", "6320", "632.0", "6_32", "0632", "+632", "632 632", "347 + 285", "632: ", "6 3 2", "０632", "６３２"]),
+    (asked("sums", "347 + 285?"), ["632", "1: 632", "no working at all: 632\n", ": 632"],
+     ["63", "6320", "632.0", "6_32", "0632", "+632", "632 632", "347 + 285", "632: ", "6 3 2", "６３２"]),
     (asked("sums", "计算 35-546"), ["-511", "- 6,5=1 4,3=1 5=5: -511"], ["511", "- 511", "−511", "--511"]),
     (asked("arithmetic", "12 加 7 等于多少？"), ["19"], ["5", "12 加 7", "nineteen"]),
     (asked("arithmetic", "How much is 7 minus 12?"), ["-5"], ["5", "19"]),
@@ -65,10 +65,11 @@ def test_answers_of_other_items_are_wrong(items):
      ["[1, 9,]", "(1, 9)", "[9, 1]", "sorted([9, 1])", "[1, 9", "[[1, 9]]", "[1 9]", "1, 9", "[1.0, 9]"]),
     (asked("expressions", ">>> 3 < 4"), ["True"], ["1", "true", "3 < 4", "not False", "True True"]),
     (asked("expressions", "Evaluate `7 // 2`."), ["3"], ["7 // 2", "3.5", "３", "0b11", "1 + 2"]),
-    (asked("lists", "Please buy milk, eggs and bread."), ["['milk', 'eggs', 'bread']", '["milk","eggs","bread"]'],
-     ["['eggs', 'milk', 'bread']", "['milk', 'eggs']", "['milk', 'eggs', 'bread', 'bread']", "milk, eggs, bread",
-      "['milk' 'eggs' 'bread']", "['Milk', 'eggs', 'bread']"]),
-    (asked("lists", "我要买牛奶、鸡蛋和鸡。"), ["['牛奶', '鸡蛋', '鸡']"], ["['牛奶', '鸡', '鸡']", "['牛', '鸡蛋', '鸡']"]),
+    (asked("lists", "Please buy milk, eggs and tea."), ["['milk', 'eggs', 'tea']", '["milk","eggs","tea"]'],
+     ["['eggs', 'milk', 'tea']", "['milk', 'eggs']", "['milk', 'eggs', 'tea', 'tea']", "milk, eggs, tea",
+      "['milk' 'eggs' 'tea']", "['Milk', 'eggs', 'tea']"]),
+    (asked("lists", "我要买牛奶、鸡蛋和鸡。"), ["['牛奶', '鸡蛋', '鸡']"],
+     ["['牛奶', '鸡', '鸡']", "['牛', '鸡蛋', '鸡']"]),
 ])  # fmt: skip
 def test_what_counts_as_right(item, right, wrong):
     assert all(verify(item, answer) for answer in right)
