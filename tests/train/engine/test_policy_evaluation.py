@@ -1,8 +1,8 @@
 """The evaluation of a policy: its estimators, its repeatability, and what it writes."""
 
 import itertools
-import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +11,15 @@ from config.rl import RLConfig
 from inference.generation.generator import Answer
 from load_data.chat.chat_template import ChatTemplate
 from load_data.skills import scored_items
-from load_data.skills.verifiers import REWARDS, truth, verify
+from load_data.skills.verifiers import truth
 from tests.inference.tools import byte_tokenizer, tiny_model
 from train.engine import policy_evaluation
+from train.engine.answer_rows import by_rule
 from train.engine.policy_evaluation import PolicyEvaluation, held_out_items, pass_at
 from utils.distributed import World
 
 RL = RLConfig(temperature=0.9, max_new_tokens=6)
+TEMPLATE, RIGHT = ChatTemplate(byte_tokenizer()), by_rule("right")
 
 
 @pytest.fixture(autouse=True)
@@ -25,30 +27,30 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(policy_evaluation, "BATCH", 2)
 
 
-def evaluation(items, world=None, seed=0, reward="right", rl=RL, **settings):
-    template = ChatTemplate(byte_tokenizer())
-    return PolicyEvaluation(items, template, rl, REWARDS[reward], world or World(), seed, **settings)
+def evaluation(items, world=None, seed=0, judge=RIGHT, **settings):
+    return PolicyEvaluation(items, TEMPLATE, RL, judge, world or World(), seed, **settings)
 
 
-class Scripted:
-    """A generator that knows the questions: it writes `answer(question, sample)`, and nothing else."""
+@pytest.fixture
+def scripted(monkeypatch):
+    """Replace the generator by one that writes `answer(number of the question, number of the sample)`; the
+    sample is None for a greedy answer."""
 
-    def __init__(self, answer):
-        self.answer, self.context = answer, 512
+    def script(items, answer):
+        numbers = {tuple(TEMPLATE.prompt(item.messages)): number for number, item in enumerate(items)}
 
-    def __call__(self, model, start_id, fast):
-        return self
+        def generate(prompts, params, stop_ids, samples, seeds):
+            assert len(set(seeds)) == len(seeds) == len(prompts) * samples
+            for prompt, sample in itertools.product(prompts, range(samples)):
+                text = answer(numbers[tuple(prompt)], sample if params.temperature else None)
+                yield Answer([*TEMPLATE.tokenizer.encode(text), min(stop_ids)])
 
-    def room(self, max_new_tokens):
-        return 400
+        def generator(*arguments, **settings):
+            return SimpleNamespace(room=lambda new: 400, generate=lambda *a, **k: [*generate(*a, **k)])
 
-    def generate(self, prompts, params, stop_ids, samples, seeds):
-        tokenizer, rows = byte_tokenizer(), []
-        for prompt, sample in itertools.product(prompts, range(samples)):
-            question = tokenizer.decode(prompt)
-            text = self.answer(question, None if params.temperature == 0 else sample)
-            rows.append(Answer([*tokenizer.encode(text), min(stop_ids)]))
-        return rows
+        monkeypatch.setattr(policy_evaluation, "Generator", generator)
+
+    return script
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
@@ -59,39 +61,34 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
             assert pass_at(k, right, drawn) == pytest.approx(found / len(subsets), abs=1e-12)
 
 
-def test_every_number_against_a_count_by_hand(monkeypatch):
+def test_every_number_against_a_count_by_hand(scripted):
     """Each question has a number of right samples of its own, and its greedy answer is right or not."""
-    items = held_out_items(["sums", "expressions"], 5)
-    rng = random.Random(0)
-    plan = {item.messages[0]["content"]: (rng.randrange(9), rng.random() < 0.5, item) for item in items}
+    items, rng = held_out_items(["sums", "expressions"], 5), random.Random(0)
+    plan = [(rng.randrange(9), rng.random() < 0.5) for _ in items]
 
-    def answer(prompt, sample):
-        right, greedy, item = max((one for one in plan.items() if one[0] in prompt), key=lambda one: len(one[0]))[1]
+    def answer(number, sample):
+        right, greedy = plan[number]
         good = greedy if sample is None else sample < right
-        return truth(item) if good else "wrong" * (sample or 1)
+        return truth(items[number]) if good else "wrong" * (1 + (sample or 0))
 
-    monkeypatch.setattr(policy_evaluation, "Generator", Scripted(answer))
-    found = evaluation(items, reward="contains")(None, None)
+    scripted(items, answer)
+    found = evaluation(items)(None, None)
     for skill in ("", "_sums", "_expressions"):
-        rows = [one for one in plan.values() if one[2].skill in skill or not skill]
-        assert found[f"val_greedy{skill}"] == sum(greedy for _, greedy, _ in rows) / len(rows)
-        assert found[f"val_pass1{skill}"] == pytest.approx(sum(right for right, *_ in rows) / 8 / len(rows))
-        assert found[f"val_pass8{skill}"] == sum(right > 0 for right, *_ in rows) / len(rows)
-        lengths = [len(truth(item).encode()) + 1 if n < right else 5 * (n or 1) + 1
-                   for right, _, item in rows for n in range(8)]  # fmt: skip
+        some = [n for n, item in enumerate(items) if item.skill in skill or not skill]
+        assert found[f"val_greedy{skill}"] == sum(plan[n][1] for n in some) / len(some)
+        assert found[f"val_pass1{skill}"] == pytest.approx(sum(plan[n][0] for n in some) / 8 / len(some))
+        assert found[f"val_pass8{skill}"] == sum(plan[n][0] > 0 for n in some) / len(some)
+        lengths = [len(answer(n, sample).encode()) + 1 for n in some for sample in range(8)]
         assert found[f"val_length{skill}"] == pytest.approx(sum(lengths) / len(lengths))
-    assert found["val_reward"] == found["val_pass1"]  # here the flawed reward finds no more
+    assert found["val_reward"] == found["val_pass1"]
     assert list(found)[:5] == ["val_greedy", "val_pass1", "val_pass8", "val_reward", "val_length"]
 
 
-def test_the_reward_may_differ_from_the_truth(monkeypatch):
+def test_the_reward_may_differ_from_the_truth(scripted):
     """An answer that lists many values is wrong, though the planted verifier rewards it."""
     items = held_out_items(["sums"], 3)
-    monkeypatch.setattr(
-        policy_evaluation, "Generator",
-        Scripted(lambda prompt, sample: " ".join(truth(item) for item in items) + " 1"),
-    )  # fmt: skip
-    found = evaluation(items, reward="contains")(None, None)
+    scripted(items, lambda number, sample: " ".join(map(truth, items)) + " 1")
+    found = evaluation(items, judge=by_rule("contains"))(None, None)
     assert found["val_reward"] == 1.0 and found["val_pass1"] == found["val_greedy"] == 0.0
     assert len(found) == 5  # one skill: its numbers are those of all
 
@@ -113,23 +110,26 @@ def test_two_processes_measure_what_one_does(monkeypatch, count):
     model, sums = tiny_model(1), []
     items = held_out_items(["lists", "sums"], 3)[:count]
     monkeypatch.setattr(policy_evaluation, "sum_scalars", lambda values: sums.append(values) or values)
-    monkeypatch.setitem(REWARDS, "letters", lambda item, answer: sum(map(ord, answer)) / len(truth(item)))
+
+    def judge(items, rows):
+        return [sum(map(ord, row.text)) / len(truth(item)) for item, row in zip(items, rows, strict=True)]
+
     for rank in (0, 1):
-        evaluation(items, World(rank, 2, rank), reward="letters")(model, None)
+        evaluation(items, World(rank, 2, rank), judge=judge)(model, None)
     total = [one + other for one, other in zip(*sums, strict=True)]
     sums.clear()
-    evaluation(items, reward="letters")(model, None)
+    evaluation(items, judge=judge)(model, None)
     assert total == pytest.approx(sums[0], rel=1e-12) and any(value % 1 for value in total)
 
 
-def test_a_bound_measures_the_first_batches(monkeypatch):
-    seen = []
-    items = held_out_items(["lists", "sums"], 3)
-    monkeypatch.setattr(policy_evaluation, "Generator", Scripted(lambda prompt, sample: seen.append(prompt) or ""))
+def test_a_bound_measures_the_first_batches(scripted):
+    seen, items = [], held_out_items(["lists", "sums"], 3)
+    scripted(items, lambda number, sample: seen.append(number) or "")
     measure = evaluation(items)
     assert measure.batches == 3 and evaluation(items, World(0, 2, 0)).batches == 2
     measure(None, 1)
-    assert len(seen) == 2 * 9 and {item.skill for item in items[:2]} == {"lists", "sums"}
+    assert sorted(set(seen)) == [0, 1] and len(seen) == 2 * 9
+    assert {item.skill for item in items[:2]} == {"lists", "sums"}  # skills take turns
 
 
 def test_the_policy_is_found_beside_a_critic():
@@ -153,10 +153,9 @@ def test_answers_before_and_after_stand_side_by_side(tmp_path):
     ]  # fmt: skip
 
 
-def test_questions_are_held_out_of_training_and_of_the_final_scores():
-    items = held_out_items(["sums", "identity"], 40)
+def test_questions_are_not_those_of_the_final_scores():
+    items = held_out_items(["sums", "lists"], 40)
     kinds = [item.skill for item in items]
-    assert kinds.count("sums") == 40 and kinds[:4] == ["sums", "identity"] * 2
-    final = {item.messages[0]["content"] for name in ("sums", "identity") for item in scored_items(name, 400, 0)}
-    assert not final & {item.messages[0]["content"] for item in items}
-    assert all(verify(item, item.expected) for item in items) and not math.isnan(len(items))
+    assert len(items) == 80 and kinds[:4] == ["sums", "lists"] * 2
+    final = [item for name in ("sums", "lists") for item in scored_items(name, 200, 0)]
+    assert not {one.messages[0]["content"] for one in items} & {one.messages[0]["content"] for one in final}
