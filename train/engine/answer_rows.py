@@ -98,8 +98,8 @@ def has_signal(group: list[Row]) -> bool:
     return len({row.reward for row in group}) > 1
 
 
-def by_rule(name: str) -> Callable[[list[Item], list[Row]], list[float]]:
+def by_rule(name: str) -> Callable[[list[Item], list[str]], list[float]]:
     """Return a judge that applies a rule of load_data/skills/verifiers.py to each answer."""
     if name not in REWARDS:
         raise UserError(f"rl.reward={name}: no such rule; rules: {', '.join(REWARDS)}")
-    return lambda items, rows: [REWARDS[name](*pair) for pair in zip(items, (row.text for row in rows))]
+    return lambda items, texts: [REWARDS[name](*pair) for pair in zip(items, texts, strict=True)]

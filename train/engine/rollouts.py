@@ -45,7 +45,7 @@ class Rollouts:
     Args:
         policy: for the gradient proof alone; `next_step` takes the models it is given: the policy (`model`,
             or `policy` beside a `critic`), and `reference` where the recipe needs it.
-        judge: (items, rows) -> the reward of each row; by default the rule named `rl.reward`.
+        judge: (questions, answers) -> the reward of each answer; by default the rule named `rl.reward`.
     """
 
     epoch, epoch_progress = 0, 0.0  # prompts never end
@@ -141,7 +141,8 @@ class Rollouts:
             answers = Generator(policy).generate(prompts, params, stop, samples=G, seeds=seeds, record=True)
             rows = [self.row(prompts[n // G], answer) for n, answer in enumerate(answers)]
         self.seconds += time.perf_counter() - clock
-        for item, row, reward in zip(items, rows, self.judge(items, rows), strict=True):
+        rewards = self.judge(items, [row.text for row in rows])
+        for item, row, reward in zip(items, rows, rewards, strict=True):
             row.right, row.reward = verify(item, row.text), reward - self.overlong(len(row.answer))
         if self.rescored:
             sampled = [row.old for row in rows]
