@@ -16,8 +16,7 @@ import utils  # noqa: F401  sets how threads wait; must precede torch
 from train.engine.command import chat_command, parse_command
 from train.engine.fine_tuning import open_base
 from train.engine.machine import start_machine
-from train.engine.policy_stage import policy_stage
-from train.engine.trainer import Trainer
+from train.engine.policy_stage import policy_stage, train_policy
 from utils.distributed import finish
 from utils.errors import run_main
 
@@ -30,7 +29,7 @@ def main():
     config, machine = command.config, start_machine(command.config)
     base = open_base(command, machine)
     stage = policy_stage(STAGE, SHORT, base, config, machine)
-    Trainer(stage, config, machine, command.out, command.resume).run()
+    train_policy(stage, command, machine)
     machine.say(f"\nnext: {chat_command(SHORT, command.out)}")
     finish()
 

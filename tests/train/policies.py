@@ -28,9 +28,9 @@ def rl_config(*settings, steps=4):
 
 
 def make_policy(config, seed=0, dtype=torch.float32):
-    """Random weights; every second answer or so ends by itself."""
+    """Random weights; some answers end by themselves."""
     policy = shake(TinySeek(config.model), seed).to(dtype)
-    policy.lm_head.weight.data[next(iter(TEMPLATE.stop_ids))] *= 4
+    policy.lm_head.weight.data[next(iter(TEMPLATE.stop_ids))] *= 1.5
     return policy.train()
 
 
