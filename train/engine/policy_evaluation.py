@@ -27,6 +27,7 @@ from load_data.skills.verifiers import truth, verify
 from train.engine.answer_rows import Row
 from utils.distributed import World, sum_scalars
 
+QUESTIONS = 128  # of each skill
 BATCH = 16  # questions that are answered together
 SAMPLES = 8  # of each question
 MEASURES = ("greedy", "pass1", "pass8", "reward", "length")
@@ -104,7 +105,7 @@ class PolicyEvaluation:
         path.write_text("".join(lines), encoding="utf-8")
 
 
-def held_out_items(names, count: int, val_fraction: float = HELD_OUT) -> list[Item]:
+def held_out_items(names, count: int = QUESTIONS, val_fraction: float = HELD_OUT) -> list[Item]:
     """Return `count` validation items of each skill, or all it has, the skills taking turns. They are never
     those of inference/evaluate.py: the weights that do best here are kept, and then scored there."""
     columns = zip_longest(*(scored_items(name, count, 0, val_fraction, VAL) for name in names))
