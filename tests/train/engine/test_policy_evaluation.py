@@ -38,9 +38,13 @@ def scripted(monkeypatch):
 
     def script(items, answer):
         numbers = {tuple(TEMPLATE.prompt(item.messages)): number for number, item in enumerate(items)}
+        used = set()  # seeds of an evaluation: no two samples may share one
 
         def generate(prompts, params, stop_ids, samples, seeds):
-            assert len(set(seeds)) == len(seeds) == len(prompts) * samples
+            assert len(seeds) == len(prompts) * samples
+            if params.temperature:
+                assert len(used) + len(seeds) == len(used | {*seeds})
+                used.update(seeds)
             for prompt, sample in itertools.product(prompts, range(samples)):
                 text = answer(numbers[tuple(prompt)], sample if params.temperature else None)
                 yield Answer([*TEMPLATE.tokenizer.encode(text), min(stop_ids)])
