@@ -115,8 +115,8 @@ def test_two_processes_measure_what_one_does(monkeypatch, count):
     items = held_out_items(["lists", "sums"], 3)[:count]
     monkeypatch.setattr(policy_evaluation, "sum_scalars", lambda values: sums.append(values) or values)
 
-    def judge(items, rows):
-        return [sum(map(ord, row.text)) / len(truth(item)) for item, row in zip(items, rows, strict=True)]
+    def judge(items, texts):
+        return [sum(map(ord, text)) / len(truth(item)) for item, text in zip(items, texts, strict=True)]
 
     for rank in (0, 1):
         evaluation(items, World(rank, 2, rank), judge=judge)(model, None)
