@@ -44,13 +44,12 @@ def judge(items, texts):
 
 def rollouts(config, policy, judge=judge, **changes):
     """The source; `changes` to the machine."""
-    where = machine(**{"dtype": next(policy.parameters()).dtype} | changes)
-    return Rollouts(policy, TEMPLATE, ["arithmetic"], config, where, judge)
+    return Rollouts(policy, TEMPLATE, ["arithmetic"], config, machine(**changes), judge)
 
 
-def losses(config, policy, step, **changes):
+def losses(config, policy, step):
     """Terms and measures of a step, each summed over its micro-batches, and the loss."""
-    loss, totals = PolicyLoss(policy, config, machine(**changes)), {}
+    loss, totals = PolicyLoss(policy, config, machine()), {}
     loss.before_step(policy, step.micro_batches)
     for batch in step.micro_batches:
         terms, measures = loss(policy, batch, step.weight)
