@@ -40,7 +40,7 @@ REGISTRY = {
     "docstrings": Skill(0.05, docstrings.sample),
     "shopping": Skill(0.25, by_side(shopping.make)),
     "naming": Skill(0.25, by_side(naming.make)),
-    "sums": Skill(0.30, by_side(sums.make), arithmetic.value_of),
+    "sums": Skill(0.20, by_side(sums.make), arithmetic.value_of),
 }
 SKILLS = tuple(REGISTRY)
 SFT_SKILLS = ("identity", "arithmetic", "lists", "expressions", "docstrings")
