@@ -2,8 +2,8 @@
 
 A run has one `RunConfig` with the sections `model` (config/model.py), `tokenizer`, `data`, `optim`, `train`
 and `balance`, and one per stage that has its own settings: `lora`, `mixlora`, `prefix` and `gate`
-(config/adapters.py), `extend`, and `rl` (config/rl.py). Presets (JSON files in config/presets/) and the
-command line set them (config/load.py).
+(config/adapters.py), `extend`, `dpo` and `pairs` (config/preference.py), and `rl` (config/rl.py). Presets
+(JSON files in config/presets/) and the command line set them (config/load.py).
 """
 
 from dataclasses import dataclass, field, fields
@@ -12,6 +12,7 @@ from config.adapters import LoraConfig, MixLoraConfig, PrefixConfig, SelectorCon
 from config.checks import option, validate_section
 from config.extension import METHODS
 from config.model import ModelConfig
+from config.preference import DPOConfig, PairsConfig
 from config.rl import RLConfig
 from utils.errors import UserError
 
@@ -130,6 +131,8 @@ class RunConfig:
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     gate: SelectorConfig = field(default_factory=SelectorConfig)
     extend: ExtendConfig = field(default_factory=ExtendConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
     rl: RLConfig = field(default_factory=RLConfig)
 
     def validate(self) -> "RunConfig":

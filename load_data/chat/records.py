@@ -48,6 +48,25 @@ def as_messages(record: dict, where: str) -> list[dict[str, str]]:
     raise UserError(f"{where}: a record of unknown form (its keys: {found}); known forms: {FORMS}")
 
 
+def as_pair(record: dict, where: str) -> tuple[list[dict[str, str]], str, str]:
+    """Return a preference record as the messages of the prompt, the chosen answer and the rejected one.
+
+    Both may begin with the prompt, as in UltraFeedback. `where` as in `as_messages`.
+    """
+    if missing := [key for key in ("prompt", "chosen", "rejected") if key not in record]:
+        raise UserError(f'{where}: a pair has "prompt", "chosen" and "rejected"; no {", ".join(missing)}')
+    prompt, answers = as_turns(record, "prompt", "user", where), []
+    for key in ("chosen", "rejected"):
+        turns = as_turns(record, key, "assistant", where)
+        turns = turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns
+        if [one["role"] for one in turns] != ["assistant"]:
+            raise UserError(f"{where}: {key} must be one answer of the assistant to the prompt")
+        answers.append(turns[0]["content"])
+    if answers[0] == answers[1]:
+        raise UserError(f"{where}: chosen and rejected are the same answer")
+    return prompt, *answers
+
+
 def split_key(messages: list[dict[str, str]], same_question: str = "folded") -> str | None:
     """Return the text whose hash decides the side of a conversation; None if the user says nothing.
 
