@@ -14,6 +14,7 @@ class DPOConfig:
     kind: str = option("dpo", choices=tuple(BETAS))
     beta: float | None = option(None, above=0)  # None: the choice of `BETAS`
     margin: float = option(1.0, at_least=0)  # simpo only
+    likelihood: float = option(0.0, at_least=0)  # weight of the chosen answer's likelihood (arXiv 2404.19733)
 
     @property
     def strength(self) -> float:
@@ -26,7 +27,7 @@ class PairsConfig:
     """Pairs from answers that the model of --init samples to the skills in `data.paths`
     (train/engine/sampled_pairs.py); pairs from files need none of this."""
 
-    prompts: int = option(1200, at_least=1)  # questions to train on
-    samples: int = option(8, at_least=2)  # answers to each
+    prompts: int = option(2400, at_least=1)  # questions to train on
+    samples: int = option(4, at_least=2)  # answers to each
     temperature: float = option(1.0, at_least=0.1)  # colder, all samples of a question are the same
     max_new_tokens: int = option(48, at_least=1)

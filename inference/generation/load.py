@@ -25,16 +25,19 @@ from modules.adapters.lora_model import fold
 from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint, load_weights, weights_digest
 from utils.errors import UserError
 
-CHAT_STAGES = ("GRPO", "DPO", "SFT")  # stages whose models answer, the latest first
+CHAT_STAGES = ("GRPO", "PPO", "DPO", "SFT")  # stages whose models answer, the latest first
 FULL_MODELS = (*CHAT_STAGES, "Long", "Pre")  # models before fine-tuning continue texts
 DEFAULT_OUT = Path(__file__).resolve().parents[2] / "out"
 ENTRIES = {"stage": str, "short": str, "config": dict, "tokenizer": str, "step": int}  # of any checkpoint
 RECORD = {"path": str, "digest": str}  # what a checkpoint says about another file
+REWARD = "--set rl.reward="  # of train/grpo_train.py
 KINDS = {  # flag -> the name of the kind, and the required form of its entry `base`
     "--checkpoint": ("a full model", {}),
     "--adapter": ("an adapter", {"base": RECORD}),
     "--gate": ("a gate", {"base": RECORD | {"candidates": [RECORD]}}),
+    REWARD: ("a reward model", {}),
 }
+SPECIAL = dict.fromkeys(ADAPTERS, "--adapter") | {"Gate": "--gate", "Reward": REWARD}  # the flags of stages
 
 
 @dataclass
@@ -85,6 +88,15 @@ def load_full(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
     Raises `UserError` if the file is missing, damaged, or holds no full model.
     """
     about = open_as("--checkpoint", path)
+    model, tokenizer, config = build(TinySeek, about, path)
+    model.to(device).eval()
+    template = ChatTemplate(tokenizer, config.data.template)
+    answers = about["short"] in CHAT_STAGES
+    return Loaded(model, tokenizer, config, Path(path), answers, template, about, model.state_dict())
+
+
+def build(kind: Callable, about: dict, path: str | Path) -> tuple[torch.nn.Module, Tokenizer, RunConfig]:
+    """Return the model `kind(config)`, the tokenizer and the settings of a checkpoint, taking its weights."""
     tokenizer = Tokenizer.from_json(about["tokenizer"], str(path))
     config, weights = from_dict(about["config"], str(path)), about.pop("weights")
     shape = config.model
@@ -96,13 +108,10 @@ def load_full(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
     if shape.num_hidden_layers > len(weights):
         raise UserError(f"{path}: it names {shape.num_hidden_layers} layers and has {len(weights)} weights")
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        load_weights(TinySeek(shape), weights, str(path))  # compares shapes; a meta tensor has no memory
-    model = TinySeek(shape)
+        load_weights(kind(shape), weights, str(path))  # compares shapes; a meta tensor has no memory
+    model = kind(shape)
     load_weights(model, weights, str(path))
-    model.to(device).eval()
-    template = ChatTemplate(tokenizer, config.data.template)
-    answers = about["short"] in CHAT_STAGES
-    return Loaded(model, tokenizer, config, Path(path), answers, template, about, model.state_dict())
+    return model, tokenizer, config
 
 
 def load_base(checkpoint, device, out, adapter=None, gate=None, tell=lambda line: None) -> Loaded:
@@ -117,10 +126,10 @@ def open_as(flag: str, path: str | Path) -> dict:
     """Return the checkpoint in `path`. Raises `UserError` unless it is sound and of the kind of `flag`."""
     checkpoint, (name, base) = load_checkpoint(path), KINDS[flag]
     short = checkpoint.get("short")
-    kind = "--adapter" if short in ADAPTERS else "--gate" if short == "Gate" else "--checkpoint"
+    kind = SPECIAL.get(short, "--checkpoint")
     if short is not None and kind != flag:
-        stage = checkpoint.get("stage")
-        raise UserError(f"{path}: {KINDS[kind][0]} of {stage}, not {name}; use {kind} {path}")
+        stage, use = checkpoint.get("stage"), f"{kind}{path}" if kind == REWARD else f"{kind} {path}"
+        raise UserError(f"{path}: {KINDS[kind][0]} of {stage}, not {name}; use {use}")
     forms = ENTRIES | {"weights": are_weights} | base
     if missing := [key for key in forms if checkpoint.get(key) is None]:
         raise UserError(f"{path}: not {name}, it has no {', '.join(missing)}")

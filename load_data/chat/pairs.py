@@ -29,6 +29,7 @@ from load_data.corpora.documents import read_records
 from load_data.corpora.reserved import unit_hash
 from load_data.corpora.sources import TRAIN, VAL, empty_side, limited
 from load_data.loader import eval_batches
+from load_data.tokenization.tokenizer import Tokenizer
 
 Batches = Iterator[dict[str, torch.Tensor]]
 
@@ -50,6 +51,15 @@ class PairData:
     val: Samples
     summary: list[str]  # lines to print
     digest: str  # identifies all ids, their order, and which are labels
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the template."""
+        return self.template.tokenizer
+
+    def dialogues(self, side: str) -> Iterator[Messages]:
+        """Yield the dialogues to score: none, for the better of two answers need not be the only right one."""
+        yield from ()
 
 
 def fit_pair(template: ChatTemplate, prompt: Messages, answers: list[list[int]], room: int) -> Pair | None:

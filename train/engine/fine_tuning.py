@@ -134,7 +134,7 @@ def train_and_score(stage: Stage, data: ChatData, command: Command, machine: Mac
     Trainer(stage, command.config, machine, command.out, command.resume).run()
     with distributed.all_or_none():
         after = scores(stage.model, data, held_out, command, machine)
-    if not machine.world.is_first:
+    if not after:  # not the first process, or nothing has one right answer
         return
     width = max(map(len, after))
     lines = [f"  {name:{width}} {before[name]:6.1f} -> {after[name]:5.1f}" for name in after]
@@ -156,7 +156,7 @@ def scores(model, data: ChatData, held_out: list, command: Command, machine: Mac
     if skills:
         names = dict.fromkeys((*SFT_SKILLS, *skills))
         found = score_skills(generator, data.template, names, SCORED, command.config.data.val_fraction)
-    if any(not path.startswith(SKILL_WORD) for path in command.config.data.paths):
+    if held_out and any(not path.startswith(SKILL_WORD) for path in command.config.data.paths):
         tables = all(messages[-1]["content"].startswith("|") for messages in held_out)
         for kind in ("exact", "items") if tables else ("exact",):
             found[kind] = score_dialogues(generator, data.template, held_out, kind, command.config.data)

@@ -33,31 +33,28 @@ class PairSource(LoaderSource):
 
 
 class PairLoss(Loss):
-    """A loss on pairs; `compare(model, batch)` returns a loss (P,) and measures (P,) for each."""
+    """A loss on pairs."""
 
-    name = "pair"  # of the term
-
-    def compare(self, model, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss of each pair, and its margin and scores."""
+    def compare(self, model, batch: Batch) -> tuple[dict, dict]:
+        """Return the terms of each pair, and its `margin`, `chosen` and `rejected`, (P,) each."""
         raise NotImplementedError
 
     def __call__(self, model, batch: Batch, weight: float) -> tuple[dict, dict]:
         """Return the share of one micro-batch in the mean over all pairs of the step."""
-        losses, measures = self.compare(model, batch)
-        measures["acc"] = (measures["margin"] > 0).double()
-        return {self.name: losses.sum() / weight}, {
-            name: value.detach().sum() / weight for name, value in measures.items()
-        }
+        terms, measures = self.compare(model, batch)
+        measures["acc"] = (measures["margin"] > 0).to(measures["margin"])
+        shares = lambda values: {name: value.sum() / weight for name, value in values.items()}  # noqa: E731
+        return shares(terms), {name: value.detach() for name, value in shares(measures).items()}
 
 
 class PreferenceLoss(PairLoss):
     """The loss of a policy on pairs, against a frozen `reference` where `settings.kind` needs one."""
 
     def __init__(self, settings: DPOConfig, reference: torch.nn.Module | None):
-        self.settings, self.reference, self.name = settings, reference, settings.kind
+        self.settings, self.reference = settings, reference
 
-    def compare(self, model, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss of each pair (P,), and its measures."""
+    def compare(self, model, batch: Batch) -> tuple[dict, dict]:
+        """Return the loss by `kind`, with a weight the likelihood of the chosen answer, and measures."""
         settings, mask, reference = self.settings, batch["labels"] != IGNORED, None
         logprobs = label_logprobs(model, batch)
         if self.reference is not None:
@@ -66,22 +63,22 @@ class PreferenceLoss(PairLoss):
         scores = answer_scores(settings.kind, logprobs, mask, reference)
         chosen, rejected = scores[::2], scores[1::2]
         loss = pair_loss(settings.kind, chosen, rejected, settings.strength, settings.margin)
-        totals = logprobs.detach().sum(1)
-        return loss, {"margin": settings.strength * (chosen - rejected), "chosen": totals[::2],
-                      "rejected": totals[1::2]}  # fmt: skip
+        totals, terms = logprobs.sum(1), {settings.kind: loss}
+        if settings.likelihood:
+            terms["nll"] = -settings.likelihood * totals[::2] / mask[::2].sum(1)
+        margin = settings.strength * (chosen - rejected)
+        return terms, {"margin": margin, "chosen": totals[::2], "rejected": totals[1::2]}
 
 
 class RewardLoss(PairLoss):
     """The loss of a reward model on pairs."""
 
-    name = "bt"
-
-    def compare(self, model, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss of each pair (P,), and its measures."""
+    def compare(self, model, batch: Batch) -> tuple[dict, dict]:
+        """Return the loss of the rewards, and measures."""
         rewards = last_scores(model, batch)
         chosen, rejected = rewards[::2], rewards[1::2]
-        return bradley_terry(chosen, rejected), {"margin": chosen - rejected, "chosen": chosen,
-                                                 "rejected": rejected}  # fmt: skip
+        measures = {"margin": chosen - rejected, "chosen": chosen, "rejected": rejected}
+        return {"bt": bradley_terry(chosen, rejected)}, measures
 
 
 class PairEvaluation:

@@ -26,7 +26,8 @@ from load_data.chat.pairs import Pair, PairData, file_pairs, fit_pair, open_pair
 from load_data.corpora.documents import skipped_lines
 from load_data.corpora.sources import TRAIN, VAL, Sources
 from load_data.packing import REPOSITORY, prepared_folder
-from load_data.skills import Item, as_turn, distinct_samples, is_right
+from load_data.skills import Item, as_turn, distinct_samples
+from load_data.skills.verifiers import verify
 from train.engine.fine_tuning import Base
 
 ROWS = 128  # answers that are sampled together
@@ -103,6 +104,6 @@ def contrasted(item: Item, answers: list, template: ChatTemplate) -> list[tuple[
     right, wrong = {}, {}  # keep the order
     for answer in answers:
         ended = answer.finish_reason == "stop"
-        fine = ended and is_right(item, template.tokenizer.decode(answer))
+        fine = ended and verify(item, template.tokenizer.decode(answer))
         (right if fine else wrong)[tuple(answer)] = None
     return [(list(chosen), list(rejected)) for rejected, chosen in zip(wrong, cycle(right))] if right else []

@@ -113,7 +113,7 @@ def test_a_reward_model_against_trl():
     (expected,), (gradient,) = (torch.autograd.grad(one, rewards) for one in (theirs, loss))
     assert torch.equal(loss, theirs) and torch.equal(gradient, expected)
     accuracy = trainer._metrics["eval"]["accuracy"][0]
-    assert accuracy == (rewards[:PAIRS] > rewards[PAIRS:]).double().mean().item()
+    assert accuracy == pytest.approx((rewards[:PAIRS] > rewards[PAIRS:]).double().mean().item())
 
 
 def test_the_first_loss():
