@@ -27,9 +27,10 @@ from load_data.chat.chat_template import ChatTemplate, Messages, cut_turn, fit_t
 from load_data.chat.records import as_pair, message, split_key
 from load_data.corpora.documents import read_records
 from load_data.corpora.reserved import unit_hash
-from load_data.corpora.sources import TRAIN, VAL, empty_side, limited
+from load_data.corpora.sources import TRAIN, VAL, limited
 from load_data.loader import eval_batches
 from load_data.tokenization.tokenizer import Tokenizer
+from utils.errors import UserError
 
 Batches = Iterator[dict[str, torch.Tensor]]
 
@@ -105,7 +106,11 @@ def write_pairs(folder: Path, sides: dict[str, list[Pair]], data: DataConfig, te
     samples = {}
     for side, pairs in sides.items():
         if not pairs:
-            raise empty_side(side, data)
+            raise UserError(
+                f"--data {' '.join(data.paths)}: no pair to {'train on' if side == TRAIN else 'hold out'}. A "
+                "model that samples its own must be right sometimes, not always: change pairs.prompts, "
+                "pairs.samples or the skill; of files, give more, or change data.val_fraction"
+            )
         rows = [row for pair in pairs for row in as_rows(pair, template.end_of_turn[-1])]
         lengths = np.array([len(row.ids) for row in rows], dtype=np.int64)
         samples[side] = part = Samples(*map(np.concatenate, zip(*rows, strict=True)), lengths)
@@ -142,8 +147,9 @@ def pair_batch(rows: DialogueRows, pairs: Iterable[int]) -> dict[str, torch.Tens
 
 
 def eval_pair_batches(
-    samples: Samples, sequence_length: int, batch_size: int, max_batches, rank: int, world_size: int, pad_id: int
-) -> Batches:
+    samples: Samples, sequence_length: int, batch_size: int, max_batches: int | None, rank: int = 0,
+    world_size: int = 1, *, pad_id: int,
+) -> Batches:  # fmt: skip
     """Yield batches with every pair once, in order; with `max_batches` (per rank), as many as that allows,
     evenly spread."""
     rows = DialogueRows(samples, sequence_length, packing=False, pad_id=pad_id)

@@ -15,6 +15,7 @@ from config.preference import DPOConfig
 from load_data.chat.pairs import PairLoader
 from load_data.loader import IGNORED
 from modules.alignment.preference import answer_scores, bradley_terry, pair_loss
+from train.engine.policy_loss import token_logprobs
 from train.engine.stage import Batch, LoaderSource, Loss, Step
 from utils.distributed import sum_scalars
 
@@ -114,13 +115,10 @@ def label_logprobs(model, batch: Batch) -> torch.Tensor:
     steps of an eighth.
     """
     about = {key: batch[key] for key in ("position_ids", "document_ids", "padding_mask")}
-    output = model(batch["input_ids"], last_only=True, **about)  # its logits are not used
-    keep = batch["labels"] != IGNORED
-    with torch.autocast(batch["labels"].device.type, enabled=False):
-        hidden = output.hidden[keep]  # (N, C)
-        logits = model.logits(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))  # (N, V)
-        chosen = logits.log_softmax(-1).gather(1, batch["labels"][keep][:, None])[:, 0]
-    return chosen.new_zeros(keep.shape).index_put((keep,), chosen)
+    hidden = model(batch["input_ids"], last_only=True, **about).hidden  # (B, T, C)
+    with torch.autocast(hidden.device.type, enabled=False):
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        return token_logprobs(model, wide, batch["labels"], temperature=1.0)[0]
 
 
 def last_scores(model, batch: Batch) -> torch.Tensor:

@@ -30,7 +30,7 @@ from load_data.skills import Item, as_turn, distinct_samples
 from load_data.skills.verifiers import verify
 from train.engine.fine_tuning import Base
 
-ROWS = 128  # answers that are sampled together
+QUESTIONS = 32  # that are answered together
 HELD_OUT_SHARE = 8  # one held-out question for this many questions to train on
 
 
@@ -85,13 +85,13 @@ def sampled_pairs(
 ) -> Iterator[tuple[Item, Pair]]:
     """Yield pairs of sampled answers to `items`, each with its item."""
     settings, room = config.pairs, config.data.sequence_length
-    together = max(1, ROWS // settings.samples)
-    for number, first in enumerate(range(0, len(items), together)):
-        batch = items[first : first + together]
-        params = SamplingParams(settings.temperature, max_new_tokens=settings.max_new_tokens,
-                                seed=row_seed(config.train.seed, 1 + number))  # fmt: skip
-        prompts = [template.prompt(item.messages) for item in batch for _ in range(settings.samples)]
-        answers = generator.generate(prompts, params, template.stop_ids)
+    params = SamplingParams(settings.temperature, max_new_tokens=settings.max_new_tokens)
+    for first in range(0, len(items), QUESTIONS):
+        batch = items[first : first + QUESTIONS]
+        prompts = [template.prompt(item.messages) for item in batch]
+        seeds = [row_seed(config.train.seed, first + place, sample)
+                 for place in range(len(batch)) for sample in range(settings.samples)]  # fmt: skip
+        answers = generator.generate(prompts, params, template.stop_ids, samples=settings.samples, seeds=seeds)
         for place, item in enumerate(batch):
             group = answers[place * settings.samples : (place + 1) * settings.samples]
             for chosen, rejected in contrasted(item, group, template):

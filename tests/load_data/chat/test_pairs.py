@@ -137,8 +137,8 @@ def test_files(tmp_path):
     write_pairs(tmp_path, sides, data, TEMPLATE, ["words"])
     opened = open_pairs(tmp_path, TEMPLATE)
     assert opened.summary[0] == "words" and f"train: {len(sides['train'])} pairs" in opened.summary[1]
-    batches = list(eval_pair_batches(opened.val, 64, 3, None, 0, 1, 0))
+    batches = list(eval_pair_batches(opened.val, 64, 3, None, pad_id=0))
     rows = torch.cat([(batch["labels"] != IGNORED).sum(1) for batch in batches])
     assert rows.tolist() == [4, 3] * len(sides["val"])  # "yes", "no", and the ends
-    with pytest.raises(UserError, match="no validation text"):
+    with pytest.raises(UserError, match="no pair to hold out"):
         write_pairs(tmp_path, {"train": sides["train"], "val": []}, data, TEMPLATE, [])
