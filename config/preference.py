@@ -1,4 +1,4 @@
-"""Settings of learning from preferences: the loss on pairs of answers, and pairs that a model makes itself."""
+"""Settings of learning from preferences: the loss on pairs of answers, and pairs of a model's own samples."""
 
 from dataclasses import dataclass
 

@@ -31,11 +31,9 @@ def main():
     config, machine = command.config, start_machine(command.config)
     base, data = open_pair_base(command, machine)
     model = ScalarModel.from_policy(base.model)
-    stage = pair_stage(
-        STAGE, SHORT, model, RewardLoss(), base, data, config, machine, keep_best="val_acc"
-    )  # fmt: skip
+    stage = pair_stage(STAGE, SHORT, model, RewardLoss(), base, data, config, machine, keep_best="val_acc")
     found = Trainer(stage, config, machine, command.out, command.resume).run()
-    machine.say(f"the better of two held-out answers has the higher reward in {found['val_acc']:.1%} of pairs")
+    machine.say(f"in {found['val_acc']:.1%} of the held-out pairs, the better answer has the higher reward")
     path = command.out / final_name(SHORT)
     machine.say(f"\nnext: python train/grpo_train.py --set rl.reward={path}")
     finish()

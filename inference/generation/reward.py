@@ -49,7 +49,7 @@ def load_reward(path: str | Path, template: ChatTemplate, device: str | torch.de
     if tokenizer.digest != template.tokenizer.digest:
         raise UserError(
             f"{path}: this reward model reads the ids of another tokenizer ({tokenizer.digest}, not "
-            f"{template.tokenizer.digest}); train one from this policy with python train/reward_train.py --init"
+            f"{template.tokenizer.digest}); train one with python train/reward_train.py --init POLICY"
         )
     if config.data.template != template.kind:
         raise UserError(

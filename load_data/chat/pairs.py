@@ -59,7 +59,7 @@ class PairData:
         return self.template.tokenizer
 
     def dialogues(self, side: str) -> Iterator[Messages]:
-        """Yield the dialogues to score: none, for the better of two answers need not be the only right one."""
+        """Yield the dialogues to score: none, since the better of two answers need not be the only one."""
         yield from ()
 
 
@@ -102,7 +102,7 @@ def as_rows(pair: Pair, line_break: int) -> list[Sample]:
 
 
 def write_pairs(folder: Path, sides: dict[str, list[Pair]], data: DataConfig, template, summary) -> None:
-    """Write the rows of each side, end to end, and their description. Raises `UserError` for an empty side."""
+    """Write the rows of each side, end to end, and a summary. Raises `UserError` for an empty side."""
     samples = {}
     for side, pairs in sides.items():
         if not pairs:

@@ -117,7 +117,7 @@ def test_a_reward_model_from_the_command_line(files, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (['{"prompt": "a", "chosen": "b"}'], 'line 1: a pair has "prompt", "chosen" and "rejected"; no reject'),
+        (['{"prompt": "a", "chosen": "b"}'], 'line 1: a pair has "prompt", "chosen" and "rejected"; no rej'),
         (['{"messages": []}'], "line 1: a pair has"),
         (['{"prompt": "a", "chosen": "b", "rejected": "b"}'], "chosen and rejected are the same"),
         ([json.dumps({"prompt": "a", "chosen": "b" * 99, "rejected": "c"})], "no pair to train on"),
@@ -145,7 +145,8 @@ def test_a_right_answer_against_each_wrong_one():
         ids.finish_reason = "stop" if ended else "length"
         return ids
 
-    samples = [answer(*given) for given in (("7",), ("43",), ("43", False), ("43",), ("7",), ("no",), (" 43",))]
+    given = (("7",), ("43",), ("43", False), ("43",), ("7",), ("no",), (" 43",))
+    samples = [answer(*one) for one in given]
     found = sampled_pairs.contrasted(item, samples, template)
     texts = [tuple(map(template.tokenizer.decode, pair)) for pair in found]
     assert texts == [("43", "7"), (" 43", "43"), ("43", "no")]
@@ -179,7 +180,7 @@ def test_pairs_of_samples_are_repeatable_and_kept(files, tmp_path, monkeypatch, 
         again = load_checkpoint(tmp_path / cache / "TinySeek_DPO_final.pkl")["data_digest"]
         assert (again == first) == same
     monkeypatch.setattr(sampled_pairs, "verify", lambda item, answer: False)
-    with pytest.raises(UserError, match="no pair to train on. A model that samples its own must be right some"):
+    with pytest.raises(UserError, match="no pair to train on. A model that samples its own must be ri"):
         call(monkeypatch, dpo_train, [*words, "--overwrite", "--set", f"data.cache_dir={tmp_path / 'd'}"])
 
 

@@ -51,7 +51,7 @@ def test_a_preset_is_built_and_stepped(name, tmp_path, monkeypatch):
 
 
 FINE_TUNING = {"sft_train": "SFT", "lora_train": "Lora", "mixlora_train": "MixLora", "prefix_train": "Prefix",
-               "gate_train": "Gate"}  # fmt: skip
+               "gate_train": "Gate", "dpo_train": "DPO", "reward_train": "Reward"}  # fmt: skip
 
 
 def test_every_stage_has_presets_and_every_folder_is_of_a_stage():
@@ -75,7 +75,9 @@ def fine_tune(monkeypatch, stage, name, base, out, *settings):
     """`python train/<stage>.py --config NAME` with two steps; returns what it saved and its settings."""
     monkeypatch.setattr("train.engine.fine_tuning.SCORED", 1)
     monkeypatch.setattr("load_data.chat.chat_data.VAL_PER_SKILL", 4)
+    monkeypatch.setattr("train.engine.sampled_pairs.verify", lambda item, answer: len(answer.encode()) % 2)
     small = ["data.skill_samples=40", "train.batch_size=1", "train.dtype=fp32"]
+    small += ["pairs.prompts=24", "pairs.samples=12", "pairs.max_new_tokens=24"]
     small += [f"data.cache_dir={base.parent / 'cache'}", *settings]
     flags = ["--config", name, "--init", base, "--out", out, "--device", "cpu", "--max-steps", "2"]
     flags += [part for setting in small for part in ("--set", setting)]
@@ -96,7 +98,7 @@ def test_a_preset_of_fine_tuning_is_built_and_stepped(stage, name, base, tmp_pat
     saved = fine_tune(monkeypatch, stage, name, base, tmp_path / "run", *settings)
     preset = to_dict(load_config(name, stage=stage))
     assert preset["data"]["sequence_length"] <= 512
-    for section in ("optim", "balance", "lora", "mixlora", "prefix"):
+    for section in ("optim", "balance", "lora", "mixlora", "prefix", "dpo"):
         assert saved["config"][section] == preset[section]
     assert saved["config"]["data"]["paths"] == preset["data"]["paths"]
     assert saved["step"] == 2 and all(part.isfinite().all() for part in saved["weights"].values())

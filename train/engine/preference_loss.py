@@ -1,8 +1,8 @@
 """Losses on pairs of answers, and their evaluation: of a policy against its reference, and of a reward model.
 
-    margin     reward of the chosen answer minus that of the rejected one. The reward of a policy is beta times
-               the score of modules/alignment/preference.py; before the first step DPO's and IPO's are 0.
-    acc        share of pairs with a margin above 0
+    margin    the reward of the chosen answer minus that of the rejected one; the reward of a policy is beta
+              times the score of modules/alignment/preference.py, and DPO's and IPO's begin at 0
+    acc       the share of pairs with a margin above 0
     chosen, rejected    log-probabilities of the answers, or for a reward model their rewards
 
 A loss is a mean over pairs. Balance losses of experts are not part of it: the few steps of these stages leave

@@ -84,18 +84,19 @@ def sampled_pairs(
     generator: Generator, template: ChatTemplate, items: list[Item], config: RunConfig
 ) -> Iterator[tuple[Item, Pair]]:
     """Yield pairs of sampled answers to `items`, each with its item."""
-    settings, room = config.pairs, config.data.sequence_length
+    settings, stop_ids = config.pairs, template.stop_ids
     params = SamplingParams(settings.temperature, max_new_tokens=settings.max_new_tokens)
     for first in range(0, len(items), QUESTIONS):
         batch = items[first : first + QUESTIONS]
         prompts = [template.prompt(item.messages) for item in batch]
         seeds = [row_seed(config.train.seed, first + place, sample)
                  for place in range(len(batch)) for sample in range(settings.samples)]  # fmt: skip
-        answers = generator.generate(prompts, params, template.stop_ids, samples=settings.samples, seeds=seeds)
+        answers = generator.generate(prompts, params, stop_ids, samples=settings.samples, seeds=seeds)
         for place, item in enumerate(batch):
             group = answers[place * settings.samples : (place + 1) * settings.samples]
             for chosen, rejected in contrasted(item, group, template):
-                if pair := fit_pair(template, item.messages, [chosen, rejected], room):
+                pair = fit_pair(template, item.messages, [chosen, rejected], config.data.sequence_length)
+                if pair:
                     yield item, pair
 
 

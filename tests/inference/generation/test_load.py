@@ -24,7 +24,7 @@ IDS = byte_tokenizer().encode("déjà vu")
 
 
 def test_the_latest_stage_is_chosen(tmp_path):
-    """Files appear one after the other; each time the best one there is named. GRPO, DPO, SFT, Pre."""
+    """Files appear one after the other; each time the best one there is named. GRPO, PPO, DPO, SFT, Pre."""
     with pytest.raises(UserError, match="python train/pre_train.py --out .*, or name one"):
         find_model(tmp_path)  # the way out trains into the folder that was searched
     with pytest.raises(UserError, match="no model in .*nowhere"):
@@ -32,7 +32,8 @@ def test_the_latest_stage_is_chosen(tmp_path):
     (tmp_path / "TinySeek_Lora_final.pkl").touch()  # an adapter is no full model
     for name in (
         "TinySeek_Pre2_0.pkl", "TinySeek_Pre10_0.pkl", "TinySeek_Pre1_1.pkl", "TinySeek_Pre_final.pkl",
-        "TinySeek_SFT3_0.pkl", "TinySeek_SFT_final.pkl", "TinySeek_DPO_final.pkl", "TinySeek_GRPO_final.pkl",
+        "TinySeek_SFT3_0.pkl", "TinySeek_SFT_final.pkl", "TinySeek_DPO_final.pkl", "TinySeek_PPO_final.pkl",
+        "TinySeek_GRPO_final.pkl",
     ):  # fmt: skip
         (tmp_path / name).touch()
         assert find_model(tmp_path) == tmp_path / name

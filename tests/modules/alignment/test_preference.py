@@ -16,7 +16,8 @@ def material(seed=0):
     """Log-probabilities (2 P, T) that want a gradient, those of a reference, and a mask: all chosen answers,
     then all rejected ones, of 1 to T tokens."""
     generator = torch.Generator().manual_seed(seed)
-    logprobs, reference = -4 * torch.rand(2, 2 * PAIRS, TOKENS, generator=generator, dtype=torch.float64) - 0.01
+    shape = (2, 2 * PAIRS, TOKENS)
+    logprobs, reference = -0.01 - 4 * torch.rand(shape, generator=generator, dtype=torch.float64)
     lengths = torch.randint(1, TOKENS + 1, (2 * PAIRS, 1), generator=generator)
     lengths[0], lengths[1] = 1, TOKENS
     return logprobs.requires_grad_(), reference, torch.arange(TOKENS) < lengths
@@ -119,7 +120,8 @@ def test_a_reward_model_against_trl():
 def test_the_first_loss():
     """Policy and reference are the same: ln 2 for any answers, and IPO's distance from its goal."""
     logprobs, _, mask = material()
-    at_first = {kind: ours(kind, logprobs, logprobs.detach(), mask, 0.1, 0.0).item() for kind in ("dpo", "ipo")}
+    same = logprobs.detach()
+    at_first = {kind: ours(kind, logprobs, same, mask, 0.1, 0.0).item() for kind in ("dpo", "ipo")}
     assert at_first["dpo"] == pytest.approx(math.log(2), abs=1e-15)
     assert at_first["ipo"] == pytest.approx(25.0)
 

@@ -31,7 +31,9 @@ def some_pairs(count=6, swapped=False):
     rng, pairs = np.random.default_rng(4), []
     for number in range(count):
         prompt = rng.integers(5, 250, rng.integers(1, 9)).tolist()
-        answers = [rng.integers(*span, rng.integers(0, 9)).tolist() + [END] for span in ((20, 90), (120, 250))]
+        lengths = rng.integers(0, 9, 2)
+        answers = [rng.integers(20, 90, lengths[0]).tolist(), rng.integers(120, 250, lengths[1]).tolist()]
+        answers = [[*answer, END] for answer in answers]
         answers[1] = answers[1][: None if number % 2 or len(answers[1]) == 1 else -1]  # some were cut
         pairs.append(Pair(prompt, *(reversed(answers) if swapped else answers)))
     return pairs
