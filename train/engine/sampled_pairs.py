@@ -24,7 +24,7 @@ from load_data.chat.chat_data import chosen_files, chosen_skills
 from load_data.chat.chat_template import ChatTemplate
 from load_data.chat.pairs import Pair, PairData, file_pairs, fit_pair, open_pairs, write_pairs
 from load_data.corpora.documents import skipped_lines
-from load_data.corpora.sources import TRAIN, VAL, Sources
+from load_data.corpora.sources import PYTHON, TRAIN, VAL, Sources
 from load_data.packing import REPOSITORY, prepared_folder
 from load_data.skills import Item, as_turn, distinct_samples
 from load_data.skills.verifiers import verify
@@ -39,6 +39,7 @@ def prepare_pairs(config: RunConfig, base: Base, machine) -> PairData:
     data, names = config.data, chosen_skills(config.data.paths)
     template = ChatTemplate(base.tokenizer, data.template, 0, config.model.vocab_size)
     files = [str(file) for file in chosen_files(data.paths)]
+    files += [PYTHON] * ("docstrings" in names)  # this skill asks about the library
     decides = [Sources(replace(data, paths=files)).fingerprint, base.tokenizer.digest, template.before]
     decides += [data.sequence_length, names]
     if names:
