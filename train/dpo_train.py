@@ -17,10 +17,9 @@ import copy
 import utils  # noqa: F401  sets how threads wait; must precede torch
 from modules.alignment.preference import WITH_REFERENCE
 from train.engine.command import chat_command, parse_command
-from train.engine.fine_tuning import train_and_score
 from train.engine.machine import start_machine
 from train.engine.preference_loss import PreferenceLoss
-from train.engine.preference_stage import open_pair_base, pair_stage
+from train.engine.preference_stage import open_pair_base, pair_stage, train_and_show
 from utils.distributed import finish
 from utils.errors import run_main
 
@@ -40,7 +39,7 @@ def main():
         frozen={} if reference is None else {"reference": reference},
         trains=lambda name: not name.startswith("mtp."),
     )  # fmt: skip
-    train_and_score(stage, data, command, machine)
+    train_and_show(stage, data, command, machine)
     machine.say(f"\nnext: {chat_command(SHORT, command.out)}")
     finish()
 

@@ -170,9 +170,11 @@ def test_pairs_of_samples_are_repeatable_and_kept(files, tmp_path, monkeypatch, 
     call(monkeypatch, dpo_train, words)
     assert "train: 24 questions of expressions, 12 answers each; " in capsys.readouterr().out
     first = load_checkpoint(tmp_path / "a" / "TinySeek_DPO_final.pkl")["data_digest"]
-    sampled = sum("seeds" in given for given in calls)
+    shown = (tmp_path / "a" / "dpo_train" / "samples.txt").read_text(encoding="utf-8")
+    assert shown.count("question  ") == shown.count("before ") == shown.count("after ") == 20
+    sampled = sum(given.get("samples") == 12 for given in calls)
     call(monkeypatch, dpo_train, [*words, "--overwrite"])
-    assert sampled and sum("seeds" in given for given in calls) == sampled
+    assert sampled and sum(given.get("samples") == 12 for given in calls) == sampled
     monkeypatch.setattr(sampled_pairs, "QUESTIONS", 5)
     for seed, cache, same in (("0", "b", True), ("1", "c", False)):
         new = ["--seed", seed, "--set", f"data.cache_dir={tmp_path / cache}", "--out", str(tmp_path / cache)]

@@ -1,16 +1,20 @@
-"""Shared by the stages that learn from pairs: the base without dropout, the pairs, and the stage."""
+"""Shared by the stages that learn from pairs: the base without dropout, the pairs, the stage, and answers of
+a policy before and after."""
 
 from functools import partial
 
 import torch
 
+from load_data.chat.chat_data import chosen_skills
 from load_data.chat.pairs import PairData, PairLoader, eval_pair_batches
 from train.engine.command import Command
-from train.engine.fine_tuning import Base, open_base
+from train.engine.fine_tuning import Base, open_base, train_and_score
 from train.engine.machine import Machine
+from train.engine.policy_evaluation import SHOWN, PolicyEvaluation, held_out_items
 from train.engine.preference_loss import PairEvaluation, PairLoss, PairSource
 from train.engine.sampled_pairs import prepare_pairs
 from train.engine.stage import Stage
+from utils import distributed
 
 NOISE = ("dropout", "attention_dropout", "router_jitter_noise")
 
@@ -43,3 +47,22 @@ def pair_stage(
         evaluate=PairEvaluation(held_out, len(data.val) // 2, train.batch_size, loss, machine),
         tokenizer=base.tokenizer, data_digest=data.digest, **more,
     )  # fmt: skip
+
+
+def train_and_show(stage: Stage, data: PairData, command: Command, machine: Machine) -> None:
+    """Train and score a policy as fine-tuning does; write sampled answers to held-out questions of the
+    skills, before and after."""
+    config = command.config
+    items = held_out_items(chosen_skills(config.data.paths), SHOWN, config.data.val_fraction)
+    shown = PolicyEvaluation(items, data.template, config.pairs, None, machine.world, config.train.seed)
+
+    def answers() -> list[str]:
+        with distributed.all_or_none():
+            return shown.sampled(stage.model.to(machine.device)) if items and machine.world.is_first else []
+
+    before = answers()
+    train_and_score(stage, data, command, machine)
+    if after := answers():
+        path = command.out / stage.name / "samples.txt"
+        shown.write_side_by_side(path, before, after)
+        machine.say(f"answers before and after: {path}")
