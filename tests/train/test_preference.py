@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from inference.generation import load
-from inference.generation.generator import Answer, Generator
+from inference.generation.generator import Answer
 from inference.generation.reward import load_reward
 from load_data.chat.chat_template import ChatTemplate
 from load_data.chat.records import message
@@ -17,9 +17,11 @@ from load_data.tokenization.tokenizer import CharTokenizer
 from tests.inference.tools import byte_tokenizer, run_config, tiny_model, write_checkpoint
 from tests.processes import fork, without_pictures
 from tests.train.engine.test_fine_tuning import MOE, call, call_until
-from tests.train.tools import largest_difference, same_bits, without_timing
+from tests.train.tools import largest_difference, machine, same_bits, without_timing
 from train import dpo_train, reward_train
-from train.engine import sampled_pairs
+from train.engine import fine_tuning, sampled_pairs
+from train.engine.command import parse_command
+from train.engine.fine_tuning import open_base
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.log import read_log
@@ -160,30 +162,28 @@ def odd_is_right(item, answer):
     return len(answer.encode()) % 2 == 1
 
 
-def test_pairs_of_samples_are_repeatable_and_kept(files, tmp_path, monkeypatch, capsys):
-    """The same for the same model and seed, whatever the batch; read from the cache by the next run; others
+@pytest.mark.slow
+def test_pairs_of_samples_are_repeatable_and_kept(files, tmp_path, monkeypatch):
+    """The same for the same model and seed, whatever the batch; read from the cache the second time; others
     for another seed; none if the model is never right."""
     monkeypatch.setattr(sampled_pairs, "verify", odd_is_right)
-    words, calls = flags(files, tmp_path / "a", data="skills:expressions", steps=1), []
-    whole = Generator.generate
-    monkeypatch.setattr(Generator, "generate", lambda *a, **k: calls.append(k) or whole(*a, **k))
-    call(monkeypatch, dpo_train, words)
-    assert "train: 24 questions of expressions, 12 answers each; " in capsys.readouterr().out
-    first = load_checkpoint(tmp_path / "a" / "TinySeek_DPO_final.pkl")["data_digest"]
-    shown = (tmp_path / "a" / "dpo_train" / "samples.txt").read_text(encoding="utf-8")
-    assert shown.count("question  ") == shown.count("before ") == shown.count("after ") == 20
-    sampled = sum(given.get("samples") == 12 for given in calls)
-    call(monkeypatch, dpo_train, [*words, "--overwrite"])
-    assert sampled and sum(given.get("samples") == 12 for given in calls) == sampled
+    whole, calls = sampled_pairs.sampled_pairs, []
+    monkeypatch.setattr(sampled_pairs, "sampled_pairs", lambda *given: calls.append(1) or whole(*given))
+
+    def pairs(cache, *more):
+        words = flags(files, tmp_path, f"data.cache_dir={tmp_path / cache}", data="skills:expressions")
+        command = parse_command("dpo_train", "DPO", "", [*words, *more])
+        return sampled_pairs.prepare_pairs(command.config, open_base(command, machine()), machine())
+
+    first = pairs("a")
+    assert first.summary[0].startswith("train: 24 questions of expressions, 12 answers each; ")
+    assert len(calls) == 2 and pairs("a").digest == first.digest and len(calls) == 2
     monkeypatch.setattr(sampled_pairs, "QUESTIONS", 5)
-    for seed, cache, same in (("0", "b", True), ("1", "c", False)):
-        new = ["--seed", seed, "--set", f"data.cache_dir={tmp_path / cache}", "--out", str(tmp_path / cache)]
-        call(monkeypatch, dpo_train, [*words, *new])
-        again = load_checkpoint(tmp_path / cache / "TinySeek_DPO_final.pkl")["data_digest"]
-        assert (again == first) == same
+    assert pairs("b").digest == first.digest and len(calls) == 4
+    assert pairs("b", "--seed", "1").digest != first.digest
     monkeypatch.setattr(sampled_pairs, "verify", lambda item, answer: False)
     with pytest.raises(UserError, match="no pair to train on. A model that samples its own must be ri"):
-        call(monkeypatch, dpo_train, [*words, "--overwrite", "--set", f"data.cache_dir={tmp_path / 'd'}"])
+        pairs("c")
 
 
 # --- stopped, resumed, shared -------------------------------------------------------------------------------
@@ -216,6 +216,7 @@ def counting(folder, *words):
         return whole(*given)
 
     sampled_pairs.sampled_pairs = sampled
+    fine_tuning.SCORED, fine_tuning.SFT_SKILLS = 1, ()
     without_pictures("train.dpo_train", *words)
 
 
@@ -232,6 +233,8 @@ def test_two_processes_equal_one(files, tmp_path):
         assert done.returncode == 0, done.stderr
         assert [file.name for file in out.glob("sampled_*")] == ["sampled_0"]
         results.append(load_checkpoint(out / "run" / "TinySeek_DPO_final.pkl"))
+        shown = (out / "run" / "dpo_train" / "samples.txt").read_text(encoding="utf-8")
+        assert shown.count("question  ") == shown.count("before ") == shown.count("after ") == 20
     one, two = results
     assert one["data_digest"] == two["data_digest"] and one["step"] == two["step"]
     assert largest_difference(one["weights"], two["weights"]) < 1e-4
