@@ -12,11 +12,11 @@ from modules.experts.router import routing_codes
 from tests.inference.generation.test_generator import PROMPTS, SHAPES, build
 from utils.errors import UserError
 
-DRAWN = 4000
+DRAWN = 8000  # a temperature that is off by a tenth is 5 deviations away
 
 
 def chi_square(params) -> float:
-    """How far 4000 first tokens are from softmax(logits / temperature) of a plain forward, in standard
+    """How far `DRAWN` first tokens are from softmax(logits / temperature) of a plain forward, in standard
     deviations of the statistic: 0 in the mean if they follow it. Rare tokens count as one."""
     model = build(seed=4)
     prompt = [5, 17, 9]
@@ -44,7 +44,7 @@ def test_what_is_drawn_is_what_is_scored(temperature):
 def test_what_would_break_that_is_refused(name, value):
     """Every other rule draws from another distribution than the one that is scored, which shows at once."""
     params = SamplingParams(**{name: value}, max_new_tokens=1, seed=3)
-    assert name == "temperature" or chi_square(params) > 20
+    assert name == "temperature" or chi_square(params) > 8
     with pytest.raises(UserError, match=name):
         Generator(build()).generate([[5]], params, record=True)
 

@@ -7,6 +7,7 @@ import statistics
 import pytest
 import torch
 
+from inference.generation.generator import Generator
 from load_data.skills import training_items
 from tests.processes import fork
 from tests.train.policies import (
@@ -81,8 +82,16 @@ def test_rows_are_what_the_policy_sampled(moe, temperature):
     assert totals["measured ratio"].item() == pytest.approx(1, abs=1e-10)
 
 
-def test_answers_do_not_depend_on_the_batch():
-    """Other prompts in the batch, another number of samples: prompt n and sample g decide."""
+def test_answers_do_not_depend_on_the_batch(monkeypatch):
+    """Other prompts in the batch, another number of samples: prompt n and sample g decide. No two answers
+    share their random numbers."""
+    seeds, generate = [], Generator.generate
+
+    def noted(self, *given, **options):
+        seeds.append(options["seeds"])
+        return generate(self, *given, **options)
+
+    monkeypatch.setattr(Generator, "generate", noted)
     config = rl_config("rl.recipe=dr_grpo")
     wide = rl_config("rl.recipe=dr_grpo", "rl.prompts=5", "rl.group_size=6")
     policy = make_policy(config, dtype=torch.float64)
@@ -95,6 +104,8 @@ def test_answers_do_not_depend_on_the_batch():
     first = [row.answer for row in few.rows]
     few.next_step({"model": policy})
     assert few.position == 6 and [row.answer for row in few.rows] != first
+    few, _, more = seeds
+    assert len({*few, *more}) == 24
 
 
 def made(rewards, size=4, **more):
