@@ -84,10 +84,11 @@ class RLConfig:
     value_clip: float = option(0.2, above=0)
 
     def chosen(self) -> Recipe:
-        """Return the recipe with the pieces that were changed."""
+        """Return the recipe with the pieces that were changed; without an estimator, its weight is 0."""
         changes = {item.name: getattr(self, item.name) for item in fields(Recipe)}
         changes = {name: value for name, value in changes.items() if value is not None}
-        return Recipe(**(asdict(RECIPES[self.recipe]) | changes))
+        pieces = asdict(RECIPES[self.recipe]) | changes
+        return Recipe(**(pieces | ({"kl_weight": 0.0} if pieces["kl"] == "none" else {})))
 
     def check(self):
         """Reject combinations that have no meaning."""

@@ -2,12 +2,13 @@
 
     python train/grpo_train.py                                 the fine-tuned model in out/, on expressions
     python train/grpo_train.py --data skills:sums --set rl.recipe=dr_grpo --out out/sums
-    python train/grpo_train.py --set rl.kl=none --set rl.kl_weight=0     one piece of a recipe (config/rl.py)
+    python train/grpo_train.py --set rl.kl=none                one piece of a recipe changed (config/rl.py)
 
 What makes this stage: its data are its own answers to questions that a rule can judge (train/engine/
 rollouts.py), each compared with the others to the same question; its loss is a policy gradient, and the
 distance to the model it started from, which is kept frozen as the reference (train/engine/policy_loss.py);
-all parameters are trainable but those of a second head, which no answer uses; it saves the last weights.
+all parameters are trainable but those of a second head, which no answer uses; it saves the last weights, and
+answers before and after training (samples.txt beside the log).
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root

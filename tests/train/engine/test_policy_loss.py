@@ -90,6 +90,14 @@ def test_the_first_update_has_ratio_1_and_no_distance(moe):
     assert loss.checked and not loss.moved
 
 
+def test_without_an_estimator_there_is_no_distance():
+    """GRPO with rl.kl=none: no reference is needed, and no term."""
+    config = rl_config("rl.kl=none")
+    policy = make_policy(config)
+    totals, _ = losses(config, policy, rollouts(config, policy).next_step({"model": policy}))
+    assert "pg" in totals and not {"kl", "measured kl"} & totals.keys()
+
+
 def test_log_probabilities_and_entropy():
     """At labels only, as torch.distributions has them; with a soft cap too."""
     for settings in ((), ("model.final_logit_softcapping=3.0",)):
