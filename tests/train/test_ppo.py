@@ -105,21 +105,22 @@ def test_the_critic_starts_from_the_policy_and_judges_before_the_update(tmp_path
         critic.score.weight.normal_(generator=torch.Generator().manual_seed(0))
     first = stage.source.next_step(stage.trained | stage.frozen)
     with torch.no_grad():
-        critic.score.weight *= 2
+        critic.score.weight *= -1
         policy.lm_head.weight *= 1.01
     second = stage.source.next_step(stage.trained | stage.frozen)
-    total = tokens = 0.0
+    total = tokens = clipped = 0
     for one, other in zip(first.micro_batches, second.micro_batches, strict=True):
         mask = one["labels"] != -100
-        values = critic(one["input_ids"], padding_mask=one["padding_mask"])  # twice what they were
+        values = critic(one["input_ids"], padding_mask=one["padding_mask"])  # the opposite
         assert torch.equal(one["old_values"], other["old_values"]) and not one["old_values"].requires_grad
-        torch.testing.assert_close(values[mask], 2 * one["old_values"][mask], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(values[mask], -one["old_values"][mask], rtol=1e-4, atol=1e-5)
         for v, old, aim in zip(*(x[mask].tolist() for x in (values, one["old_values"], one["returns"]))):
             near = min(max(v, old - 0.2), old + 0.2)
             total, tokens = total + max((v - aim) ** 2, (near - aim) ** 2) / 2, tokens + 1
+            clipped += (near - aim) ** 2 > (v - aim) ** 2
     stage.loss.before_step(stage.model, second.micro_batches)
     terms = [stage.loss(stage.model, batch, second.weight)[0] for batch in second.micro_batches]
-    assert second.weight == tokens and len(terms) > 1
+    assert second.weight == tokens and len(terms) > 1 and clipped
     assert sum(each["value"].item() for each in terms) == pytest.approx(total / tokens, rel=1e-4)
     reached = torch.autograd.grad(terms[0]["value"], list(policy.parameters()), allow_unused=True)
     assert all(gradient is None for gradient in reached)
