@@ -82,6 +82,7 @@ class RLConfig:
     gamma: float = option(1.0, above=0, at_most=1)
     lam: float = option(0.95, at_least=0, at_most=1)  # of generalised advantage estimation
     value_clip: float = option(0.2, above=0)
+    critic_lr: float = option(3.0, above=0)  # learning rates of the critic over those of the policy
 
     def chosen(self) -> Recipe:
         """Return the recipe with the pieces that were changed; without an estimator, its weight is 0."""

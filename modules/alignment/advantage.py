@@ -59,22 +59,12 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, (advantages + values).where(mask, 0)
 
 
-def masked_sums(x, mask):
-    """Return count, sum and sum of squares of x (B, T) over the mask, fp64 (3,): they add up over parts."""
-    x = x.detach().double().where(mask, 0)
-    return torch.stack([mask.sum().double(), x.sum(), x.square().sum()])
-
-
-def whiten(x, mask, sums=None):
-    """Shift and scale x (B, T) to mean 0 and variance 1 (unbiased) over the mask; 0 outside.
-
-    `sums` are those of the whole (`masked_sums`), where x is one of several parts.
-    """
-    count, total, squares = masked_sums(x, mask) if sums is None else sums
-    mean = total / count.clamp(min=1)
-    # Rounding may leave a tiny negative variance where all are equal.
-    variance = ((squares - count * mean.square()) / (count - 1).clamp(min=1)).clamp(min=0)
-    return ((x - mean) * (variance + 1e-8).rsqrt()).to(x.dtype).where(mask, 0)
+def whiten(x, mask):
+    """Shift and scale x (B, T) to mean 0 and variance 1 (unbiased) over the mask; 0 outside."""
+    count = mask.sum()
+    centred = (x - x.where(mask, 0).sum() / count.clamp(min=1)).where(mask, 0)
+    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    return centred * (variance + 1e-8).rsqrt()
 
 
 def lesson():

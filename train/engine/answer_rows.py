@@ -93,6 +93,15 @@ def set_advantages(groups: list[list[Row]], rl, recipe) -> None:
         row.advantages = each[: len(row.answer)]
 
 
+def explained(rows: list[Row]) -> float:
+    """Return the share of the variance of the returns that the critic's values explain: 1 is all, 0 is none
+    or worse."""
+    returns, values = (torch.tensor([x for row in rows for x in getattr(row, name)]).double()
+                       for name in ("returns", "values"))  # fmt: skip
+    variance = float(returns.var(correction=0))
+    return max(0.0, 1 - float((returns - values).var(correction=0)) / variance) if variance else 0.0
+
+
 def has_signal(group: list[Row]) -> bool:
     """Return whether the answers to a prompt differ in their rewards."""
     return len({row.reward for row in group}) > 1

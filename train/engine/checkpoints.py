@@ -87,15 +87,25 @@ class Checkpoints:
         run, stage = self.run, self.run.stage
         return {
             "stage": stage.name, "short": stage.short, "config": to_dict(run.config),
-            "weights": parallel.state_dict(run.model, stage.own), "base": stage.base,
+            "weights": self.divided()[0], "base": stage.base,
             "tokenizer": stage.tokenizer.to_json() if stage.tokenizer else None,
             "data_digest": stage.data_digest, "step": run.step, "tokens": run.tokens,
         }  # fmt: skip
+
+    def divided(self) -> tuple[dict, dict]:
+        """Return the weights of the result of the stage, under names of its own, and all others."""
+        weights, part = parallel.state_dict(self.run.model, self.run.stage.own), self.run.stage.result
+        if part is None:
+            return weights, {}
+        others = {name: weight for name, weight in weights.items() if not name.startswith(f"{part}.")}
+        mine = {name.removeprefix(f"{part}."): weights[name] for name in weights if name not in others}
+        return mine, others
 
     def training_state(self) -> dict:
         """Return what only a resumed run needs."""
         run, held_out = self.run, self.run.held_out
         return {
+            "others": self.divided()[1],
             "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
             "scaler": run.scaler.state_dict(),
             "loader": run.stage.source.state_dict(),
@@ -139,8 +149,10 @@ class Checkpoints:
         """Restore the state of the run at the time of `path`."""
         self.check_same_run(saved, path)
         run, held_out = self.run, self.run.held_out
-        files.load_weights(run.model, saved["weights"], str(path), run.stage.own)
-        state = saved["training"]
+        state, part, weights = saved["training"], run.stage.result, saved["weights"]
+        if part:
+            weights = {f"{part}.{name}": weight for name, weight in weights.items()} | state["others"]
+        files.load_weights(run.model, weights, str(path), run.stage.own)
         for optimizer, values in zip(run.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         if state["scaler"]:  # empty if the run has not used fp16 so far

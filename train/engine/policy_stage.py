@@ -1,9 +1,11 @@
 """The stage of a policy: its models, its samples, its loss; and answers before and after, side by side."""
 
 import copy
+from operator import itemgetter
 
 from load_data.chat.chat_data import chosen_skills
 from load_data.chat.chat_template import ChatTemplate
+from train.engine.actor_critic import POLICY
 from train.engine.command import Command
 from train.engine.fine_tuning import Base
 from train.engine.machine import Machine
@@ -35,10 +37,11 @@ def policy_stage(name: str, short: str, base: Base, config, machine: Machine, cr
     template = ChatTemplate(base.tokenizer, config.data.template)
     source = Rollouts(model, template, names, config, machine)
     items = held_out_items(names, HELD_OUT, config.data.val_fraction)
+    measured = (items, template, config.rl, source.judge, machine.world, config.train.seed)
     return Stage(
         name=name, short=short, model=model, frozen=frozen, source=source,
         loss=PolicyLoss(model, config, machine),
-        evaluate=PolicyEvaluation(items, template, config.rl, source.judge, machine.world, config.train.seed),
+        evaluate=PolicyEvaluation(*measured, itemgetter(POLICY) if critic else lambda model: model),
         tokenizer=base.tokenizer, data_digest=" ".join(names),
         trains=lambda name: not name.startswith("mtp."),
     )  # fmt: skip

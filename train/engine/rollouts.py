@@ -30,7 +30,7 @@ from load_data.loader import IGNORED
 from load_data.skills import Item, training_items
 from load_data.skills.verifiers import verify
 from modules.alignment.policy_gradient import weight_of
-from train.engine.answer_rows import Row, by_rule, collate, has_signal, set_advantages
+from train.engine.answer_rows import Row, by_rule, collate, explained, has_signal, set_advantages
 from train.engine.policy_loss import token_logprobs
 from train.engine.stage import Batch, Step
 from utils.distributed import gather
@@ -122,6 +122,8 @@ class Rollouts:
             "truncated": sum(row.truncated for row in rows) / count, "rollout_tok_s": tokens / self.seconds,
             "rollout_ms": (time.perf_counter() - clock) * 1e3,
         }  # fmt: skip
+        if self.recipe.advantage == "gae":
+            self.numbers["explained"] = explained([row for group in groups for row in group])
         if self.rescored:
             self.numbers["gap"] = sum(row.gap for row in rows) / tokens
         return [row for group in groups for row in group]

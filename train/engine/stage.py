@@ -85,6 +85,8 @@ class Stage:
         data_digest: identifies the training data; a resumed run must find the same.
         base: the record of the frozen base in an adapter's checkpoint (plain data: `digest`, `path`).
         own: names of the weights that checkpoints hold, those of an adapter for example; None for all.
+        result: the part of a `ModuleDict` that checkpoints present as the model, under the names of its own;
+            the others are kept for resuming only (the critic beside a policy).
         keep_best: a metric; keep the weights with its highest value after an epoch, not the last weights.
         frozen: models that are used but not trained (a teacher, a reference policy), by name. The engine
             places them on the device and proves at the end that they have not changed.
@@ -102,6 +104,7 @@ class Stage:
     trains: Callable[[str], bool] = lambda name: True
     base: dict | None = None
     own: frozenset[str] | None = None
+    result: str | None = None
     keep_best: str | None = None
     frozen: dict[str, torch.nn.Module] = field(default_factory=dict)
     optim: dict[str, OptimConfig] = field(default_factory=dict)
