@@ -112,7 +112,7 @@ class BalanceConfig:
 class ExtendConfig:
     """The extension of a trained context (config/extension.py)."""
 
-    method: str = option("yarn", choices=METHODS)
+    method: str = option("abf", choices=METHODS)
     times: int = option(4, at_least=2)  # the new context, in trained lengths
 
 

@@ -14,11 +14,13 @@ import runpy
 import shlex
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 
 from config.load import load_config
+from load_data.skills.verifiers import REWARDS
 from tests.inference.tools import write_checkpoint
 from tests.train.tools import ROOT, environment
 from train.engine.command import parse_command
@@ -29,6 +31,8 @@ STAGES = {
     "pre_train": ("Pre", ()), "sft_train": ("SFT", ("Pre",)), "lora_train": ("Lora", ("SFT", "Pre")),
     "mixlora_train": ("MixLora", ("SFT", "Pre")), "prefix_train": ("Prefix", ("SFT", "Pre")),
     "gate_train": ("Gate", ("SFT", "Pre")), "extend_context": ("Long", ("Pre",)),
+    "grpo_train": ("GRPO", ("SFT",)), "ppo_train": ("PPO", ("SFT",)), "dpo_train": ("DPO", ("SFT",)),
+    "reward_train": ("Reward", ("SFT",)),
 }  # fmt: skip
 TEXT = "\n".join(f"To be or not to be, that is question {number}." for number in range(400))
 COMMON = ["train.batch_size=2", "train.accumulation_steps=1", "train.eval_batches=1"]
@@ -39,6 +43,7 @@ SMALL_MODEL = [
     "data.worked_examples=20", "data.sequence_length=32", "data.val_fraction=0.2",
 ]  # fmt: skip
 FEW_DIALOGUES = ["data.skill_samples=40", "data.val_fraction=0.2"]
+FEW_SAMPLES = ["rl.prompts=2", "rl.group_size=3", "rl.max_new_tokens=4", "rl.updates=1"]
 LITTLE_TEXT = ["data.limit=60", "data.worked_examples=20", "data.val_fraction=0.2"]
 
 
@@ -204,6 +209,9 @@ def run(home, monkeypatch, capfd):
     monkeypatch.setattr("train.engine.command.ROOT", home)  # where stages write and look for a base
     monkeypatch.setattr("load_data.chat.chat_data.VAL_PER_SKILL", 3)
     monkeypatch.setattr("train.engine.fine_tuning.SCORED", 2)
+    monkeypatch.setattr("train.engine.policy_stage.HELD_OUT", 4)
+    # An untrained model is never right, and learns nothing from rewards that are all 0.
+    monkeypatch.setitem(REWARDS, "right", lambda item, text: zlib.crc32(text.encode()) % 97 / 97)
 
     def call(words):
         if words[0] == "torchrun":
@@ -233,6 +241,13 @@ def a_text(folder: Path) -> str:
     return str(folder / "text.txt")
 
 
+def some_pairs(folder: Path) -> str:
+    """The path of a few pairs of answers."""
+    lines = [{"prompt": f"{n}?", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(40)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return str(folder / "pairs.jsonl")
+
+
 def small(words: list[str], home: Path) -> list[str]:
     """The command as it is run here."""
     words, script, stage = with_files(words, home), script_of(words), stage_of(words)
@@ -245,7 +260,10 @@ def small(words: list[str], home: Path) -> list[str]:
             words = ["torchrun", "--nproc_per_node", "2", *words[1:]]
             assert "--out" in words, "of another process the test does not know where it writes by default"
             words += [] if "--data" in words else ["--data", a_text(home)]
+        if stage in ("dpo_train", "reward_train") and "--data" not in words:
+            words += ["--data", some_pairs(home)]  # an untrained model has no right answer to make a pair of
         own = {"pre_train": SMALL_MODEL, "extend_context": LITTLE_TEXT}
+        own |= dict.fromkeys(("grpo_train", "ppo_train"), FEW_SAMPLES)
         settings = [*COMMON, *own.get(stage, FEW_DIALOGUES)]
         settings += [f"data.cache_dir={home / 'cache'}"]
         words += ["--max-steps", "2", "--device", "cpu", *(f"--set={setting}" for setting in settings)]

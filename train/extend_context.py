@@ -1,7 +1,7 @@
 """Context extension: a trained model learns to read several times as far, in a short second training.
 
-    python train/extend_context.py                               out/TinySeek_Pre_final.pkl, 4 times, YaRN
-    python train/extend_context.py --set extend.method=abf --set extend.times=8
+    python train/extend_context.py                               out/TinySeek_Pre_final.pkl, 4 times, ABF
+    python train/extend_context.py --set extend.method=yarn --set extend.times=8
     python inference/long_context.py --checkpoint out/TinySeek_Long_final.pkl     measures how far it reads
 
 What makes this stage: its data are the same text as in pre-training, in rows of the new length, with files

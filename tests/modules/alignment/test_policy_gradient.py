@@ -98,7 +98,7 @@ def test_only_the_policy_gets_a_gradient(name):
     assert logprobs.grad[mask].any() and all(each.grad is None for each in others)
 
 
-@pytest.mark.parametrize("name", set(RECIPES) - {"rft", "rloo"})
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("rft", "rloo")])
 def test_the_first_update_is_a_plain_policy_gradient(name):
     """On policy all ratios are 1: nothing is clipped, and the gradient is that of -A logprobs."""
     recipe = replace(RECIPES[name], kl_weight=0.0)
