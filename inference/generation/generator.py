@@ -64,10 +64,12 @@ class Generator:
         params: SamplingParams,
         stop_ids: Collection[int] = (),
         on_token: Callable[[int, int], bool | None] | None = None,
+        must: Callable[[int, list[int]], int | None] | None = None,
     ) -> list[Answer]:
         """Return the new tokens of each row.
 
         Each new token is passed to `on_token(row, token)` at once; the row ends where that returns True.
+        `must(row, new tokens so far)` may return the token that has to come next, whatever the model prefers.
         Raises `TypeError` for anything but lists of ids, and `UserError` for a prompt beyond the context.
         """
         prompts = self.check(prompts)
@@ -86,6 +88,8 @@ class Generator:
         try:
             if any(room):
                 sampler = Sampler(params, prompts, self.model.config.vocab_size, self.device, stop_ids)
+                if must:
+                    sampler.must = lambda row, ahead=(): must(row, [*answers[row], *ahead])
                 self.write(prompts, room, sampler, add)
         finally:
             self.model.train(training)

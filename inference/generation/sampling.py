@@ -108,7 +108,10 @@ class Sampler:
 
     Random numbers come from the CPU, so they are the same on every `device`. The repetition penalty spares
     `stop_ids`: they end each past answer of a conversation, and answers would grow longer with every turn.
+    `must(row)`, if set, is the token that has to come next in a row, or None if the model is free.
     """
+
+    must = None
 
     def __init__(self, params: SamplingParams, prompts: list[list[int]], vocab_size, device, stop_ids=()):
         self.params = params
@@ -126,5 +129,7 @@ class Sampler:
             probs = filtered_probs(logits, self.params, self.seen)
             uniforms = [1 - torch.rand(1, generator=generator) for generator in self.generators]  # (0, 1]
             tokens = draw(probs, torch.stack(uniforms).to(probs))
+        for row in range(len(tokens)) if self.must else ():
+            tokens[row] = tokens[row] if (token := self.must(row)) is None else token
         self.seen.scatter_(1, tokens[:, None], True)
         return tokens.tolist()

@@ -14,6 +14,7 @@ from load_data.chat.chat_template import Messages
 from load_data.chat.records import message
 from load_data.corpora.reserved import item_key
 from load_data.skills import arithmetic, docstrings, expressions, identity, lists, naming, shopping
+from load_data.skills import thought_sums, tool_sums
 from load_data.skills.common import TEST, TRAIN, VAL, Sample, by_side
 from utils.errors import UserError
 
@@ -39,6 +40,8 @@ REGISTRY = {
     "docstrings": Skill(0.05, docstrings.sample),
     "shopping": Skill(0.25, by_side(shopping.make)),
     "naming": Skill(0.25, by_side(naming.make)),
+    "thought_sums": Skill(0.45, by_side(thought_sums.make)),
+    "tool_sums": Skill(0.25, by_side(tool_sums.make)),
 }
 SKILLS = tuple(REGISTRY)
 SFT_SKILLS = ("identity", "arithmetic", "lists", "expressions", "docstrings")
@@ -93,8 +96,14 @@ def is_right(item: Item, answer: str) -> bool:
 
 
 def as_turn(sample: Sample) -> Messages:
-    """Return a question and its answer as messages."""
-    return [message("user", sample.question), message("assistant", sample.answer)]
+    """Return a question and its answer as messages, with thinking, or a call of a tool and its result."""
+    turn = [message("user", sample.question), message("assistant", sample.answer)]
+    if sample.thinking is not None:
+        turn[-1]["thinking"] = sample.thinking
+    if sample.call:
+        called = message("assistant", "") | {"tool_calls": [sample.call]}
+        turn[1:1] = [called, message("tool", sample.result)]
+    return turn
 
 
 def distinct_samples(name: str, side: str, count: int, seed: int, val_fraction: float) -> list[Sample]:
