@@ -82,7 +82,7 @@ class Conversation:
         if exchange.finish_reason == "calls":
             return "(too many calls of tools)"
         if exchange.finish_reason == "length":
-            full = len(exchange.prompt) + len(exchange.ids) >= generator.context
+            full = exchange.written < params.max_new_tokens or not exchange.own[-1]
             limit = f"the context of {generator.context} tokens is full" if full else "max_new_tokens"
             return f"(cut after {sum(exchange.own)} tokens: {limit})"
         if "tool_calls" in exchange.messages[-1]:

@@ -3,7 +3,7 @@
     prompt  .. Assistant：<think>                     the request asks for thinking
     model   7,8=15 4,3,1=8</think>                    after `budget` tokens </think> is forced
             <tool_call>{"name": ..}</tool_call><|im_end|>
-    tool    \\n<tool_response>85</tool_response>\\n     the model reads it and did not write it: `own` is False
+    tool    \\n<tool_response>85</tool_response>\\n     read by the model, not written: `own` is False
     prompt  Assistant：<think>
     model   </think>85<|im_end|>
 
@@ -58,6 +58,7 @@ class Exchange:
     own: list[bool] = field(default_factory=list)  # True where the model wrote the id
     messages: Messages = field(default_factory=list)  # answers, and results of tools between them
     thought: int = 0  # tokens of thinking so far
+    written: int = 0  # tokens of the last answer
     finish_reason: str = ""  # of the last answer, as in `Answer`; "calls" if it was one call too many
 
     def add(self, ids: list[int], own: bool) -> None:
@@ -115,6 +116,7 @@ def write(generator, active: list[Exchange], streams, params, request: Request, 
         if request.thinking:
             one.thought += next((n for n, token in enumerate(answer) if token in leaving), len(answer))
         one.add(answer, True)
+        one.written = len(answer)
         one.messages.append(stream.message())
         one.finish_reason = answer.finish_reason
 

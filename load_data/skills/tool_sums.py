@@ -31,4 +31,4 @@ def make(rng: random.Random) -> Sample:
     value = str(expression.value)
     call = {"name": "calculator", "arguments": {"expression": expression.text}}
     question = rng.choice(SIGNED + LONGER).format(expression.text)
-    return Sample(expression.text, question, value, call=call, result=value)
+    return Sample(expression.text, question, value, expression.items, call=call, result=value)
