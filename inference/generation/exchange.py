@@ -28,7 +28,7 @@ NO_MORE = "error: no more calls; answer now"
 
 @dataclass(frozen=True)
 class Request:
-    """What a request asks for and allows."""
+    """The thinking and the tools that a request asks for."""
 
     thinking: bool = False
     budget: int | None = None  # most tokens of thinking; None for no limit

@@ -21,7 +21,7 @@ SIGNS = {
 
 
 class ToolError(ValueError):
-    """What a tool cannot do, in words for the model."""
+    """A failure of a tool, in words for the model."""
 
 
 def calculate(expression: str) -> str:
