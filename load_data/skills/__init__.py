@@ -2,7 +2,7 @@
 
 Every skill splits its questions into training, validation and test (see `common.py`): no test question, and
 no sum or expression in one, occurs in a training dialogue or in the text of pre-training. Fine-tuning without
-`--data` uses `SFT_SKILLS`; the others are for adapters.
+`--data` uses `SFT_SKILLS`; the others are for adapters, and `PART_SKILLS` teach thinking and tools.
 """
 
 import random
@@ -44,6 +44,7 @@ REGISTRY = {
     "tool_sums": Skill(0.25, by_side(tool_sums.make)),
 }
 SKILLS = tuple(REGISTRY)
+PART_SKILLS = ("thought_sums", "tool_sums")  # they need tokens that older tokenizers lack
 SFT_SKILLS = ("identity", "arithmetic", "lists", "expressions", "docstrings")
 HELD_OUT = DataConfig().val_fraction  # of the standard library, for the skill docstrings
 TURNS, TURN_WEIGHTS = (1, 2, 3), (6, 1, 1)  # how many questions in one dialogue
