@@ -84,7 +84,7 @@ class Conversation:
         if exchange.finish_reason == "length":
             full = exchange.written < params.max_new_tokens or not exchange.own[-1]
             limit = f"the context of {generator.context} tokens is full" if full else "max_new_tokens"
-            return f"(cut after {sum(exchange.own)} tokens: {limit})"
+            return f"(cut after {exchange.written} tokens: {limit})"
         if "tool_calls" in exchange.messages[-1]:
             return "(the model calls a tool, which runs with /tools on or --tools)"
         return ""

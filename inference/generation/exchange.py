@@ -3,12 +3,13 @@
     prompt  .. Assistant：<think>                     the request asks for thinking
     model   7,8=15 4,3,1=8</think>                    after `budget` tokens </think> is forced
             <tool_call>{"name": ..}</tool_call><|im_end|>
-    tool    \\n<tool_response>85</tool_response>\\n     read by the model, not written: `own` is False
+    tool    \\n<tool_response>85</tool_response>\\n
     prompt  Assistant：<think>
     model   </think>85<|im_end|>
 
 Within one exchange the model goes on from the very ids that it wrote, not from their text encoded again. The
-budget is for the whole exchange, and the number of calls is bounded.
+budget is for the whole exchange, and the number of calls is bounded. `Exchange.own` tells the ids that the
+model chose from those of tools and prompts and from a forced </think>: training must not score the latter.
 """
 
 from collections.abc import Callable, Collection
@@ -55,15 +56,11 @@ class Exchange:
     row: int
     prompt: list[int]
     ids: list[int] = field(default_factory=list)
-    own: list[bool] = field(default_factory=list)  # True where the model wrote the id
+    own: list[bool] = field(default_factory=list)  # True where the model chose the id
     messages: Messages = field(default_factory=list)  # answers, and results of tools between them
     thought: int = 0  # tokens of thinking so far
     written: int = 0  # tokens of the last answer
     finish_reason: str = ""  # of the last answer, as in `Answer`; "calls" if it was one call too many
-
-    def add(self, ids: list[int], own: bool) -> None:
-        """Append ids."""
-        self.ids, self.own = self.ids + ids, self.own + [own] * len(ids)
 
 
 def respond(
@@ -98,25 +95,27 @@ def respond(
 def write(generator, active: list[Exchange], streams, params, request: Request, stop_ids, on_text) -> None:
     """Write one answer in each of the `active` exchanges."""
     special = streams[0].tokenizer.special_ids if streams else {}
-    leaving = {special.get(END_THINK), special.get(CALL)}
+    forced, leaving = {}, {special.get(END_THINK), special.get(CALL)}
 
     def on_token(place, token):
         on_text(active[place].row, *streams[place].push(token))
         return streams[place].stopped
 
     def must(place, written):
-        over = len(written) == request.budget - active[place].thought
-        return special[END_THINK] if over and leaving.isdisjoint(written) else None
+        if len(written) != request.budget - active[place].thought or not leaving.isdisjoint(written):
+            return None
+        forced[place] = len(written)
+        return special[END_THINK]
 
     limit = {"must": must} if request.thinking and request.budget is not None else {}
     begun = [one.prompt + one.ids for one in active]
     answers = generator.generate(begun, params, stop_ids, on_token, **limit)
-    for one, stream, answer in zip(active, streams, answers, strict=True):
+    for place, (one, stream, answer) in enumerate(zip(active, streams, answers, strict=True)):
         on_text(one.row, *stream.finish())
         if request.thinking:
             one.thought += next((n for n, token in enumerate(answer) if token in leaving), len(answer))
-        one.add(answer, True)
-        one.written = len(answer)
+        one.ids, one.written = one.ids + answer, len(answer)
+        one.own += [number != forced.get(place) for number in range(len(answer))]
         one.messages.append(stream.message())
         one.finish_reason = answer.finish_reason
 
@@ -134,7 +133,8 @@ def goes_on(one: Exchange, template: ChatTemplate, request: Request, turn: int, 
     for result in results:
         on_text(one.row, "result", result)
     one.messages += [{"role": "tool", "content": result} for result in results]
-    one.add(template.reply(results, request.thinking), False)
+    reply = template.reply(results, request.thinking)
+    one.ids, one.own = one.ids + reply, one.own + [False] * len(reply)
     if len(one.prompt) + len(one.ids) < context:
         return True
     one.finish_reason = "length"

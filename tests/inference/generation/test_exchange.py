@@ -65,6 +65,7 @@ def test_the_budget_is_exact(budget):
         assert exchange.thought == (cut if budget < 20 else ends)
         if cut < 20:
             assert exchange.ids[cut] == close
+        assert exchange.own == [n != budget or cut < budget for n in range(20)]  # chosen by the model
     assert budget == 200 or any(len(one.ids) > budget + 1 for one in exchanges)  # and the answer goes on
 
 
