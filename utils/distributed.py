@@ -141,6 +141,16 @@ def sum_scalars(values: list[float]) -> list[float]:
     return reduce(torch.tensor([float(value) for value in values], dtype=torch.float64)).tolist()
 
 
+def gather(value) -> list:
+    """Return the values of all processes, in the order of their ranks: any Python object each."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    with others_alive():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def broadcast_parameters(module: torch.nn.Module) -> None:
     """Give every process the parameters and buffers of the first."""
     if dist.is_initialized():

@@ -1,4 +1,5 @@
-"""The curves of a run: loss, perplexity, learning rate, throughput, and expert load where there are experts.
+"""The curves of a run: loss, perplexity, learning rate, throughput, expert load where there are experts, and
+what reinforcement learning logs.
 
     python utils/plot.py                         # out/pre_train/log.txt -> out/pre_train/curves.png
     python utils/plot.py LOG LOG --out both.png  # several runs in one picture
@@ -18,15 +19,31 @@ from utils.log import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 COLORS = ["#1f6fb4", "#d95f02", "#2a9d5c", "#8e5bb5", "#c2406b", "#7a7a2a"]
+OF_ONE_RUN = ["#1f6fb4", "#111111", "#d95f02", "#2a9d5c"]  # of the keys of a panel
+LINES = ["-", "--", "-.", ":"]  # likewise, of several runs, which have a color each
 
-# title, label of the vertical axis, and the log keys: steps as a thin line, evaluations as a thick one
+# Title, label of the vertical axis, and the log keys: steps as a thin line, evaluations (`val_`) as a thick
+# one. A panel is drawn if its first key is in a log.
 PANELS = [
     ("Loss", "nats per token", ["loss", "val_loss"]),
     ("Perplexity", "exp(loss), log scale", ["ppl", "val_ppl"]),
     ("Learning rate", "learning rate", ["lr"]),
     ("Throughput", "tokens per second", ["tok_s"]),
     ("Expert load, worst layer", "(max - mean) / mean", ["max_vio"]),
+    ("Reward", "mean over the samples", ["reward", "val_reward"]),
+    ("Right answers", "share", ["right", "val_greedy", "val_pass1", "val_pass8"]),
+    ("Distance to the reference", "KL in nats per token", ["kl"]),
+    ("Entropy of the policy", "nats per token", ["entropy"]),
+    ("Length of answers", "tokens", ["length", "val_length"]),
+    ("What teaches less", "share", ["no_signal", "clip_frac", "truncated"]),
+    ("Rollouts and updates", "tokens per second", ["rollout_tok_s", "update_tok_s"]),
+    ("Chosen answer ahead of the rejected one", "share", ["acc", "val_acc"]),
 ]
+LABELS = dict.fromkeys(("loss", "ppl", "reward", "right", "length", "acc"), "training") | {
+    "val_greedy": "greedy", "val_pass1": "pass@1", "val_pass8": "pass@8",
+    "no_signal": "groups without signal", "clip_frac": "clipped tokens", "truncated": "answers cut",
+    "rollout_tok_s": "rollouts", "update_tok_s": "updates",
+}  # fmt: skip
 
 
 def plot_curves(log_path: str | Path | list, png_path: str | Path, seconds: bool = False) -> None:
@@ -52,10 +69,14 @@ def plot_curves(log_path: str | Path | list, png_path: str | Path, seconds: bool
         for rows, name, color in zip(logs.values(), names, COLORS * len(names)):
             draw(axes, rows, keys, name if len(names) > 1 else "", color)
         scale = "log" if title == "Perplexity" else "linear"
+        if title == "Loss" and not any("ppl" in row for rows in logs.values() for row in rows):
+            unit = "loss of the stage"  # not of a language model
         place = "seconds of training steps" if seconds else "step (optimizer updates)"
         axes.set(title=title, xlabel=place, ylabel=unit, yscale=scale)
         axes.grid(alpha=0.3)
-        if title == "Throughput":
+        if unit == "share":
+            axes.set_ylim(-0.02, 1.02)
+        elif "tokens per second" in unit:
             axes.set_ylim(bottom=0)  # otherwise a little noise fills the panel
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=10)
@@ -90,15 +111,16 @@ def save_figure(figure: Figure, png: str | Path) -> None:
 
 
 def draw(axes, rows: list[dict], keys: list[str], name: str, color: str) -> None:
-    """Draw one run in one panel: steps, and evaluations on top."""
-    for key, style in zip(keys, ({"linewidth": 1.2, "alpha": 0.75}, {"linewidth": 2, "marker": "o"})):
+    """Draw one run in one panel: steps, and evaluations on top. `name` is empty if there is only one run."""
+    for number, key in enumerate(keys):
         points = [(row["place"], row[key]) for row in rows if key in row]
         if not points:
             continue
-        words = [name, {"loss": "training", "ppl": "training"}.get(key, "validation" if "val" in key else "")]
-        shade = "#111111" if "val" in key and not name else color
-        label = " ".join(filter(None, words)) or None
-        axes.plot(*zip(*points), color=shade, markersize=4, label=label, **style)
+        measured = key.startswith("val_")
+        style = {"linewidth": 2, "marker": "o"} if measured else {"linewidth": 1.2, "alpha": 0.75}
+        style |= {"color": color, "linestyle": LINES[number]} if name else {"color": OF_ONE_RUN[number]}
+        label = " ".join(filter(None, (name, LABELS.get(key, "validation" if measured else "")))) or None
+        axes.plot(*zip(*points), markersize=4, label=label, **style)
 
 
 def run_names(paths: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ model chose from those of tools and prompts and from a forced </think>: training
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams, row_seed
@@ -57,6 +57,7 @@ class Exchange:
     prompt: list[int]
     ids: list[int] = field(default_factory=list)
     own: list[bool] = field(default_factory=list)  # True where the model chose the id
+    logprobs: list[float] = field(default_factory=list)  # of each id, with `record`; 0 of those of tools
     messages: Messages = field(default_factory=list)  # answers, and results of tools between them
     thought: int = 0  # tokens of thinking so far
     written: int = 0  # tokens of the last answer
@@ -72,28 +73,31 @@ def respond(
     stop_ids: Collection[int] | None = None,
     stop: tuple[str, ...] = (),
     on_text: Callable[[int, str, str], None] = lambda row, part, text: None,
+    record: bool = False,
 ) -> list[Exchange]:
     """Return what follows each prompt; a prompt of a request with thinking ends in `<think>`.
 
     `params.max_new_tokens` bounds each answer. `stop_ids` are by default those of the template; `stop` are
     texts that end an answer. `on_text(row, part, text)` receives text as it is written: of the parts
-    `thinking`, `content` and `call`, and then the `result` of a call.
+    `thinking`, `content` and `call`, and then the `result` of a call. `record`: fill in `logprobs`.
     """
     request.check(template)
     stop_ids = template.stop_ids if stop_ids is None else stop_ids
     rows = active = [Exchange(row, prompt) for row, prompt in enumerate(prompts)]
     for turn in range(MOST_CALLS + 2):
         streams = [AnswerStream(template.tokenizer, request.thinking, stop) for _ in active]
-        seeded = replace(params, seed=row_seed(params.seed, -turn))  # new random numbers after each call
-        write(generator, active, streams, seeded, request, stop_ids, on_text)
+        options = {"record": True} if record else {}
+        if turn:  # new random numbers, which depend on no other row
+            options["seeds"] = [row_seed(params.seed, one.row, turn) for one in active]
+        write(generator, active, streams, params, request, stop_ids, on_text, options)
         active = [one for one in active if goes_on(one, template, request, turn, generator.context, on_text)]
         if not active:
             break
     return rows
 
 
-def write(generator, active: list[Exchange], streams, params, request: Request, stop_ids, on_text) -> None:
-    """Write one answer in each of the `active` exchanges."""
+def write(generator, active: list[Exchange], streams, params, request, stop_ids, on_text, options) -> None:
+    """Write one answer in each of the `active` exchanges; `options` are for the generator."""
     special = streams[0].tokenizer.special_ids if streams else {}
     forced, leaving = {}, {special.get(END_THINK), special.get(CALL)}
 
@@ -107,14 +111,16 @@ def write(generator, active: list[Exchange], streams, params, request: Request, 
         forced[place] = len(written)
         return special[END_THINK]
 
-    limit = {"must": must} if request.thinking and request.budget is not None else {}
+    if request.thinking and request.budget is not None:
+        options["must"] = must
     begun = [one.prompt + one.ids for one in active]
-    answers = generator.generate(begun, params, stop_ids, on_token, **limit)
+    answers = generator.generate(begun, params, stop_ids, on_token, **options)
     for place, (one, stream, answer) in enumerate(zip(active, streams, answers, strict=True)):
         on_text(one.row, *stream.finish())
         if request.thinking:
             one.thought += next((n for n, token in enumerate(answer) if token in leaving), len(answer))
         one.ids, one.written = one.ids + answer, len(answer)
+        one.logprobs += answer.logprobs if "record" in options else []
         one.own += [number != forced.get(place) for number in range(len(answer))]
         one.messages.append(stream.message())
         one.finish_reason = answer.finish_reason
@@ -135,6 +141,7 @@ def goes_on(one: Exchange, template: ChatTemplate, request: Request, turn: int, 
     one.messages += [{"role": "tool", "content": result} for result in results]
     reply = template.reply(results, request.thinking)
     one.ids, one.own = one.ids + reply, one.own + [False] * len(reply)
+    one.logprobs += [0.0] * len(reply) if one.logprobs else []
     if len(one.prompt) + len(one.ids) < context:
         return True
     one.finish_reason = "length"

@@ -8,6 +8,9 @@ tokens each row has. A row ends at a stop token, after `max_new_tokens`, when th
 candidates may change places, because sums are taken in another order. With a `rope_scaling` that depends on
 the length (dynamic, longrope), a row is read for the length of its prompt plus `max_new_tokens`.
 
+A prompt that is to be continued several times (`samples`) is read once, and its cache is copied. Rows that
+have ended leave the batch when they are half of it.
+
 Prompt and answer together never exceed `max_position_embeddings`. A prompt is never shortened here; callers
 keep its last `room` tokens.
 """
@@ -22,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from inference.fast.decoder import FastDecoder, agree, decoders, fingerprint, refusal
 from inference.generation.sampling import Sampler, SamplingParams
 from model.caches import make_cache
+from modules.experts.router import routing_codes
 from utils.errors import UserError
 
 SMALL = 32 * 2**20  # bytes of weights up to which a second CPU thread does not help
@@ -33,6 +37,9 @@ class Answer(list):
     """The new tokens of one row, including the stop token."""
 
     finish_reason = "length"  # cut after `max_new_tokens` or by a full context; "stop" for any other end
+    # only with `record`:
+    logprobs: list[float]  # of each new token, under the distribution it was drawn from
+    experts: list[int]  # `routing_codes` of prompt and answer, without the last token; empty without experts
 
 
 class Generator:
@@ -64,17 +71,27 @@ class Generator:
         params: SamplingParams,
         stop_ids: Collection[int] = (),
         on_token: Callable[[int, int], bool | None] | None = None,
+        samples: int = 1,
+        seeds: list[int] | None = None,
+        record: bool = False,
         must: Callable[[int, list[int]], int | None] | None = None,
     ) -> list[Answer]:
         """Return the new tokens of each row.
 
         Each new token is passed to `on_token(row, token)` at once; the row ends where that returns True.
+        Prompt p is continued `samples` times, in rows p * samples and following. `seeds`: of each row, by
+        default made from that of `params`. `record`: fill in `logprobs` and `experts` of the answers.
         `must(row, new tokens so far)` may return the token that has to come next, whatever the model prefers.
-        Raises `TypeError` for anything but lists of ids, and `UserError` for a prompt beyond the context.
+        Raises `TypeError` for anything but lists of ids, and `UserError` for a prompt beyond the context, or
+        for rules of sampling that cannot be recorded.
         """
-        prompts = self.check(prompts)
+        prompts = [prompt for prompt in self.check(prompts) for _ in range(samples)]
         room = [min(params.max_new_tokens, self.context - len(prompt)) for prompt in prompts]
         answers = [Answer() for _ in prompts]
+        if record:
+            params.check_recorded()
+            for answer in answers:
+                answer.logprobs, answer.experts = [], []
 
         def add(row: int, token: int) -> bool:
             answers[row].append(token)
@@ -87,36 +104,59 @@ class Generator:
         self.model.eval()
         try:
             if any(room):
-                sampler = Sampler(params, prompts, self.model.config.vocab_size, self.device, stop_ids)
+                vocabulary = self.model.config.vocab_size
+                sampler = Sampler(params, prompts, vocabulary, self.device, stop_ids, seeds)
                 if must:
                     sampler.must = lambda row, ahead=(): must(row, [*answers[row], *ahead])
-                self.write(prompts, room, sampler, add)
+                self.write(prompts, room, sampler, add, samples, answers if record else None)
         finally:
             self.model.train(training)
         return answers
 
-    def write(self, prompts: list[list[int]], room: list[int], sampler: Sampler, add) -> None:
-        """Write up to `room[row]` tokens in each row; `add(row, token)` returns False if the row ends."""
-        lengths = [len(prompt) for prompt in prompts]
-        planned = [length + places for length, places in zip(lengths, room, strict=True)]
-        cache = make_cache(self.model, len(prompts), max(planned), planned)
-        decoder = self.fast_decoder() if len(prompts) == 1 else None
-        active = [places > 0 for places in room]
-        ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)  # (B, T)
+    def write(self, prompts, room: list[int], sampler: Sampler, add, samples=1, recorded=None) -> None:
+        """Write up to `room[row]` tokens in each row; `add(row, token)` returns False if the row ends.
+
+        `recorded`: the answers, to fill in what is recorded.
+        """
+        first = range(0, len(prompts), samples)  # the first row of each prompt, which is read for all
+        lengths = [len(prompts[row]) for row in first]
+        planned = [len(prompts[row]) + room[row] for row in first]
+        cache = make_cache(self.model, len(first), max(planned), planned)
+        decoder = self.fast_decoder() if len(prompts) == 1 and recorded is None else None
+        rows, active = list(range(len(prompts))), [places > 0 for places in room]
+        ids = pad_sequence([torch.tensor(prompts[row]) for row in first], batch_first=True)  # (B, T)
         new = None if min(lengths) == max(lengths) else lengths
         with few_threads(self.model, sum(lengths)):
-            logits = self.forward(ids, cache, new)
+            logits, codes = self.forward(ids, cache, new, recorded)
+        if samples > 1:
+            copies = [row // samples for row in rows]
+            cache.select(copies)
+            logits = logits[copies]
+        for row in rows if codes else ():
+            recorded[row].experts = codes[row // samples][: lengths[row // samples]]
         with few_threads(self.model, len(prompts)):
             while True:
-                tokens = sampler.pick(logits)
-                active = [go and add(row, tokens[row]) for row, go in enumerate(active)]
+                tokens = sampler.pick(logits, rows)
+                if recorded is not None:
+                    for row, go, value in zip(rows, active, sampler.logprobs.tolist(), strict=True):
+                        if go:
+                            recorded[row].logprobs.append(value)
+                active = [go and add(*one) for go, one in zip(active, zip(rows, tokens), strict=True)]
                 if not any(active):
                     return
+                if 2 * sum(active) <= len(rows):
+                    left = [place for place, go in enumerate(active) if go]
+                    cache.select(left)
+                    rows, tokens = ([each[place] for place in left] for each in (rows, tokens))
+                    active = [True] * len(rows)
                 if decoder is not None:
                     logits = decoder.step(tokens[0], cache)
-                else:
-                    new = None if all(active) else [int(one) for one in active]  # finished rows do not move
-                    logits = self.forward(torch.tensor(tokens)[:, None], cache, new)
+                    continue
+                new = None if all(active) else [int(one) for one in active]  # finished rows do not move
+                logits, codes = self.forward(torch.tensor(tokens)[:, None], cache, new, recorded)
+                for row, go, code in zip(rows, active, codes or ()):
+                    if go:
+                        recorded[row].experts += code
 
     def room(self, max_new_tokens: int) -> int:
         """Return the length of a prompt that leaves room for the answer: at least half of the context."""
@@ -136,9 +176,12 @@ class Generator:
             raise UserError(f"a prompt of {longest} tokens does not fit in the context of {context}: cut it")
         return prompts
 
-    def forward(self, ids, cache, new: list[int] | None):
-        """Run the model on ids (B, T), of which `new` are real (None: all); return each row's last logits."""
-        return self.model(ids.to(self.device), cache=cache, new_tokens=new, last_only=True).logits[:, 0]
+    def forward(self, ids, cache, new: list[int] | None, recorded=None):
+        """Run the model on ids (B, T), of which `new` are real (None: all); return each row's last logits,
+        and what to record about experts: a list (B) of lists (T), or None."""
+        output = self.model(ids.to(self.device), cache=cache, new_tokens=new, last_only=True)
+        logits, record = output.logits[:, 0], recorded is not None and output.routings
+        return logits, routing_codes(output.routings).view(ids.shape).tolist() if record else None
 
     def fast_decoder(self) -> FastDecoder | None:
         """Return the prepared decoder, rebuilt if the model has changed, or None: `why_plain`."""

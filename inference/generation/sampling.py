@@ -11,6 +11,9 @@ The filters, in their order (that of Hugging Face `transformers`):
     logits: (B, V) -> filtered_probs: (B, V), rows sum to 1 -> Sampler.pick: B token ids
 
 Filtering and drawing are separate: speculative decoding compares the filtered probabilities of two models.
+
+Reinforcement learning needs the log-probability of each drawn token, and computes it again, with a gradient,
+as log softmax(logits / temperature). Trap: after a filter the two differ: what it keeps sums to 1 again.
 """
 
 import hashlib
@@ -20,6 +23,7 @@ import torch
 
 from utils.errors import UserError
 
+BLOCK = 32  # random numbers that a row draws at once
 COLDEST = 1e-30  # logits below 1e8 divided by it are still finite in fp32
 
 
@@ -48,6 +52,17 @@ class SamplingParams:
         for name, (holds, rule) in rules.items():
             if not holds:
                 raise UserError(f"{name}={getattr(self, name)} must be {rule}")
+
+    def check_recorded(self) -> None:
+        """Raise `UserError` if tokens are drawn from anything but softmax(logits / temperature)."""
+        if self.temperature == 0:
+            raise UserError("temperature=0 draws nothing: log-probabilities are recorded above 0 only")
+        for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
+            if (value := getattr(self, name)) != getattr(SamplingParams, name):
+                raise UserError(
+                    f"{name}={value}: with log-probabilities, only a temperature may shape the distribution; "
+                    f"{name} makes tokens more likely than they are when the answer is scored; leave it out"
+                )
 
 
 def filtered_probs(logits, params: SamplingParams, seen=None):
@@ -93,14 +108,16 @@ def draw(probs, uniforms):
     return torch.searchsorted(cumulative, uniforms * cumulative[:, -1:])[:, 0]
 
 
-def row_seed(seed: int, row: int) -> int:
-    """Return the seed of one row of a batch: `seed` itself for row 0, a hash of both numbers for the others.
+def row_seed(seed: int, *row: int) -> int:
+    """Return the seed of one row of a batch, or of one sample of a prompt (`row` is then two numbers): `seed`
+    itself for row 0, a hash of all numbers for the others.
 
     Trap: with seed + row, row 1 of seed 0 would repeat row 0 of seed 1.
     """
-    if row == 0:
+    if row == (0,):
         return seed
-    return int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:8]) >> 2  # 62 bits
+    numbers = " ".join(map(str, (seed, *row)))
+    return int.from_bytes(hashlib.sha256(numbers.encode()).digest()[:8]) >> 2  # 62 bits
 
 
 class Sampler:
@@ -108,28 +125,46 @@ class Sampler:
 
     Random numbers come from the CPU, so they are the same on every `device`. The repetition penalty spares
     `stop_ids`: they end each past answer of a conversation, and answers would grow longer with every turn.
-    `must(row)`, if set, is the token that has to come next in a row, or None if the model is free.
+    `logprobs` (B,) are those of the tokens picked last. `must(row)`, if set, is the token that has to come
+    next in a row, or None if the model is free.
     """
 
     must = None
 
-    def __init__(self, params: SamplingParams, prompts: list[list[int]], vocab_size, device, stop_ids=()):
-        self.params = params
+    def __init__(
+        self, params: SamplingParams, prompts: list[list[int]], vocab_size, device, stop_ids=(), seeds=None
+    ):
+        self.params, self.logprobs = params, None
         self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-        for row, prompt in enumerate(prompts):  # trained embeddings have ids beyond the vocabulary
+        for row, prompt in enumerate(prompts if params.repetition_penalty != 1 else ()):
+            # trained embeddings have ids beyond the vocabulary
             self.seen[row, [one for one in prompt if one < vocab_size and one not in stop_ids]] = True
-        seeds = [row_seed(params.seed, row) for row in range(len(prompts))]
+        seeds = seeds or [row_seed(params.seed, row) for row in range(len(prompts))]
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.picked, self.block = 0, None  # tokens of each row so far; random numbers (B, BLOCK)
 
-    def pick(self, logits) -> list[int]:
-        """Return the next token of each row for logits (B, V)."""
+    def pick(self, logits, rows: list[int] | None = None) -> list[int]:
+        """Return the next token of each row for logits (B, V); `rows` are those left in the batch."""
+        rows = torch.arange(len(self.generators)) if rows is None else torch.tensor(rows)
+        seen = self.seen[rows.to(self.seen.device)] if self.params.repetition_penalty != 1 else None
         if self.params.temperature == 0:
-            tokens = penalised(logits, self.params, self.seen).argmax(dim=1)
+            tokens = penalised(logits, self.params, seen).argmax(dim=1)
         else:
-            probs = filtered_probs(logits, self.params, self.seen)
-            uniforms = [1 - torch.rand(1, generator=generator) for generator in self.generators]  # (0, 1]
-            tokens = draw(probs, torch.stack(uniforms).to(probs))
-        for row in range(len(tokens)) if self.must else ():
-            tokens[row] = tokens[row] if (token := self.must(row)) is None else token
-        self.seen.scatter_(1, tokens[:, None], True)
+            probs = filtered_probs(logits, self.params, seen)
+            tokens = draw(probs, self.uniforms(rows).to(probs))
+        for place, row in enumerate(rows.tolist() if self.must else ()):
+            tokens[place] = tokens[place] if (token := self.must(row)) is None else token
+        if self.params.temperature > 0:
+            self.logprobs = probs.gather(1, tokens[:, None])[:, 0].log()
+        if seen is not None:
+            self.seen[rows.to(tokens.device), tokens] = True
         return tokens.tolist()
+
+    def uniforms(self, rows):
+        """Return the next random number of each row, (B, 1) in (0, 1]. All rows are drawn by blocks."""
+        place = self.picked % BLOCK
+        if place == 0:
+            drawn = [torch.rand(BLOCK, generator=generator) for generator in self.generators]
+            self.block = 1 - torch.stack(drawn)
+        self.picked += 1
+        return self.block[rows, place, None]

@@ -51,10 +51,10 @@ class SpeculativeGenerator(Generator):
             raise UserError(f"draft_length={draft_length} must be 1 to {longest} with model.mtp={kind}")
         self.draft_length, self.drafted, self.accepted = draft_length, 0, 0
 
-    def write(self, prompts: list[list[int]], room: list[int], sampler: Sampler, add) -> None:
+    def write(self, prompts, room: list[int], sampler: Sampler, add, samples=1, recorded=None) -> None:
         """Write as `Generator.write` does, one row with drafts."""
-        if len(prompts) != 1:
-            return super().write(prompts, room, sampler, add)
+        if len(prompts) != 1 or recorded is not None:
+            return super().write(prompts, room, sampler, add, samples, recorded)
         (prompt,), (left,) = prompts, room
         cache = make_cache(self.model, 1, len(prompt) + left)
         draft_cache = make_draft_cache(self.model, 1, len(prompt) + left)

@@ -2,9 +2,11 @@
 
 Every skill splits its questions into training, validation and test (see `common.py`): no test question, and
 no sum or expression in one, occurs in a training dialogue or in the text of pre-training. Fine-tuning without
-`--data` uses `SFT_SKILLS`; the others are for adapters, and `PART_SKILLS` teach thinking and tools.
+`--data` uses `SFT_SKILLS`; the others are for adapters, `sums` for rewards, and `PART_SKILLS` teach thinking
+and tools.
 """
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from config.schema import DataConfig
 from load_data.chat.chat_template import Messages
 from load_data.chat.records import message
 from load_data.corpora.reserved import item_key
-from load_data.skills import arithmetic, docstrings, expressions, identity, lists, naming, shopping
+from load_data.skills import arithmetic, docstrings, expressions, identity, lists, naming, shopping, sums
 from load_data.skills import thought_sums, tool_sums
 from load_data.skills.common import TEST, TRAIN, VAL, Sample, by_side
 from utils.errors import UserError
@@ -40,6 +42,7 @@ REGISTRY = {
     "docstrings": Skill(0.05, docstrings.sample),
     "shopping": Skill(0.25, by_side(shopping.make)),
     "naming": Skill(0.25, by_side(naming.make)),
+    "sums": Skill(0.30, by_side(sums.make), arithmetic.value_of),
     "thought_sums": Skill(0.45, by_side(thought_sums.make)),
     "tool_sums": Skill(0.25, by_side(tool_sums.make)),
 }
@@ -83,11 +86,27 @@ def held_out_dialogues(names, count: int, seed: int, val_fraction: float = HELD_
     return [as_turn(sample) for samples in found for sample in samples]
 
 
-def scored_items(name: str, count: int, seed: int, val_fraction: float = HELD_OUT) -> list[Item]:
+def scored_items(
+    name: str, count: int, seed: int, val_fraction: float = HELD_OUT, side: str = TEST
+) -> list[Item]:
     """Return `count` items of one skill, or all it has, no two with the same key. Raises `UserError` for an
     unknown name."""
-    samples = distinct_samples(name, TEST, count, seed, val_fraction)
+    samples = distinct_samples(name, side, count, seed, val_fraction)
     return [Item(name, as_turn(sample)[:1], sample.answer) for sample in samples]
+
+
+def training_items(names, seed: int, val_fraction: float = HELD_OUT, start: int = 0) -> Iterator[Item]:
+    """Yield training items without end, each of one of the skills `names`, drawn by weight.
+
+    Item n depends on `seed` and n alone: `start` continues after that many items.
+    """
+    skills = [skill_named(name) for name in names]
+    weights = [skill.weight for skill in skills]
+    for number in itertools.count(start):
+        rng = random.Random(f"items {seed} {number}")
+        (name,) = rng.choices(names, weights)
+        sample = REGISTRY[name].sample(rng, TRAIN, val_fraction)
+        yield Item(name, as_turn(sample)[:1], sample.answer)
 
 
 def is_right(item: Item, answer: str) -> bool:

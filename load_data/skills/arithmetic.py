@@ -49,19 +49,31 @@ def worked_out(left: int, sign: str, right: int, value: int) -> str:
     """Return the working and the value, as above."""
     if max(left, right) < 10:
         return str(value)
-    swapped = "- " if value < 0 else ""
-    if swapped:
-        left, right = right, left
-    first, second = left % 10, right % 10  # the units
-    if sign == "+":
-        carried = first + second > 9
-        units, tens = first + second, left // 10 + right // 10 + carried
-    else:
-        carried = first < second
-        first += 10 * carried
-        units, tens = first - second, left // 10 - right // 10 - carried
-    column = [digit for digit in (left // 10, right // 10, int(carried)) if digit]
-    return f"{swapped}{first},{second}={units} {','.join(map(str, column))}={tens}: {value}"
+    if value < 0:
+        return f"- {columns((right, left), sign)}: {value}"
+    return f"{columns((left, right), sign)}: {value}"
+
+
+def columns(numbers: tuple[int, ...], sign: str) -> str:
+    """Return the columns of a sum, units first. A difference has two numbers, the larger one first.
+
+    Above the units, digits that are 0 are left out. The last column shows all of its result.
+    """
+    working, carried, width = [], 0, len(str(max(numbers)))
+    for place in range(width):
+        first, *others = (number // 10**place % 10 for number in numbers)
+        column = (first, *others, carried)
+        if sign == "+":
+            result = sum(column)
+            carried = result // 10
+        else:
+            borrowed = first < sum(others) + carried
+            column = (first + 10 * borrowed, *others, carried)
+            result = first + 10 * borrowed - sum(others) - carried
+            carried = int(borrowed)
+        digits = [digit for digit in column if digit] or [0] if place else column[:-1]
+        working.append(f"{','.join(map(str, digits))}={result}")
+    return " ".join(working)
 
 
 def value_of(answer: str) -> str:

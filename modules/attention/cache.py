@@ -11,6 +11,7 @@ methods:
   advance()                  end the forward: rows grow by their new tokens
   crop(lengths)              discard the newest tokens, down to a length per row (rejected drafts)
   start_with(layer, ...)     put a prefix in front, before any token
+  select(rows)               keep these rows, each as often as it is named
 
 `lengths` is a plain list of ints, one per row: rows of a batch may differ in length, and reading the list
 needs no device synchronisation. All memory is allocated at the start. A token's index is its place in its
@@ -132,6 +133,12 @@ class KVCache:
         for number, part in enumerate(parts):
             self.store[layer, number, :, :, :length] = part
         self.prefix, self.lengths = length, [length] * len(self.lengths)
+
+    def select(self, rows: list[int]) -> None:
+        """Replace the rows of the batch by copies of these: finished ones leave, and one prompt, read once,
+        gets many continuations."""
+        self.store = self.store.index_select(2, torch.tensor(rows, device=self.device))
+        self.lengths, self.planned = ([each[row] for row in rows] for each in (self.lengths, self.planned))
 
     @property
     def bytes(self) -> int:

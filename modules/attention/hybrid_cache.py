@@ -61,6 +61,11 @@ class HybridCache(KVCache):
         self.local.crop(lengths)  # first: it may refuse
         super().crop(lengths)
 
+    def select(self, rows: list[int]) -> None:
+        """Replace the rows of the batch by copies of these."""
+        super().select(rows)
+        self.local.select(rows)
+
     def start_with(self, layer: int, *parts) -> None:
         """Raise `ValueError`: the ring cannot keep a prefix."""
         self.local.start_with(layer, *parts)

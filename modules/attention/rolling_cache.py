@@ -83,6 +83,11 @@ class RollingKVCache(KVCache):
         super().advance()
         self.longest = [max(pair) for pair in zip(self.longest, self.lengths, strict=True)]
 
+    def select(self, rows: list[int]) -> None:
+        """Replace the rows of the batch by copies of these."""
+        super().select(rows)
+        self.held, self.longest = self.held[rows], [self.longest[row] for row in rows]
+
     def start_with(self, layer: int, keys, values) -> None:
         """Raise `ValueError`: a prefix must stay, and a ring overwrites."""
         raise ValueError("a rolling cache cannot keep a prefix: use a model without sliding_window")

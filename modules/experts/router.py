@@ -115,6 +115,15 @@ def keep_best_groups(choice, groups: int, kept: int):
     return grouped.masked_fill(dropped[..., None], -torch.inf).flatten(1)
 
 
+def routing_codes(routings: list[Routing]):
+    """Return a number (N,) for each token that tells which experts it chose in all layers, in any order: the
+    sum of one random number for each of them. Equal choices have equal codes."""
+    indices = torch.stack([routing.indices for routing in routings])  # (L, N, K)
+    L, E = len(routings), routings[0].logits.shape[1]
+    table = torch.randint(2**48, (L, E), generator=torch.Generator().manual_seed(0)).to(indices.device)
+    return table.gather(1, indices.flatten(1)).view_as(indices).sum(dim=(0, 2))
+
+
 def lesson():
     """Print one token's scores, choice and weights, and the effect of the bias and the groups."""
     from config.model import ModelConfig

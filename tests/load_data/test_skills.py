@@ -20,6 +20,7 @@ from load_data.skills import (
     lists,
     scored_items,
     training_dialogues,
+    training_items,
 )
 from load_data.skills.common import Sample, side_of
 from load_data.skills.docstrings import entry, first_sentence
@@ -120,11 +121,12 @@ def test_only_the_named_skills_are_trained():
 
 
 @pytest.mark.parametrize("call", [
-    lambda: next(training_dialogues(["sums"], 1, 0)), lambda: held_out_dialogues(["sums"], 1, 0),
-    lambda: scored_items("sums", 1, 0), lambda: is_right(Item("sums", [], ""), ""),
+    lambda: next(training_dialogues(["chess"], 1, 0)), lambda: held_out_dialogues(["chess"], 1, 0),
+    lambda: scored_items("chess", 1, 0), lambda: is_right(Item("chess", [], ""), ""),
+    lambda: next(training_items(["chess"], 0)),
 ])  # fmt: skip
 def test_an_unknown_skill_is_named(call):
-    with pytest.raises(UserError, match="unknown skill 'sums'; skills: identity, arithmetic"):
+    with pytest.raises(UserError, match="unknown skill 'chess'; skills: identity, arithmetic"):
         call()
 
 
@@ -167,6 +169,9 @@ def keys(name, pairs):
             yield from sums_in(question)
         elif name == "tool_sums":
             yield re.search(r"[(]*\d[\d +*/%()-]*|$", question)[0].strip()
+        elif name == "sums":
+            numbers = re.findall(r"\d+", question)
+            yield ("-", *numbers) if "-" in question else tuple(sorted(numbers))
         elif name == "lists":
             yield frozenset(ast.literal_eval(answer))
         elif name == "expressions":

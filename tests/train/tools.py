@@ -212,7 +212,9 @@ def run(*arguments, processes=1, timeout=120, **changes) -> subprocess.Completed
 
 
 # They measure the machine, so they differ from run to run.
-TIMING_KEYS = frozenset({"tok_s", "data_ms", "step_ms", "eval_ms"})
+TIMING_KEYS = frozenset(
+    {"tok_s", "data_ms", "step_ms", "eval_ms", "rollout_ms", "rollout_tok_s", "update_tok_s"}
+)
 
 
 def without_timing(rows: list[dict]) -> list[dict]:

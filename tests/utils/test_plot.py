@@ -51,6 +51,42 @@ def test_experts_get_a_panel_and_several_logs_a_legend(tmp_path, drawn):
     assert run_names([str(log) for log in logs]) == ["a", "b"]
 
 
+def test_reinforcement_learning_has_panels_of_its_own(tmp_path, monkeypatch):
+    """One for each thing it logs, beside loss and throughput; every curve has the numbers of its key."""
+    drawn, keys = [], ["reward", "right", "no_signal", "length", "truncated", "kl", "entropy", "clip_frac",
+                       "rollout_tok_s", "update_tok_s", "val_reward", "val_greedy", "val_pass1", "val_pass8",
+                       "val_length"]  # fmt: skip
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self))
+    log = RunLog(tmp_path / "log.txt")
+    for step in (10, 20):
+        trained = {key: step + n for n, key in enumerate(keys) if not key.startswith("val")}
+        log.write({"step": step, "loss": 0.5, "tok_s": 9.0, **trained})
+        log.write({"step": step, **{key: step + n for n, key in enumerate(keys) if key.startswith("val")}})
+    plot_curves(tmp_path / "log.txt", tmp_path / "c.png")
+    axes = {panel.get_title(): panel for panel in drawn[0].axes}
+    shown = {title: [line.get_label() for line in panel.get_lines()] for title, panel in axes.items()}
+    assert shown.pop("Throughput") and shown.pop("Loss") == ["training"]
+    assert axes["Loss"].get_ylabel() == "loss of the stage"  # which are not nats of a token
+    assert shown == {
+        "Reward": ["training", "validation"], "Right answers": ["training", "greedy", "pass@1", "pass@8"],
+        "Distance to the reference": ["_child0"], "Entropy of the policy": ["_child0"],
+        "Length of answers": ["training", "validation"],
+        "What teaches less": ["groups without signal", "clipped tokens", "answers cut"],
+        "Rollouts and updates": ["rollouts", "updates"],
+    }  # fmt: skip
+    lines = [line for title in shown for line in axes[title].get_lines()]
+    numbers = {tuple(line.get_ydata() - line.get_xdata()) for line in lines}
+    assert numbers == {(n, n) for n in range(len(keys))}
+    right = axes["Right answers"].get_lines()
+    assert len({line.get_color() for line in right}) == 4
+    assert [line.get_marker() for line in right] == ["None", "o", "o", "o"]
+    both = [tmp_path / "log.txt", write_log(tmp_path / "other" / "log.txt")]
+    plot_curves(both, tmp_path / "c.png")  # of several runs the curves of a panel have different strokes
+    right = {panel.get_title(): panel for panel in drawn[1].axes}["Right answers"].get_lines()
+    assert len({line.get_linestyle() for line in right}) == 4
+    assert len({line.get_color() for line in right}) == 1
+
+
 def test_over_seconds_a_run_of_slow_steps_reaches_further(tmp_path, drawn):
     """Lines of steps 10 and 20, of 100 and 300 ms a step: 1 and 4 seconds. An evaluation takes no time."""
     log = RunLog(tmp_path / "log.txt")

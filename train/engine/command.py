@@ -9,6 +9,7 @@ from shlex import quote
 
 from config.load import default_preset, load_config, preset_names
 from config.schema import RunConfig
+from inference.generation.load import FULL_MODELS
 from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint
 from utils.errors import Parser, UserError
 
@@ -134,7 +135,7 @@ def refuse_to_overwrite(out: Path, stage: str, short: str, resume: bool) -> None
 
 def chat_command(short: str, out: Path) -> str:
     """Return the command that talks to the result of a stage in folder `out`."""
-    if short in ("Pre", "Long", "SFT"):
+    if short in FULL_MODELS:
         flag = "" if out.resolve() == (ROOT / "out").resolve() else f" --out {quote(str(out))}"
     else:
         flag = f" --{'gate' if short == 'Gate' else 'adapter'} {quote(str(out / final_name(short)))}"

@@ -23,6 +23,7 @@ class Step(NamedTuple):
     micro_batches: list[Batch]  # of this process
     weight: float  # what the summed losses are divided by, over all processes; 0 skips the step
     tokens: int  # processed, over all processes
+    numbers: dict[str, float] = {}  # of the source, for the log
 
 
 class Source(Protocol):

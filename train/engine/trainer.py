@@ -159,7 +159,7 @@ class Trainer:
             values = self.forward_backward(step)
             distributed.sum_gradients(self.model.parameters())
             values["grad_norm"] = self.update(witness)
-            values |= self.stage.loss.after_step(factor)
+            values |= self.stage.loss.after_step(factor) | step.numbers
         else:  # nothing to learn from: no step, no NaN
             values, self.skipped = {}, self.skipped + 1
         self.step += 1

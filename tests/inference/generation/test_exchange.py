@@ -7,7 +7,7 @@ import pytest
 from inference.generation.conversation import Conversation
 from inference.generation.exchange import MOST_CALLS, NO_MORE, Request, respond
 from inference.generation.generator import Answer, Generator
-from inference.generation.sampling import SamplingParams
+from inference.generation.sampling import SamplingParams, row_seed
 from inference.generation.speculative import SpeculativeGenerator
 from inference.generation.text_stream import AnswerStream
 from load_data.chat.chat_template import ChatTemplate
@@ -33,7 +33,7 @@ class Scripted:
 
     room = Generator.room
 
-    def generate(self, prompts, params, stop_ids, on_token, must=None):
+    def generate(self, prompts, params, stop_ids, on_token, must=None, seeds=None):
         self.asked.append([list(prompt) for prompt in prompts])
         self.scripts = self.scripts or [(prompt, iter(row)) for prompt, row in zip(prompts, self.rows)]
         answers = [Answer() for _ in prompts]
@@ -170,16 +170,39 @@ def test_what_is_not_run(answer, request_):
 
 def test_random_numbers_differ_after_a_call():
     """Otherwise the answer after a call would repeat the draws of the call."""
-    seeds, call = [], named("<tool_call>", called("1"), "</tool_call>", "<|im_end|>")
+    given, call = [], named("<tool_call>", called("1"), "</tool_call>", "<|im_end|>")
 
     class Remembers(Scripted):
-        def generate(self, prompts, params, *rest):
-            seeds.append(params.seed)
-            return super().generate(prompts, params, *rest)
+        def generate(self, *rest, seeds=None):
+            given.append(seeds)
+            return super().generate(*rest)
 
-    respond(Remembers([call, call, named("<|im_end|>")]), TEMPLATE, PROMPTS[:1],
-            SamplingParams(seed=5), Request(tools=True))  # fmt: skip
-    assert seeds[0] == 5 and len(set(seeds)) == 3
+    done = named("<|im_end|>")
+    for rows in ([[call, call, done]], [[done], [call, call, done]]):
+        respond(Remembers(*rows), TEMPLATE, PROMPTS, SamplingParams(seed=5), Request(tools=True))
+    alone, beside = [given[1][0], given[2][0]], [given[4][0], given[5][0]]
+    assert given[0] is given[3] is None and len({*alone, *beside}) == 4  # rows 0 and 1
+    assert beside == [row_seed(5, 1, 1), row_seed(5, 1, 2)]
+
+
+def test_log_probabilities_are_recorded_beside_the_ids():
+    """Those of the generator for each id of the model, 0 for those of a tool."""
+    model, params = tiny_model(), SamplingParams(seed=3, max_new_tokens=8)
+    (alone,) = Generator(model).generate(PROMPTS[:1], params, record=True)
+    (one,) = respond(Generator(model), TEMPLATE, PROMPTS[:1], params, stop_ids=(), record=True)
+    assert one.ids == alone and one.logprobs == alone.logprobs and len(one.logprobs) == 8
+
+    class Recorded(Scripted):
+        def generate(self, *rest, record=False, **options):
+            answers = super().generate(*rest, **options)
+            for answer in answers:
+                answer.logprobs = [-1.0] * len(answer)
+            return answers
+
+    call = named("<tool_call>", called("1"), "</tool_call>", "<|im_end|>")
+    rows = [[call, named("<|im_end|>")]]
+    (one,) = respond(Recorded(*rows), TEMPLATE, PROMPTS[:1], GREEDY, Request(tools=True), record=True)
+    assert one.logprobs == [-1.0 if own else 0.0 for own in one.own] and 0.0 in one.logprobs
 
 
 # --- parts of an answer -----------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Alignment: the pieces of reinforcement learning and of learning from preferences."""

@@ -1,0 +1,290 @@
+"""Rollouts against the obvious: each answer alone, without a cache, and each group by a loop."""
+
+import copy
+import os
+import statistics
+
+import pytest
+import torch
+
+from load_data.skills import training_items
+from tests.processes import fork
+from tests.train.policies import (
+    MOE,
+    TEMPLATE,
+    TOKENIZER,
+    judge,
+    losses,
+    make_policy,
+    make_run,
+    rl_config,
+    rollouts,
+)
+from tests.train.tools import largest_difference, same_bits, weights_of, without_timing
+from train.engine.answer_rows import Row, set_advantages
+from train.engine.rollouts import TRIES
+from utils import distributed
+from utils.checkpoint import load_checkpoint
+from utils.distributed import World
+from utils.errors import UserError
+from utils.log import read_log
+
+END = TEMPLATE.end_of_turn[0]
+
+
+def groups_of(rows, size=4):
+    return [rows[n : n + size] for n in range(0, len(rows), size)]
+
+
+def as_batch_rows(step):
+    """(prompt, answer, {name: its numbers at labels}) of each row of a step, read from the tensors alone."""
+    for batch in step.micro_batches:
+        for b, labels in enumerate(batch["labels"]):
+            kept, real = labels != -100, batch["padding_mask"][b]
+            ids, first = batch["input_ids"][b], int(kept.nonzero()[0]) if kept.any() else 0
+            wide = {name: value for name, value in batch.items() if value.is_floating_point()}
+            numbers = {name: value[b][kept].tolist() for name, value in wide.items()}
+            yield ids[: first + 1].tolist(), labels[kept].tolist(), ids[real].tolist(), numbers
+
+
+@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize("temperature", [0.5, 1.5])
+def test_rows_are_what_the_policy_sampled(moe, temperature):
+    """Log-probabilities by a forward over the whole row, labels from the prompt's last place to the end token
+    and not beyond, and the reward of the row's own question and answer."""
+    config = rl_config(f"rl.temperature={temperature}", "rl.recipe=dr_grpo", *MOE * moe)
+    policy = make_policy(config, dtype=torch.float64)
+    source = rollouts(config, policy)
+    step = source.next_step({"model": policy})
+    rows = source.rows
+    assert len(rows) == 12 and 0 < sum(row.truncated for row in rows) < 12
+    found = {(*prompt, *answer): (ids, numbers) for prompt, answer, ids, numbers in as_batch_rows(step)}
+    items = training_items(["arithmetic"], config.train.seed, config.data.val_fraction)
+    for group, item in zip(groups_of(rows), items):
+        prompt = TEMPLATE.prompt(item.messages)
+        assert all(row.prompt == prompt for row in group)
+        for row in group:
+            ids = torch.tensor([prompt + row.answer])
+            scores = (policy.eval()(ids).logits[0] / temperature).log_softmax(-1)
+            alone = [scores[len(prompt) + n - 1, token].item() for n, token in enumerate(row.answer)]
+            assert row.old == pytest.approx(alone, abs=1e-10)
+            ended = row.answer[-1] in TEMPLATE.stop_ids
+            assert row.truncated != ended and not set(row.answer[:-1]) & TEMPLATE.stop_ids
+            assert len(row.answer) == 5 if row.truncated else True
+            assert row.text == TOKENIZER.decode(row.answer) and row.reward == judge([item], [row.text])[0]
+            read, numbers = found[(*prompt, *row.answer)]
+            assert read == prompt + row.answer[:-1]
+            assert numbers["old_logprobs"] == row.old and numbers["advantages"] == row.advantages
+    totals, _ = losses(config, policy.train(), step)
+    assert totals["measured ratio"].item() == pytest.approx(1, abs=1e-10)
+
+
+def test_answers_do_not_depend_on_the_batch():
+    """Other prompts in the batch, another number of samples: prompt n and sample g decide."""
+    config = rl_config("rl.recipe=dr_grpo")
+    wide = rl_config("rl.recipe=dr_grpo", "rl.prompts=5", "rl.group_size=6")
+    policy = make_policy(config, dtype=torch.float64)
+    few, many = (rollouts(one, policy) for one in (config, wide))
+    for source in (few, many):
+        source.next_step({"model": policy})
+    for small, large in zip(groups_of(few.rows), groups_of(many.rows, 6)):
+        assert [row.answer for row in small] == [row.answer for row in large[:4]]
+    assert len({tuple(row.answer) for row in few.rows}) > 6
+    first = [row.answer for row in few.rows]
+    few.next_step({"model": policy})
+    assert few.position == 6 and [row.answer for row in few.rows] != first
+
+
+def made(rewards, size=4, **more):
+    """Groups of rows with these rewards, of lengths 1, 2, 3, .."""
+    rows = []
+    for n, reward in enumerate(rewards):
+        length = 1 + n % 3
+        row = Row([1], [5] * length, "", [-0.5] * length, reward=float(reward))
+        vars(row).update({name: value[:length] for name, value in more.items()})
+        rows.append(row)
+    return groups_of(rows, size)
+
+
+@pytest.mark.parametrize("kind", ["reward", "mean", "mean_std", "leave_one_out"])
+def test_a_group_is_compared_with_itself(kind):
+    config, groups = rl_config(f"rl.advantage={kind}"), made([1, 0, 0, 1, 5, 7, 9, 9])
+    set_advantages(groups, config.rl, config.rl.chosen())
+    for group in groups:
+        rewards = [row.reward for row in group]
+        for n, row in enumerate(group):
+            others = rewards[:n] + rewards[n + 1 :]
+            mean = statistics.mean(rewards)
+            expected = {
+                "reward": row.reward, "mean": row.reward - mean,
+                "mean_std": (row.reward - mean) / (statistics.stdev(rewards) + 1e-4),
+                "leave_one_out": row.reward - statistics.mean(others),
+            }[kind]  # fmt: skip
+            assert row.advantages == pytest.approx([expected] * len(row.answer))
+
+
+def test_a_distance_in_the_reward():
+    """k1 of each token: old - reference = 0.25 here, so a longer answer pays more."""
+    config = rl_config("rl.recipe=rloo", "rl.advantage=mean")
+    (group,) = made([0, 0, 0], size=3, reference=[-0.75] * 3)
+    set_advantages([group], config.rl, config.rl.chosen())
+    assert [row.advantages[0] for row in group] == pytest.approx([0.05 * 0.25 * n for n in (1, 0, -1)])
+
+
+def test_advantages_of_a_critic():
+    """GAE of each row by its definition, with the distance at each token and the reward at the last; the
+    advantages are then whitened over all tokens."""
+    config = rl_config("rl.recipe=ppo", "rl.gamma=0.9", "rl.lam=0.8")
+    rows = made([1, 0, 2, 0], reference=[-0.75, 0.0, -1.0], values=[0.3, -0.2, 0.7])
+    set_advantages(rows, config.rl, config.rl.chosen())
+    raw = []
+    for row in rows[0]:
+        n = len(row.answer)
+        given = [-0.05 * (-0.5 - row.reference[t]) + row.reward * (t == n - 1) for t in range(n)]
+        values = [*row.values, 0.0]
+        delta = [given[t] + 0.9 * values[t + 1] - values[t] for t in range(n)]
+        each = [sum(0.72 ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]
+        assert row.returns == pytest.approx([a + v for a, v in zip(each, row.values)])
+        raw += each
+    mean, deviation = statistics.mean(raw), statistics.stdev(raw)
+    whitened = [one for row in rows[0] for one in row.advantages]
+    assert whitened == pytest.approx([(one - mean) / deviation for one in raw], rel=1e-6)
+
+
+def test_dynamic_sampling_drops_groups_without_signal():
+    """Every second prompt has equal rewards: three groups with signal need six prompts."""
+    config = rl_config("rl.recipe=dapo", "rl.overlong=0")
+    policy, asked = make_policy(config), []
+
+    def every_second(items, texts):
+        questions = [item.messages[-1]["content"] for item in items]
+        asked.extend(dict.fromkeys(questions))
+        return [len(text) + 0.1 * n if asked.index(question) % 2 else 1.0
+                for n, (question, text) in enumerate(zip(questions, texts, strict=True))]  # fmt: skip
+
+    source = rollouts(config, policy, every_second)
+    assert source.next_step({"model": policy}).weight == sum(len(row.answer) for row in source.rows)
+    kept = [TOKENIZER.decode(group[0].prompt) for group in groups_of(source.rows)]
+    assert source.position == len(asked) == 6 and len(kept) == 3
+    assert all(asked[2 * n + 1] in prompt for n, prompt in enumerate(kept))
+    assert source.numbers["no_signal"] == 0.5
+    source = rollouts(config, policy, lambda items, texts: [1.0] * len(items))
+    assert source.next_step({"model": policy}).weight == 0 and source.position == 3 * TRIES
+
+
+def test_nothing_to_learn_is_skipped_unless_the_reference_pulls():
+    """Equal rewards: without a distance in the loss, there is no gradient and no step."""
+    equal = lambda items, texts: [1.0] * len(items)  # noqa: E731
+    for recipe, taken in (("dr_grpo", False), ("rloo", True), ("grpo", True)):
+        config = rl_config(f"rl.recipe={recipe}")
+        policy = make_policy(config)
+        models = {"model": policy, "reference": make_policy(config, seed=1)}
+        step = rollouts(config, policy, equal).next_step(models)
+        assert bool(step.weight) == taken == bool(step.micro_batches)
+
+
+def test_rows_without_advantage_change_nothing_but_the_weight():
+    """One group of three has signal: its rows alone are trained on, and count with the others."""
+    config = rl_config("rl.recipe=dr_grpo")
+    policy = make_policy(config)
+
+    def one_of_three(items, texts):
+        return [float(n) if item == items[0] else 1.0 for n, item in enumerate(items)]
+
+    source = rollouts(config, policy, one_of_three)
+    step = source.next_step({"model": policy})
+    assert step.weight == 12 * 5 and sum(len(batch["labels"]) for batch in step.micro_batches) == 4
+
+
+def test_overlong_answers_lose_reward():
+    """With a limit of 5 and overlong=0.4, lengths of 3, 4 and 5 lose 0, 1/2 and 1 (arXiv 2503.14476)."""
+    config = rl_config("rl.overlong=0.4")
+    source = rollouts(config, make_policy(config))
+    assert [source.overlong(length) for length in (1, 3, 4, 5)] == [0, 0, 0.5, 1]
+
+
+def test_bf16_scores_its_samples_again():
+    """Old log-probabilities are those of the training pass: the ratio stays 1 where that rounds."""
+    config = rl_config()
+    policy = make_policy(config)
+    source = rollouts(config, policy, dtype=torch.bfloat16)
+    step = source.next_step({"model": policy, "reference": policy})
+    assert 1e-5 < source.numbers["gap"] < 0.1 and "experts" not in step.micro_batches[0]
+    with source.machine.autocast():
+        totals, _ = losses(config, policy, step)
+    assert totals["measured ratio"].item() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("setting, word", [
+    ("model.dropout=0.1", "model.dropout=0"), ("model.attention_dropout=0.1", "attention_dropout"),
+    ("model.router_jitter_noise=0.1", "router_jitter_noise"), ("data.sequence_length=5", "sequence_length"),
+    ("rl.reward=kind", "rules: right, contains"),
+])  # fmt: skip
+def test_what_is_refused(setting, word):
+    config = rl_config(setting)
+    with pytest.raises(UserError, match=word):
+        rollouts(config, make_policy(config), None)
+
+
+# --- stopped and resumed; two processes ---------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """Stands in for a crash."""
+
+
+def test_a_run_resumes_between_the_updates_of_a_rollout(tmp_path):
+    """Three updates per rollout, a crash in step 6, a checkpoint after step 5: the fifth of six updates."""
+    config = rl_config("rl.updates=3", "train.save_every=5", "rl.recipe=grpo", *MOE, steps=7)
+    one, reference = make_policy(config), make_policy(config, seed=1)
+    whole = make_run(tmp_path / "a", config, one, copy.deepcopy(reference))
+    whole.run()
+    two = make_policy(config)
+    crashed = make_run(tmp_path / "b", config, two, copy.deepcopy(reference))
+    note, taken = crashed.stage.loss.after_step, []
+
+    def after_step(factor):
+        taken.append(factor)
+        if len(taken) == 6:
+            raise Stop
+        return note(factor)
+
+    crashed.stage.loss.after_step = after_step
+    with pytest.raises(Stop):
+        crashed.run()
+    three = make_policy(config, seed=3)
+    rest = make_run(tmp_path / "b", config, three, copy.deepcopy(reference), resume=True)
+    rest.run()
+    assert rest.step == 7 and rest.stage.source.position == whole.stage.source.position == 9
+    assert same_bits(weights_of(one), weights_of(three))
+    logs = [without_timing(read_log(tmp_path / name / "toy" / "log.txt")) for name in "ab"]
+    assert logs[0] == logs[1] and len(logs[0]) > 7
+    saved = load_checkpoint(tmp_path / "a" / "TinySeek_Toy_final.pkl")
+    assert same_bits(saved["weights"], weights_of(one))
+
+
+# eps: Adam divides the rounding of a gradient by its size, and would make an unused weight move by lr
+SETTINGS = ("rl.updates=2", "rl.prompts=3", "balance.statistics=exact", "optim.eps=0.001", *MOE)
+
+
+def train_in(out):
+    """One of several processes, or the only one; the first keeps what it saw."""
+    config = rl_config(*SETTINGS)
+    world = distributed.start() if "RANK" in os.environ else World()
+    policy = make_policy(config)
+    run = make_run(out, config, policy, make_policy(config, seed=1), world=world)
+    run.run()
+    if world.is_first:
+        rows = [(row.prompt, row.answer, row.reward) for row in run.stage.source.rows]
+        torch.save({"weights": policy.state_dict(), "rows": rows}, out / "seen.pt")
+
+
+def test_two_processes_equal_one(tmp_path):
+    """3 prompts: one process samples two of them in each rollout and the other one; four steps."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    fork(train_in, tmp_path / "b", processes=2)
+    train_in(tmp_path / "a")
+    one, two = (torch.load(tmp_path / name / "seen.pt") for name in "ab")
+    assert one["rows"] == two["rows"] and len(one["rows"]) == 12
+    assert largest_difference(one["weights"], two["weights"]) < 1e-5

@@ -1,0 +1,94 @@
+"""GRPO and its family: from the command line, and whether each of them learns."""
+
+import sys
+
+import pytest
+import torch
+
+from config.rl import RECIPES
+from tests.inference.tools import run_config, tiny_model, write_checkpoint
+from tests.train.policies import losses, make_policy, rl_config, rollouts
+from train import grpo_train
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+from utils.log import read_log
+
+MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 8}
+
+
+def call(monkeypatch, *flags):
+    """`python train/grpo_train.py FLAGS`."""
+    monkeypatch.setattr(sys, "argv", ["grpo_train.py", *map(str, flags)])
+    grpo_train.main()
+
+
+def base_in(folder, **changes):
+    """A random model with a context for short questions."""
+    model = tiny_model(max_position_embeddings=128, **changes)
+    about = {"weights": model.state_dict(), "config": run_config(model)}
+    return write_checkpoint(folder / "TinySeek_SFT_final.pkl", "SFT", **about)
+
+
+def test_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """Experts and a second head; the reference, the log, the answers before and after, and what is saved."""
+    monkeypatch.setattr("train.engine.policy_stage.HELD_OUT", 4)
+    base = base_in(tmp_path, mtp="sequential", **MOE)
+    settings = ("rl.prompts=2", "rl.group_size=3", "rl.max_new_tokens=4", "train.log_every=1",
+                "data.sequence_length=64", "rl.reward=contains", "data.val_fraction=0.2")  # fmt: skip
+    flags = ["--data", "skills:arithmetic,lists", "--device", "cpu", "--max-steps", 2, "--out", tmp_path]
+    call(monkeypatch, *flags, *(word for setting in settings for word in ("--set", setting)))
+    said, saved = capsys.readouterr().out, load_checkpoint(tmp_path / "TinySeek_GRPO_final.pkl")
+    assert "gradients proven: pg trains" in said and said.splitlines()[-1].endswith(f"--out {tmp_path}")
+    before = load_checkpoint(base)["weights"]
+    assert saved["weights"].keys() == before.keys() and saved["base"] is None
+    changed = {name for name in before if not torch.equal(before[name], saved["weights"][name])}
+    assert not any(name.startswith("mtp.") for name in changed)
+    assert len(changed) >= len([name for name in before if not name.startswith("mtp.")]) - 6  # idle experts
+    first = next(row for row in read_log(tmp_path / "grpo_train" / "log.txt") if "pg" in row)
+    assert {"reward", "right", "no_signal", "length", "truncated", "rollout_ms", "rollout_tok_s",
+            "update_tok_s", "kl", "entropy", "clip_frac", "ratio", "route_gap"} <= first.keys()  # fmt: skip
+    assert abs(first["kl"]) < 1e-6 and abs(first["ratio"] - 1) < 1e-5
+    shown = (tmp_path / "grpo_train" / "samples.txt").read_text(encoding="utf-8")
+    assert shown.count("question") == 8 == shown.count("before") == shown.count("after")
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--data", "python"], "no questions that a rule can judge"),
+    (["--set", "rl.recipe=ppo"], "ppo_train.py"),
+    (["--set", "model.dropout=0.1"], "model.dropout=0"),
+    (["--set", "rl.reward=kind"], "rules: right, contains"),
+])  # fmt: skip
+def test_what_the_command_refuses(words, said, tmp_path, monkeypatch):
+    base_in(tmp_path)
+    settings = ["--set", "data.sequence_length=64", "--set", "data.val_fraction=0.2"]
+    with pytest.raises(UserError, match=said):
+        call(monkeypatch, "--out", tmp_path, "--max-steps", 1, "--device", "cpu", *settings, *words)
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.advantage != "gae"])
+def test_every_recipe_learns_a_trivial_task(name):
+    """The reward is the share of vowels in answers of two tokens: at first one byte in fifty, then most."""
+    config = rl_config(f"rl.recipe={name}", "rl.prompts=4", "rl.group_size=16", "rl.max_new_tokens=2",
+                       "rl.overlong=0", "train.batch_size=64")  # fmt: skip
+    policy = make_policy(config)
+    with torch.no_grad():  # almost equal probabilities
+        policy.lm_head.weight *= 0.2
+    models = {"model": policy, "reference": make_policy(config)}
+    models["reference"].load_state_dict(policy.state_dict())
+
+    def vowels(items, texts):
+        return [sum(one in "aeiouAEIOU" for one in text) / 2 for text in texts]
+
+    source, rewards = rollouts(config, policy, vowels), []
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.02, weight_decay=0.0)
+    for _ in range(25):
+        step = source.next_step(models)
+        rewards.append(source.numbers["reward"])
+        if step.weight:
+            totals, _ = losses(config, policy, step)
+            sum(value for term, value in totals.items() if "measured" not in term).backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    print(name, [round(one, 2) for one in rewards])
+    assert sum(rewards[:2]) / 2 < 0.2 and sum(rewards[-2:]) / 2 > 0.6

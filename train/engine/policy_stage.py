@@ -1,0 +1,62 @@
+"""The stage of a policy: its models, its samples, its loss; and answers before and after, side by side."""
+
+import copy
+
+from load_data.chat.chat_data import chosen_skills
+from load_data.chat.chat_template import ChatTemplate
+from train.engine.command import Command
+from train.engine.fine_tuning import Base
+from train.engine.machine import Machine
+from train.engine.policy_evaluation import PolicyEvaluation, held_out_items
+from train.engine.policy_loss import PolicyLoss
+from train.engine.rollouts import Rollouts
+from train.engine.stage import Stage
+from train.engine.trainer import Trainer
+from utils import distributed
+from utils.errors import UserError
+
+HELD_OUT = 128  # questions of each skill
+
+
+def policy_stage(name: str, short: str, base: Base, config, machine: Machine, critic: bool = False) -> Stage:
+    """Return a stage that trains `base` by `config.rl`, with a frozen copy of it as the reference if the
+    recipe measures the distance to one. `critic`: one will be added (train/engine/actor_critic.py)."""
+    names, recipe, model = chosen_skills(config.data.paths), config.rl.chosen(), base.model
+    if not names:
+        paths = " ".join(config.data.paths)
+        raise UserError(f"--data {paths}: no questions that a rule can judge; name skills:sums, for example")
+    if (recipe.advantage == "gae") != critic:
+        words = "uses no critic: set rl.recipe=ppo, or use train/grpo_train.py"
+        words = words if critic else "needs a critic: use train/ppo_train.py"
+        raise UserError(f"rl.recipe={config.rl.recipe} with rl.advantage={recipe.advantage} {words}")
+    if model.mtp is not None:
+        model.mtp.requires_grad_(False)
+    frozen = {"reference": copy.deepcopy(model)} if recipe.kl_weight else {}
+    template = ChatTemplate(base.tokenizer, config.data.template)
+    source = Rollouts(model, template, names, config, machine)
+    reward = lambda item, text: source.judge([item], [text])[0]  # noqa: E731
+    items = held_out_items(names, HELD_OUT, config.data.val_fraction)
+    return Stage(
+        name=name, short=short, model=model, frozen=frozen, source=source,
+        loss=PolicyLoss(model, config, machine),
+        evaluate=PolicyEvaluation(items, template, config.rl, reward, machine.world, config.train.seed),
+        tokenizer=base.tokenizer, data_digest=" ".join(names),
+        trains=lambda name: not name.startswith("mtp."),
+    )  # fmt: skip
+
+
+def train_policy(stage: Stage, command: Command, machine: Machine) -> None:
+    """Train, and write sampled answers to held-out questions before and after."""
+    before = samples(stage, machine)
+    Trainer(stage, command.config, machine, command.out, command.resume).run()
+    after = samples(stage, machine)
+    if machine.world.is_first:
+        path = command.out / stage.name / "samples.txt"
+        stage.evaluate.write_side_by_side(path, before, after)
+        machine.say(f"answers before and after: {path}")
+
+
+def samples(stage: Stage, machine: Machine) -> list[str]:
+    """Return sampled answers, in the first process only."""
+    with distributed.all_or_none():
+        return stage.evaluate.sampled(stage.model.to(machine.device)) if machine.world.is_first else []
