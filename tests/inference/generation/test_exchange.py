@@ -179,7 +179,7 @@ def test_random_numbers_differ_after_a_call():
 
     done = named("<|im_end|>")
     for rows in ([[call, call, done]], [[done], [call, call, done]]):
-        respond(Remembers(*rows), TEMPLATE, PROMPTS, SamplingParams(seed=5), Request(tools=True))
+        respond(Remembers(*rows), TEMPLATE, PROMPTS[: len(rows)], SamplingParams(seed=5), Request(tools=True))
     alone, beside = [given[1][0], given[2][0]], [given[4][0], given[5][0]]
     assert given[0] is given[3] is None and len({*alone, *beside}) == 4  # rows 0 and 1
     assert beside == [row_seed(5, 1, 1), row_seed(5, 1, 2)]
