@@ -217,7 +217,7 @@ class Chat:
         if rest not in ("on", "off"):
             raise UserError(f"{name} takes on or off")
         if rest == "on" and not self.model.answers:
-            raise UserError(f"{self.model.path} cannot {name[1:]}: only fine-tuned models can")
+            raise UserError(f"{self.model.path} continues texts: only fine-tuned models think or use tools")
         what = "thinking" if name == "/think" else "tools"
         fraction = self.model.config.data.val_fraction
         request = replace(self.conversation.request, **{what: rest == "on"}, val_fraction=fraction)

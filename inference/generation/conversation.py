@@ -60,7 +60,7 @@ class Conversation:
 
         def on_text(row: int, part: str, piece: str) -> None:
             nonlocal before
-            if piece and part != before:
+            if piece and (part != before or part == "result"):
                 self.murmur("\n" * bool(before) + "-> " * (part == "result"))
                 before = part
             written[part] = written.get(part, "") + piece

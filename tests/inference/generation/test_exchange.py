@@ -233,13 +233,15 @@ def test_markers_where_they_do_not_belong_are_no_text():
 
 def test_a_conversation_keeps_thoughts_and_calls():
     """The answer is shown apart from the rest, and the next prompt is that of the whole dialogue."""
-    call = named("hm", "</think>", "<tool_call>", called("1+1"), "</tool_call>", "<|im_end|>")
+    two = ["<tool_call>", called("1+1"), "</tool_call>"] * 2
+    call = named("hm", "</think>", *two, "<|im_end|>")
     final, later = named("so", "</think>", "2", "<|im_end|>"), named("</think>", "x", "<|im_end|>")
     generator, shown, murmured = Scripted([call, final, later]), [], []
     told = Conversation([loaded()], [generator], murmur=murmured.append, request=Request(True, None, True))
     assert told.say("1+1", GREEDY, shown.append) == "2" == "".join(shown)
-    assert "".join(murmured) == f"hm\n{called('1+1')}\n-> 2\nso\n"
-    assert [message["role"] for message in told.messages] == ["user", "assistant", "tool", "assistant"]
+    assert "".join(murmured) == f"hm\n{called('1+1') * 2}\n-> 2\n-> 2\nso\n"
+    roles = [message["role"] for message in told.messages]
+    assert roles == ["user", "assistant", "tool", "tool", "assistant"]
     history = list(told.messages)
     told.generators = [Scripted([later])]
     told.say("next", GREEDY, shown.append)
