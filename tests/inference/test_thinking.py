@@ -67,7 +67,8 @@ def test_models_that_cannot_are_told_apart(monkeypatch, capsys, tmp_path, flags)
     """A pre-trained model, and one with a tokenizer from before thinking: one clear line each."""
     old = write_checkpoint(tmp_path / "old.pkl", "SFT", tokenizer=BpeTokenizer([], parts=()).to_json())
     pre = write_checkpoint(tmp_path / "pre.pkl")
-    for path, words in ((old, "tokenizer of this model has no <tool_call>"), (pre, "only fine-tuned models think")):
+    cases = (old, "tokenizer of this model has no <tool_call>"), (pre, "only fine-tuned models think")
+    for path, words in cases:
         code, out, err = run(monkeypatch, capsys, "--checkpoint", path, "--prompt", "hi", *flags)
         assert code == 2 and out == "" and words in err and "Traceback" not in err
     code, _, err = run(monkeypatch, capsys, "--checkpoint", old, "--prompt", "hi", *FLAGS)
