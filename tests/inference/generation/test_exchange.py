@@ -76,7 +76,7 @@ def test_a_thought_that_ends_early_is_not_cut_again():
     assert one.messages == [{"role": "assistant", "content": "c" * 9, "thinking": "ab"}]
 
 
-@pytest.mark.parametrize("penalty, budget", [(1.0, 0), (1.3, 1), (1.0, 5), (1.3, 9)])
+@pytest.mark.parametrize("penalty, budget", [(1.0, 0), (1.3, 5)])
 def test_drafts_keep_the_budget_too(budget, penalty):
     """Greedy tokens with drafts are those without, also after a forced token, which enters both caches."""
     model = tiny_model(mtp="sequential")

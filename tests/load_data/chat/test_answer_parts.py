@@ -120,22 +120,24 @@ def test_a_turn_with_calls_is_kept_or_dropped_as_a_whole(bpe):
     assert fit_turns(template, USED, size) == USED and fit_turns(template, USED, size - 1) == USED[-2:]
     size = len(template.prompt(USED[:4]))
     assert fit_turns(template, USED[-2:] + USED[:4], size) == USED[:4]
+    both = len(template.prompt(USED[-2:] + USED[:4]))  # with the marker of the answer
+    assert [len(fit_turns(template, USED[-2:] + USED[:4], room)) for room in (both, both - 1)] == [6, 4]
 
 
-@pytest.mark.parametrize("end", [4, 5])
-def test_a_long_turn_with_a_tool_is_cut(bpe, end):
+@pytest.mark.parametrize("end, calls, room", [(4, 3, 520), (5, 1, 380)])
+def test_a_long_turn_with_a_tool_is_cut(bpe, end, calls, room):
     """Question, answer and results give way; calls and markers stay, and the mask goes with the ids."""
     template, long = ChatTemplate(bpe), "word " * 100
-    called = message("assistant", "") | {"tool_calls": [CALL]}
+    called = message("assistant", "") | {"tool_calls": [CALL] * calls}
     turn = [message("user", long), called, message("tool", long), message("tool", "408")]
     turn = [*turn, message("assistant", long)][:end]
-    ids, targets = cut_turn(template, turn, 380)
-    assert len(ids) == len(targets) == 380
+    ids, targets = cut_turn(template, turn, room)
+    assert len(ids) == len(targets) == room
     special, call = set(bpe.special_ids.values()), template.turn(called)[0]
     markers = [one for one in ids if one in special]
     whole = template.prompt(turn) if end == 4 else template.dialogue(turn)[0][:-2]  # without <|im_end|>
     assert markers == [one for one in whole if one in special]
-    assert any(ids[place : place + len(call)] == call for place in range(380))
+    assert any(ids[place : place + len(call)] == call for place in range(room))
     answered = ids[::-1].index(template.before["assistant"][0]) if end == 5 else 0
     assert sum(targets) == sum(template.turn(called)[1]) + answered
 
