@@ -35,7 +35,7 @@ PANELS = [
     ("Distance to the reference", "KL in nats per token", ["kl"]),
     ("Entropy of the policy", "nats per token", ["entropy"]),
     ("Length of answers", "tokens", ["length", "val_length"]),
-    ("What teaches less", "share", ["no_signal", "clip_frac", "truncated"]),
+    ("Lost signal", "share", ["no_signal", "clip_frac", "truncated"]),
     ("Rollouts and updates", "tokens per second", ["rollout_tok_s", "update_tok_s"]),
     ("Chosen answer ahead of the rejected one", "share", ["acc", "val_acc"]),
 ]

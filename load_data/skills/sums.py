@@ -2,7 +2,7 @@
 
     347 + 285        ->   7,5=12 4,8,1=13 3,2,1=6: 632
     347 + 285 + 96   ->   7,5,6=18 4,8,9,1=22 3,2,2=7: 728
-    285 - 347        ->   - 7,5=2 14,8=6 2,2=0: -62        the larger number comes first
+    285 - 347        ->   - 7,5=2 14,8=6 3,2,1=0: -62        the larger number comes first
 
 At least one number has three digits, so no sum of `arithmetic` is among them. A small model that has seen
 some of them answers about half of the others, which leaves room to learn from rewards. Only the part after

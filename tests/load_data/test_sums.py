@@ -49,6 +49,15 @@ def test_every_column_of_the_working_is_right():
     assert len(met) == 6  # two kinds of additions; differences with and without borrowing, of either sign
 
 
+def test_the_examples_of_the_documentation():
+    for module in (sums, arithmetic):
+        shown = re.findall(r"^    (\S.*?) +-> +(.*?)(?:   .*)?$", module.__doc__, re.MULTILINE)
+        assert len(shown) == 3
+        for question, answer in shown:
+            numbers, sign = [*map(int, re.findall(r"\d+", question))], "-" if "-" in question else "+"
+            assert sums.worked_out(numbers, sign) == answer
+
+
 def test_two_digits_are_worked_out_as_ever():
     """What the models of earlier versions have learned."""
     known = {(47, "+", 38): "7,8=15 4,3,1=8: 85", (51, "-", 25): "11,5=6 5,2,1=2: 26",

@@ -1,11 +1,14 @@
 """GRPO and its family: from the command line, and whether each of them learns."""
 
+import copy
 import sys
+import zlib
 
 import pytest
 import torch
 
 from config.rl import RECIPES
+from load_data.skills.verifiers import REWARDS
 from tests.inference.tools import run_config, tiny_model, write_checkpoint
 from tests.train.policies import losses, make_policy, rl_config, rollouts
 from train import grpo_train
@@ -33,8 +36,9 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     """Experts and a second head; the reference, the log, the answers before and after, and what is saved."""
     monkeypatch.setattr("train.engine.policy_stage.HELD_OUT", 4)
     base = base_in(tmp_path, mtp="sequential", **MOE)
+    monkeypatch.setitem(REWARDS, "any", lambda item, text: zlib.crc32(text.encode()) % 97 / 97)
     settings = ("rl.prompts=2", "rl.group_size=3", "rl.max_new_tokens=4", "train.log_every=1",
-                "data.sequence_length=64", "rl.reward=contains", "data.val_fraction=0.2")  # fmt: skip
+                "data.sequence_length=64", "rl.reward=any")  # fmt: skip
     flags = ["--data", "skills:arithmetic,lists", "--device", "cpu", "--max-steps", 2, "--out", tmp_path]
     call(monkeypatch, *flags, *(word for setting in settings for word in ("--set", setting)))
     said, saved = capsys.readouterr().out, load_checkpoint(tmp_path / "TinySeek_GRPO_final.pkl")
@@ -42,14 +46,14 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     before = load_checkpoint(base)["weights"]
     assert saved["weights"].keys() == before.keys() and saved["base"] is None
     changed = {name for name in before if not torch.equal(before[name], saved["weights"][name])}
-    assert not any(name.startswith("mtp.") for name in changed)
-    assert len(changed) >= len([name for name in before if not name.startswith("mtp.")]) - 6  # idle experts
+    assert changed == {name for name in before if not name.startswith("mtp.")}
     first = next(row for row in read_log(tmp_path / "grpo_train" / "log.txt") if "pg" in row)
     assert {"reward", "right", "no_signal", "length", "truncated", "rollout_ms", "rollout_tok_s",
             "update_tok_s", "kl", "entropy", "clip_frac", "ratio", "route_gap"} <= first.keys()  # fmt: skip
     assert abs(first["kl"]) < 1e-6 and abs(first["ratio"] - 1) < 1e-5
     shown = (tmp_path / "grpo_train" / "samples.txt").read_text(encoding="utf-8")
-    assert shown.count("question") == 8 == shown.count("before") == shown.count("after")
+    starts = [line.split()[0] for line in shown.splitlines() if line]
+    assert starts.count("question") == 8 == starts.count("before") == starts.count("after")
 
 
 @pytest.mark.parametrize("words, said", [
@@ -60,28 +64,27 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
 ])  # fmt: skip
 def test_what_the_command_refuses(words, said, tmp_path, monkeypatch):
     base_in(tmp_path)
-    settings = ["--set", "data.sequence_length=64", "--set", "data.val_fraction=0.2"]
+    settings = ["--set", "data.sequence_length=64"]
     with pytest.raises(UserError, match=said):
         call(monkeypatch, "--out", tmp_path, "--max-steps", 1, "--device", "cpu", *settings, *words)
 
 
 @pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.advantage != "gae"])
 def test_every_recipe_learns_a_trivial_task(name):
-    """The reward is the share of vowels in answers of two tokens: at first one byte in fifty, then most."""
-    config = rl_config(f"rl.recipe={name}", "rl.prompts=4", "rl.group_size=16", "rl.max_new_tokens=2",
-                       "rl.overlong=0", "train.batch_size=64")  # fmt: skip
+    """The reward is the share of letters in answers of two bytes: at first a fifth, then most."""
+    config = rl_config(f"rl.recipe={name}", "rl.prompts=2", "rl.group_size=16", "rl.max_new_tokens=2",
+                       "rl.overlong=0", "train.batch_size=32")  # fmt: skip
     policy = make_policy(config)
     with torch.no_grad():  # almost equal probabilities
         policy.lm_head.weight *= 0.2
-    models = {"model": policy, "reference": make_policy(config)}
-    models["reference"].load_state_dict(policy.state_dict())
+    models = {"model": policy, "reference": copy.deepcopy(policy)}
 
-    def vowels(items, texts):
-        return [sum(one in "aeiouAEIOU" for one in text) / 2 for text in texts]
+    def letters(items, texts):
+        return [sum(one.isascii() and one.isalpha() for one in text) / 2 for text in texts]
 
-    source, rewards = rollouts(config, policy, vowels), []
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.02, weight_decay=0.0)
-    for _ in range(25):
+    source, rewards = rollouts(config, policy, letters), []
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.03, weight_decay=0.0)
+    for _ in range(20):
         step = source.next_step(models)
         rewards.append(source.numbers["reward"])
         if step.weight:
@@ -90,5 +93,4 @@ def test_every_recipe_learns_a_trivial_task(name):
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    print(name, [round(one, 2) for one in rewards])
-    assert sum(rewards[:2]) / 2 < 0.2 and sum(rewards[-2:]) / 2 > 0.6
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3, rewards

@@ -55,7 +55,7 @@ FINE_TUNING = {"sft_train": "SFT", "lora_train": "Lora", "mixlora_train": "MixLo
 
 
 def test_every_stage_has_presets_and_every_folder_is_of_a_stage():
-    stages = FINE_TUNING.keys() | {"extend_context"}  # which tests/inference/test_long_context.py runs
+    stages = FINE_TUNING.keys() | {"extend_context", "grpo_train"}  # which tests of their own run
     assert {folder.name for folder in PRESETS.iterdir() if folder.is_dir()} == stages
     assert all("default" in preset_names(stage) for stage in stages)
 

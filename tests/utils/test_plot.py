@@ -71,7 +71,7 @@ def test_reinforcement_learning_has_panels_of_its_own(tmp_path, monkeypatch):
         "Reward": ["training", "validation"], "Right answers": ["training", "greedy", "pass@1", "pass@8"],
         "Distance to the reference": ["_child0"], "Entropy of the policy": ["_child0"],
         "Length of answers": ["training", "validation"],
-        "What teaches less": ["groups without signal", "clipped tokens", "answers cut"],
+        "Lost signal": ["groups without signal", "clipped tokens", "answers cut"],
         "Rollouts and updates": ["rollouts", "updates"],
     }  # fmt: skip
     lines = [line for title in shown for line in axes[title].get_lines()]

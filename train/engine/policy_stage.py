@@ -34,12 +34,11 @@ def policy_stage(name: str, short: str, base: Base, config, machine: Machine, cr
     frozen = {"reference": copy.deepcopy(model)} if recipe.kl_weight else {}
     template = ChatTemplate(base.tokenizer, config.data.template)
     source = Rollouts(model, template, names, config, machine)
-    reward = lambda item, text: source.judge([item], [text])[0]  # noqa: E731
     items = held_out_items(names, HELD_OUT, config.data.val_fraction)
     return Stage(
         name=name, short=short, model=model, frozen=frozen, source=source,
         loss=PolicyLoss(model, config, machine),
-        evaluate=PolicyEvaluation(items, template, config.rl, reward, machine.world, config.train.seed),
+        evaluate=PolicyEvaluation(items, template, config.rl, source.judge, machine.world, config.train.seed),
         tokenizer=base.tokenizer, data_digest=" ".join(names),
         trains=lambda name: not name.startswith("mtp."),
     )  # fmt: skip

@@ -14,7 +14,7 @@ update asserts (train/engine/policy_loss.py). In other dtypes, and with TF32 on 
 round differently; there each rollout is scored once by the training pass, and `gap` is the mean difference.
 
 A row without advantage teaches nothing unless a term of the loss pulls it to the reference, so it is left
-out of the update; the weight of the step counts it. If no row is left, the step is skipped.
+out of the update; the weight of the step counts it. If no row has an advantage, the step is skipped.
 """
 
 import time
@@ -54,8 +54,7 @@ class Rollouts:
         self.policy, self.template, self.names, self.machine = policy, template, names, machine
         self.config, self.rl, self.recipe = config, config.rl, config.rl.chosen()
         self.judge = judge or by_rule(config.rl.reward)
-        exact = machine.device.type == "cpu" and machine.dtype in (torch.float32, torch.float64)
-        self.rescored = not exact
+        self.rescored = machine.device.type != "cpu" or machine.dtype != torch.float32
         self.position = 0  # the next prompt
         self.rows, self.left = [], 0  # the present rollout, and updates left on it
         self.numbers = {}  # for the log
@@ -214,7 +213,8 @@ class Rollouts:
         parts = [share[start : start + size] for start in range(0, most, size)]
         batches = [self.batch(part, self.used, first) for part in parts]
         tokens = sum(len(row.prompt) + len(row.answer) - 1 for rows in shares for row in rows)
-        return Step(batches, weight if most else 0.0, tokens)
+        taught = any(any(row.advantages) or any(row.returns) for row in rows)
+        return Step(batches, weight if taught else 0.0, tokens)
 
     def batch(self, rows: list[Row], used: list[str], first: bool = False) -> Batch:
         """Return rows as a micro-batch."""

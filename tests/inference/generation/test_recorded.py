@@ -39,7 +39,7 @@ def test_what_is_drawn_is_what_is_scored(temperature):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("top_k", 10), ("top_p", 0.9), ("min_p", 0.02), ("repetition_penalty", 1.3), ("temperature", 0),
+    ("top_k", 10), ("top_p", 0.9), ("min_p", 0.1), ("repetition_penalty", 50.0), ("temperature", 0),
 ])  # fmt: skip
 def test_what_would_break_that_is_refused(name, value):
     """Every other rule draws from another distribution than the one that is scored, which shows at once."""
@@ -57,7 +57,7 @@ def test_samples_of_one_batch_are_what_they_would_be_alone(name):
     seeds = [row_seed(7, prompt, sample) for prompt in range(len(PROMPTS)) for sample in range(3)]
     ends = set(range(0, 61, 9))
     together = Generator(model).generate(PROMPTS, params, ends, samples=3, seeds=seeds, record=True)
-    assert {len(answer) for answer in together} >= {1, 12}
+    assert len({len(answer) for answer in together}) > 2
     for row, answer in enumerate(together):
         prompt = PROMPTS[row // 3] or [0]
         (alone,) = Generator(model, fast=False).generate([prompt], params, ends, seeds=[seeds[row]])
@@ -67,8 +67,8 @@ def test_samples_of_one_batch_are_what_they_would_be_alone(name):
         scores = (output.logits[0] / 0.9).log_softmax(-1)
         scored = [scores[len(prompt) + n - 1, token].item() for n, token in enumerate(answer)]
         assert answer.logprobs == pytest.approx(scored, abs=1e-9)
-        codes = routing_codes(output.routings)[: len(prompt) + len(answer) - 1] if output.routings else []
-        assert answer.experts == list(codes)
+        codes = routing_codes(output.routings).tolist() if output.routings else []
+        assert answer.experts == codes[: len(prompt) + len(answer) - 1]
 
 
 def test_a_prompt_is_read_once_and_finished_rows_leave(monkeypatch):
@@ -87,8 +87,8 @@ def test_a_prompt_is_read_once_and_finished_rows_leave(monkeypatch):
     lengths = [len(answer) for answer in answers]
     for step, size in enumerate(sizes[1:], start=1):
         left = sum(length > step for length in lengths)
-        assert left <= size and (size == 16 or size < 2 * left + 1 or size == sizes[step - 1])
-    assert sum(sizes[1:]) < 0.75 * 16 * (len(sizes) - 1)
+        assert left <= size < 2 * left
+    assert sizes[-1] < 16
 
 
 def test_a_generator_with_drafts_records_without_them():

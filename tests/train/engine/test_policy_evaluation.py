@@ -38,9 +38,13 @@ def scripted(monkeypatch):
 
     def script(items, answer):
         numbers = {tuple(TEMPLATE.prompt(item.messages)): number for number, item in enumerate(items)}
+        used = set()  # seeds of an evaluation: no two samples may share one
 
         def generate(prompts, params, stop_ids, samples, seeds):
-            assert len(set(seeds)) == len(seeds) == len(prompts) * samples
+            assert len(seeds) == len(prompts) * samples
+            if params.temperature:
+                assert len(used) + len(seeds) == len(used | {*seeds})
+                used.update(seeds)
             for prompt, sample in itertools.product(prompts, range(samples)):
                 text = answer(numbers[tuple(prompt)], sample if params.temperature else None)
                 yield Answer([*TEMPLATE.tokenizer.encode(text), min(stop_ids)])
@@ -111,8 +115,8 @@ def test_two_processes_measure_what_one_does(monkeypatch, count):
     items = held_out_items(["lists", "sums"], 3)[:count]
     monkeypatch.setattr(policy_evaluation, "sum_scalars", lambda values: sums.append(values) or values)
 
-    def judge(items, rows):
-        return [sum(map(ord, row.text)) / len(truth(item)) for item, row in zip(items, rows, strict=True)]
+    def judge(items, texts):
+        return [sum(map(ord, text)) / len(truth(item)) for item, text in zip(items, texts, strict=True)]
 
     for rank in (0, 1):
         evaluation(items, World(rank, 2, rank), judge=judge)(model, None)

@@ -15,7 +15,6 @@ from train.engine.policy_loss import PolicyLoss, token_logprobs
 from utils.errors import UserError
 
 WITHOUT_CRITIC = [name for name, recipe in RECIPES.items() if recipe.advantage != "gae"]
-FP64 = {"dtype": torch.float64}
 
 
 def scores(model, row, temperature):
@@ -68,7 +67,7 @@ def test_every_recipe_is_its_formula(name):
             for n, parameter in enumerate(policy.parameters()):
                 parameter += 0.03 * torch.sin(torch.arange(parameter.numel()) + n).view_as(parameter)
         step = source.next_step(models)
-    totals, _ = losses(config, policy, step, **FP64)
+    totals, _ = losses(config, policy, step)
     ours = sum(value for term, value in totals.items() if not term.startswith("measured"))
     theirs = obvious_loss(source.rows, config, policy, models)
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-9)
@@ -85,7 +84,7 @@ def test_the_first_update_has_ratio_1_and_no_distance(moe):
     config = rl_config("rl.temperature=0.7", *MOE * moe)
     policy = make_policy(config, dtype=torch.float64)
     step = rollouts(config, policy).next_step({"model": policy, "reference": policy})
-    totals, loss = losses(config, policy, step, **FP64)
+    totals, loss = losses(config, policy, step)
     assert totals["measured ratio"].item() == pytest.approx(1, abs=1e-10)
     assert abs(totals["measured kl"].item()) < 1e-10 and abs(totals["kl"].item()) < 1e-10
     assert loss.checked and not loss.moved
@@ -166,7 +165,7 @@ def test_a_not_a_number_is_found():
 
 def test_a_token_with_other_experts_is_left_out():
     """From it on, its row may deviate; before it, nothing may; and if many tokens differ, the run ends."""
-    config = rl_config("rl.recipe=dr_grpo", "rl.prompts=24", *MOE)
+    config = rl_config("rl.recipe=dr_grpo", "rl.prompts=24", *MOE, "balance.bias_rate=0")
     policy = make_policy(config)
     step = rollouts(config, policy).next_step({"model": policy})
     _, loss = losses(config, policy, step)
@@ -174,10 +173,10 @@ def test_a_token_with_other_experts_is_left_out():
     batch = next(batch for batch in step.micro_batches if (batch["labels"] != -100).sum(1).max() > 2)
     row = int((batch["labels"] != -100).sum(1).argmax())
     first, second, third, *_ = (batch["labels"][row] != -100).nonzero()[:, 0].tolist()
-    batch["old_logprobs"][row, second:] += 0.1
+    batch["old_logprobs"][row, second] += 0.1
     with pytest.raises(UserError, match="token 2 of the answer"):
         losses(config, policy, step)
-    batch["experts"][row, third] += 1
+    batch["experts"][row, third] += 1  # the second token is written before it
     with pytest.raises(UserError, match="token 2 of the answer"):
         losses(config, policy, step)
     batch["experts"][row, second] += 1
@@ -201,15 +200,11 @@ def test_codes_tell_choices_apart():
 
 
 def test_a_reference_that_moves_is_found(tmp_path):
-    """The policy itself as its reference would be frozen; a copy that shares its weights would move."""
+    """A reference that shares a matrix with the policy: training changes both."""
     config = rl_config()
-    policy = make_policy(config)
-    with pytest.raises(UserError, match="no trainable parameter"):
-        make_run(tmp_path / "a", config, policy, policy).run()
-    reference = make_policy(config)
-    run = make_run(tmp_path / "b", config, policy.requires_grad_(), reference)
-    own, other = policy.lm_head.weight, reference.lm_head
-    other.weight = torch.nn.Parameter(own.data, requires_grad=False)
+    policy, reference = make_policy(config), make_policy(config)
+    run = make_run(tmp_path, config, policy, reference)
+    reference.lm_head.weight = torch.nn.Parameter(policy.lm_head.weight.data, requires_grad=False)
     with pytest.raises(UserError, match="frozen model reference was changed"):
         run.run()
 
@@ -220,6 +215,6 @@ def test_the_terms_and_what_they_claim():
     policy = make_policy(config)
     policy.mtp.requires_grad_(False)
     loss = PolicyLoss(policy, config, machine())
-    assert loss.claims()["pg"]("lm_head.weight") and not loss.claims()["kl"]("mtp.layer.mlp.gate.weight")
+    assert loss.claims()["pg"]("lm_head.weight") and not loss.claims()["kl"]("mtp.anything")
     totals, _ = losses(config, policy, rollouts(config, policy).sample())
-    assert {"pg", "kl", "balance"} <= totals.keys() and not policy.mtp.layer.mlp.gate.weight.grad
+    assert {"pg", "kl", "balance"} <= totals.keys() and totals["kl"] > 0
