@@ -178,8 +178,8 @@ def test_skills_judge_their_own_answers():
     assert {text[0] for text in model.asked} == {"U"} and len(set(model.asked)) == 60
     right = {item.messages[0]["content"]: item.expected for item in scored_items("arithmetic", 30, 0)}
     assert score_skills(told(right), TEMPLATE, ["arithmetic"], count=30)["arithmetic"].percent == 100
-    with pytest.raises(UserError, match="unknown skill 'sums'"):
-        score_skills(model, TEMPLATE, ["sums"])
+    with pytest.raises(UserError, match="unknown skill 'naps'"):
+        score_skills(model, TEMPLATE, ["naps"])
 
 
 def test_the_report():
@@ -263,7 +263,7 @@ def test_the_command_scores_an_adapter(monkeypatch, capsys, model, tmp_path):
     "args, words",
     [
         (["--count", 0], "--count 0 must be at least 1"),
-        (["--skills", "lists,sums"], "unknown skill 'sums'"),
+        (["--skills", "lists,naps"], "unknown skill 'naps'"),
         (["--score", "f2"], "argument --score"),
         (["--data", "none.jsonl"], "none.jsonl: no such file"),
         (["--checkpoint", "none.pkl"], "none.pkl: no such checkpoint"),
