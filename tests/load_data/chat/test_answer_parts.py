@@ -127,7 +127,7 @@ def test_a_turn_with_calls_is_kept_or_dropped_as_a_whole(bpe):
 @pytest.mark.parametrize("end, calls, room", [(4, 3, 520), (5, 1, 380)])
 def test_a_long_turn_with_a_tool_is_cut(bpe, end, calls, room):
     """Question, answer and results give way; calls and markers stay, and the mask goes with the ids."""
-    template, long = ChatTemplate(bpe), "word " * 100
+    template, long = ChatTemplate(bpe), "word " * 200
     called = message("assistant", "") | {"tool_calls": [CALL] * calls}
     turn = [message("user", long), called, message("tool", long), message("tool", "408")]
     turn = [*turn, message("assistant", long)][:end]
