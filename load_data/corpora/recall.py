@@ -9,17 +9,24 @@
 Plain text rarely needs one word from a thousand tokens ago, and a small model that reads only plain text does
 not learn to look for it. Here the second word of every repeated note can be copied from above, and nothing
 else predicts it (associative recall, arXiv 2312.04927; passkey retrieval, arXiv 2305.16300). Lists of notes
-alone, many to a row, teach the skill; notes between the lines of source code teach the distance. Half of the
-distances are spread evenly, half over their logarithm, so rows of any length have some that reach across.
+alone, many to a row, teach the skill; notes between the lines of source code teach the distance.
+
+Trap: a far note must be as reliable as a near one. If names get other values later, or if documents
+are so short that a row holds several with the same names, most far matches are wrong, and a model learns to
+distrust them: it recalls less the longer its rows are (docs/experiments.md). So a name has one value in a
+document, and documents are longer than rows.
 """
 
 import random
+from collections import deque
 from collections.abc import Iterator
+from itertools import cycle
 
 REPEATED = 0.75  # share of the notes: with 0.5, and with 200 words, learning took twice as long
-LISTS, LIST_LINES = 6000, 40
+LISTS, LIST_LINES = 240, 1000
 SHARE = 0.6  # of the source files, with notes between their lines
-GAPS = (2, 6, 20)  # lines of code between notes, on average, one for each file
+GAPS = (1, 3, 10)  # lines from note to note, on average, one for each file; 1 in lists
+REACH, NEAREST = 48, 4  # most and fewest lines, about, from a note to where it is repeated
 WORDS = """
 acorn amber anchor arrow autumn bamboo banana basket bicycle biscuit blanket blossom bridge bucket butter
 cactus camel candle canyon carpet castle cedar cherry chimney circus clover coconut copper coral cotton
@@ -44,20 +51,22 @@ def question(name: str) -> str:
 def with_notes(lines: list[str], gap: int, rng: random.Random) -> str:
     """Return `lines` with a note after every `gap` of them, on average; most repeat an earlier note.
 
-    A name that is noted again with another value has the new one from then on.
+    The notes that may be repeated are the last `kept` new ones. The distance from a note to its repetition
+    is thus about `gap * kept` lines, a number whose logarithm is drawn evenly, and twice as much at times.
     """
-    out, names, values = [], [], {}
+    names = rng.sample(WORDS, len(WORDS))
+    notes = cycle([note(name, rng.choice(WORDS)) for name in names])  # one value for each name
+    kept = max(1, round(REACH / gap * (NEAREST / REACH) ** rng.random()))
+    out, known = [], deque(maxlen=kept)
     for line in lines:
         out.append(line)
         if line and not line.endswith("\n") or rng.randrange(gap):
             continue
-        if names and rng.random() < REPEATED:
-            back = rng.choice((1 + rng.randrange(len(names)), round(len(names) ** rng.random())))
-            name = names[-back]  # half of the distances are uniform, half log-uniform
+        if len(known) == kept and rng.random() < REPEATED:
+            out.append(rng.choice(known))
         else:
-            name, values[name] = rng.choice(WORDS), rng.choice(WORDS)
-            names.append(name)
-        out.append(note(name, values[name]))
+            known.append(next(notes))
+            out.append(known[-1])
     return "".join(out)
 
 

@@ -42,7 +42,7 @@ REGISTRY = {
     "docstrings": Skill(0.05, docstrings.sample),
     "shopping": Skill(0.25, by_side(shopping.make)),
     "naming": Skill(0.25, by_side(naming.make)),
-    "sums": Skill(0.30, by_side(sums.make), arithmetic.value_of),
+    "sums": Skill(0.20, by_side(sums.make), arithmetic.value_of),
     "thought_sums": Skill(0.45, by_side(thought_sums.make)),
     "tool_sums": Skill(0.25, by_side(tool_sums.make)),
 }

@@ -121,12 +121,12 @@ def test_only_the_named_skills_are_trained():
 
 
 @pytest.mark.parametrize("call", [
-    lambda: next(training_dialogues(["chess"], 1, 0)), lambda: held_out_dialogues(["chess"], 1, 0),
-    lambda: scored_items("chess", 1, 0), lambda: is_right(Item("chess", [], ""), ""),
-    lambda: next(training_items(["chess"], 0)),
+    lambda: next(training_dialogues(["naps"], 1, 0)), lambda: held_out_dialogues(["naps"], 1, 0),
+    lambda: scored_items("naps", 1, 0), lambda: is_right(Item("naps", [], ""), ""),
+    lambda: next(training_items(["naps"], 0)),
 ])  # fmt: skip
 def test_an_unknown_skill_is_named(call):
-    with pytest.raises(UserError, match="unknown skill 'chess'; skills: identity, arithmetic"):
+    with pytest.raises(UserError, match="unknown skill 'naps'; skills: identity, arithmetic"):
         call()
 
 
