@@ -23,13 +23,14 @@ from dataclasses import fields, replace
 
 import utils  # noqa: F401  first: it sets how threads wait, before PyTorch loads
 from inference.generation.conversation import Conversation
+from inference.generation.exchange import Request
 from inference.generation.selector import LoadedSelector
 from inference.generation.generator import Generator
 from inference.generation.load import DEFAULT_OUT, Loaded, load_adapter, load_base
 from inference.generation.sampling import SamplingParams, row_seed
 from inference.generation.speculative import SpeculativeGenerator
 from inference.generation.terminal import RED, closed_pipe_ends, edit_lines, open_streams, read_message
-from inference.generation.terminal import show, tell
+from inference.generation.terminal import murmur, show, tell
 from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, run_main
 
@@ -40,6 +41,8 @@ HELP = """\
 /params                show the sampling settings
 /params NAME=VALUE     change them, for example /params temperature=0 top_p=1
 /use N                 let adapter N answer; 0 is the base
+/think on|off          think before answering, in a model that was trained to
+/tools on|off          let the model call a calculator and look up Python's standard library
 /exit                  leave (or Ctrl-D; under Windows Ctrl-Z, Enter)
 Ctrl-C stops an answer. To send a text that looks like a command, put a space before it."""
 
@@ -64,6 +67,9 @@ def parse_command():
     add("--max-new-tokens", type=int, default=200, help="longest answer (default: %(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add("--seed", type=int, default=0, help="the same seed gives the same answers (default: %(default)s)")
+    add("--think", action="store_true", help="think before answering, in a model that was trained to")
+    add("--think-budget", type=int, metavar="N", help="answer after at most N tokens of thinking")
+    add("--tools", action="store_true", help="let the model call a calculator and look up docstrings")
     add("--draft", type=int, default=0, metavar="N", help="draft N tokens ahead with the model's MTP head")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args()
@@ -84,10 +90,13 @@ def main():
     generators = [Generator(one.model, one.tokenizer.eos_id) for one in models]
     if args.draft:
         generators = [SpeculativeGenerator(models[0].model, generators[0].start_id, args.draft)]
-    chat = Chat(Conversation(models, generators, choose, tuple(args.stop), tell), params)
-    chat.conversation.use = 1 if args.adapter else 0
-    if args.system:
-        chat.obey(f"/system {args.system}")
+    request = Request(budget=args.think_budget)
+    conversation = Conversation(models, generators, choose, tuple(args.stop), tell, murmur, request)
+    chat = Chat(conversation, params)
+    conversation.use = 1 if args.adapter else 0
+    orders = {f"/system {args.system}": args.system, "/think on": args.think, "/tools on": args.tools}
+    for line in (line for line, wanted in orders.items() if wanted):
+        chat.obey(line)
     try:
         if args.prompt is not None:
             show("" if chat.model.answers else args.prompt)
@@ -191,6 +200,8 @@ class Chat:
         elif name == "/params":
             self.change(rest.split())
             tell("  ".join(f"{key}={value}" for key, value in vars(self.settings).items()))
+        elif name in ("/think", "/tools"):
+            self.switch(name, rest)
         elif name != "/use":
             raise UserError(f"{name}: no such command; /help lists them")
         elif conversation.choose is not None:
@@ -200,6 +211,19 @@ class Chat:
         else:
             conversation.use = int(rest)
             tell(f"({self.model.path})")
+
+    def switch(self, name: str, rest: str) -> None:
+        """Switch thinking or tools on or off."""
+        if rest not in ("on", "off"):
+            raise UserError(f"{name} takes on or off")
+        if rest == "on" and not self.model.answers:
+            raise UserError(f"{self.model.path} continues texts: only fine-tuned models think or use tools")
+        what = "thinking" if name == "/think" else "tools"
+        fraction = self.model.config.data.val_fraction
+        request = replace(self.conversation.request, **{what: rest == "on"}, val_fraction=fraction)
+        request.check(self.model.template)
+        self.conversation.request = request
+        tell(f"({what} {rest})")
 
     def change(self, changes: list[str]) -> None:
         """Change sampling settings by `name=value`."""

@@ -19,6 +19,7 @@ from itertools import islice
 
 import utils  # noqa: F401  first: it sets how threads wait, before PyTorch loads
 from inference.generation.conversation import prompt_within
+from inference.generation.exchange import PLAIN, Request, respond
 from inference.generation.generator import Generator
 from inference.generation.load import DEFAULT_OUT, Loaded, load_adapter, load_base
 from inference.generation.sampling import SamplingParams
@@ -32,6 +33,7 @@ from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, run_main
 
 BATCH = 50  # questions that are answered together
+CALL_LENGTH = 64  # tokens that an answer with a call may take
 COLUMNS = 3  # of a table: name, amount, note
 DATA = "data"  # the name of the score of held-out dialogues
 
@@ -47,18 +49,23 @@ class Score:
 
 
 def score_skills(
-    generator, template, names: Iterable[str], count: int = 100, val_fraction: float = HELD_OUT
+    generator,
+    template,
+    names: Iterable[str],
+    count: int = 100,
+    val_fraction: float = HELD_OUT,
+    request: Request = PLAIN,
 ) -> dict[str, Score]:
     """Return the score of each skill in `names` on `count` test items, or on all if it has fewer.
 
-    `template` is a `ChatTemplate`, `val_fraction` what the model's training held out. Raises `UserError` for
-    an unknown skill.
+    `template` is a `ChatTemplate`, `val_fraction` what the model's training held out, `request` whether it
+    may think and use tools. Raises `UserError` for an unknown skill.
     """
     scores = {}
     for name in names:
         items = scored_items(name, count, 0, val_fraction)
         tasks = [(item.messages, item.expected) for item in items]
-        answers = greedy_answers(generator, template, tasks)
+        answers = greedy_answers(generator, template, tasks, request)
         judged = [(is_right(item, answer), 1, 1) for item, answer in zip(items, answers, strict=True)]
         scores[name] = total(tasks, answers, judged)
     return scores
@@ -88,7 +95,9 @@ def score_dialogues(
     return total(tasks, answers, judged)
 
 
-def greedy_answers(generator, template, tasks: list[tuple[list[dict], str]]) -> list[str]:
+def greedy_answers(
+    generator, template, tasks: list[tuple[list[dict], str]], request: Request = PLAIN
+) -> list[str]:
     """Return the answer to each (messages, expected answer), computed in batches.
 
     The expected answer only saves time: a batch holds questions with answers of similar length, and an answer
@@ -100,12 +109,14 @@ def greedy_answers(generator, template, tasks: list[tuple[list[dict], str]]) -> 
     answers = [""] * len(tasks)
     for first in range(0, len(order), BATCH):
         batch = order[first : first + BATCH]
-        params = SamplingParams(temperature=0, max_new_tokens=16 + lengths[batch[-1]] * 3 // 2)
-        room = generator.room(params.max_new_tokens)
-        prompts = [prompt_within(template, tasks[number][0], room) for number in batch]
-        written = generator.generate(prompts, params, template.stop_ids)
-        for number, ids in zip(batch, written, strict=True):
-            answers[number] = tokenizer.decode(ids)  # the stop id stands for no text
+        longest = 16 + lengths[batch[-1]] * 3 // 2 + (request.budget or 0) + CALL_LENGTH * request.tools
+        params = SamplingParams(temperature=0, max_new_tokens=longest)
+        opening = template.opening(request.thinking)
+        room = generator.room(longest) - len(opening)
+        prompts = [prompt_within(template, tasks[number][0], room) + opening for number in batch]
+        written = respond(generator, template, prompts, params, request)
+        for number, exchange in zip(batch, written, strict=True):
+            answers[number] = exchange.messages[-1]["content"]
     return answers
 
 
@@ -155,6 +166,9 @@ def parse_command():
     add("--data", nargs="+", default=[], metavar="FILE", help="score the held-out dialogues of these files")
     add("--count", type=int, default=100, metavar="N", help="questions for each score (default: %(default)s)")
     add("--score", choices=("exact", "items"), default="exact", help="the rule for answers of --data")
+    add("--think", action="store_true", help="let the model think before it answers")
+    add("--think-budget", type=int, default=64, metavar="N", help="tokens of thinking (default: %(default)s)")
+    add("--tools", action="store_true", help="let the model call a calculator and look up docstrings")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args()
     if args.count < 1:
@@ -189,7 +203,8 @@ def main():
     tell(f"{loaded.path} ({loaded.about['stage']}, {device})")
     generator = Generator(loaded.model, loaded.tokenizer.eos_id)
     rule = loaded.config.data
-    scores = score_skills(generator, loaded.template, args.skills, args.count, rule.val_fraction)
+    request = Request(args.think, args.think_budget if args.think else None, args.tools, rule.val_fraction)
+    scores = score_skills(generator, loaded.template, args.skills, args.count, rule.val_fraction, request)
     if args.data:
         dialogues = held_out(args.data, loaded, args.count)
         scores[DATA] = score_dialogues(generator, loaded.template, dialogues, args.score, rule)

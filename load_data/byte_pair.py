@@ -16,9 +16,11 @@ import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().par
 from collections import Counter
 from itertools import pairwise
 
-from load_data.tokenization.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, byte_characters, split_and_spell
+from load_data.tokenization.tokenizer import PART_TOKENS, SPECIAL_TOKENS, SPLIT_PATTERN, byte_characters
+from load_data.tokenization.tokenizer import split_and_spell
 
 Pair = tuple[str, str]
+SPECIAL = len(SPECIAL_TOKENS) + len(PART_TOKENS)
 
 
 def pieces_of(text: str) -> list[str]:
@@ -30,7 +32,7 @@ def train(text: str, vocab_size: int) -> list[Pair]:
     """Return the merges, in order, for a vocabulary of `vocab_size` ids; fewer if no pair occurs twice."""
     words = [(list(piece), count) for piece, count in Counter(pieces_of(text)).items()]
     ids, merges = vocabulary([]), []
-    while len(SPECIAL_TOKENS) + len(ids) < vocab_size:
+    while SPECIAL + len(ids) < vocab_size:
         counts = Counter()
         for tokens, count in words:
             for pair in pairwise(tokens):
@@ -55,7 +57,7 @@ def merge_all(tokens: list[str], pair: Pair) -> None:
 
 
 def vocabulary(merges: list[Pair]) -> dict[str, int]:
-    """Return the id of each token: after the special tokens come the bytes, then one token per merge."""
+    """Return the id of each token: after those that mark turns come the bytes, then one per merge."""
     tokens = dict.fromkeys([*sorted(byte_characters()), *map("".join, merges)])
     return {token: number for number, token in enumerate(tokens, start=len(SPECIAL_TOKENS))}
 
@@ -80,7 +82,7 @@ def lesson():
     text = pathlib.Path(textwrap.__file__).read_text(encoding="utf-8")
     line = "    return wrapper.fill(text)  # 你好"
     print(f"{len(text):,} characters of textwrap.py; Ġ is a space, Ċ a line break; training 400 merges\n")
-    merges = train(text, len(vocabulary([])) + len(SPECIAL_TOKENS) + 400)
+    merges = train(text, len(vocabulary([])) + SPECIAL + 400)
     for number in (0, 1, 2, 3, 10, 30, 100, 300):
         print(f"merge {number:3}: {merges[number]}")
     names = {one: token for token, one in vocabulary(merges).items()}

@@ -22,7 +22,7 @@ from train.engine.command import chat_command, parse_command
 from train.engine.trainer import Trainer
 from train.engine.machine import start_machine
 from train.engine.text_stage import text_stage
-from utils.checkpoint import load_weights
+from utils.checkpoint import latest_checkpoint, load_checkpoint, load_weights
 from utils.distributed import finish
 from utils.errors import UserError, run_main
 from utils.plot_experts import plot_expert_load, plot_expert_tokens
@@ -35,7 +35,10 @@ def main():
     """Train a model on plain text, then print samples."""
     command = parse_command(STAGE, SHORT, __doc__)
     config, machine = command.config, start_machine(command.config)
-    tokenizer = Tokenizer.from_json(command.init["tokenizer"]) if command.init else None
+    newest = latest_checkpoint(command.out, SHORT) if command.resume else None
+    begun = load_checkpoint(newest) if newest else command.init or {}
+    # A run goes on with the tokenizer it began with: one trained today may have other special tokens.
+    tokenizer = Tokenizer.from_json(begun["tokenizer"], str(newest)) if begun.get("tokenizer") else None
     data = machine.read(prepare_pretraining, config, tokenizer)
     machine.say("\n".join(data.summary))
 

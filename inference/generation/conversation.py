@@ -8,13 +8,11 @@ models with different templates can take turns, and nothing that a user types ca
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from inference.generation.exchange import PLAIN, Exchange, Request, respond
 from inference.generation.generator import Generator
 from inference.generation.load import Loaded
 from inference.generation.sampling import SamplingParams
-from inference.generation.text_stream import TextStream
-from load_data.chat.chat_template import ChatTemplate, cut_turn, fit_turns
-
-Message = dict[str, str]
+from load_data.chat.chat_template import ChatTemplate, Message, cut_turn, fit_turns
 
 
 @dataclass
@@ -26,6 +24,8 @@ class Conversation:
     choose: Callable[[list[Message]], int] | None = None  # messages -> number of the model; None for `use`
     stop: tuple[str, ...] = ()  # texts that end an answer
     tell: Callable[[str], None] = lambda line: None  # receives remarks of one line
+    murmur: Callable[[str], None] = lambda piece: None  # receives pieces of thinking, calls and results
+    request: Request = PLAIN  # whether models may think and use tools
     messages: list[Message] = field(default_factory=list)  # turns so far, without the system message
     system: str = ""  # the system message; empty for none
     use: int = 0  # the number of the model that answers
@@ -42,42 +42,52 @@ class Conversation:
         model, generator = self.models[self.use], self.generators[self.use]
         tokenizer, template, room = model.tokenizer, model.template, generator.room(params.max_new_tokens)
         system = [{"role": "system", "content": self.system}] if self.system else []
+        request = self.request if model.answers else PLAIN
+        room -= len(template.opening(request.thinking))
         if model.answers:
             kept = fit_turns(template, [*system, *messages], room)
             if dropped := len(system) + len(messages) - len(kept):
                 messages = messages[dropped:]
                 self.tell(f"(the context is full: the {dropped} oldest messages were dropped)")
-            whole, stop_ids = template.prompt(kept), template.stop_ids
-            ids = prompt_within(template, kept, room)
+            whole, stop_ids = template.prompt(kept, request.thinking), template.stop_ids
+            ids = prompt_within(template, kept, room) + template.opening(request.thinking)
         else:  # a text begins like a document, after the end of another
             whole, stop_ids = [tokenizer.eos_id, *tokenizer.encode(text)], {tokenizer.eos_id}
             ids = whole[-room:]
         if len(ids) < len(whole):
             self.tell(f"(too long for {generator.context} tokens: only the last {len(ids)} are read)")
-        stream, pieces = TextStream(tokenizer, self.stop), []
+        written, before, answers, self.cut = {"content": ""}, "", [], ""
 
-        def shown(piece: str) -> None:
-            pieces.append(piece)
-            show(piece)
+        def on_text(row: int, part: str, piece: str) -> None:
+            nonlocal before
+            if piece and (part != before or part == "result"):
+                self.murmur("\n" * bool(before) + "-> " * (part == "result"))
+                before = part
+            written[part] = written.get(part, "") + piece
+            (show if part == "content" else self.murmur)(piece)
 
-        def on_token(row, token):
-            shown(stream.push(token))
-            return stream.stopped
-
-        complete, self.cut = False, ""
         try:
-            answer = generator.generate([ids], params, stop_ids, on_token)[0]
-            shown(stream.finish())
-            complete = True
+            exchange = respond(generator, template, [ids], params, request, stop_ids, self.stop, on_text)[0]
+            answers = exchange.messages
         finally:
-            written = "".join(pieces)
-            if model.answers and (complete or written):
-                self.messages = [*messages, {"role": "assistant", "content": written}]
-        if answer.finish_reason == "length":
-            full = len(answer) < params.max_new_tokens
+            if not answers and any(written.values()):  # Ctrl-C
+                answers = [{"role": "assistant", "content": written["content"]}]
+            if model.answers and answers:
+                self.messages = [*messages, *answers]
+        self.cut = self.why_cut(exchange, generator, params)
+        return written["content"]
+
+    def why_cut(self, exchange: Exchange, generator: Generator, params: SamplingParams) -> str:
+        """Return the reason why an exchange was cut; empty if it was not."""
+        if exchange.finish_reason == "calls":
+            return "(too many calls of tools)"
+        if exchange.finish_reason == "length":
+            full = exchange.written < params.max_new_tokens or not exchange.own[-1]
             limit = f"the context of {generator.context} tokens is full" if full else "max_new_tokens"
-            self.cut = f"(cut after {len(answer)} tokens: {limit})"
-        return written
+            return f"(cut after {exchange.written} tokens: {limit})"
+        if "tool_calls" in exchange.messages[-1]:
+            return "(the model calls a tool, which runs with /tools on or --tools)"
+        return ""
 
 
 def prompt_within(template: ChatTemplate, messages: list[Message], room: int) -> list[int]:

@@ -74,12 +74,14 @@ class Generator:
         samples: int = 1,
         seeds: list[int] | None = None,
         record: bool = False,
+        must: Callable[[int, list[int]], int | None] | None = None,
     ) -> list[Answer]:
         """Return the new tokens of each row.
 
         Each new token is passed to `on_token(row, token)` at once; the row ends where that returns True.
         Prompt p is continued `samples` times, in rows p * samples and following. `seeds`: of each row, by
         default made from that of `params`. `record`: fill in `logprobs` and `experts` of the answers.
+        `must(row, new tokens so far)` may return the token that has to come next, whatever the model prefers.
         Raises `TypeError` for anything but lists of ids, and `UserError` for a prompt beyond the context, or
         for rules of sampling that cannot be recorded.
         """
@@ -104,6 +106,8 @@ class Generator:
             if any(room):
                 vocabulary = self.model.config.vocab_size
                 sampler = Sampler(params, prompts, vocabulary, self.device, stop_ids, seeds)
+                if must:
+                    sampler.must = lambda row, ahead=(): must(row, [*answers[row], *ahead])
                 self.write(prompts, room, sampler, add, samples, answers if record else None)
         finally:
             self.model.train(training)

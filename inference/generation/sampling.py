@@ -125,8 +125,11 @@ class Sampler:
 
     Random numbers come from the CPU, so they are the same on every `device`. The repetition penalty spares
     `stop_ids`: they end each past answer of a conversation, and answers would grow longer with every turn.
-    `logprobs` (B,) are those of the tokens picked last.
+    `logprobs` (B,) are those of the tokens picked last. `must(row)`, if set, is the token that has to come
+    next in a row, or None if the model is free.
     """
+
+    must = None
 
     def __init__(
         self, params: SamplingParams, prompts: list[list[int]], vocab_size, device, stop_ids=(), seeds=None
@@ -149,6 +152,9 @@ class Sampler:
         else:
             probs = filtered_probs(logits, self.params, seen)
             tokens = draw(probs, self.uniforms(rows).to(probs))
+        for place, row in enumerate(rows.tolist() if self.must else ()):
+            tokens[place] = tokens[place] if (token := self.must(row)) is None else token
+        if self.params.temperature > 0:
             self.logprobs = probs.gather(1, tokens[:, None])[:, 0].log()
         if seen is not None:
             self.seen[rows.to(tokens.device), tokens] = True

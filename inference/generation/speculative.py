@@ -69,7 +69,7 @@ class SpeculativeGenerator(Generator):
                 drafts, q, seen = self.guess(length, hidden, following, draft_cache, sampler)
                 output = self.read([new[-1], *drafts], cache)  # logits (1, 1+g, V)
                 p = filtered_probs(output.logits[0], sampler.params, seen)
-                new = accept(p, q, drafts, sampler.generators[0])
+                new = enforced(accept(p, q, drafts, sampler.generators[0]), sampler.must)
                 self.drafted, self.accepted = self.drafted + length, self.accepted + len(new) - 1
                 cache.crop([cache.lengths[0] - 1 - length + len(new)])
                 hidden, following = output.hidden[:, : len(new)], new
@@ -135,6 +135,15 @@ def accept(p, q, drafts: list[int], generator: torch.Generator) -> list[int]:
                 rest = p[place : place + 1]
             return [*drafts[:place], pick(rest, uniform(generator))]
     return [*drafts, pick(p[-1:], uniform(generator))]
+
+
+def enforced(new: list[int], must) -> list[int]:
+    """Return `new`, or its tokens up to where `must` (see `Sampler`) requires another, and that one."""
+    for place, token in enumerate(new if must else ()):
+        required = must(0, new[:place])
+        if required not in (None, token):
+            return [*new[:place], required]
+    return new
 
 
 def pick(weights, number: float) -> int:

@@ -48,14 +48,19 @@ def show(piece: str) -> None:
     sys.stdout.flush()
 
 
-def tell(line: str, colour: str = DIM) -> None:
-    """Write a remark to standard error."""
+def tell(line: str, colour: str = DIM, end: str = "\n") -> None:
+    """Write a remark to standard error, in full or (with another `end`) a piece of it."""
     line = harmless(line)
     windows = os.name == "nt" and "WT_SESSION" not in os.environ  # an old console would print the codes
     plain = windows or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if sys.stderr.isatty() and not plain:
+    if sys.stderr.isatty() and not plain and line:
         line = f"\x1b[{colour}m{line}\x1b[0m"
-    print(line, file=sys.stderr, flush=True)
+    print(line, end=end, file=sys.stderr, flush=True)
+
+
+def murmur(piece: str) -> None:
+    """Write text of the model that is not its answer, such as thinking: to standard error, dimmed."""
+    tell(piece, end="")
 
 
 def edit_lines() -> None:

@@ -1,9 +1,9 @@
 """Read dialogues from paths, encode them as ids, and split them into training and validation.
 
 Dialogues come from `.jsonl` files (see `load_data/chat/records.py`), or from the built-in skills: `skills`
-means those of fine-tuning, `skills:lists,shopping` the named ones, `skills:all` all of them. Skills split
-their own questions. A dialogue from a file is held out if the hash of any of its questions selects it, as in
-pre-training, so no held-out question is ever trained on.
+means those of fine-tuning, `skills:lists,shopping` the named ones, `skills:all` all without thinking and
+tools. Skills split their own questions. A dialogue from a file is held out if the hash of any of its
+questions selects it, as in pre-training, so no held-out question is ever trained on.
 
 A dialogue that is too long for a row loses its oldest turns first, then the beginning of its question, and
 only then the end of its answer. A cut answer has no `<|im_end|>`: that would teach stopping mid-sentence.
@@ -29,7 +29,7 @@ from load_data.corpora.documents import find_files, read_records, skipped_lines
 from load_data.corpora.reserved import unit_hash
 from load_data.corpora.sources import PYTHON, TRAIN, VAL, Sources, empty_side, limited
 from load_data.packing import REPOSITORY, prepared_folder
-from load_data.skills import SFT_SKILLS, SKILLS, held_out_dialogues, training_dialogues
+from load_data.skills import PART_SKILLS, SFT_SKILLS, SKILLS, held_out_dialogues, training_dialogues
 from load_data.tokenization.tokenizer import Tokenizer
 from utils.errors import UserError
 
@@ -136,7 +136,8 @@ def chosen_skills(paths: list[str]) -> list[str]:
     for path in paths:
         word, _, rest = path.partition(":")
         if word == SKILL_WORD:
-            everything = {"": SFT_SKILLS, "all": SKILLS}
+            plain = [name for name in SKILLS if name not in PART_SKILLS]
+            everything = {"": SFT_SKILLS, "all": plain}
             names += everything.get(rest, [name.strip() for name in rest.split(",")])
     if unknown := [name for name in names if name not in SKILLS]:
         raise UserError(f"--data: unknown skill {unknown[0]!r}; skills: {', '.join(SKILLS)}, or all")

@@ -2,7 +2,8 @@
 
 Every skill splits its questions into training, validation and test (see `common.py`): no test question, and
 no sum or expression in one, occurs in a training dialogue or in the text of pre-training. Fine-tuning without
-`--data` uses `SFT_SKILLS`; the others are for adapters, and `sums` for rewards.
+`--data` uses `SFT_SKILLS`; the others are for adapters, `sums` for rewards, and `PART_SKILLS` teach thinking
+and tools.
 """
 
 import itertools
@@ -15,6 +16,7 @@ from load_data.chat.chat_template import Messages
 from load_data.chat.records import message
 from load_data.corpora.reserved import item_key
 from load_data.skills import arithmetic, docstrings, expressions, identity, lists, naming, shopping, sums
+from load_data.skills import thought_sums, tool_sums
 from load_data.skills.common import TEST, TRAIN, VAL, Sample, by_side
 from utils.errors import UserError
 
@@ -41,8 +43,11 @@ REGISTRY = {
     "shopping": Skill(0.25, by_side(shopping.make)),
     "naming": Skill(0.25, by_side(naming.make)),
     "sums": Skill(0.20, by_side(sums.make), arithmetic.value_of),
+    "thought_sums": Skill(0.45, by_side(thought_sums.make)),
+    "tool_sums": Skill(0.25, by_side(tool_sums.make)),
 }
 SKILLS = tuple(REGISTRY)
+PART_SKILLS = ("thought_sums", "tool_sums")  # they need tokens that older tokenizers lack
 SFT_SKILLS = ("identity", "arithmetic", "lists", "expressions", "docstrings")
 HELD_OUT = DataConfig().val_fraction  # of the standard library, for the skill docstrings
 TURNS, TURN_WEIGHTS = (1, 2, 3), (6, 1, 1)  # how many questions in one dialogue
@@ -111,8 +116,14 @@ def is_right(item: Item, answer: str) -> bool:
 
 
 def as_turn(sample: Sample) -> Messages:
-    """Return a question and its answer as messages."""
-    return [message("user", sample.question), message("assistant", sample.answer)]
+    """Return a question and its answer as messages, with thinking, or a call of a tool and its result."""
+    turn = [message("user", sample.question), message("assistant", sample.answer)]
+    if sample.thinking is not None:
+        turn[-1]["thinking"] = sample.thinking
+    if sample.call:
+        called = message("assistant", "") | {"tool_calls": [sample.call]}
+        turn[1:1] = [called, message("tool", sample.result)]
+    return turn
 
 
 def distinct_samples(name: str, side: str, count: int, seed: int, val_fraction: float) -> list[Sample]:

@@ -23,13 +23,17 @@ class Sample:
     question: str
     answer: str
     parts: tuple[str, ...] = ()
+    thinking: str | None = None  # before the answer; None where the request asks for none
+    call: dict | None = None  # of a tool, before the answer, and its result
+    result: str = ""
 
 
 def side_of(sample: Sample) -> str | None:
     """Return the side of a sample; None if its key is for training but one of its parts is held out."""
     if is_reserved(sample.key):
         return held_out_side(sample.key)
-    sums = SMALL_SUM.findall(f"{sample.question}\n{sample.answer}")  # `3 - 8` and `-5` contain no `8 - 5`
+    text = f"{sample.question}\n{sample.answer}\n{sample.thinking}\n{sample.call}"
+    sums = SMALL_SUM.findall(text)  # `3 - 8` and `-5` contain no `8 - 5`
     return None if any(map(is_reserved, (*sample.parts, *sums))) else TRAIN
 
 

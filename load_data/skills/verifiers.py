@@ -94,7 +94,7 @@ def pools() -> re.Pattern:
     return re.compile(rf"\b(?:{'|'.join(words['en'])})\b|{'|'.join(chinese)}")
 
 
-RULES = {"arithmetic": total, "sums": total, "expressions": value, "lists": things}
+RULES = {"arithmetic": total, "thought_sums": total, "sums": total, "expressions": value, "lists": things}
 
 
 # --------------------------------------------------------------------------------------------- expressions

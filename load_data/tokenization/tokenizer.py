@@ -4,12 +4,14 @@ Two kinds share one class. `bpe` is byte-level byte-pair encoding (Sennrich et a
 in GPT-2): every text is a sequence of UTF-8 bytes, so nothing is ever unknown, and frequent pairs are merged
 into longer tokens (load_data/byte_pair.py does it by hand). `char` gives one id to each distinct character.
 
-Special tokens take the first ids and exist only as ids: `encode` cannot reach them, so no text can produce
-one. Only the chat template writes them.
+Special tokens exist only as ids: `encode` cannot reach them, so no text can produce one. Only the chat
+template writes them. Those that mark turns take the first ids. Those that mark parts of an answer take the
+last: a tokenizer from before they existed has none of them, and everything else has the ids it had then.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -22,6 +24,7 @@ END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 UNKNOWN = "<unk>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", "User：", "Assistant：", "System：", PAD)
+PART_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 # BPE merges only within the pieces that this pattern cuts, from left to right: a word with one leading space
 # or sign; a single digit, so that sums can be computed digit by digit; signs with the line break and
@@ -96,6 +99,13 @@ class Tokenizer:
         parts = (spelled.get(one, self.id_to_bytes[one]) for one in known)
         return b"".join(parts).decode("utf-8", errors="replace")
 
+    def add_parts(self, names: Sequence[str]) -> None:
+        """Give the part tokens `names` the ids after all others. Without any, the JSON is of the old form."""
+        self.special_ids |= {name: one for one, name in enumerate(names, start=self.vocab_size)}
+        self.id_to_bytes += [b""] * len(names)
+        if names:
+            self.contents["parts"] = list(names)
+
     def to_json(self) -> str:
         """Return the whole tokenizer as JSON text."""
         return json.dumps({"kind": self.kind, **self.contents}, ensure_ascii=False)
@@ -106,9 +116,10 @@ class Tokenizer:
         try:
             data = json.loads(text)
             if data["kind"] == "char":
-                return CharTokenizer(data["characters"])
+                return CharTokenizer(data["characters"], data.get("parts", ()))
             if data["kind"] == "bpe":
-                return BpeTokenizer([tuple(pair.split(" ")) for pair in data["merges"]], data["pattern"])
+                merges = [tuple(pair.split(" ")) for pair in data["merges"]]
+                return BpeTokenizer(merges, data["pattern"], data.get("parts", ()))
             problem = f"unknown kind {data['kind']!r}"
         except Exception as error:  # noqa: BLE001 - a bad pattern raises plain Exception
             problem = f"{type(error).__name__}: {error}"
@@ -116,12 +127,16 @@ class Tokenizer:
 
 
 class BpeTokenizer(Tokenizer):
-    """Byte-level BPE: special tokens, then the 256 bytes, then one token per merge, in order of training."""
+    """Byte-level BPE: special tokens, the 256 bytes, one token per merge in order of training, and part
+    tokens."""
 
     kind = "bpe"
 
-    def __init__(self, merges: list[tuple[str, str]], pattern: str = SPLIT_PATTERN):
-        """`merges`: pairs of tokens, spelled in `byte_characters`, in order of training."""
+    def __init__(
+        self, merges: list[tuple[str, str]], pattern: str = SPLIT_PATTERN, parts: Sequence[str] = PART_TOKENS
+    ):
+        """`merges`: pairs of tokens, spelled in `byte_characters`, in order of training. `parts`: the part
+        tokens, none in a tokenizer from before they existed."""
         self.merges = merges
         self.contents = {"pattern": pattern, "merges": [" ".join(pair) for pair in merges]}
         self.special_ids = {name: one for one, name in enumerate(SPECIAL_TOKENS)}
@@ -135,6 +150,7 @@ class BpeTokenizer(Tokenizer):
         byte_of = {letter: byte for byte, letter in enumerate(characters)}
         self.id_to_bytes = [b""] * len(SPECIAL_TOKENS)
         self.id_to_bytes += [bytes(byte_of[letter] for letter in token) for token in vocabulary]
+        self.add_parts(parts)
         self.backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
         self.backend.pre_tokenizer = split_and_spell(pattern)
 
@@ -148,15 +164,15 @@ class BpeTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character: special tokens, `<unk>`, then the known characters by code point.
+    """One id per character: special tokens, `<unk>`, the known characters by code point, part tokens.
 
     An unknown character becomes one `<unk>` for each of its UTF-8 bytes, so that bits per byte counts it.
     """
 
     kind = "char"
 
-    def __init__(self, characters: str):
-        """`characters`: each known character once, sorted."""
+    def __init__(self, characters: str, parts: Sequence[str] = PART_TOKENS):
+        """`characters`: each known character once, sorted. `parts`: as for `BpeTokenizer`."""
         if list(characters) != sorted(set(characters)):
             raise ValueError("characters must be sorted and distinct")
         self.contents = {"characters": characters}
@@ -165,6 +181,7 @@ class CharTokenizer(Tokenizer):
         self.ids_of = {character: [one] for one, character in enumerate(characters, start=first)}
         self.id_to_bytes = [b""] * first + [character.encode("utf-8") for character in characters]
         self.id_to_bytes[first - 1] = b"\xff"  # <unk>: some byte; not UTF-8, so that it decodes to U+FFFD
+        self.add_parts(parts)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text; see the class for characters that are not known."""

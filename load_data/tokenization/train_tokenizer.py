@@ -15,8 +15,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from config.schema import TokenizerConfig
-from load_data.tokenization.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, BpeTokenizer, CharTokenizer
-from load_data.tokenization.tokenizer import Tokenizer, split_and_spell, without_surrogates
+from load_data.tokenization.tokenizer import PART_TOKENS, SPECIAL_TOKENS, SPLIT_PATTERN, BpeTokenizer
+from load_data.tokenization.tokenizer import CharTokenizer, Tokenizer, split_and_spell, without_surrogates
 from utils.errors import UserError
 
 NO_TEXT = "after the split there is no training text; lower data.val_fraction, or give more text"
@@ -28,7 +28,7 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Return a tokenizer trained on `texts`, or the one cached in `cache_dir`. `key` identifies the texts,
     and `size` is roughly their bytes. Raises `UserError` if there is no text."""
-    settings = [config.kind]
+    settings = [config.kind, PART_TOKENS]
     if config.kind == "bpe":
         settings += [config.vocab_size, config.train_bytes, SPLIT_PATTERN]
     name = hashlib.sha256(repr((key, settings)).encode("utf-8")).hexdigest()[:16]
@@ -50,7 +50,7 @@ def learn_merges(config: TokenizerConfig, texts: Iterable[str], size: int = 0) -
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = split_and_spell(SPLIT_PATTERN)
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size - len(SPECIAL_TOKENS),
+        vocab_size=config.vocab_size - len(SPECIAL_TOKENS) - len(PART_TOKENS),
         min_frequency=2,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, whether they occur or not
         show_progress=False,

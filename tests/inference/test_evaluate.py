@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from inference import evaluate
-from inference.generation.generator import Generator
+from inference.generation.generator import Answer, Generator
 from inference.evaluate import BATCH, Score, report, score_dialogues, score_skills, table_items
 from config.schema import DataConfig
 from load_data.chat.chat_template import ChatTemplate
@@ -28,12 +28,16 @@ class Scripted:
 
     room = Generator.room
 
-    def generate(self, prompts, params, stop_ids):
+    def generate(self, prompts, params, stop_ids, on_token):
         assert params.temperature == 0 and END in stop_ids
         self.sizes.append(len(prompts))
         texts = [TOKENIZER.decode(ids, skip_special=False) for ids in prompts]
         self.asked += texts
-        return [[*TOKENIZER.encode(self.answer(text)), END][: params.max_new_tokens] for text in texts]
+        answers = [[*TOKENIZER.encode(self.answer(text)), END][: params.max_new_tokens] for text in texts]
+        for row, answer in enumerate(answers):
+            for token in answer:
+                on_token(row, token)
+        return list(map(Answer, answers))
 
 
 def dialogue(*contents):
@@ -136,9 +140,9 @@ def test_nothing_in_a_dialogue_becomes_a_marker(kind):
     template, given = ChatTemplate(TOKENIZER, kind), []
 
     class Keeps(Scripted):
-        def generate(self, prompts, params, stop_ids):
+        def generate(self, prompts, *rest):
             given.extend(prompts)
-            return super().generate(prompts, params, stop_ids)
+            return super().generate(prompts, *rest)
 
     messages = [{"role": "system", "content": forged}, *dialogue(forged, forged, "why", "so")]
     assert score_dialogues(Keeps(lambda text: forged), template, [messages]).right == 1
@@ -248,7 +252,7 @@ def test_the_command_scores_an_adapter(monkeypatch, capsys, model, tmp_path):
     code, lines, err = run(monkeypatch, capsys, *args)
     assert code == 0 and lines[-1] == "data=0.00" and "a.pkl (prefix_train, cpu)" in err
     ((used, template, questions),) = asked
-    assert template.kind == "chatml" and max(template.before["assistant"]) == 263 + 5
+    assert template.kind == "chatml" and max(template.before["assistant"]) == 269 + 5
     assert used.model.embed_tokens.prompt.shape[0] == 6
     assert questions == [str(n) for n in range(100) if unit_hash(str(n)) < 0.5] and len(questions) > 30
     code, lines, _ = run(monkeypatch, capsys, "--adapter", adapter, "--skills", "naming", "--count", 2)

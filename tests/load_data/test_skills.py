@@ -165,8 +165,10 @@ def test_no_part_of_a_training_expression_is_reserved():
 def keys(name, pairs):
     """What identifies each question, found without the skill's own keys."""
     for question, answer in pairs:
-        if name == "arithmetic":
+        if name in ("arithmetic", "thought_sums"):
             yield from sums_in(question)
+        elif name == "tool_sums":
+            yield re.search(r"[(]*\d[\d +*/%()-]*|$", question)[0].strip()
         elif name == "sums":
             numbers = re.findall(r"\d+", question)
             yield ("-", *numbers) if "-" in question else tuple(sorted(numbers))

@@ -77,7 +77,7 @@ def test_broken_checkpoints_are_one_clear_error(tmp_path):
     cases = {
         "not a full model, it has no weights": {"weights": None},
         "no config, tokenizer": {"config": None, "tokenizer": None},
-        "tokenizer has 263 tokens, its model only 100": {"config": changed(vocab_size=100)},
+        "tokenizer has 269 tokens, its model only 100": {"config": changed(vocab_size=100)},
         "does not fit this model": {"config": changed(num_hidden_layers=1)},
         "not a tokenizer": {"tokenizer": "{}"},
         "unknown setting.*colour": {"config": changed(colour=1)},

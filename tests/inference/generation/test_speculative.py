@@ -201,6 +201,21 @@ def test_the_penalty_looks_at_drafts_too(when, length):
         assert (generator.accepted == generator.drafted) == (when == "always")
 
 
+@pytest.mark.parametrize("when", WHEN)
+def test_a_required_token_takes_the_place_of_a_draft(when):
+    """At every place of a round the text is that without drafts, and goes on from the required token."""
+    trunk = build()
+    model = WithDrafts(trunk, drafts_like(trunk, WHEN[when]))
+    params = SamplingParams(temperature=0, max_new_tokens=12)
+    for place in (0, 1, 2, 3, 7):
+        options = {"must": lambda row, written, place=place: 7 if len(written) == place else None}
+        plain = Generator(trunk).generate([PROMPTS[0]], params, **options)
+        assert plain[0][place] == 7
+        for length in (1, 4):
+            drafting = SpeculativeGenerator(model, draft_length=length)
+            assert drafting.generate([PROMPTS[0]], params, **options) == plain
+
+
 def test_the_opposite_is_never_the_likeliest():
     """What `never` rests on."""
     trunk = build()

@@ -145,7 +145,7 @@ def test_bad_paths(run_config, write, tmp_path):
     ("paths", "expected"),
     [
         (["skills"], SFT_SKILLS),
-        (["skills:all"], SKILLS),
+        (["skills:all"], SKILLS[:-2]),
         (["skills:lists, naming", "x.jsonl"], ("lists", "naming")),
         (["skills:lists", "skills:naming,lists"], ("lists", "naming")),
         (["x.jsonl"], ()),

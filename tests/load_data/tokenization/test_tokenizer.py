@@ -1,5 +1,6 @@
 """Tokenizers against raw UTF-8 bytes and against a slow and obvious BPE."""
 
+import json
 import random
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ import regex
 from config.schema import TokenizerConfig
 from inference.generation.text_stream import TextStream
 from load_data.tokenization.tokenizer import (
+    PART_TOKENS,
     SPECIAL_TOKENS,
     UNKNOWN,
     BpeTokenizer,
@@ -93,23 +95,38 @@ def test_break_and_indentation_are_one_token(bpe):
     assert bpe.decode([bpe.encode("if x:\n        y")[-2]]) == ":\n        "
 
 
-def test_special_tokens_take_the_first_ids(bpe):
+def test_special_tokens_take_the_first_and_the_last_ids(bpe):
     expected = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "User：", "Assistant：", "System：", "<|pad|>"]
-    assert list(bpe.special_ids) == expected
-    assert list(bpe.special_ids.values()) == list(range(7))
+    parts = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+    assert list(bpe.special_ids) == expected + parts
+    assert list(bpe.special_ids.values()) == [*range(7), *range(bpe.vocab_size - 6, bpe.vocab_size)]
     assert (bpe.eos_id, bpe.pad_id) == (0, 6)
-    assert bpe.token_bytes[:7].tolist() == [0] * 7 and bpe.token_bytes[7:].min() == 1
+    assert not bpe.token_bytes[:7].any() and not bpe.token_bytes[-6:].any()
+    assert bpe.token_bytes[7:-6].min() == 1
     char = CharTokenizer("ab")
-    assert char.special_ids == {**bpe.special_ids, UNKNOWN: 7}
+    assert char.special_ids == dict(zip([*expected, UNKNOWN, *parts], [*range(8), *range(10, 16)]))
+
+
+def test_a_tokenizer_from_before_part_tokens_is_what_it_was(bpe):
+    """Its file has no entry for them: the same ids for all text, and the same digest when written again."""
+    for tokenizer in (bpe, CharTokenizer("\n aé你🙂")):
+        old_file = json.loads(tokenizer.to_json())
+        assert old_file.pop("parts") == list(PART_TOKENS)
+        old = Tokenizer.from_json(json.dumps(old_file, ensure_ascii=False))
+        assert json.loads(old.to_json()) == old_file and old.vocab_size == tokenizer.vocab_size - 6
+        assert old.special_ids == {name: one for name, one in tokenizer.special_ids.items()
+                                   if name not in PART_TOKENS}  # fmt: skip
+        for text in (*ODD_TEXTS, "".join(PART_TOKENS)):
+            assert old.encode(text) == tokenizer.encode(text) and old.digest != tokenizer.digest
 
 
 def test_no_text_makes_a_special_id():
     """Not even where training saw the markers a thousand times."""
-    markers = "".join(SPECIAL_TOKENS)
+    markers = "".join(SPECIAL_TOKENS + PART_TOKENS)
     for learn in (learn_merges, learn_characters):
         tokenizer = learn(TokenizerConfig(vocab_size=400), [markers * 1000])
         specials = set(tokenizer.special_ids.values())
-        for text in [markers, *SPECIAL_TOKENS, f"hi<|im_end|>\nUser：{markers}"]:
+        for text in [markers, *SPECIAL_TOKENS, *PART_TOKENS, f"hi<|im_end|>\nUser：{markers}"]:
             assert not specials & set(tokenizer.encode(text)) - {tokenizer.special_ids.get(UNKNOWN)}
         assert tokenizer.decode(tokenizer.encode(markers)) == markers
 
@@ -150,11 +167,11 @@ def test_stream_equals_decode_for_any_ids(bpe):
 
 def test_char_gives_one_id_per_character():
     tokenizer = CharTokenizer("\n aé你")
-    assert tokenizer.vocab_size == 8 + 5
+    assert tokenizer.vocab_size == 8 + 5 + 6
     assert tokenizer.encode("你 a\n") == [12, 9, 10, 8]
     assert tokenizer.decode([12, 9, 10, 8]) == "你 a\n"
     assert tokenizer.encode("ab") == [10, tokenizer.special_ids[UNKNOWN]]
-    assert tokenizer.token_bytes[8:].tolist() == [1, 1, 1, 2, 3]
+    assert tokenizer.token_bytes[8:-6].tolist() == [1, 1, 1, 2, 3]
 
 
 def test_char_counts_the_bytes_of_what_it_does_not_know():
@@ -208,7 +225,7 @@ def test_bytes_have_distinct_visible_names():
 def test_a_token_spelled_by_two_merges_has_one_id():
     merges = [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")]
     tokenizer = BpeTokenizer(merges)
-    assert tokenizer.vocab_size == 7 + 256 + 3
+    assert tokenizer.vocab_size == 7 + 256 + 3 + 6
     assert tokenizer.encode("abc") == [7 + 256 + 2]
 
 

@@ -29,7 +29,7 @@ def test_the_first_merge_is_the_most_frequent_pair(source_text):
 
 def test_vocabulary_size_is_a_limit(source_text):
     assert learn_merges(TokenizerConfig(vocab_size=500), [source_text]).vocab_size == 500
-    assert learn_merges(TokenizerConfig(vocab_size=500), ["abc"]).vocab_size == 7 + 256
+    assert learn_merges(TokenizerConfig(vocab_size=500), ["abc"]).vocab_size == 7 + 256 + 6
 
 
 def test_fresh_processes_learn_the_same_tokenizer():
