@@ -28,7 +28,8 @@ def folder(tmp_path_factory, part_of_the_library):
         patch.setattr(pre_train, "show_samples", lambda *arguments: None)
         size = ["--config", "tiny", "--set=model.max_position_embeddings=32", "--set=data.sequence_length=32"]
         assert command(patch, pre_train, "--out", out, "--max-steps", 3, *shape, *size) == 0
-        flags = ["--set", "extend.times=2", "--set", "train.batch_size=2", "--set", "train.eval_batches=2"]
+        settings = ("extend.times=2", "extend.method=yarn", "train.batch_size=2", "train.eval_batches=2")
+        flags = [word for setting in settings for word in ("--set", setting)]
         assert command(patch, extend_context, "--out", out, "--max-steps", 2, *shape, *flags) == 0
     return out
 
@@ -84,7 +85,7 @@ def test_a_finished_extension_is_not_replaced(monkeypatch, capsys, folder):
 @pytest.mark.parametrize("settings, words", [
     (["--set", "extend.times=1"], "extend.times=1 must be at least 2"),
     (["--set", "extend.method=magic"], "extend.method='magic' must be one of plain"),
-    (["--init", "Long"], "extend its base instead"),
+    (["--init", "Long", "--set", "extend.method=yarn"], "extend its base instead"),
 ])  # fmt: skip
 def test_what_cannot_be_extended(monkeypatch, capsys, folder, tmp_path, settings, words):
     settings = [str(folder / "TinySeek_Long_final.pkl") if word == "Long" else word for word in settings]
