@@ -77,7 +77,7 @@ class RLConfig:
     updates: int = option(1, at_least=1)  # optimizer steps on each rollout
     temperature: float = option(1.0, above=0)  # of sampling and scoring alike
     max_new_tokens: int = option(48, at_least=1)
-    reward: str = "right"  # a rule of load_data/skills/verifiers.py
+    reward: str = "right"  # a rule (load_data/skills/verifiers.py), or the file of a reward model
     # with a critic
     gamma: float = option(1.0, above=0, at_most=1)
     lam: float = option(0.95, at_least=0, at_most=1)  # of generalised advantage estimation

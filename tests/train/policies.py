@@ -36,10 +36,10 @@ def make_policy(config, seed=0, dtype=torch.float32):
     return policy.train()
 
 
-def judge(items, texts):
+def judge(items, rows):
     """A reward from the question and the answer, which differs between most pairs."""
-    pairs = zip(items, texts, strict=True)
-    return [zlib.crc32((item.messages[-1]["content"] + text).encode()) % 97 / 10 for item, text in pairs]
+    pairs = zip(items, rows, strict=True)
+    return [zlib.crc32((item.messages[-1]["content"] + row.text).encode()) % 97 / 10 for item, row in pairs]
 
 
 def rollouts(config, policy, judge=judge, **changes):

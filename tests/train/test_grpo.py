@@ -79,8 +79,8 @@ def test_every_recipe_learns_a_trivial_task(name):
         policy.lm_head.weight *= 0.2
     models = {"model": policy, "reference": copy.deepcopy(policy)}
 
-    def letters(items, texts):
-        return [sum(one.isascii() and one.isalpha() for one in text) / 2 for text in texts]
+    def letters(items, rows):
+        return [sum(one.isascii() and one.isalpha() for one in row.text) / 2 for row in rows]
 
     source, rewards = rollouts(config, policy, letters), []
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.03, weight_decay=0.0)

@@ -32,9 +32,9 @@ def plain(text) -> float:
     return sum(letter < "\x80" for letter in text) / max(len(text), 1)
 
 
-def judge(items, texts):
+def judge(items, rows):
     """The reward of each answer."""
-    return [plain(text) for text in texts]
+    return [plain(row.text) for row in rows]
 
 
 ALONE = World()

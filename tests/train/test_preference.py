@@ -20,6 +20,7 @@ from tests.train.engine.test_fine_tuning import MOE, call, call_until
 from tests.train.tools import largest_difference, machine, same_bits, without_timing
 from train import dpo_train, reward_train
 from train.engine import fine_tuning, sampled_pairs
+from train.engine.answer_rows import Row, judge_of
 from train.engine.command import parse_command
 from train.engine.fine_tuning import open_base
 from utils.checkpoint import load_checkpoint
@@ -104,6 +105,8 @@ def test_a_reward_model_from_the_command_line(files, tmp_path, monkeypatch, caps
     answers = [[[*byte_tokenizer().encode(text.format(n)), end] for n in range(100, 108)]
                for text in ("{}!", "no {}")]  # fmt: skip
     good, bad = (reward(prompts, some) for some in answers)
+    rows = [Row(*pair, "", []) for pair in zip(prompts, answers[0], strict=True)]
+    assert judge_of(str(path), template, "cpu")([None] * len(rows), rows) == good.tolist()
     assert (good > bad).sum() >= 7  # also on questions of three digits, which no pair had
 
     with pytest.raises(UserError, match=f"a reward model of reward_train, .*; use --set rl.reward={path}"):
@@ -172,11 +175,12 @@ def test_pairs_of_samples_are_repeatable_and_kept(files, tmp_path, monkeypatch):
 
     def pairs(cache, *more):
         words = flags(files, tmp_path, f"data.cache_dir={tmp_path / cache}", data="skills:expressions")
+        words += ["--set", "pairs.samples=30"]
         command = parse_command("dpo_train", "DPO", "", [*words, *more])
         return sampled_pairs.prepare_pairs(command.config, open_base(command, machine()), machine())
 
     first = pairs("a")
-    assert first.summary[0].startswith("train: 24 questions of expressions, 12 answers each; ")
+    assert first.summary[0].startswith("train: 24 questions of expressions, 30 answers each; ")
     assert len(calls) == 2 and pairs("a").digest == first.digest and len(calls) == 2
     monkeypatch.setattr(sampled_pairs, "QUESTIONS", 5)
     assert pairs("b").digest == first.digest and len(calls) == 4

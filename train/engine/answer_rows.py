@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
+from inference.generation.reward import load_reward
+from load_data.chat.chat_template import ChatTemplate
 from load_data.loader import IGNORED
 from load_data.skills import Item
 from load_data.skills.verifiers import REWARDS
@@ -35,6 +38,9 @@ class Row:
     values: list[float] = field(default_factory=list)  # of the critic
     advantages: list[float] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)
+
+
+Judge = Callable[[list[Item], list[Row]], list[float]]  # questions, answers -> the reward of each answer
 
 
 def collate(rows: list[Row], used: list[str], pad_id: int, wide: torch.dtype, first: bool = False) -> Batch:
@@ -107,8 +113,12 @@ def has_signal(group: list[Row]) -> bool:
     return len({row.reward for row in group}) > 1
 
 
-def by_rule(name: str) -> Callable[[list[Item], list[str]], list[float]]:
-    """Return a judge that applies a rule of load_data/skills/verifiers.py to each answer."""
-    if name not in REWARDS:
-        raise UserError(f"rl.reward={name}: no such rule; rules: {', '.join(REWARDS)}")
-    return lambda items, texts: [REWARDS[name](*pair) for pair in zip(items, texts, strict=True)]
+def judge_of(reward: str, template: ChatTemplate, device: torch.device) -> Judge:
+    """Return the judge that `rl.reward` names: a rule of load_data/skills/verifiers.py, or the file of a
+    reward model (train/reward_train.py)."""
+    if rule := REWARDS.get(reward):
+        return lambda items, rows: [rule(item, row.text) for item, row in zip(items, rows, strict=True)]
+    if not Path(reward).is_file():
+        raise UserError(f"rl.reward={reward}: no such rule, nor a file; rules: {', '.join(REWARDS)}")
+    model = load_reward(reward, template, device)
+    return lambda items, rows: model([row.prompt for row in rows], [row.answer for row in rows]).tolist()

@@ -24,6 +24,7 @@ from load_data.chat.chat_template import ChatTemplate
 from load_data.skills import HELD_OUT, Item, scored_items
 from load_data.skills.common import VAL
 from load_data.skills.verifiers import truth, verify
+from train.engine.answer_rows import Judge, Row
 from utils.distributed import World, sum_scalars
 
 BATCH = 16  # questions that are answered together
@@ -42,7 +43,7 @@ class PolicyEvaluation:
     """
 
     def __init__(
-        self, items: list[Item], template: ChatTemplate, rl: RLConfig, judge: Callable, world: World,
+        self, items: list[Item], template: ChatTemplate, rl: RLConfig, judge: Judge, world: World,
         seed: int = 0, policy_of: Callable = lambda model: model,
     ):  # fmt: skip
         self.items, self.template, self.rl, self.judge = items, template, rl, judge
@@ -58,12 +59,12 @@ class PolicyEvaluation:
             numbers = range(first, min(first + BATCH, len(self.items)))
             greedy = self.answers(model, numbers, 0.0, 1)
             drawn = self.answers(model, numbers, self.rl.temperature, SAMPLES)
-            for number, ((best, _),), several in zip(numbers, greedy, drawn, strict=True):
-                item, (texts, lengths) = self.items[number], zip(*several, strict=True)
-                right = sum(verify(item, text) for text in texts)
-                reward = sum(self.judge([item] * SAMPLES, texts)) / SAMPLES
-                length = sum(lengths) / SAMPLES
-                values = [1, verify(item, best), pass_at(1, right), pass_at(8, right), reward, length]
+            for number, (best,), several in zip(numbers, greedy, drawn, strict=True):
+                item = self.items[number]
+                right = sum(verify(item, row.text) for row in several)
+                reward = sum(self.judge([item] * SAMPLES, several)) / SAMPLES
+                length = sum(len(row.answer) for row in several) / SAMPLES
+                values = [1, verify(item, best.text), pass_at(1, right), pass_at(8, right), reward, length]
                 sums[item.skill] = [one + value for one, value in zip(sums[item.skill], values, strict=True)]
         flat = sum_scalars(list(chain(*sums.values())))
         rows = [flat[at : at + len(MEASURES) + 1] for at in range(0, len(flat), len(MEASURES) + 1)]
@@ -73,21 +74,22 @@ class PolicyEvaluation:
                 results |= means(f"_{skill}", row)
         return results
 
-    def answers(self, model, numbers: range, temperature: float, samples: int) -> list[list[tuple[str, int]]]:
-        """Return (text, length) of the answers to each of the questions `numbers`."""
+    def answers(self, model, numbers: range, temperature: float, samples: int) -> list[list[Row]]:
+        """Return the answers to each of the questions `numbers`."""
         generator = Generator(self.policy_of(model), self.template.tokenizer.eos_id, fast=False)
         params = SamplingParams(temperature, max_new_tokens=self.rl.max_new_tokens)
         room = generator.room(params.max_new_tokens)
         prompts = [prompt_within(self.template, self.items[number].messages, room) for number in numbers]
         seeds = [row_seed(self.seed, number, sample) for number in numbers for sample in range(samples)]
         found = generator.generate(prompts, params, self.template.stop_ids, samples=samples, seeds=seeds)
-        rows = [(self.template.tokenizer.decode(ids), len(ids)) for ids in found]
+        rows = [Row(prompts[at // samples], list(ids), self.template.tokenizer.decode(ids), [])
+                for at, ids in enumerate(found)]  # fmt: skip
         return [rows[at : at + samples] for at in range(0, len(rows), samples)]
 
     def sampled(self, model) -> list[str]:
         """Return one sampled answer to each of the first questions, for `write_side_by_side`."""
         numbers = range(min(SHOWN, len(self.items)))
-        return [text for ((text, _),) in self.answers(model, numbers, self.rl.temperature, 1)]
+        return [row.text for (row,) in self.answers(model, numbers, self.rl.temperature, 1)]
 
     def write_side_by_side(self, path: Path, before: list[str], after: list[str]) -> None:
         """Write each question, its true answer, and what was sampled before and after training."""

@@ -18,7 +18,6 @@ out of the update; the weight of the step counts it. If no row has an advantage,
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -30,7 +29,7 @@ from load_data.loader import IGNORED
 from load_data.skills import Item, training_items
 from load_data.skills.verifiers import verify
 from modules.alignment.policy_gradient import weight_of
-from train.engine.answer_rows import Row, by_rule, collate, explained, has_signal, set_advantages
+from train.engine.answer_rows import Judge, Row, collate, explained, has_signal, judge_of, set_advantages
 from train.engine.policy_loss import token_logprobs
 from train.engine.stage import Batch, Step
 from utils.distributed import gather
@@ -45,15 +44,15 @@ class Rollouts:
     Args:
         policy: for the gradient proof alone; `next_step` takes the models it is given: the policy (`model`,
             or `policy` beside a `critic`), and `reference` where the recipe needs it.
-        judge: (questions, answers) -> the reward of each answer; by default the rule named `rl.reward`.
+        judge: (questions, answers) -> the reward of each answer; by default what `rl.reward` names.
     """
 
     epoch, epoch_progress = 0, 0.0  # prompts never end
 
-    def __init__(self, policy, template, names: list[str], config, machine, judge: Callable | None = None):
+    def __init__(self, policy, template, names: list[str], config, machine, judge: Judge | None = None):
         self.policy, self.template, self.names, self.machine = policy, template, names, machine
         self.config, self.rl, self.recipe = config, config.rl, config.rl.chosen()
-        self.judge = judge or by_rule(config.rl.reward)
+        self.judge = judge or judge_of(config.rl.reward, template, machine.device)
         self.rescored = machine.device.type != "cpu" or machine.dtype != torch.float32
         self.position = 0  # the next prompt
         self.rows, self.left = [], 0  # the present rollout, and updates left on it
@@ -142,7 +141,7 @@ class Rollouts:
             answers = Generator(policy).generate(prompts, params, stop, samples=G, seeds=seeds, record=True)
             rows = [self.row(prompts[n // G], answer) for n, answer in enumerate(answers)]
         self.seconds += time.perf_counter() - clock
-        rewards = self.judge(items, [row.text for row in rows])
+        rewards = self.judge(items, rows)
         for item, row, reward in zip(items, rows, rewards, strict=True):
             row.right, row.reward = verify(item, row.text), reward - self.overlong(len(row.answer))
         if self.rescored:

@@ -14,12 +14,12 @@ from load_data.skills import scored_items
 from load_data.skills.verifiers import truth
 from tests.inference.tools import byte_tokenizer, tiny_model
 from train.engine import policy_evaluation
-from train.engine.answer_rows import by_rule
+from train.engine.answer_rows import judge_of
 from train.engine.policy_evaluation import PolicyEvaluation, held_out_items, pass_at
 from utils.distributed import World
 
 RL = RLConfig(temperature=0.9, max_new_tokens=6)
-TEMPLATE, RIGHT = ChatTemplate(byte_tokenizer()), by_rule("right")
+TEMPLATE, RIGHT = ChatTemplate(byte_tokenizer()), judge_of("right", None, None)
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def test_the_reward_may_differ_from_the_truth(scripted):
     """An answer that lists many values is wrong, though the planted verifier rewards it."""
     items = held_out_items(["sums"], 3)
     scripted(items, lambda number, sample: " ".join(map(truth, items)) + " 1")
-    found = evaluation(items, judge=by_rule("contains"))(None, None)
+    found = evaluation(items, judge=judge_of("contains", None, None))(None, None)
     assert found["val_reward"] == 1.0 and found["val_pass1"] == found["val_greedy"] == 0.0
     assert len(found) == 5  # one skill: its numbers are those of all
 
@@ -115,8 +115,8 @@ def test_two_processes_measure_what_one_does(monkeypatch, count):
     items = held_out_items(["lists", "sums"], 3)[:count]
     monkeypatch.setattr(policy_evaluation, "sum_scalars", lambda values: sums.append(values) or values)
 
-    def judge(items, texts):
-        return [sum(map(ord, text)) / len(truth(item)) for item, text in zip(items, texts, strict=True)]
+    def judge(items, rows):
+        return [sum(map(ord, row.text)) / len(truth(item)) for item, row in zip(items, rows, strict=True)]
 
     for rank in (0, 1):
         evaluation(items, World(rank, 2, rank), judge=judge)(model, None)

@@ -72,7 +72,7 @@ def test_rows_are_what_the_policy_sampled(moe, temperature):
             ended = row.answer[-1] in TEMPLATE.stop_ids
             assert row.truncated != ended and not set(row.answer[:-1]) & TEMPLATE.stop_ids
             assert len(row.answer) == 5 if row.truncated else True
-            assert row.text == TOKENIZER.decode(row.answer) and row.reward == judge([item], [row.text])[0]
+            assert row.text == TOKENIZER.decode(row.answer) and row.reward == judge([item], [row])[0]
             if not any(row.advantages):
                 continue
             read, numbers = found[(*prompt, *row.answer)]
@@ -169,11 +169,11 @@ def test_dynamic_sampling_drops_groups_without_signal():
     config = rl_config("rl.recipe=dapo", "rl.overlong=0")
     policy, asked = make_policy(config), []
 
-    def every_second(items, texts):
+    def every_second(items, rows):
         questions = [item.messages[-1]["content"] for item in items]
         asked.extend(dict.fromkeys(questions))
-        return [len(text) + 0.1 * n if asked.index(question) % 2 else 1.0
-                for n, (question, text) in enumerate(zip(questions, texts, strict=True))]  # fmt: skip
+        return [len(row.text) + 0.1 * n if asked.index(question) % 2 else 1.0
+                for n, (question, row) in enumerate(zip(questions, rows, strict=True))]  # fmt: skip
 
     source = rollouts(config, policy, every_second)
     assert source.next_step({"model": policy}).weight == sum(len(row.answer) for row in source.rows)
@@ -181,13 +181,13 @@ def test_dynamic_sampling_drops_groups_without_signal():
     assert source.position == len(asked) == 6 and len(kept) == 3
     assert all(asked[2 * n + 1] in prompt for n, prompt in enumerate(kept))
     assert source.numbers["no_signal"] == 0.5
-    source = rollouts(config, policy, lambda items, texts: [1.0] * len(items))
+    source = rollouts(config, policy, lambda items, rows: [1.0] * len(items))
     assert source.next_step({"model": policy}).weight == 0 and source.position == 3 * TRIES
 
 
 def test_nothing_to_learn_is_skipped():
     """Equal rewards: no step, except where the distance to the reference is part of the reward."""
-    equal = lambda items, texts: [1.0] * len(items)  # noqa: E731
+    equal = lambda items, rows: [1.0] * len(items)  # noqa: E731
     for recipe, taken in (("dr_grpo", False), ("grpo", False), ("rloo", True)):
         config = rl_config(f"rl.recipe={recipe}")
         policy = make_policy(config)
@@ -201,7 +201,7 @@ def test_rows_without_advantage_change_nothing_but_the_weight():
     config = rl_config("rl.recipe=dr_grpo")
     policy = make_policy(config)
 
-    def one_of_three(items, texts):
+    def one_of_three(items, rows):
         return [float(n) if item == items[0] else 1.0 for n, item in enumerate(items)]
 
     source = rollouts(config, policy, one_of_three)
