@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from config.load import preset_names
 from tests.inference.tools import run_config, tiny_model, write_checkpoint
 from tests.processes import fork, without_pictures
 from tests.train.tools import PRE_TRAIN, run
@@ -296,7 +297,8 @@ def refuse(bases, monkeypatch, capsys):
 
 @pytest.mark.parametrize("stage", SHORTS, ids=SHORTS.values())
 def test_bad_calls_of_every_stage(refuse, bases, tmp_path, stage):
-    assert "--config laptop: no such preset; presets: default" in refuse(stage, "--config", "laptop")
+    presets = ", ".join(preset_names(stage.__name__.removeprefix("train.")))
+    assert f"--config laptop: no such preset; presets: {presets}" in refuse(stage, "--config", "laptop")
     assert "bad.pkl: no such checkpoint" in refuse(stage, "--init", tmp_path / "bad.pkl")
     candidates = ["--set", 'gate.candidates=["base", "base"]']
     line = refuse(stage, "--data", "python", *candidates)
@@ -335,7 +337,7 @@ def test_bad_dialogues(refuse, tmp_path, name, content, words):
 @pytest.mark.parametrize(
     ("stage", "arguments", "words"),
     [
-        (sft_train, ["--data", "skills:sums"], "unknown skill 'sums'; skills: identity, arithmetic"),
+        (sft_train, ["--data", "skills:naps"], "unknown skill 'naps'; skills: identity, arithmetic"),
         (sft_train, ["--set", "data.template=llama"], "must be one of tinyseek, chatml"),
         (sft_train, ["--set", "data.sequence_length=3"], "data.sequence_length=3 is too short"),
         (sft_train, ["--set", "model.hidden_size=8"], "does not fit this model"),

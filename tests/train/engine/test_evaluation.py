@@ -217,7 +217,7 @@ def test_learned_embeddings_are_ids_beyond_the_vocabulary():
     """Prompt tuning: they are read like other tokens, are no labels, and are of no kind, whatever kind the
     last id of the vocabulary is (here a letter)."""
     letters = sorted({letter for turns in DIALOGUES for _, text in turns for letter in text + "\nz"} - {"✓"})
-    tokenizer, model = CharTokenizer("".join(letters)), tiny_model(**EXPERTS)
+    tokenizer, model = CharTokenizer("".join(letters), parts=()), tiny_model(**EXPERTS)
     assert token_kinds(tokenizer)[1][-1] != token_kinds(tokenizer)[0].index("other")
     add_prefix(model, PrefixConfig(kind="prompt", length=2))
     with torch.no_grad():
