@@ -29,6 +29,7 @@ from utils.device import synchronize
 from utils.distributed import sum_scalars
 from utils.errors import UserError
 
+NOISE = ("dropout", "attention_dropout", "router_jitter_noise")  # settings of a model, all off here
 SAME = 1e-4  # the largest |ratio - 1| before an update: rounding in fp32 is 1e-6 to 1e-5
 ROUTE_GAP = 0.01  # the largest share of tokens whose experts may differ
 

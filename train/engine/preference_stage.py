@@ -10,13 +10,12 @@ from load_data.chat.pairs import PairData, PairLoader, eval_pair_batches
 from train.engine.command import Command
 from train.engine.fine_tuning import Base, open_base, train_and_score
 from train.engine.machine import Machine
+from train.engine.policy_loss import NOISE
 from train.engine.policy_evaluation import SHOWN, PolicyEvaluation, held_out_items
 from train.engine.preference_loss import PairEvaluation, PairLoss, PairSource
 from train.engine.sampled_pairs import prepare_pairs
 from train.engine.stage import Stage
 from utils import distributed
-
-NOISE = ("dropout", "attention_dropout", "router_jitter_noise")
 
 
 def open_pair_base(command: Command, machine: Machine) -> tuple[Base, PairData]:

@@ -30,7 +30,7 @@ from load_data.skills import Item, training_items
 from load_data.skills.verifiers import verify
 from modules.alignment.policy_gradient import weight_of
 from train.engine.answer_rows import Judge, Row, collate, explained, has_signal, judge_of, set_advantages
-from train.engine.policy_loss import token_logprobs
+from train.engine.policy_loss import NOISE, token_logprobs
 from train.engine.stage import Batch, Step
 from utils.distributed import gather
 from utils.errors import UserError
@@ -225,7 +225,7 @@ class Rollouts:
 
 def check_exact(model_config) -> None:
     """Raise `UserError` for noise in training, which would change the ratio before any update."""
-    for name in ("dropout", "attention_dropout", "router_jitter_noise"):
+    for name in NOISE:
         if getattr(model_config, name):
             raise UserError(
                 f"model.{name}={getattr(model_config, name)}: with noise, a policy does not score its own "
