@@ -76,7 +76,10 @@ class RLConfig:
     group_size: int = option(8, at_least=1)  # samples of each prompt
     updates: int = option(1, at_least=1)  # optimizer steps on each rollout
     temperature: float = option(1.0, above=0)  # of sampling and scoring alike
-    max_new_tokens: int = option(48, at_least=1)
+    max_new_tokens: int = option(48, at_least=1)  # of an answer, a call, or a thought with its answer
+    think: bool = False  # prompts ask for thinking
+    think_budget: int | None = option(None, at_least=0)  # most tokens of it; None for no limit
+    tools: bool = False  # calls are run, and their results read
     reward: str = "right"  # a rule (load_data/skills/verifiers.py), or the file of a reward model
     # with a critic
     gamma: float = option(1.0, above=0, at_most=1)

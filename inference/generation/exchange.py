@@ -10,6 +10,7 @@
 Within one exchange the model goes on from the very ids that it wrote, not from their text encoded again. The
 budget is for the whole exchange, and the number of calls is bounded. `Exchange.own` tells the ids that the
 model chose from those of tools and prompts and from a forced </think>: training must not score the latter.
+One request has one prompt and any number of exchanges (`samples`).
 """
 
 from collections.abc import Callable, Collection
@@ -57,7 +58,10 @@ class Exchange:
     prompt: list[int]
     ids: list[int] = field(default_factory=list)
     own: list[bool] = field(default_factory=list)  # True where the model chose the id
-    logprobs: list[float] = field(default_factory=list)  # of each id, with `record`; 0 of those of tools
+    # with `record`: log-probabilities of all ids, 0 of those of tools; and `routing_codes` of prompt and ids,
+    # without the last one that the model wrote
+    logprobs: list[float] = field(default_factory=list)
+    experts: list[int] = field(default_factory=list)
     messages: Messages = field(default_factory=list)  # answers, and results of tools between them
     thought: int = 0  # tokens of thinking so far
     written: int = 0  # tokens of the last answer
@@ -73,22 +77,29 @@ def respond(
     stop_ids: Collection[int] | None = None,
     stop: tuple[str, ...] = (),
     on_text: Callable[[int, str, str], None] = lambda row, part, text: None,
+    samples: int = 1,
+    seeds: list[int] | None = None,
     record: bool = False,
 ) -> list[Exchange]:
     """Return what follows each prompt; a prompt of a request with thinking ends in `<think>`.
 
     `params.max_new_tokens` bounds each answer. `stop_ids` are by default those of the template; `stop` are
     texts that end an answer. `on_text(row, part, text)` receives text as it is written: of the parts
-    `thinking`, `content` and `call`, and then the `result` of a call. `record`: fill in `logprobs`.
+    `thinking`, `content` and `call`, and then the `result` of a call. Prompt p is answered `samples` times,
+    in rows p * samples and following. `seeds`: of each row, by default made from that of `params`.
+    `record`: fill in `logprobs` and `experts`.
     """
     request.check(template)
     stop_ids = template.stop_ids if stop_ids is None else stop_ids
+    prompts = [prompt for prompt in prompts for _ in range(samples)]
     rows = active = [Exchange(row, prompt) for row, prompt in enumerate(prompts)]
+    seeds = seeds or [row_seed(params.seed, row) for row in range(len(rows))]
     for turn in range(MOST_CALLS + 2):
         streams = [AnswerStream(template.tokenizer, request.thinking, stop) for _ in active]
-        options = {"record": True} if record else {}
-        if turn:  # new random numbers, which depend on no other row
-            options["seeds"] = [row_seed(params.seed, one.row, turn) for one in active]
+        options = {"record": record, "samples": 1 if turn else samples}
+        # New random numbers in each turn, which depend on no other row. Two numbers, so that no later turn
+        # repeats the first one of another row.
+        options["seeds"] = [row_seed(seeds[one.row], 0, turn) if turn else seeds[one.row] for one in active]
         write(generator, active, streams, params, request, stop_ids, on_text, options)
         active = [one for one in active if goes_on(one, template, request, turn, generator.context, on_text)]
         if not active:
@@ -113,14 +124,16 @@ def write(generator, active: list[Exchange], streams, params, request, stop_ids,
 
     if request.thinking and request.budget is not None:
         options["must"] = must
-    begun = [one.prompt + one.ids for one in active]
+    begun = [one.prompt + one.ids for one in active[:: options["samples"]]]
     answers = generator.generate(begun, params, stop_ids, on_token, **options)
     for place, (one, stream, answer) in enumerate(zip(active, streams, answers, strict=True)):
         on_text(one.row, *stream.finish())
         if request.thinking:
             one.thought += next((n for n, token in enumerate(answer) if token in leaving), len(answer))
         one.ids, one.written = one.ids + answer, len(answer)
-        one.logprobs += answer.logprobs if "record" in options else []
+        if options["record"]:
+            one.logprobs += answer.logprobs
+            one.experts += answer.experts[len(one.experts) :]
         one.own += [number != forced.get(place) for number in range(len(answer))]
         one.messages.append(stream.message())
         one.finish_reason = answer.finish_reason

@@ -1,12 +1,13 @@
-"""Sums beyond the skill `arithmetic`: numbers of up to three digits, two or three terms, column by column.
+"""Sums beyond the skill `arithmetic`: numbers of up to three digits, two or three terms, answered in two ways.
 
-    347 + 285        ->   7,5=12 4,8,1=13 3,2,1=6: 632
+    347 + 285        ->   7,5=12 4,8,1=13 3,2,1=6: 632       column by column, as in `arithmetic`
     347 + 285 + 96   ->   7,5,6=18 4,8,9,1=22 3,2,2=7: 728
     285 - 347        ->   - 7,5=2 14,8=6 3,2,1=0: -62        the larger number comes first
+    347 + 285        ->   632                                at once: most of the answers to train on
 
-At least one number has three digits, so no sum of `arithmetic` is among them. A small model that has seen
-some of them answers about half of the others, which leaves room to learn from rewards. Only the part after
-the colon is scored.
+At least one number has three digits, so no sum of `arithmetic` is among them. Fine-tuning teaches both ways,
+and the model answers as it was taught: mostly at once, and mostly wrong. A reward for true answers, which
+says nothing about working, can teach it to work them out. Only the part after the colon is scored.
 
 The key has the terms of an addition in order of size: whoever has seen `96 + 347 + 285` knows
 `347 + 285 + 96`. A longer sum contains shorter ones, which must be for training too.
@@ -14,11 +15,12 @@ The key has the terms of an addition in order of size: whoever has seen `96 + 34
 
 import random
 
-from load_data.skills.arithmetic import LONGER, SIGNED, columns
+from load_data.skills.arithmetic import LONGER, SIGNED, columns, value_of
 from load_data.skills.common import Sample
 
 THREE = 0.4  # share of sums with three terms; all of them are additions
 SMALLER = 0.2  # share of numbers below 100
+WORKED = 0.3  # share of answers that are worked out
 
 
 def make(rng: random.Random) -> Sample:
@@ -31,7 +33,9 @@ def make(rng: random.Random) -> Sample:
     text = f" {sign} ".join(map(str, numbers))
     question = rng.choice(SIGNED + LONGER).format(text if rng.random() < 0.85 else text.replace(" ", ""))
     parts = tuple(key_of(pair, sign) for pair in zip(numbers, numbers[1:]))
-    return Sample(key_of(numbers, sign), question, worked_out(numbers, sign), parts)
+    working = worked_out(numbers, sign)
+    answer = working if rng.random() < WORKED else value_of(working)
+    return Sample(key_of(numbers, sign), question, answer, parts)
 
 
 def key_of(numbers, sign: str) -> str:

@@ -1,11 +1,18 @@
-"""The rows of a rollout: sampled answers with their rewards, and how they become advantages and tensors."""
+"""The rows of a rollout: sampled answers with their rewards, and how they become advantages and tensors.
+
+What follows a prompt may hold ids that the policy did not choose: results of tools, and a forced </think>.
+They are read, but never scored: all lists of numbers of a row are about the ids that it chose.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 
 import torch
 
+from inference.generation.conversation import prompt_within
+from inference.generation.exchange import Exchange, Request, respond
 from inference.generation.reward import load_reward
 from load_data.chat.chat_template import ChatTemplate
 from load_data.loader import IGNORED
@@ -23,12 +30,14 @@ AT_LABELS = {"old": "old_logprobs", "advantages": "advantages", "reference": "re
 
 @dataclass
 class Row:
-    """One answer. Lists have a number for each of its tokens; empty ones are not used by the recipe."""
+    """One answer. Lists of numbers have one for each `chosen` token; the recipe does not use empty ones."""
 
     prompt: list[int]
-    answer: list[int]
-    text: str
+    answer: list[int]  # all ids after the prompt; the policy chose the last one
+    text: str  # what is judged: the content of the last message
     old: list[float]  # log-probabilities under the policy that sampled it
+    own: list[bool] = field(default_factory=list)  # whether the policy chose an id; empty if it chose all
+    calls: int = 0  # of tools
     experts: list[int] = field(default_factory=list)  # routing codes of prompt and answer but its last token
     reward: float = 0.0
     right: bool = False
@@ -39,8 +48,54 @@ class Row:
     advantages: list[float] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)
 
+    @property
+    def chosen(self) -> list[int]:
+        """The ids that the policy chose."""
+        return list(compress(self.answer, self.own)) if self.own else self.answer
+
+    @property
+    def length(self) -> int:
+        """How many ids the policy chose."""
+        return sum(self.own) if self.own else len(self.answer)
+
 
 Judge = Callable[[list[Item], list[Row]], list[float]]  # questions, answers -> the reward of each answer
+
+
+def request_of(rl, template: ChatTemplate) -> Request:
+    """Return the thinking and the tools of section `rl`. Raises `UserError` if the model knows neither."""
+    request = Request(rl.think, rl.think_budget if rl.think else None, rl.tools)
+    request.check(template)
+    return request
+
+
+def prompt_of(template: ChatTemplate, item: Item, request: Request, room: int) -> list[int]:
+    """Return the ids of a question, at most `room`."""
+    opening = template.opening(request.thinking)
+    return prompt_within(template, item.messages, room - len(opening)) + opening
+
+
+def answered(generator, template, prompts, params, request: Request, seeds, record=False) -> list[Row]:
+    """Return the same number of answers to each of `prompts`, one for each of `seeds`, side by side."""
+    samples = len(seeds) // len(prompts)
+    found = respond(
+        generator, template, prompts, params, request, samples=samples, seeds=seeds, record=record
+    )
+    return [row_of(one) for one in found]
+
+
+def row_of(one: Exchange) -> Row:
+    """Return an exchange as a row, up to the last id that the policy chose."""
+    own = one.own
+    while own and not own[-1]:
+        own = own[:-1]  # a result of a tool for which the context had room, but not for what follows
+    calls = sum(len(message.get("tool_calls", ())) for message in one.messages)
+    old = list(compress(one.logprobs, own))
+    text, truncated = one.messages[-1]["content"], one.finish_reason != "stop"
+    if truncated and one.messages[-1]["role"] == "tool":
+        text = ""
+    return Row(one.prompt, one.ids[: len(own)], text, old, [] if all(own) else own, calls,
+               one.experts[: len(one.prompt) + len(own) - 1], truncated=truncated)  # fmt: skip
 
 
 def collate(rows: list[Row], used: list[str], pad_id: int, wide: torch.dtype, first: bool = False) -> Batch:
@@ -58,12 +113,13 @@ def collate(rows: list[Row], used: list[str], pad_id: int, wide: torch.dtype, fi
     for b, row in enumerate(rows):
         ids = row.prompt + row.answer
         end = len(ids) - 1  # the last token is predicted, and predicts nothing
-        answer = slice(len(row.prompt) - 1, end)
+        places = torch.arange(len(row.prompt) - 1, end)  # of the labels that are the answer
+        chosen = places[torch.tensor(row.own)] if row.own else places
         batch["input_ids"][b, :end] = torch.tensor(ids[:-1])
-        batch["labels"][b, answer] = torch.tensor(row.answer)
+        batch["labels"][b, chosen] = torch.tensor(row.chosen)
         batch["padding_mask"][b, :end] = True
         for key in used:
-            batch[AT_LABELS[key]][b, answer] = torch.tensor(getattr(row, key), dtype=wide)
+            batch[AT_LABELS[key]][b, chosen] = torch.tensor(getattr(row, key), dtype=wide)
         if first and row.experts:
             batch["experts"][b, :end] = torch.tensor(row.experts)
     return batch
@@ -74,8 +130,8 @@ def set_advantages(groups: list[list[Row]], rl, recipe) -> None:
     rows = [row for group in groups for row in group]
     if not rows:
         return
-    lengths = torch.tensor([len(row.answer) for row in rows])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (N, T)
+    lengths = torch.tensor([row.length for row in rows])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (N, T): side by side, without tools' results
 
     def padded(name):
         wide = torch.zeros(mask.shape, dtype=torch.float64)
@@ -91,12 +147,12 @@ def set_advantages(groups: list[list[Row]], rl, recipe) -> None:
         advantages, returns = gae(rewards, padded("values"), mask, rl.gamma, rl.lam)
         advantages = whiten(advantages, mask)
         for row, each in zip(rows, returns.tolist(), strict=True):
-            row.returns = each[: len(row.answer)]
+            row.returns = each[: row.length]
     else:
         totals = rewards.sum(dim=1).view(len(groups), -1)  # (P, G)
         advantages = group_advantages(totals, recipe.advantage).view(-1, 1).expand_as(mask)
     for row, each in zip(rows, advantages.tolist(), strict=True):
-        row.advantages = each[: len(row.answer)]
+        row.advantages = each[: row.length]
 
 
 def explained(rows: list[Row]) -> float:

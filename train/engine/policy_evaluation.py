@@ -5,6 +5,7 @@
     val_pass8    share of questions that at least one of 8 samples answers: what there is to learn from
     val_reward   mean reward of the samples; apart from val_pass1 where the reward is not the truth
     val_length   mean length of a sample in tokens, its end included
+    val_calls    mean number of calls of tools in a sample
 
 With several skills, `val_greedy_sums` and the like are those of one skill. Every sample has a seed of its
 own, made from the run's seed, its question and its number, so an evaluation is repeatable, and the same for
@@ -17,19 +18,19 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from config.rl import RLConfig
-from inference.generation.conversation import prompt_within
+from inference.generation.exchange import PLAIN, Request
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams, row_seed
-from load_data.chat.chat_template import ChatTemplate
+from load_data.chat.chat_template import END, ChatTemplate
 from load_data.skills import HELD_OUT, Item, scored_items
 from load_data.skills.common import VAL
 from load_data.skills.verifiers import truth, verify
-from train.engine.answer_rows import Judge, Row
+from train.engine.answer_rows import Judge, Row, answered, prompt_of
 from utils.distributed import World, sum_scalars
 
 BATCH = 16  # questions that are answered together
 SAMPLES = 8  # of each question
-MEASURES = ("greedy", "pass1", "pass8", "reward", "length")
+MEASURES = ("greedy", "pass1", "pass8", "reward", "length", "calls")
 SHOWN = 20  # questions of the file of sampled answers
 
 
@@ -44,10 +45,11 @@ class PolicyEvaluation:
 
     def __init__(
         self, items: list[Item], template: ChatTemplate, rl: RLConfig, judge: Judge, world: World,
-        seed: int = 0, policy_of: Callable = lambda model: model,
+        seed: int = 0, policy_of: Callable = lambda model: model, request: Request = PLAIN,
     ):  # fmt: skip
         self.items, self.template, self.rl, self.judge = items, template, rl, judge
         self.world, self.seed, self.policy_of = world, seed, policy_of
+        self.request = request
         self.batches = math.ceil(len(items) / (BATCH * world.size))  # of each process, rounded up
 
     def __call__(self, model, max_batches: int | None) -> dict[str, float]:
@@ -63,8 +65,10 @@ class PolicyEvaluation:
                 item = self.items[number]
                 right = sum(verify(item, row.text) for row in several)
                 reward = sum(self.judge([item] * SAMPLES, several)) / SAMPLES
-                length = sum(len(row.answer) for row in several) / SAMPLES
-                values = [1, verify(item, best.text), pass_at(1, right), pass_at(8, right), reward, length]
+                length = sum(row.length for row in several) / SAMPLES
+                calls = sum(row.calls for row in several) / SAMPLES
+                shares = [verify(item, best.text), pass_at(1, right), pass_at(8, right)]
+                values = [1, *shares, reward, length, calls]
                 sums[item.skill] = [one + value for one, value in zip(sums[item.skill], values, strict=True)]
         flat = sum_scalars(list(chain(*sums.values())))
         rows = [flat[at : at + len(MEASURES) + 1] for at in range(0, len(flat), len(MEASURES) + 1)]
@@ -79,25 +83,24 @@ class PolicyEvaluation:
         generator = Generator(self.policy_of(model), self.template.tokenizer.eos_id, fast=False)
         params = SamplingParams(temperature, max_new_tokens=self.rl.max_new_tokens)
         room = generator.room(params.max_new_tokens)
-        prompts = [prompt_within(self.template, self.items[number].messages, room) for number in numbers]
+        prompts = [prompt_of(self.template, self.items[number], self.request, room) for number in numbers]
         seeds = [row_seed(self.seed, number, sample) for number in numbers for sample in range(samples)]
-        found = generator.generate(prompts, params, self.template.stop_ids, samples=samples, seeds=seeds)
-        rows = [Row(prompts[at // samples], list(ids), self.template.tokenizer.decode(ids), [])
-                for at, ids in enumerate(found)]  # fmt: skip
+        rows = answered(generator, self.template, prompts, params, self.request, seeds)
         return [rows[at : at + samples] for at in range(0, len(rows), samples)]
 
-    def sampled(self, model) -> list[str]:
+    def sampled(self, model) -> list[Row]:
         """Return one sampled answer to each of the first questions, for `write_side_by_side`."""
         numbers = range(min(SHOWN, len(self.items)))
-        return [row.text for (row,) in self.answers(model, numbers, self.rl.temperature, 1)]
+        return [row for (row,) in self.answers(model, numbers, self.rl.temperature, 1)]
 
-    def write_side_by_side(self, path: Path, before: list[str], after: list[str]) -> None:
+    def write_side_by_side(self, path: Path, before: list[Row], after: list[Row]) -> None:
         """Write each question, its true answer, and what was sampled before and after training."""
         lines = []
         for item, *answers in zip(self.items, before, after):
             lines.append(f"question  {item.messages[-1]['content']}\ntrue      {truth(item)}\n")
-            for name, answer in zip(("before", "after"), answers):
-                mark = "right" if verify(item, answer) else "wrong"
+            for name, row in zip(("before", "after"), answers):
+                mark = "right" if verify(item, row.text) else "wrong"
+                answer = self.template.tokenizer.decode(row.answer, skip_special=False).removesuffix(END)
                 lines.append(f"{name:9} {mark}  {answer!r}\n")
             lines.append("\n")
         path.parent.mkdir(parents=True, exist_ok=True)

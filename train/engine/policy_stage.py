@@ -6,6 +6,7 @@ from operator import itemgetter
 from load_data.chat.chat_data import chosen_skills
 from load_data.chat.chat_template import ChatTemplate
 from train.engine.actor_critic import POLICY
+from train.engine.answer_rows import Row
 from train.engine.command import Command
 from train.engine.fine_tuning import Base
 from train.engine.machine import Machine
@@ -37,11 +38,12 @@ def policy_stage(name: str, short: str, base: Base, config, machine: Machine, cr
     template = ChatTemplate(base.tokenizer, config.data.template)
     source = Rollouts(model, template, names, config, machine)
     items = held_out_items(names, HELD_OUT, config.data.val_fraction)
+    policy_of = itemgetter(POLICY) if critic else lambda model: model
     measured = (items, template, config.rl, source.judge, machine.world, config.train.seed)
     return Stage(
         name=name, short=short, model=model, frozen=frozen, source=source,
         loss=PolicyLoss(model, config, machine),
-        evaluate=PolicyEvaluation(*measured, itemgetter(POLICY) if critic else lambda model: model),
+        evaluate=PolicyEvaluation(*measured, policy_of, source.request),
         tokenizer=base.tokenizer, data_digest=" ".join(names),
         trains=lambda name: not name.startswith("mtp."),
     )  # fmt: skip
@@ -58,7 +60,7 @@ def train_policy(stage: Stage, command: Command, machine: Machine) -> None:
         machine.say(f"answers before and after: {path}")
 
 
-def samples(stage: Stage, machine: Machine) -> list[str]:
+def samples(stage: Stage, machine: Machine) -> list[Row]:
     """Return sampled answers, in the first process only."""
     with distributed.all_or_none():
         return stage.evaluate.sampled(stage.model.to(machine.device)) if machine.world.is_first else []

@@ -22,14 +22,15 @@ from dataclasses import asdict
 
 import torch
 
-from inference.generation.conversation import prompt_within
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams, row_seed
 from load_data.loader import IGNORED
 from load_data.skills import Item, training_items
 from load_data.skills.verifiers import verify
 from modules.alignment.policy_gradient import weight_of
-from train.engine.answer_rows import Judge, Row, collate, explained, has_signal, judge_of, set_advantages
+from train.engine.answer_rows import (
+    Judge, Row, answered, collate, explained, has_signal, judge_of, prompt_of, request_of, set_advantages,
+)  # fmt: skip
 from train.engine.policy_loss import NOISE, token_logprobs
 from train.engine.stage import Batch, Step
 from utils.distributed import gather
@@ -52,6 +53,7 @@ class Rollouts:
     def __init__(self, policy, template, names: list[str], config, machine, judge: Judge | None = None):
         self.policy, self.template, self.names, self.machine = policy, template, names, machine
         self.config, self.rl, self.recipe = config, config.rl, config.rl.chosen()
+        self.request = request_of(self.rl, template)
         self.judge = judge or judge_of(config.rl.reward, template, machine.device)
         self.rescored = machine.device.type != "cpu" or machine.dtype != torch.float32
         self.position = 0  # the next prompt
@@ -113,7 +115,7 @@ class Rollouts:
                 break
         set_advantages(groups, rl, self.recipe)
         rows = [row for group in seen for row in group]
-        tokens, count = sum(len(row.answer) for row in rows), len(rows)
+        tokens, count = sum(row.length for row in rows), len(rows)
         self.numbers = {
             "reward": sum(row.reward for row in rows) / count,
             "right": sum(row.right for row in rows) / count,
@@ -121,6 +123,8 @@ class Rollouts:
             "truncated": sum(row.truncated for row in rows) / count, "rollout_tok_s": tokens / self.seconds,
             "rollout_ms": (time.perf_counter() - clock) * 1e3,
         }  # fmt: skip
+        if self.rl.tools:
+            self.numbers["calls"] = sum(row.calls for row in rows) / count
         if self.recipe.advantage == "gae":
             self.numbers["explained"] = explained([row for group in groups for row in group])
         if self.rescored:
@@ -137,13 +141,12 @@ class Rollouts:
         if mine:
             params = SamplingParams(self.rl.temperature, max_new_tokens=self.rl.max_new_tokens)
             seeds = [row_seed(self.config.train.seed, number, g) for number in mine for g in range(G)]
-            prompts, stop = [self.prompt(item) for item in items[::G]], self.template.stop_ids
-            answers = Generator(policy).generate(prompts, params, stop, samples=G, seeds=seeds, record=True)
-            rows = [self.row(prompts[n // G], answer) for n, answer in enumerate(answers)]
+            prompts = [self.prompt(item) for item in items[::G]]
+            rows = answered(Generator(policy), self.template, prompts, params, self.request, seeds, record=True)
         self.seconds += time.perf_counter() - clock
         rewards = self.judge(items, rows)
         for item, row, reward in zip(items, rows, rewards, strict=True):
-            row.right, row.reward = verify(item, row.text), reward - self.overlong(len(row.answer))
+            row.right, row.reward = verify(item, row.text), reward - self.overlong(row.length)
         if self.rescored:
             sampled = [row.old for row in rows]
             self.score(policy, rows, "old")
@@ -164,17 +167,13 @@ class Rollouts:
     def prompt(self, item: Item) -> list[int]:
         """Return the ids of a question."""
         room = self.config.data.sequence_length - self.rl.max_new_tokens
-        return prompt_within(self.template, item.messages, room)
-
-    def row(self, prompt: list[int], answer) -> Row:
-        """Return a sampled answer as a row."""
-        truncated, text = answer.finish_reason == "length", self.template.tokenizer.decode(answer)
-        return Row(prompt, list(answer), text, answer.logprobs, answer.experts, truncated=truncated)
+        return prompt_of(self.template, item, self.request, room)
 
     def overlong(self, length: int) -> float:
         """Return the penalty of an answer: from 0 to 1 over the last share of the limit (DAPO)."""
         margin = self.recipe.overlong * self.rl.max_new_tokens
-        return max(0.0, 1 - (self.rl.max_new_tokens - length) / margin) if margin else 0.0
+        over = length - (self.rl.max_new_tokens - margin)
+        return min(max(0.0, over / margin), 1.0) if margin else 0.0
 
     @torch.no_grad()
     def score(self, model, rows: list[Row], key: str) -> None:
@@ -200,8 +199,8 @@ class Rollouts:
     def step(self, rows: list[Row], first: bool = False) -> Step:
         """Return this process's share of `rows` as the micro-batches of one step."""
         world, size, G = self.machine.world, self.config.train.batch_size, self.rl.group_size
-        lengths = torch.tensor([len(row.answer) for row in rows])
-        mask = torch.arange(self.rl.max_new_tokens) < lengths[:, None]
+        lengths = torch.tensor([row.length for row in rows], dtype=torch.long)
+        mask = torch.arange(int(max([row.length for row in rows], default=0))) < lengths[:, None]
         weight = weight_of(mask, self.recipe.aggregation, self.rl.max_new_tokens)
         pulled = self.recipe.kl_weight and self.recipe.kl_place == "loss"
         shares = [[] for _ in range(world.size)]

@@ -33,7 +33,8 @@ class Scripted:
 
     room = Generator.room
 
-    def generate(self, prompts, params, stop_ids, on_token, must=None, seeds=None):
+    def generate(self, prompts, params, stop_ids, on_token, must=None, samples=1, seeds=None, record=False):
+        prompts = [prompt for prompt in prompts for _ in range(samples)]
         self.asked.append([list(prompt) for prompt in prompts])
         self.scripts = self.scripts or [(prompt, iter(row)) for prompt, row in zip(prompts, self.rows)]
         answers = [Answer() for _ in prompts]
@@ -173,16 +174,17 @@ def test_random_numbers_differ_after_a_call():
     given, call = [], named("<tool_call>", called("1"), "</tool_call>", "<|im_end|>")
 
     class Remembers(Scripted):
-        def generate(self, *rest, seeds=None):
+        def generate(self, *rest, seeds, **options):
             given.append(seeds)
-            return super().generate(*rest)
+            return super().generate(*rest, **options)
 
     done = named("<|im_end|>")
     for rows in ([[call, call, done]], [[done], [call, call, done]]):
         respond(Remembers(*rows), TEMPLATE, PROMPTS[: len(rows)], SamplingParams(seed=5), Request(tools=True))
     alone, beside = [given[1][0], given[2][0]], [given[4][0], given[5][0]]
-    assert given[0] is given[3] is None and len({*alone, *beside}) == 4  # rows 0 and 1
-    assert beside == [row_seed(5, 1, 1), row_seed(5, 1, 2)]
+    assert given[0] == [5] and given[3] == [5, row_seed(5, 1)]  # those of a generator by itself
+    assert len({*alone, *beside, *given[3]}) == 6  # rows 0 and 1
+    assert beside == [row_seed(row_seed(5, 1), 0, 1), row_seed(row_seed(5, 1), 0, 2)]
 
 
 def test_log_probabilities_are_recorded_beside_the_ids():
@@ -195,14 +197,27 @@ def test_log_probabilities_are_recorded_beside_the_ids():
     class Recorded(Scripted):
         def generate(self, *rest, record=False, **options):
             answers = super().generate(*rest, **options)
-            for answer in answers:
+            for prompt, answer in zip(rest[0], answers):
                 answer.logprobs = [-1.0] * len(answer)
+                answer.experts = [len(self.asked)] * (len(prompt) + len(answer) - 1)
             return answers
 
     call = named("<tool_call>", called("1"), "</tool_call>", "<|im_end|>")
     rows = [[call, named("<|im_end|>")]]
     (one,) = respond(Recorded(*rows), TEMPLATE, PROMPTS[:1], GREEDY, Request(tools=True), record=True)
     assert one.logprobs == [-1.0 if own else 0.0 for own in one.own] and 0.0 in one.logprobs
+    first = len(PROMPTS[0]) + len(call) - 1  # tokens keep the experts with which the model wrote them
+    assert one.experts == [1] * first + [2] * (len(PROMPTS[0]) + len(one.ids) - 1 - first)
+
+
+def test_several_samples_of_one_prompt():
+    """As the generator draws them: the prompt is read once, and sample g of prompt p has a seed of its own."""
+    model, params = tiny_model(), SamplingParams(seed=3, max_new_tokens=6)
+    seeds = [11, 12, 13, 14]
+    drawn = Generator(model).generate(PROMPTS[:2], params, samples=2, seeds=seeds)
+    rows = respond(Generator(model), TEMPLATE, PROMPTS[:2], params, stop_ids=(), samples=2, seeds=seeds)
+    assert [row.ids for row in rows] == drawn and rows[0].ids != rows[1].ids
+    assert [row.prompt for row in rows] == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
 
 
 # --- parts of an answer -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from load_data.skills import scored_items
 from load_data.skills.verifiers import truth
 from tests.inference.tools import byte_tokenizer, tiny_model
 from train.engine import policy_evaluation
-from train.engine.answer_rows import judge_of
+from train.engine.answer_rows import Row, judge_of
 from train.engine.policy_evaluation import PolicyEvaluation, held_out_items, pass_at
 from utils.distributed import World
 
@@ -40,17 +40,22 @@ def scripted(monkeypatch):
         numbers = {tuple(TEMPLATE.prompt(item.messages)): number for number, item in enumerate(items)}
         used = set()  # seeds of an evaluation: no two samples may share one
 
-        def generate(prompts, params, stop_ids, samples, seeds):
+        def generate(prompts, params, stop_ids, on_token, samples, seeds, record):
             assert len(seeds) == len(prompts) * samples
             if params.temperature:
                 assert len(used) + len(seeds) == len(used | {*seeds})
                 used.update(seeds)
+            found = []
             for prompt, sample in itertools.product(prompts, range(samples)):
                 text = answer(numbers[tuple(prompt)], sample if params.temperature else None)
-                yield Answer([*TEMPLATE.tokenizer.encode(text), min(stop_ids)])
+                written = Answer([*TEMPLATE.tokenizer.encode(text), min(stop_ids)])
+                for token in written:
+                    on_token(len(found), token)
+                found.append(written)
+            return found
 
         def generator(*arguments, **settings):
-            return SimpleNamespace(room=lambda new: 400, generate=lambda *a, **k: [*generate(*a, **k)])
+            return SimpleNamespace(room=lambda new: 400, generate=generate, context=400)
 
         monkeypatch.setattr(policy_evaluation, "Generator", generator)
 
@@ -94,7 +99,7 @@ def test_the_reward_may_differ_from_the_truth(scripted):
     scripted(items, lambda number, sample: " ".join(map(truth, items)) + " 1")
     found = evaluation(items, judge=judge_of("contains", None, None))(None, None)
     assert found["val_reward"] == 1.0 and found["val_pass1"] == found["val_greedy"] == 0.0
-    assert len(found) == 5  # one skill: its numbers are those of all
+    assert len(found) == 6  # one skill: its numbers are those of all
 
 
 def test_an_evaluation_is_repeatable_and_depends_on_the_seed():
@@ -148,7 +153,9 @@ def test_the_policy_is_found_beside_a_critic():
 def test_answers_before_and_after_stand_side_by_side(tmp_path):
     items = held_out_items(["sums"], 2)
     right, wrong = truth(items[0]), "0,0=0:\n1"
-    evaluation(items).write_side_by_side(tmp_path / "deep" / "samples.txt", [wrong, wrong], [right, wrong])
+    right_row, wrong_row = (Row([], TEMPLATE.tokenizer.encode(text), text, []) for text in (right, wrong))
+    rows = [wrong_row, wrong_row], [right_row, wrong_row]
+    evaluation(items).write_side_by_side(tmp_path / "deep" / "samples.txt", *rows)
     blocks = (tmp_path / "deep" / "samples.txt").read_text(encoding="utf-8").strip().split("\n\n")
     assert len(blocks) == 2
     assert blocks[0].splitlines() == [

@@ -72,7 +72,9 @@ def test_rows_are_what_the_policy_sampled(moe, temperature):
             ended = row.answer[-1] in TEMPLATE.stop_ids
             assert row.truncated != ended and not set(row.answer[:-1]) & TEMPLATE.stop_ids
             assert len(row.answer) == 5 if row.truncated else True
-            assert row.text == TOKENIZER.decode(row.answer) and row.reward == judge([item], [row])[0]
+            marked = set(row.answer) & set(TOKENIZER.special_ids.values()) - TEMPLATE.stop_ids
+            assert marked or row.text == TOKENIZER.decode(row.answer)
+            assert row.reward == judge([item], [row])[0]
             if not any(row.advantages):
                 continue
             read, numbers = found[(*prompt, *row.answer)]
@@ -301,3 +303,72 @@ def test_two_processes_equal_one(tmp_path):
     one, two = (torch.load(tmp_path / name / "seen.pt") for name in "ab")
     assert one["rows"] == two["rows"] and len(one["rows"]) == 12
     assert largest_difference(one["weights"], two["weights"]) < 1e-5
+
+
+# --- thinking and tools -----------------------------------------------------------------------------------
+
+
+def test_what_the_policy_did_not_choose_is_read_and_never_scored(monkeypatch):
+    """Every other row calls a tool, once or twice: results and forced ends of thoughts are read by the model,
+    and only the policy's own tokens have numbers and labels."""
+    config = rl_config(
+        "rl.recipe=dr_grpo", "rl.tools=true", "rl.think=true", "rl.think_budget=2", "rl.prompts=4",
+        "rl.max_new_tokens=8", "model.max_position_embeddings=400", "data.sequence_length=100", *MOE,
+    )  # fmt: skip
+    policy, special = make_policy(config, dtype=torch.float64), TOKENIZER.special_ids
+    written = [special["<tool_call>"], 70, special["</tool_call>"], END]
+    generate = Generator.generate
+
+    def calling(self, prompts, params, stop_ids, on_token, must, **options):
+        prompts_of = [prompt for prompt in prompts for _ in range(options["samples"])]
+
+        def also(row, new):
+            thought = 2 if special["<tool_response>"] not in prompts_of[row] else 1  # the budget is used up
+            place, calls = len(new) - thought - 1, prompts_of[row].count(special["<tool_response>"])
+            wants = row % 2 == 0 and calls < 2 and 0 <= place < 4
+            return written[place] if wants else must(row, new)
+
+        return generate(self, prompts, params, stop_ids, on_token, must=also, **options)
+
+    monkeypatch.setattr(Generator, "generate", calling)
+    source = rollouts(config, policy)
+    step = source.next_step({"model": policy})
+    rows, forced = source.rows, 0
+    assert source.numbers["calls"] == sum(row.calls for row in rows) / 16 > 0
+    for row in rows:
+        ids, own = row.prompt + row.answer, row.own or [True] * len(row.answer)
+        assert own[-1] and len(row.old) == row.length == sum(own) and row.experts
+        scores = (policy.eval()(torch.tensor([ids])).logits[0]).log_softmax(-1)
+        alone = [scores[len(row.prompt) + n - 1, token].item() for n, token in enumerate(row.answer) if own[n]]
+        assert row.old == pytest.approx(alone, abs=1e-10)
+        others, inside = [], False  # from the <|im_end|> of a call to the <think> of the next answer
+        for token, mine in zip(row.answer, own):
+            if not mine and token == special["</think>"] and not inside:
+                forced += 1
+            else:
+                others.append(inside == mine)
+            inside = token == END or inside and token != special["<think>"]
+        assert not any(others)
+        assert row.answer.count(special["<tool_response>"]) <= row.calls
+    assert forced and {row.calls for row in rows} >= {0, 1, 2}
+    labels = {tuple(answer): read for _, answer, read, _ in as_batch_rows(step)}
+    for row in rows:
+        if any(row.advantages):
+            assert labels[tuple(row.chosen)] == (row.prompt + row.answer)[:-1]
+    totals, _ = losses(config, policy.train(), step)
+    assert totals["measured ratio"].item() == pytest.approx(1, abs=1e-10)
+
+
+def test_results_of_tools_leave_no_trace_in_advantages():
+    """The next token of the policy follows directly: the same numbers with a result between, and without."""
+    config = rl_config("rl.recipe=ppo", "rl.kl_weight=0.5")
+
+    def row(answer, own):
+        return Row([1], answer, "", [-1.0, -0.5, -2.0], own, reward=3.0, values=[0.3, 0.1, 0.9],
+                   reference=[-1.5, -0.2, -2.0])  # fmt: skip
+
+    plain, called = row([5, 6, 7], []), row([5, 6, 9, 9, 9, 7], [True, True, False, False, False, True])
+    for one in (plain, called):
+        set_advantages([[one]], config.rl, config.rl.chosen())
+    assert called.advantages == plain.advantages and called.returns == plain.returns
+    assert called.chosen == plain.answer and len(called.advantages) == called.length == 3
