@@ -1,4 +1,4 @@
-"""Sums beyond the skill `arithmetic`: numbers of up to three digits, two or three terms, answered in two ways.
+"""Sums beyond the skill `arithmetic`: numbers of up to three digits, two or three terms; two ways to answer.
 
     347 + 285        ->   7,5=12 4,8,1=13 3,2,1=6: 632       column by column, as in `arithmetic`
     347 + 285 + 96   ->   7,5,6=18 4,8,9,1=22 3,2,2=7: 728

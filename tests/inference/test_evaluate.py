@@ -28,7 +28,7 @@ class Scripted:
 
     room = Generator.room
 
-    def generate(self, prompts, params, stop_ids, on_token):
+    def generate(self, prompts, params, stop_ids, on_token, **options):
         assert params.temperature == 0 and END in stop_ids
         self.sizes.append(len(prompts))
         texts = [TOKENIZER.decode(ids, skip_special=False) for ids in prompts]
@@ -140,7 +140,7 @@ def test_nothing_in_a_dialogue_becomes_a_marker(kind):
     template, given = ChatTemplate(TOKENIZER, kind), []
 
     class Keeps(Scripted):
-        def generate(self, prompts, *rest):
+        def generate(self, prompts, *rest, **options):
             given.extend(prompts)
             return super().generate(prompts, *rest)
 

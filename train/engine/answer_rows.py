@@ -55,7 +55,7 @@ class Row:
 
     @property
     def length(self) -> int:
-        """How many ids the policy chose."""
+        """The number of ids that the policy chose."""
         return sum(self.own) if self.own else len(self.answer)
 
 

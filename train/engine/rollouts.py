@@ -142,7 +142,7 @@ class Rollouts:
             params = SamplingParams(self.rl.temperature, max_new_tokens=self.rl.max_new_tokens)
             seeds = [row_seed(self.config.train.seed, number, g) for number in mine for g in range(G)]
             prompts = [self.prompt(item) for item in items[::G]]
-            rows = answered(Generator(policy), self.template, prompts, params, self.request, seeds, record=True)
+            rows = answered(Generator(policy), self.template, prompts, params, self.request, seeds, True)
         self.seconds += time.perf_counter() - clock
         rewards = self.judge(items, rows)
         for item, row, reward in zip(items, rows, rewards, strict=True):

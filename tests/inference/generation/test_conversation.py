@@ -45,7 +45,7 @@ class Scripted:
 
     room = Generator.room
 
-    def generate(self, prompts, params, stop_ids, on_token):
+    def generate(self, prompts, params, stop_ids, on_token, **options):
         self.asked.append(list(prompts[0]))
         answer = self.answers.pop(0)
         answer = [*TOKENIZER.encode(answer), SPECIAL["<|im_end|>"]] if isinstance(answer, str) else answer
@@ -169,7 +169,7 @@ def test_ctrl_c_keeps_what_was_shown():
         told.say("a", GREEDY, interrupted)
     assert told.messages == talk("a", "one")
     with pytest.raises(KeyboardInterrupt):  # before the first letter
-        model.generate = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        model.generate = lambda *given, **options: (_ for _ in ()).throw(KeyboardInterrupt)
         told.say("b", GREEDY, interrupted)
     assert told.messages == talk("a", "one")
     del model.generate
@@ -272,7 +272,7 @@ def test_a_prompt_within_a_room():
 
 def test_a_pretrained_model_continues_and_remembers_nothing():
     class Continues(Scripted):
-        def generate(self, prompts, params, stop_ids, on_token):
+        def generate(self, prompts, params, stop_ids, on_token, **options):
             assert set(stop_ids) == {TOKENIZER.eos_id}
             return super().generate(prompts, params, {SPECIAL["<|im_end|>"]}, on_token)
 

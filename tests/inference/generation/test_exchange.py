@@ -33,7 +33,7 @@ class Scripted:
 
     room = Generator.room
 
-    def generate(self, prompts, params, stop_ids, on_token, must=None, samples=1, seeds=None, record=False):
+    def generate(self, prompts, params, stop_ids, on_token, must=None, samples=1, **options):
         prompts = [prompt for prompt in prompts for _ in range(samples)]
         self.asked.append([list(prompt) for prompt in prompts])
         self.scripts = self.scripts or [(prompt, iter(row)) for prompt, row in zip(prompts, self.rows)]
@@ -211,11 +211,12 @@ def test_log_probabilities_are_recorded_beside_the_ids():
 
 
 def test_several_samples_of_one_prompt():
-    """As the generator draws them: the prompt is read once, and sample g of prompt p has a seed of its own."""
+    """As the generator draws them: the prompt is read once, and each sample has a seed of its own."""
     model, params = tiny_model(), SamplingParams(seed=3, max_new_tokens=6)
     seeds = [11, 12, 13, 14]
     drawn = Generator(model).generate(PROMPTS[:2], params, samples=2, seeds=seeds)
-    rows = respond(Generator(model), TEMPLATE, PROMPTS[:2], params, stop_ids=(), samples=2, seeds=seeds)
+    drawing = {"samples": 2, "seeds": seeds}
+    rows = respond(Generator(model), TEMPLATE, PROMPTS[:2], params, stop_ids=(), **drawing)
     assert [row.ids for row in rows] == drawn and rows[0].ids != rows[1].ids
     assert [row.prompt for row in rows] == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
 

@@ -172,7 +172,8 @@ def test_tool_sums_call_the_calculator():
     signs, at_once = set(), [turn for turn in turns if len(turn) == 2]
     assert len(at_once) / len(turns) == pytest.approx(1 - tool_sums.CALLED, abs=0.04)  # five deviations
     for question, answer in at_once:
-        assert calculate(re.search(r"[(]*\d[\d +*/%()-]*", question["content"])[0].strip()) == answer["content"]
+        expression = re.search(r"[(]*\d[\d +*/%()-]*", question["content"])[0].strip()
+        assert calculate(expression) == answer["content"]
     for question, call, result, answer in (turn for turn in turns if len(turn) > 2):
         ((name, arguments),) = [one.values() for one in call["tool_calls"]]
         assert [one["role"] for one in (call, result, answer)] == ["assistant", "tool", "assistant"]

@@ -339,8 +339,8 @@ def test_what_the_policy_did_not_choose_is_read_and_never_scored(monkeypatch):
         ids, own = row.prompt + row.answer, row.own or [True] * len(row.answer)
         assert own[-1] and len(row.old) == row.length == sum(own) and row.experts
         scores = (policy.eval()(torch.tensor([ids])).logits[0]).log_softmax(-1)
-        alone = [scores[len(row.prompt) + n - 1, token].item() for n, token in enumerate(row.answer) if own[n]]
-        assert row.old == pytest.approx(alone, abs=1e-10)
+        alone = [scores[len(row.prompt) + n - 1, token].item() for n, token in enumerate(row.answer)]
+        assert row.old == pytest.approx([one for one, mine in zip(alone, own) if mine], abs=1e-10)
         others, inside = [], False  # from the <|im_end|> of a call to the <think> of the next answer
         for token, mine in zip(row.answer, own):
             if not mine and token == special["</think>"] and not inside:
