@@ -60,7 +60,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     (["--data", "python"], "no questions that a rule can judge"),
     (["--set", "rl.recipe=ppo"], "ppo_train.py"),
     (["--set", "model.dropout=0.1"], "model.dropout=0"),
-    (["--set", "rl.reward=kind"], "rules: right, contains"),
+    (["--set", "rl.reward=kind"], "rules: right, within"),
 ])  # fmt: skip
 def test_what_the_command_refuses(words, said, tmp_path, monkeypatch):
     base_in(tmp_path)

@@ -94,10 +94,10 @@ def test_every_number_against_a_count_by_hand(scripted):
 
 
 def test_the_reward_may_differ_from_the_truth(scripted):
-    """An answer that lists many values is wrong, though the planted verifier rewards it."""
+    """No answer is no right one, though the planted verifier rewards it."""
     items = held_out_items(["sums"], 3)
-    scripted(items, lambda number, sample: " ".join(map(truth, items)) + " 1")
-    found = evaluation(items, judge=judge_of("contains", None, None))(None, None)
+    scripted(items, lambda number, sample: "")
+    found = evaluation(items, judge=judge_of("within", None, None))(None, None)
     assert found["val_reward"] == 1.0 and found["val_pass1"] == found["val_greedy"] == 0.0
     assert len(found) == 6  # one skill: its numbers are those of all
 
