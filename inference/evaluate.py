@@ -7,19 +7,20 @@
 
 Answers are greedy. Each skill judges its own answers, most of them by equality. Answers to held-out
 dialogues must equal the true ones (`exact`), or, where an answer is a table `|name|amount|note|name|...|`,
-its items are compared (`items`, see `table_items`). The last line is for programs: `skill=percent` for each.
+its items are compared (`items`, see `table_items`). `tokens` is what the model wrote for an answer, thoughts
+and calls included. The last line is for programs: `skill=percent` for each.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import utils  # noqa: F401  first: it sets how threads wait, before PyTorch loads
 from inference.generation.conversation import prompt_within
-from inference.generation.exchange import PLAIN, Request, respond
+from inference.generation.exchange import PLAIN, Exchange, Request, respond
 from inference.generation.generator import Generator
 from inference.generation.load import DEFAULT_OUT, Loaded, load_adapter, load_base
 from inference.generation.sampling import SamplingParams
@@ -46,6 +47,7 @@ class Score:
     of: int  # the number of expected answers or items
     percent: float  # the share of right answers, or the F1 of the items (extra items lower it too)
     wrong: tuple[str, str, str] | None  # the first wrong answer: question, answer, expected answer
+    tokens: float = field(default=0.0, compare=False)  # that the model wrote, mean over the answers
 
 
 def score_skills(
@@ -66,7 +68,7 @@ def score_skills(
         items = scored_items(name, count, 0, val_fraction)
         tasks = [(item.messages, item.expected) for item in items]
         answers = greedy_answers(generator, template, tasks, request)
-        judged = [(is_right(item, answer), 1, 1) for item, answer in zip(items, answers, strict=True)]
+        judged = [(is_right(item, text_of(one)), 1, 1) for item, one in zip(items, answers, strict=True)]
         scores[name] = total(tasks, answers, judged)
     return scores
 
@@ -86,7 +88,8 @@ def score_dialogues(
         for turn in scored_answers(messages, *rule)
     ]
     answers, judged = greedy_answers(generator, template, tasks), []
-    for (_, expected), answer in zip(tasks, answers, strict=True):
+    for (_, expected), one in zip(tasks, answers, strict=True):
+        answer = text_of(one)
         if score == "exact":
             judged.append((answer.strip() == expected.strip(), 1, 1))
         else:
@@ -97,8 +100,8 @@ def score_dialogues(
 
 def greedy_answers(
     generator, template, tasks: list[tuple[list[dict], str]], request: Request = PLAIN
-) -> list[str]:
-    """Return the answer to each (messages, expected answer), computed in batches.
+) -> list[Exchange]:
+    """Return what follows each (messages, expected answer), computed in batches.
 
     The expected answer only saves time: a batch holds questions with answers of similar length, and an answer
     that reaches 1.5 times the expected length is cut, because it is already wrong.
@@ -106,7 +109,7 @@ def greedy_answers(
     tokenizer = template.tokenizer
     lengths = [len(tokenizer.encode(expected)) for _, expected in tasks]
     order = sorted(range(len(tasks)), key=lambda number: lengths[number])
-    answers = [""] * len(tasks)
+    answers = [None] * len(tasks)
     for first in range(0, len(order), BATCH):
         batch = order[first : first + BATCH]
         longest = 16 + lengths[batch[-1]] * 3 // 2 + (request.budget or 0) + CALL_LENGTH * request.tools
@@ -116,19 +119,26 @@ def greedy_answers(
         prompts = [prompt_within(template, tasks[number][0], room) + opening for number in batch]
         written = respond(generator, template, prompts, params, request)
         for number, exchange in zip(batch, written, strict=True):
-            answers[number] = exchange.messages[-1]["content"]
+            answers[number] = exchange
     return answers
 
 
-def total(tasks, answers: list[str], judged: list[tuple[int, int, int]]) -> Score:
+def text_of(one: Exchange) -> str:
+    """Return the answer at the end of an exchange."""
+    return one.messages[-1]["content"]
+
+
+def total(tasks, answers: list[Exchange], judged: list[tuple[int, int, int]]) -> Score:
     """Return the score of all answers, from (right, given, expected) items of each.
 
     The F1, 2 right / (given + expected), is the share of right answers where each answer is one item.
     """
     right, given, wanted = map(sum, zip((0, 0, 0), *judged, strict=True))
     cases = zip(tasks, answers, judged, strict=True)
-    wrong = [(task[0][-1]["content"], answer, task[1]) for task, answer, one in cases if len({*one}) > 1]
-    return Score(right, wanted, 200 * right / max(given + wanted, 1), wrong[0] if wrong else None)
+    cases = [case[:2] for case in cases if len({*case[2]}) > 1]
+    wrong = [(task[0][-1]["content"], text_of(one), task[1]) for task, one in cases]
+    tokens = sum(sum(one.own) for one in answers) / max(len(answers), 1)
+    return Score(right, wanted, 200 * right / max(given + wanted, 1), wrong[0] if wrong else None, tokens)
 
 
 def table_items(text: str) -> Counter:
@@ -144,9 +154,9 @@ def table_items(text: str) -> Counter:
 
 def report(scores: dict[str, Score]) -> str:
     """Return a table for people, and a last line for programs."""
-    lines = [f"{'skill':12} {'right':>6} {'of':>6} {'percent':>8}  a wrong answer"]
+    lines = [f"{'skill':12} {'right':>6} {'of':>6} {'percent':>8} {'tokens':>7}  a wrong answer"]
     for name, score in scores.items():
-        line = f"{name:12} {score.right:6} {score.of:6} {score.percent:8.1f}"
+        line = f"{name:12} {score.right:6} {score.of:6} {score.percent:8.1f} {score.tokens:7.1f}"
         if score.wrong:
             short = (text if len(text) <= 48 else text[:45] + "..." for text in score.wrong)
             line += "  {!r} -> {!r}, not {!r}".format(*short)

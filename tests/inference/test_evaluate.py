@@ -56,6 +56,7 @@ def test_exact_answers_are_counted():
     assert score == Score(2, 3, pytest.approx(200 / 3), ("c", "3", "three"))
     perfect = score_dialogues(told({"a": "one"}), TEMPLATE, dialogues[:1])
     assert perfect == Score(1, 1, 100.0, None)
+    assert score.tokens == (4 + 6 + 2) / 3 and perfect.tokens == 4  # bytes, and the end
     assert score_dialogues(told({}), TEMPLATE, []) == Score(0, 0, 0.0, None)
 
 
@@ -183,10 +184,10 @@ def test_skills_judge_their_own_answers():
 
 
 def test_the_report():
-    scores = {"lists": Score(9, 10, 90.0, ("q" * 90, "a\nb", "c")), "naming": Score(3, 3, 100.0, None)}
+    scores = {"lists": Score(9, 10, 90.0, ("q" * 90, "a\nb", "c")), "naming": Score(3, 3, 100.0, None, 4.25)}
     header, first, second, last = report(scores).splitlines()
     assert first.split()[:4] == ["lists", "9", "10", "90.0"] and first.endswith("...' -> 'a\\nb', not 'c'")
-    assert second.split() == ["naming", "3", "3", "100.0"]
+    assert second.split() == ["naming", "3", "3", "100.0", "4.2"]
     assert last == "lists=90.00 naming=100.00"
 
 
