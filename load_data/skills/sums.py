@@ -3,10 +3,10 @@
     347 + 285        ->   7,5=12 4,8,1=13 3,2,1=6: 632       column by column, as in `arithmetic`
     347 + 285 + 96   ->   7,5,6=18 4,8,9,1=22 3,2,2=7: 728
     285 - 347        ->   - 7,5=2 14,8=6 3,2,1=0: -62        the larger number comes first
-    347 + 285        ->   632                                at once: half of the answers to train on
+    347 + 285        ->   632                                at once: most of the answers to train on
 
 At least one number has three digits, so no sum of `arithmetic` is among them. Fine-tuning teaches both ways,
-and the model answers as it was taught: half of the time at once, mostly wrong. A reward for truth, which
+and the model answers as it was taught: mostly at once, and mostly wrong. A reward for truth, which
 says nothing about working, can teach it to work them out. Only the part after the colon is scored.
 
 The key has the terms of an addition in order of size: whoever has seen `96 + 347 + 285` knows
@@ -20,7 +20,7 @@ from load_data.skills.common import Sample
 
 THREE = 0.4  # share of sums with three terms; all of them are additions
 SMALLER = 0.2  # share of numbers below 100
-WORKED = 0.5  # share of answers that are worked out
+WORKED = 0.3  # share of answers that are worked out
 
 
 def make(rng: random.Random) -> Sample:
