@@ -91,11 +91,10 @@ def row_of(one: Exchange) -> Row:
         own = own[:-1]  # a result of a tool for which the context had room, but not for what follows
     calls = sum(len(message.get("tool_calls", ())) for message in one.messages)
     old = list(compress(one.logprobs, own))
-    text, truncated = one.messages[-1]["content"], one.finish_reason != "stop"
-    if truncated and one.messages[-1]["role"] == "tool":
-        text = ""
+    last = one.messages[-1]
+    text = last["content"] if last["role"] == "assistant" else ""
     return Row(one.prompt, one.ids[: len(own)], text, old, [] if all(own) else own, calls,
-               one.experts[: len(one.prompt) + len(own) - 1], truncated=truncated)  # fmt: skip
+               one.experts, truncated=one.finish_reason != "stop")  # fmt: skip
 
 
 def collate(rows: list[Row], used: list[str], pad_id: int, wide: torch.dtype, first: bool = False) -> Batch:
