@@ -83,10 +83,12 @@ class Rollouts:
             ids = [*self.template.tokenizer.encode(item.expected)[: self.rl.max_new_tokens - 1], end]
             rows.append(Row(self.prompt(item), ids, item.expected, [0.0] * len(ids)))
         self.score(self.policy, rows, "old")
-        for row in rows:
-            row.advantages, row.returns, row.values = ([each] * len(row.answer) for each in (1.0, 1.0, 0.0))
-            if self.recipe.kl_weight:  # a distance of 0 would have no gradient
+        for row in rows:  # away from distances of 0 and from clips, where a healthy model has no gradient:
+            # the proof moves zeros (LoRA's B), and the critic of a resumed run may expect anything
+            row.advantages, row.returns, row.values = ([each] * len(row.answer) for each in (1.0, 2.0, 2.0))
+            if self.recipe.kl_weight:
                 row.reference = [value - 0.5 for value in row.old]
+            row.old = [value + 0.5 for value in row.old]
         return self.step(rows)
 
     def state_dict(self) -> dict:
