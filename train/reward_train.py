@@ -31,7 +31,7 @@ def main():
     config, machine = command.config, start_machine(command.config)
     base, data = open_pair_base(command, machine)
     model = ScalarModel.from_policy(base.model)
-    stage = pair_stage(STAGE, SHORT, model, RewardLoss(), base, data, config, machine, keep_best="val_acc")
+    stage = pair_stage(model, RewardLoss(), data, command, machine, keep_best="val_acc")
     found = Trainer(stage, config, machine, command.out, command.resume).run()
     machine.say(f"in {found['val_acc']:.1%} of the held-out pairs, the better answer has the higher reward")
     path = command.out / final_name(SHORT)

@@ -30,7 +30,7 @@ from load_data.skills import Item, training_items
 from load_data.skills.verifiers import verify
 from modules.alignment.policy_gradient import weight_of
 from train.engine.answer_rows import Judge, Row, collate, explained, has_signal, judge_of, set_advantages
-from train.engine.policy_loss import NOISE, token_logprobs
+from train.engine.policy_loss import token_logprobs
 from train.engine.stage import Batch, Step
 from utils.distributed import gather
 from utils.errors import UserError
@@ -59,7 +59,6 @@ class Rollouts:
         self.numbers = {}  # for the log
         self.used = ["old", "advantages", *["reference"] * bool(self.recipe.kl_weight)]
         self.used += ["values", "returns"] * (self.recipe.advantage == "gae")
-        check_exact(policy.config)
         if config.data.sequence_length <= self.rl.max_new_tokens:
             raise UserError(
                 f"data.sequence_length={config.data.sequence_length} leaves no room for a question beside an "
@@ -223,13 +222,3 @@ class Rollouts:
         """Return rows as a micro-batch."""
         wide = torch.promote_types(self.policy.lm_head.weight.dtype, torch.float32)
         return collate(rows, used, self.template.tokenizer.pad_id, wide, first)
-
-
-def check_exact(model_config) -> None:
-    """Raise `UserError` for noise in training, which would change the ratio before any update."""
-    for name in NOISE:
-        if getattr(model_config, name):
-            raise UserError(
-                f"model.{name}={getattr(model_config, name)}: with noise, a policy does not score its own "
-                f"samples as it sampled them; switch it off with --set model.{name}=0"
-            )
