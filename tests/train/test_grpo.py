@@ -38,7 +38,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     base = base_in(tmp_path, mtp="sequential", **MOE)
     monkeypatch.setitem(REWARDS, "any", lambda item, text: zlib.crc32(text.encode()) % 97 / 97)
     settings = ("rl.prompts=2", "rl.group_size=3", "rl.max_new_tokens=4", "train.log_every=1",
-                "data.sequence_length=64", "rl.reward=any", "model.dropout=0.1")  # fmt: skip
+                "data.sequence_length=96", "rl.reward=any", "model.dropout=0.1")  # fmt: skip
     flags = ["--data", "skills:arithmetic,lists", "--device", "cpu", "--max-steps", 2, "--out", tmp_path]
     call(monkeypatch, *flags, *(word for setting in settings for word in ("--set", setting)))
     said, saved = capsys.readouterr().out, load_checkpoint(tmp_path / "TinySeek_GRPO_final.pkl")

@@ -90,7 +90,7 @@ def default_base(stage: str, bases: tuple, out: Path) -> Path | None:
         return None
     raise UserError(
         f"{stage} starts from a trained model, and there is no {final_name(bases[-1])} in {out}: train one "
-        "with python train/pre_train.py, or name one with --init CHECKPOINT"
+        f"with python train/{bases[-1].lower()}_train.py, or name one with --init CHECKPOINT"
     )
 
 
@@ -136,7 +136,7 @@ def refuse_to_overwrite(out: Path, stage: str, short: str, resume: bool) -> None
         )
     if final.exists() and not resume:
         raise UserError(
-            f"{final} is a finished run of {stage}: talk to it with `{chat_command(short, out)}`, give it "
+            f"{final} is a finished run of {stage}: use it with `{chat_command(short, out)}`, give it "
             f"more steps with --resume --max-steps N, {others}"
         )
     if newest and not resume:
@@ -144,7 +144,9 @@ def refuse_to_overwrite(out: Path, stage: str, short: str, resume: bool) -> None
 
 
 def chat_command(short: str, out: Path) -> str:
-    """Return the command that talks to the result of a stage in folder `out`."""
+    """Return the command that talks to the result of a stage in folder `out`, or learns from its rewards."""
+    if short == "Reward":
+        return f"python train/grpo_train.py --set rl.reward={quote(str(out / final_name(short)))}"
     if short in FULL_MODELS:
         flag = "" if out.resolve() == (ROOT / "out").resolve() else f" --out {quote(str(out))}"
     else:

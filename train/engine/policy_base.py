@@ -8,24 +8,31 @@ The adapter starts at zero, so either way the policy and its reference are equal
 
 import copy
 
+from inference.generation.load import CHAT_STAGES
+from load_data.chat.chat_data import chosen_skills
 from model.adapters import attach, twin
 from train.engine.command import Command
 from train.engine.fine_tuning import Base, open_base
 from train.engine.machine import Machine
+from utils.errors import UserError
 
-NOISE = ("model.dropout", "model.attention_dropout", "model.router_jitter_noise", "lora.lora_dropout")
+NOISE = ("model.dropout", "model.attention_dropout", "model.router_jitter_noise")
 
 
 def open_policy(command: Command, machine: Machine) -> Base:
     """Load the model of `--init` without noise: with it, a policy does not score its own samples as it
-    sampled them, and comparisons of answers are blurred."""
-    for setting in NOISE:
+    sampled them, and comparisons of answers are blurred. Samples need a model that answers."""
+    stage = command.init.get("stage")
+    if chosen_skills(command.config.data.paths) and command.init.get("short") not in CHAT_STAGES:
+        raise UserError(
+            f"--init {command.init_path}: a model of {stage}, which was not trained to answer, so its "
+            "samples teach nothing; name a fine-tuned one (python train/sft_train.py)"
+        )
+    for setting in (*NOISE, *["lora.lora_dropout"] * command.lora):
         section, name = setting.split(".")
-        section = getattr(command.config, section)
-        if getattr(section, name):
-            if command.lora or not setting.startswith("lora."):
-                machine.say(f"{setting} is set to 0: answers are sampled and compared without noise")
-            setattr(section, name, 0.0)
+        if getattr(getattr(command.config, section), name):
+            machine.say(f"{setting} is set to 0: answers are sampled and compared without noise")
+            setattr(getattr(command.config, section), name, 0.0)
     return open_base(command, machine, adapted=command.lora)
 
 

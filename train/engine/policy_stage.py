@@ -2,7 +2,7 @@
 
 from operator import itemgetter
 
-from load_data.chat.chat_data import chosen_skills
+from load_data.chat.chat_data import SKILL_WORD, chosen_skills
 from load_data.chat.chat_template import ChatTemplate
 from train.engine.actor_critic import POLICY
 from train.engine.command import Command
@@ -25,8 +25,9 @@ def policy_stage(base: Base, command: Command, machine: Machine, critic: bool = 
     one. `critic`: one will be added (train/engine/actor_critic.py)."""
     config = command.config
     names, recipe, model = chosen_skills(config.data.paths), config.rl.chosen(), base.model
-    if not names:
-        paths = " ".join(config.data.paths)
+    others = [path for path in config.data.paths if path.partition(":")[0] != SKILL_WORD]
+    if others or not names:
+        paths = " ".join(others)
         raise UserError(f"--data {paths}: no questions that a rule can judge; name skills:sums, for example")
     if (recipe.advantage == "gae") != critic:
         words = "uses no critic: set rl.recipe=ppo, or use train/grpo_train.py"

@@ -35,6 +35,7 @@ from train.engine.stage import Batch, Step
 from utils.distributed import gather
 from utils.errors import UserError
 
+LOOKED_AT = 100  # questions that must fit; a rare one that does not is cut as in fine-tuning
 TRIES = 4  # rounds of dynamic sampling; a rollout may then have fewer groups
 
 
@@ -59,10 +60,12 @@ class Rollouts:
         self.numbers = {}  # for the log
         self.used = ["old", "advantages", *["reference"] * bool(self.recipe.kl_weight)]
         self.used += ["values", "returns"] * (self.recipe.advantage == "gae")
-        if config.data.sequence_length <= self.rl.max_new_tokens:
+        room, most = config.data.sequence_length, self.rl.max_new_tokens
+        longest = max(len(template.prompt(self.item(number).messages)) for number in range(LOOKED_AT))
+        if longest > room - most:
             raise UserError(
-                f"data.sequence_length={config.data.sequence_length} leaves no room for a question beside an "
-                f"answer of rl.max_new_tokens={self.rl.max_new_tokens}: raise the one or lower the other"
+                f"data.sequence_length={room} leaves no room for a question of {longest} tokens beside an "
+                f"answer of rl.max_new_tokens={most}: raise the one or lower the other"
             )
 
     def next_step(self, models: dict, progress: float = 0.0) -> Step:
