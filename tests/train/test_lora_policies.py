@@ -59,7 +59,7 @@ def test_the_reference_is_the_base_in_the_same_memory():
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.01)
     places = {name: part.data_ptr() for name, part in policy.state_dict().items()}
     assert all(places[name] == part.data_ptr() for name, part in reference.state_dict().items())
-    for update in range(3):
+    for update in range(2):
         step = source.next_step({"model": policy, "reference": reference})
         true, found = logprobs(apart, step), logprobs(reference, step)
         assert all(map(torch.equal, found, true))
@@ -105,7 +105,7 @@ def test_the_proof_wakes_the_adapter_and_no_clip_hides_it(name):
 
 
 def flags(tmp_path, out, script, *settings):
-    """A base with dropout, experts and a second head; five short steps on rewards, or on pairs."""
+    """A base with dropout, experts and a second head; four short steps on rewards, or on pairs."""
     base = tmp_path / "TinySeek_SFT_final.pkl"
     if not base.is_file():
         model = tiny_model(5, max_position_embeddings=128, mtp="sequential", dropout=0.1, **MOE)
@@ -119,7 +119,7 @@ def flags(tmp_path, out, script, *settings):
     fixed = ("data.sequence_length=64", f"data.cache_dir={tmp_path / 'cache'}", "data.val_fraction=0.3",
              "train.log_every=1", "train.batch_size=4", "train.save_every=3", "train.dtype=fp32", "lora.r=2",
              "lora.lora_dropout=0.2", "optim.lr=0.003", "optim.warmup_steps=0")  # fmt: skip
-    words = ["--init", base, "--out", out, "--device", "cpu", "--max-steps", 5, "--data", *rows]
+    words = ["--init", base, "--out", out, "--device", "cpu", "--max-steps", 4, "--data", *rows]
     return [*words, *(f"--set={setting}" for setting in (*fixed, *own, *settings))]
 
 
@@ -129,7 +129,7 @@ def flags(tmp_path, out, script, *settings):
 )
 def test_an_adapter_from_the_command_line(script, short, tmp_path, monkeypatch, capsys):
     """What is said, saved and loaded; a run that was stopped ends as if it were not."""
-    monkeypatch.setattr("train.engine.policy_stage.HELD_OUT", 2)
+    monkeypatch.setattr("train.engine.policy_stage.HELD_OUT", 1)
     monkeypatch.setattr("train.engine.fine_tuning.SCORED_DIALOGUES", 2)
     monkeypatch.setitem(REWARDS, "any", lambda item, text: len(text.encode()) % 3)
     one, two = (flags(tmp_path, tmp_path / name, script) for name in "ab")
@@ -160,7 +160,9 @@ def test_an_adapter_from_the_command_line(script, short, tmp_path, monkeypatch, 
     with pytest.raises(UserError, match=f"is a finished run of {script.STAGE}_lora: .* --adapter "):
         call(monkeypatch, script, one)
 
-    call_until(monkeypatch, script, two, 5)
+    if script is dpo_train:  # resumed in tests/train/test_preference.py, and adapters in test_fine_tuning.py
+        return
+    call_until(monkeypatch, script, two, 4)  # the checkpoint of step 3 holds a rollout with an update left
     call(monkeypatch, script, [*two, "--resume"])
     again = load_checkpoint(tmp_path / "b" / path.name)
     assert same_bits(saved.pop("weights"), again.pop("weights")) and saved == again
