@@ -14,6 +14,7 @@ class DPOConfig:
     kind: str = option("dpo", choices=tuple(BETAS))
     beta: float | None = option(None, above=0)  # None: the choice of `BETAS`
     margin: float = option(1.0, at_least=0)  # simpo only
+    lora: bool = False  # train an adapter by the settings in section `lora`, beside a frozen base
     likelihood: float = option(0.0, at_least=0)  # weight of the chosen answer's likelihood (arXiv 2404.19733)
 
     @property

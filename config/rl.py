@@ -71,6 +71,7 @@ class RLConfig:
     kl_weight: float | None = option(None, at_least=0)
     dynamic_sampling: bool | None = None
     overlong: float | None = option(None, at_least=0, at_most=1)
+    lora: bool = False  # train an adapter by the settings in section `lora`, beside a frozen base
     # sampling
     prompts: int = option(16, at_least=1)  # in one rollout, over all processes
     group_size: int = option(8, at_least=1)  # samples of each prompt

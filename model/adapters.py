@@ -1,6 +1,6 @@
 """Attach an adapter of modules/adapters/ to a frozen base, by the short name of its training stage.
 
-    Lora      lora.py       low-rank changes of linear layers and experts
+    Lora      lora.py       low-rank changes of linear layers and experts; so do policies (GRPOLora, ..)
     MixLora   mixlora.py    a router over LoRA experts in each feed-forward, plain LoRA on attention
     Prefix    prefix.py     trained keys and values, or trained embeddings
 
@@ -20,13 +20,14 @@ from modules.adapters.mixlora import add_mixlora
 from modules.adapters.prefix import add_prefix
 from utils.checkpoint import load_weights
 
-ADAPTERS = ("Lora", "MixLora", "Prefix")
+ADAPTERS = {"Lora": "Lora", "MixLora": "MixLora", "Prefix": "Prefix", "GRPOLora": "Lora",
+            "PPOLora": "Lora", "DPOLora": "Lora"}  # stage -> kind of adapter  # fmt: skip
 
 
-def attach(model: TinySeek, kind: str, config: RunConfig) -> frozenset[str]:
+def attach(model: TinySeek, short: str, config: RunConfig) -> frozenset[str]:
     """Add an untrained adapter of one of `ADAPTERS` and freeze everything else; return the names of the new
     parameters, which are trainable, and buffers."""
-    before = set(model.state_dict())
+    before, kind = set(model.state_dict()), ADAPTERS[short]
     if kind == "Lora":
         add_lora(model, config.lora)
     elif kind == "MixLora":
@@ -54,9 +55,9 @@ def twin(model: TinySeek) -> TinySeek:
     return copy.deepcopy(model, shared)
 
 
-def adapted(base: TinySeek, kind: str, config: RunConfig, weights: dict, where: str) -> TinySeek:
+def adapted(base: TinySeek, short: str, config: RunConfig, weights: dict, where: str) -> TinySeek:
     """Return `base` with a trained adapter, sharing its tensors; `where` names the source in errors."""
     model = twin(base)
-    added = attach(model, kind, config)
+    added = attach(model, short, config)
     load_weights(model, weights, where, added)
     return model.to(base.model.embed_tokens.weight.device).eval()

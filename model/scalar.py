@@ -27,9 +27,9 @@ class ScalarModel(nn.Module):
 
     @classmethod
     def from_policy(cls, policy: TinySeek) -> "ScalarModel":
-        """Return a model with a copy of the decoder of `policy`, on its device."""
-        scalar = cls(policy.config).to(policy.lm_head.weight)
-        scalar.model.load_state_dict(policy.model.state_dict())
+        """Return a model with a copy of the decoder of `policy`, without adapters, on its device."""
+        scalar, weights = cls(policy.config).to(policy.lm_head.weight), policy.model.state_dict()
+        scalar.model.load_state_dict({name: weights[name] for name in scalar.model.state_dict()})
         return scalar
 
     def forward(self, input_ids, position_ids=None, document_ids=None, padding_mask=None) -> torch.Tensor:

@@ -303,7 +303,8 @@ def test_commands_run(command, home, run, monkeypatch):
     assert code == 0, f"`{command}`\n{output[-1500:]}\n{error[-1500:]}"
     if (stage := stage_of(words)) and "--help" not in words:
         new = {path.name for path, when in results(home).items() if before.get(path) != when}
-        assert new == {f"TinySeek_{STAGES[stage][0]}_final.pkl"}, f"`{command}`: no result in out/"
+        short = STAGES[stage][0] + "Lora" * any(word.endswith(".lora=true") for word in words)
+        assert new == {f"TinySeek_{short}_final.pkl"}, f"`{command}`: no result in out/"
 
 
 def results(home: Path) -> dict[Path, int]:

@@ -7,17 +7,17 @@
 What makes this stage: its data are pairs of answers to one prompt, `{"prompt", "chosen", "rejected"}` from
 files, or for skills the model's own right and wrong samples; its loss is DPO or one of its kin
 (modules/alignment/preference.py); all weights train except a second head (MTP), while DPO and IPO hold on to
-a frozen copy of the base, the reference; it saves a whole model. Dropout is off.
+a frozen copy of the base, the reference; it saves a whole model. Dropout is off. With `--set dpo.lora=true`
+it trains and saves an adapter, as train/grpo_train.py does.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
-
-import copy
 
 import utils  # noqa: F401  sets how threads wait; must precede torch
 from modules.alignment.preference import WITH_REFERENCE
 from train.engine.command import chat_command, parse_command
 from train.engine.machine import start_machine
+from train.engine.policy_base import policy_parts
 from train.engine.preference_loss import PreferenceLoss
 from train.engine.preference_stage import open_pair_base, pair_stage, train_and_show
 from utils.distributed import finish
@@ -27,20 +27,15 @@ STAGE, SHORT = "dpo_train", "DPO"
 
 
 def main():
-    """Train all weights of the base, on pairs of answers."""
-    command = parse_command(STAGE, SHORT, __doc__, bases=("SFT",))
+    """Train the base, or an adapter of it, on pairs of answers."""
+    command = parse_command(STAGE, SHORT, __doc__, bases=("SFT",), lora=lambda config: config.dpo.lora)
     config, machine = command.config, start_machine(command.config)
     base, data = open_pair_base(command, machine)
-    reference = copy.deepcopy(base.model) if config.dpo.kind in WITH_REFERENCE else None
-    if base.model.mtp is not None:
-        base.model.mtp.requires_grad_(False)  # its labels are tokens of text, not preferences
-    stage = pair_stage(
-        STAGE, SHORT, base.model, PreferenceLoss(config.dpo, reference), base, data, config, machine,
-        frozen={} if reference is None else {"reference": reference},
-        trains=lambda name: not name.startswith("mtp."),
-    )  # fmt: skip
+    parts = policy_parts(base, command, machine, reference=config.dpo.kind in WITH_REFERENCE)
+    loss = PreferenceLoss(config.dpo, parts["frozen"].get("reference"))
+    stage = pair_stage(base.model, loss, data, command, machine, **parts)
     train_and_show(stage, data, command, machine)
-    machine.say(f"\nnext: {chat_command(SHORT, command.out)}")
+    machine.say(f"\nnext: {chat_command(command.short, command.out)}")
     finish()
 
 

@@ -13,12 +13,11 @@ import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().par
 
 import utils  # noqa: F401  sets how threads wait; must precede torch
 from model.scalar import ScalarModel
-from train.engine.command import parse_command
+from train.engine.command import chat_command, parse_command
 from train.engine.machine import start_machine
 from train.engine.preference_loss import RewardLoss
 from train.engine.preference_stage import open_pair_base, pair_stage
 from train.engine.trainer import Trainer
-from utils.checkpoint import final_name
 from utils.distributed import finish
 from utils.errors import run_main
 
@@ -31,11 +30,10 @@ def main():
     config, machine = command.config, start_machine(command.config)
     base, data = open_pair_base(command, machine)
     model = ScalarModel.from_policy(base.model)
-    stage = pair_stage(STAGE, SHORT, model, RewardLoss(), base, data, config, machine, keep_best="val_acc")
+    stage = pair_stage(model, RewardLoss(), data, command, machine, keep_best="val_acc")
     found = Trainer(stage, config, machine, command.out, command.resume).run()
     machine.say(f"in {found['val_acc']:.1%} of the held-out pairs, the better answer has the higher reward")
-    path = command.out / final_name(SHORT)
-    machine.say(f"\nnext: python train/grpo_train.py --set rl.reward={path}")
+    machine.say(f"\nnext: {chat_command(SHORT, command.out)}")
     finish()
 
 

@@ -193,7 +193,7 @@ def load_adapter(path: str | Path, base: Loaded) -> Loaded:
     check_base(checkpoint, path, base)
     config, own = from_dict(checkpoint["config"], str(path)), checkpoint.pop("weights")
     model = adapted(base.model, checkpoint["short"], config, own, str(path))
-    if checkpoint["short"] == "Lora":
+    if ADAPTERS[checkpoint["short"]] == "Lora":
         fold(model, "default")  # plain layers again, which the fast decoder supports
     soft, ids = soft_tokens(checkpoint["short"], config), model.config.vocab_size
     template = ChatTemplate(base.tokenizer, config.data.template, soft, ids)

@@ -109,7 +109,8 @@ def write_pairs(folder: Path, sides: dict[str, list[Pair]], data: DataConfig, te
             raise UserError(
                 f"--data {' '.join(data.paths)}: no pair to {'train on' if side == TRAIN else 'hold out'}. A "
                 "model that samples its own must be right sometimes, not always: change pairs.prompts, "
-                "pairs.samples or the skill; of files, give more, or change data.val_fraction"
+                "pairs.samples or the skill; of files, give more, or change data.val_fraction "
+                f"({'; '.join(line.strip() for line in summary)})"
             )
         rows = [row for pair in pairs for row in as_rows(pair, template.end_of_turn[-1])]
         lengths = np.array([len(row.ids) for row in rows], dtype=np.int64)

@@ -163,7 +163,7 @@ def test_only_a_prompt_has_soft_tokens():
     counts = {like: soft_tokens(short, run_settings(base_of().config, sections))
               for like, (short, sections) in ADAPTED.items()}  # fmt: skip
     assert counts == {"lora": 0, "dora": 0, "mixlora": 0, "prefix": 0, "prompt": 2}
-    assert {short for short, _ in ADAPTED.values()} == set(ADAPTERS)
+    assert {short for short, _ in ADAPTED.values()} == set(ADAPTERS.values())
     assert soft_tokens("Lora", run_settings(base_of().config, ADAPTED["prompt"][1])) == 0
 
 

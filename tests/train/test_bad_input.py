@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from config.load import preset_names
+from inference.generation.load import CHAT_STAGES
 from tests.inference.tools import run_config, tiny_model, write_checkpoint
 from tests.processes import fork, without_pictures
 from tests.train.tools import PRE_TRAIN, run
-from train import gate_train, lora_train, mixlora_train, pre_train, prefix_train, sft_train
+from train import dpo_train, gate_train, grpo_train, lora_train, mixlora_train, ppo_train, pre_train
+from train import prefix_train, reward_train, sft_train
 from train.engine.command import parse_command
 from utils import checkpoint
 from utils.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
@@ -244,17 +246,24 @@ def test_a_damaged_newest_checkpoint_is_one_line(refused, old_run, tmp_path):
 # ------------------------------------------------------------------------------------------- fine-tuning
 
 SHORTS = {sft_train: "SFT", lora_train: "Lora", mixlora_train: "MixLora", prefix_train: "Prefix",
-          gate_train: "Gate"}  # fmt: skip
+          gate_train: "Gate", grpo_train: "GRPO", ppo_train: "PPO", dpo_train: "DPO",
+          reward_train: "Reward"}  # fmt: skip
+POLICIES, PAIRED = (grpo_train, ppo_train), (dpo_train, reward_train)
+DATA = dict.fromkeys(POLICIES, "skills:sums") | dict.fromkeys(PAIRED, "pairs.jsonl")
 ADAPTERS = (lora_train, mixlora_train, prefix_train)
+PAIR = '{"prompt": "say %d", "chosen": "%d", "rejected": "no"}\n'
 TURN = '{"messages": [{"role": "user", "content": "say %d"}, {"role": "assistant", "content": "%d"}]}\n'
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """A folder with dialogues.jsonl, random models, and finished runs of no content in out/."""
+    """A folder with dialogues.jsonl, pairs.jsonl, random models, and finished runs of no content in out/."""
     folder = tmp_path_factory.mktemp("bases")
     lines = [TURN % (number, number) for number in range(60)]
     (folder / "dialogues.jsonl").write_text("".join(lines), encoding="utf-8")
+    pairs = [PAIR % (number, number) for number in range(60)]
+    (folder / "pairs.jsonl").write_text("".join(pairs), encoding="utf-8")
+    write_checkpoint(folder / "Pre.pkl", "Pre")
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     for name, changes in (("SFT", {}), ("unshared", experts | {"n_shared_experts": 0})):
         model = tiny_model(**changes)
@@ -266,18 +275,21 @@ def bases(tmp_path_factory):
 
 
 @pytest.fixture
-def refuse(bases, monkeypatch, capsys):
+def refuse(bases, tmp_path, monkeypatch, capsys):
     """Calls main of a stage with the arguments of a case, over a finished run of that stage; returns its one
     line of error."""
     monkeypatch.setattr("train.engine.command.ROOT", bases / "empty")
 
     def call(stage, *arguments, overwrite=True):
-        flags = [] if "--data" in arguments else ["--data", bases / "dialogues.jsonl"]
+        data = DATA.get(stage, "dialogues.jsonl")
+        data = data if stage in POLICIES else bases / data
+        flags = [] if "--data" in arguments else ["--data", data]
         flags += [] if "--init" in arguments or None in arguments else ["--init", bases / "SFT.pkl"]
         flags += [] if "--out" in arguments else ["--out", bases / "out"]
         flags += ["--overwrite"] if overwrite else []
         flags += ["--device", "cpu", "--set", "train.dtype=fp32", "--set", "data.sequence_length=48"]
-        flags += ["--set", "prefix.length=16"]
+        flags += ["--set", "prefix.length=16", "--set", "rl.max_new_tokens=4", "--set", "pairs.prompts=8"]
+        flags += ["--set", f"data.cache_dir={tmp_path / 'cache'}"]
         flags += filter(None, arguments)
         if "--max-steps" not in arguments:
             flags += ["--max-steps", "2"]
@@ -302,12 +314,17 @@ def test_bad_calls_of_every_stage(refuse, bases, tmp_path, stage):
     assert "bad.pkl: no such checkpoint" in refuse(stage, "--init", tmp_path / "bad.pkl")
     candidates = ["--set", 'gate.candidates=["base", "base"]']
     line = refuse(stage, "--data", "python", *candidates)
-    assert "--data python: plain text is for train/pre_train.py" in line
+    judged = "no questions that a rule can judge; name skills:sums"
+    assert f"--data python: {judged if stage in POLICIES else 'plain text is for train/pre_train.py'}" in line
     line = refuse(stage, overwrite=False)
-    chat = {"SFT": "chat.py --out ", "Gate": "chat.py --gate "}.get(SHORTS[stage], "chat.py --adapter ")
-    assert f"is a finished run of {stage.STAGE}" in line and chat in line and "--overwrite" in line
+    use = {"Gate": "chat.py --gate ", "Reward": "grpo_train.py --set rl.reward="}
+    use |= dict.fromkeys(CHAT_STAGES, "chat.py --out ")
+    use = use.get(SHORTS[stage], "chat.py --adapter ")
+    assert f"is a finished run of {stage.STAGE}" in line and use in line and "--overwrite" in line
     line = refuse(stage, None, "--out", tmp_path / "new")  # without --init, and nothing to find
-    assert "no TinySeek_Pre_final.pkl in" in line and "train/pre_train.py" in line and "--init" in line
+    base = "SFT" if stage in (*POLICIES, *PAIRED) else "Pre"
+    assert f"no TinySeek_{base}_final.pkl in" in line and "--init" in line
+    assert f"train/{base.lower()}_train.py" in line
     assert not (tmp_path / "new").exists()
 
 
@@ -364,6 +381,63 @@ def test_bad_dialogues(refuse, tmp_path, name, content, words):
 )
 def test_bad_settings_of_fine_tuning(refuse, stage, arguments, words):
     assert words in refuse(stage, *arguments)
+
+
+# --- alignment ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stages", "arguments", "words"),
+    [
+        ((*POLICIES, *PAIRED), ["--data", "skills:naps"], "unknown skill 'naps'; skills: identity, arithm"),
+        (POLICIES, ["--data", "skills:sums", "python"], "--data python: no questions that a rule can judge"),
+        (POLICIES, ["--set", "rl.recipe=grpoo"], "must be one of rft, rloo, ppo, grpo, dr_grpo"),
+        (POLICIES, ["--set", "rl.recipe=grpo", "--set", "rl.group_size=1"], "rl.group_size=1: advantage"),
+        (POLICIES, ["--set", "rl.max_new_tokens=20"], "no room for a question of 34 tokens beside an answer"),
+        (POLICIES, ["--set", "data.sequence_length=65"], "more than model.max_position_embeddings=64"),
+        (POLICIES, ["--set", "rl.reward=gone.pkl"], "gone.pkl: no such rule, nor a file; rules: right"),
+        (POLICIES, ["--set", "rl.kl=none", "--set", "rl.kl_weight=0.1"], "needs an estimator: set rl.kl=k3"),
+        (POLICIES, ["--set", "rl.lora=true", "--set", 'lora.target_modules=["nose"]'], "is called 'nose'"),
+        ((grpo_train,), ["--set", "rl.recipe=ppo"], "needs a critic: use train/ppo_train.py"),
+        ((ppo_train,), ["--set", "rl.recipe=grpo"], "uses no critic: set rl.recipe=ppo"),
+        ((dpo_train,), ["--set", "dpo.kind=kto"], "dpo.kind='kto' must be one of dpo, ipo, simpo, orpo"),
+        (PAIRED, ["--set", "pairs.samples=1"], "pairs.samples=1 must be at least 2"),
+        (PAIRED, ["--set", "data.sequence_length=3"], "left out: 60 pairs with too long an answer"),
+        (PAIRED, ["--limit", "1"], "no pair to"),
+    ],
+)  # fmt: skip
+def test_bad_settings_of_alignment(refuse, stages, arguments, words):
+    for stage in stages:
+        assert words in refuse(stage, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([PAIR % (1, 1), '{"prompt": "a", "cho\n'], "bad.jsonl, line 2: not valid JSON"),
+        ([PAIR % (1, 1), "\n", '{"prompt": 5, "chosen": "b", "rejected": "c"}'], "bad.jsonl, line 3: prompt"),
+        ([TURN % (1, 1)], 'bad.jsonl, line 1: a pair has "prompt", "chosen" and "rejected"'),
+        (['{"prompt": "a", "chosen": "b", "rejected": null}'], "bad.jsonl, line 1: rejected must be a text"),
+    ],
+)  # fmt: skip
+def test_bad_pairs(refuse, tmp_path, lines, words):
+    """Records that cannot be read are left out; if too few remain, the error tells which."""
+    (tmp_path / "bad.jsonl").write_text("".join(lines), encoding="utf-8")
+    for stage in PAIRED:
+        assert words in refuse(stage, "--data", tmp_path / "bad.jsonl")
+
+
+def test_models_that_do_not_fit_alignment(refuse, bases, tmp_path):
+    """A model that samples must have learned to answer; a reward comes from a reward model."""
+    for stage in (*POLICIES, *PAIRED):
+        line = refuse(stage, "--init", bases / "Pre.pkl", "--data", "skills:sums")
+        assert "Pre.pkl: a model of pre_train, which was not trained to answer" in line
+        assert "train/sft_train.py" in line
+    for stage in POLICIES:
+        line = refuse(stage, "--set", f"rl.reward={bases / 'SFT.pkl'}")
+        assert "SFT.pkl: a full model of sft, not a reward model" in line
+        line = refuse(stage, "--set", f"rl.reward={bases / 'pairs.jsonl'}")
+        assert "pairs.jsonl: not a TinySeek checkpoint" in line
 
 
 def test_bases_that_do_not_fit(refuse, bases, tmp_path):

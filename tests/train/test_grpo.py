@@ -38,10 +38,11 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     base = base_in(tmp_path, mtp="sequential", **MOE)
     monkeypatch.setitem(REWARDS, "any", lambda item, text: zlib.crc32(text.encode()) % 97 / 97)
     settings = ("rl.prompts=2", "rl.group_size=3", "rl.max_new_tokens=4", "train.log_every=1",
-                "data.sequence_length=64", "rl.reward=any")  # fmt: skip
+                "data.sequence_length=96", "rl.reward=any", "model.dropout=0.1")  # fmt: skip
     flags = ["--data", "skills:arithmetic,lists", "--device", "cpu", "--max-steps", 2, "--out", tmp_path]
     call(monkeypatch, *flags, *(word for setting in settings for word in ("--set", setting)))
     said, saved = capsys.readouterr().out, load_checkpoint(tmp_path / "TinySeek_GRPO_final.pkl")
+    assert "model.dropout is set to 0: answers are sampled and compared without noise" in said
     assert "gradients proven: pg trains" in said and said.splitlines()[-1].endswith(f"--out {tmp_path}")
     before = load_checkpoint(base)["weights"]
     assert saved["weights"].keys() == before.keys() and saved["base"] is None
@@ -59,7 +60,6 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("words, said", [
     (["--data", "python"], "no questions that a rule can judge"),
     (["--set", "rl.recipe=ppo"], "ppo_train.py"),
-    (["--set", "model.dropout=0.1"], "model.dropout=0"),
     (["--set", "rl.reward=kind"], "rules: right, within"),
 ])  # fmt: skip
 def test_what_the_command_refuses(words, said, tmp_path, monkeypatch):

@@ -149,6 +149,20 @@ def test_a_critic_that_was_frozen_before_is_refused(tmp_path):
         Trainer(stage, config, machine(), tmp_path / "b").run()
 
 
+@pytest.mark.parametrize("value", [0.5, 2.5])
+def test_a_critic_that_expects_something_is_proven_too(value, tmp_path):
+    """As in a resumed run: the clip of the value does not hide that the critic can learn."""
+    run = ppo_run(tmp_path)
+    (batch,), critic = run.stage.source.sample().micro_batches, run.model["critic"]
+    with torch.no_grad():
+        hidden = critic.model(batch["input_ids"], padding_mask=batch["padding_mask"]).hidden
+        hidden = hidden[batch["labels"] != -100]  # (N, C)
+        weight = torch.linalg.lstsq(hidden, torch.full((len(hidden), 1), value)).solution
+        critic.score.weight.copy_(weight.T)
+        assert ((hidden @ weight - value).abs() < 0.3).all()
+    run.prove_before()
+
+
 @pytest.mark.slow
 def test_policy_and_critic_learn(tmp_path):
     """With experts. Half of all bytes are ASCII at first, then most; a critic that still expected nothing

@@ -28,13 +28,15 @@ POLICY, CRITIC = "policy", "critic"
 
 def with_critic(stage: Stage, config: RunConfig) -> Stage:
     """Return the stage of a policy with a critic beside it; what is saved as its result is the policy."""
-    rl, optim = config.rl, config.optim
+    rl, optim, critic = config.rl, config.optim, ScalarModel.from_policy(stage.model)
     rates = {"lr": optim.lr * rl.critic_lr, "muon_lr": optim.muon_lr * rl.critic_lr}
     return replace(
         stage,
-        model=nn.ModuleDict({POLICY: stage.model, CRITIC: ScalarModel.from_policy(stage.model)}),
-        result=POLICY, loss=ActorCriticLoss(stage.loss, rl),
-        optim={CRITIC: replace(optim, **rates)}, trains=lambda name: not name.startswith(f"{POLICY}.mtp."),
+        model=nn.ModuleDict({POLICY: stage.model, CRITIC: critic}),
+        result=POLICY, loss=ActorCriticLoss(stage.loss, rl), optim={CRITIC: replace(optim, **rates)},
+        trains=lambda name: name.startswith(f"{CRITIC}.") or stage.trains(name.removeprefix(f"{POLICY}.")),
+        own=stage.own and frozenset([*(f"{POLICY}.{name}" for name in stage.own),
+                                     *(f"{CRITIC}.{name}" for name in critic.state_dict())]),
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 The configuration, the output folder and the permission to replace what it holds are checked before any work.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -25,13 +26,20 @@ class Command:
     init: dict | None  # the checkpoint to start from, loaded
     init_path: Path | None
     resume: bool
+    stage: str  # the name of the log folder
+    short: str  # that of the checkpoints
+    lora: bool = False  # a policy trains an adapter
 
 
-def parse_command(stage: str, short: str, description: str, argv=None, bases: tuple = ()) -> Command:
+def parse_command(
+    stage: str, short: str, description: str, argv=None, bases: tuple = (),
+    lora: Callable[[RunConfig], bool] = lambda config: False,
+) -> Command:  # fmt: skip
     """Read the flags of stage `stage` (checkpoints named `short`). Raises `UserError`; writes nothing.
 
     A stage that needs a trained model lists in `bases` the stages whose results it starts from without
-    `--init`, in order of preference.
+    `--init`, in order of preference. A policy says by `lora` whether an adapter is to be trained: such a run
+    has names of its own, since both results may be in one folder.
     """
     parser = Parser(description)
     add = parser.add_argument
@@ -66,9 +74,11 @@ def parse_command(stage: str, short: str, description: str, argv=None, bases: tu
     init = load_checkpoint(init_path) if init_path else None
     inherited = inherited_sections(init, str(init_path)) if init else {}
     config = load_config(args.config, args.settings, inherited, flag_settings(args), stage)
+    if adapted := lora(config):
+        stage, short = f"{stage}_lora", f"{short}Lora"
     if not args.overwrite:
         refuse_to_overwrite(out, stage, short, args.resume)
-    return Command(config, out, init, init_path, args.resume)
+    return Command(config, out, init, init_path, args.resume, stage, short, adapted)
 
 
 def default_base(stage: str, bases: tuple, out: Path) -> Path | None:
@@ -80,7 +90,7 @@ def default_base(stage: str, bases: tuple, out: Path) -> Path | None:
         return None
     raise UserError(
         f"{stage} starts from a trained model, and there is no {final_name(bases[-1])} in {out}: train one "
-        "with python train/pre_train.py, or name one with --init CHECKPOINT"
+        f"with python train/{bases[-1].lower()}_train.py, or name one with --init CHECKPOINT"
     )
 
 
@@ -126,7 +136,7 @@ def refuse_to_overwrite(out: Path, stage: str, short: str, resume: bool) -> None
         )
     if final.exists() and not resume:
         raise UserError(
-            f"{final} is a finished run of {stage}: talk to it with `{chat_command(short, out)}`, give it "
+            f"{final} is a finished run of {stage}: use it with `{chat_command(short, out)}`, give it "
             f"more steps with --resume --max-steps N, {others}"
         )
     if newest and not resume:
@@ -134,7 +144,9 @@ def refuse_to_overwrite(out: Path, stage: str, short: str, resume: bool) -> None
 
 
 def chat_command(short: str, out: Path) -> str:
-    """Return the command that talks to the result of a stage in folder `out`."""
+    """Return the command that talks to the result of a stage in folder `out`, or learns from its rewards."""
+    if short == "Reward":
+        return f"python train/grpo_train.py --set rl.reward={quote(str(out / final_name(short)))}"
     if short in FULL_MODELS:
         flag = "" if out.resolve() == (ROOT / "out").resolve() else f" --out {quote(str(out))}"
     else:

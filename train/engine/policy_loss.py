@@ -29,7 +29,6 @@ from utils.device import synchronize
 from utils.distributed import sum_scalars
 from utils.errors import UserError
 
-NOISE = ("dropout", "attention_dropout", "router_jitter_noise")  # settings of a model, all off here
 SAME = 1e-4  # the largest |ratio - 1| before an update: rounding in fp32 is 1e-6 to 1e-5
 ROUTE_GAP = 0.01  # the largest share of tokens whose experts may differ
 
@@ -45,6 +44,7 @@ class PolicyLoss(LanguageModelLoss):
     def __init__(self, model, config, machine):
         super().__init__(model, config, machine)
         self.recipe, self.temperature = config.rl.chosen(), config.rl.temperature
+        self.routed = model.config.n_routed_experts > 0
         self.count = self.real = 1.0
 
     def claims(self) -> dict:
@@ -112,7 +112,7 @@ class PolicyLoss(LanguageModelLoss):
         """Finish the step; return the speed of the update, the share of differing routes, and the balance."""
         synchronize(self.machine.device)
         values = {"update_tok_s": self.real / (time.perf_counter() - self.clock)}
-        if self.checked and self.balancer is not None:
+        if self.checked and self.routed:
             values["route_gap"] = gap = self.moved / self.checked
             if gap > ROUTE_GAP:
                 raise UserError(

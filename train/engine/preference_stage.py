@@ -1,4 +1,4 @@
-"""Shared by the stages that learn from pairs: the base without dropout, the pairs, the stage, and answers of
+"""Shared by the stages that learn from pairs: the base, the pairs, the stage, and answers of
 a policy before and after."""
 
 from functools import partial
@@ -8,9 +8,9 @@ import torch
 from load_data.chat.chat_data import chosen_skills
 from load_data.chat.pairs import PairData, PairLoader, eval_pair_batches
 from train.engine.command import Command
-from train.engine.fine_tuning import Base, open_base, train_and_score
+from train.engine.fine_tuning import Base, train_and_score
 from train.engine.machine import Machine
-from train.engine.policy_loss import NOISE
+from train.engine.policy_base import open_policy
 from train.engine.policy_evaluation import SHOWN, PolicyEvaluation, held_out_items
 from train.engine.preference_loss import PairEvaluation, PairLoss, PairSource
 from train.engine.sampled_pairs import prepare_pairs
@@ -19,32 +19,27 @@ from utils import distributed
 
 
 def open_pair_base(command: Command, machine: Machine) -> tuple[Base, PairData]:
-    """Load the model of `--init`, without the noise that would blur comparisons, and the pairs."""
-    for name in NOISE:
-        if getattr(command.config.model, name):
-            machine.say(f"model.{name} is set to 0: answers are compared without noise")
-            setattr(command.config.model, name, 0.0)
-    base = open_base(command, machine)
+    """Load the model of `--init`, and the pairs."""
+    base = open_policy(command, machine)
     data = machine.read(prepare_pairs, command.config, base, machine)
     machine.say("\n".join(data.summary))
     return base, data
 
 
 def pair_stage(
-    name: str, short: str, model: torch.nn.Module, loss: PairLoss, base: Base, data: PairData, config,
-    machine: Machine, **more,
-) -> Stage:  # fmt: skip
+    model: torch.nn.Module, loss: PairLoss, data: PairData, command: Command, machine: Machine, **more
+) -> Stage:
     """Return a stage that trains `model` with `loss` on the pairs; `more`: further fields of the stage."""
-    train, world, length = config.train, machine.world, config.data.sequence_length
-    rows = {"packing": False, "pad_id": base.tokenizer.pad_id}
+    train, world, length = command.config.train, machine.world, command.config.data.sequence_length
+    rows = {"packing": False, "pad_id": data.tokenizer.pad_id}
     steps = (train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed)
     held_out = partial(eval_pair_batches, data.val, length, train.batch_size, rank=world.rank,
-                       world_size=world.size, pad_id=base.tokenizer.pad_id)  # fmt: skip
+                       world_size=world.size, pad_id=data.tokenizer.pad_id)  # fmt: skip
     return Stage(
-        name=name, short=short, model=model, loss=loss,
+        name=command.stage, short=command.short, model=model, loss=loss,
         source=PairSource(PairLoader(data.train, length, *steps, **rows)),
         evaluate=PairEvaluation(held_out, len(data.val) // 2, train.batch_size, loss, machine),
-        tokenizer=base.tokenizer, data_digest=data.digest, **more,
+        tokenizer=data.tokenizer, data_digest=data.digest, **more,
     )  # fmt: skip
 
 

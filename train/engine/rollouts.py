@@ -31,11 +31,12 @@ from modules.alignment.policy_gradient import weight_of
 from train.engine.answer_rows import (
     Judge, Row, answered, collate, explained, has_signal, judge_of, prompt_of, request_of, set_advantages,
 )  # fmt: skip
-from train.engine.policy_loss import NOISE, token_logprobs
+from train.engine.policy_loss import token_logprobs
 from train.engine.stage import Batch, Step
 from utils.distributed import gather
 from utils.errors import UserError
 
+LOOKED_AT = 100  # questions that must fit; a rare one that does not is cut as in fine-tuning
 TRIES = 4  # rounds of dynamic sampling; a rollout may then have fewer groups
 
 
@@ -61,11 +62,13 @@ class Rollouts:
         self.numbers = {}  # for the log
         self.used = ["old", "advantages", *["reference"] * bool(self.recipe.kl_weight)]
         self.used += ["values", "returns"] * (self.recipe.advantage == "gae")
-        check_exact(policy.config)
-        if config.data.sequence_length <= self.rl.max_new_tokens:
+        room, most = config.data.sequence_length, self.rl.max_new_tokens
+        items, thinking = map(self.item, range(LOOKED_AT)), self.request.thinking
+        longest = max(len(template.prompt(item.messages, thinking)) for item in items)
+        if longest > room - most:
             raise UserError(
-                f"data.sequence_length={config.data.sequence_length} leaves no room for a question beside an "
-                f"answer of rl.max_new_tokens={self.rl.max_new_tokens}: raise the one or lower the other"
+                f"data.sequence_length={room} leaves no room for a question of {longest} tokens beside an "
+                f"answer of rl.max_new_tokens={most}: raise the one or lower the other"
             )
 
     def next_step(self, models: dict, progress: float = 0.0) -> Step:
@@ -85,10 +88,12 @@ class Rollouts:
             ids = [*self.template.tokenizer.encode(item.expected)[: self.rl.max_new_tokens - 1], end]
             rows.append(Row(self.prompt(item), ids, item.expected, [0.0] * len(ids)))
         self.score(self.policy, rows, "old")
-        for row in rows:
-            row.advantages, row.returns, row.values = ([each] * len(row.answer) for each in (1.0, 1.0, 0.0))
-            if self.recipe.kl_weight:  # a distance of 0 would have no gradient
+        for row in rows:  # away from distances of 0 and from clips, where a healthy model has no gradient:
+            # the proof moves zeros (LoRA's B), and the critic of a resumed run may expect anything
+            row.advantages, row.returns, row.values = ([each] * len(row.answer) for each in (1.0, 2.0, 2.0))
+            if self.recipe.kl_weight:
                 row.reference = [value - 0.5 for value in row.old]
+            row.old = [value + 0.5 for value in row.old]
         return self.step(rows)
 
     def state_dict(self) -> dict:
@@ -220,13 +225,3 @@ class Rollouts:
         """Return rows as a micro-batch."""
         wide = torch.promote_types(self.policy.lm_head.weight.dtype, torch.float32)
         return collate(rows, used, self.template.tokenizer.pad_id, wide, first)
-
-
-def check_exact(model_config) -> None:
-    """Raise `UserError` for noise in training, which would change the ratio before any update."""
-    for name in NOISE:
-        if getattr(model_config, name):
-            raise UserError(
-                f"model.{name}={getattr(model_config, name)}: with noise, a policy does not score its own "
-                f"samples as it sampled them; switch it off with --set model.{name}=0"
-            )
