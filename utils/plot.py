@@ -4,6 +4,7 @@ what reinforcement learning logs.
     python utils/plot.py                         # out/pre_train/log.txt -> out/pre_train/curves.png
     python utils/plot.py LOG LOG --out both.png  # several runs in one picture
     python utils/plot.py LOG LOG --seconds       # over seconds, if a step costs more in one run
+    python utils/plot.py LOG --panels reward length    # some of the panels, by words of their titles
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
@@ -46,11 +47,14 @@ LABELS = dict.fromkeys(("loss", "ppl", "reward", "right", "length", "acc"), "tra
 }  # fmt: skip
 
 
-def plot_curves(log_path: str | Path | list, png_path: str | Path, seconds: bool = False) -> None:
+def plot_curves(
+    log_path: str | Path | list, png_path: str | Path, seconds: bool = False, words: tuple[str, ...] = ("",)
+) -> None:
     """Draw the curves of one log, or of several over each other, into `png_path`.
 
     The horizontal axis shows optimizer steps or, with `seconds`, the time they took, without evaluations.
-    Raises `UserError` if a log is missing or holds no step yet.
+    Drawn are the panels whose titles contain one of `words`. Raises `UserError` if a log is missing or holds
+    no step yet, or if there is nothing to draw.
     """
     paths = log_path if isinstance(log_path, list) else [log_path]
     logs = {str(path): [row for row in read_log(path) if "step" in row] for path in paths}
@@ -62,6 +66,9 @@ def plot_curves(log_path: str | Path | list, png_path: str | Path, seconds: bool
     panels = [panel for panel in PANELS if any(panel[2][0] in row for rows in logs.values() for row in rows)]
     if not panels:
         raise UserError(f"{paths[0]}: contains none of the keys {', '.join(panel[2][0] for panel in PANELS)}")
+    panels = [panel for panel in panels if any(word.lower() in panel[0].lower() for word in words)]
+    if not panels:
+        raise UserError(f"--panels {' '.join(words)}: in no title; {', '.join(title for title, *_ in PANELS)}")
 
     figure, places = make_panels(len(panels), width=4.5, height=3)
     names = run_names(list(logs))
@@ -137,11 +144,12 @@ def main() -> None:
     add = parser.add_argument
     add("logs", nargs="*", type=Path, metavar="LOG", help="log files (default: out/pre_train/log.txt)")
     add("--seconds", action="store_true", help="draw over the seconds of training, not over steps")
+    add("--panels", nargs="+", default=[""], metavar="WORD", help="draw the panels with such words in the title")
     add("--out", metavar="PNG", help="the picture (default: curves.png beside the first log)")
     args = parser.parse_args()
     logs = args.logs or [ROOT / "out" / "pre_train" / "log.txt"]
     png = args.out or logs[0].parent / "curves.png"
-    plot_curves(logs, png, args.seconds)
+    plot_curves(logs, png, args.seconds, tuple(args.panels))
     print(f"drawn: {png}")
 
 

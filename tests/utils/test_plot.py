@@ -110,6 +110,14 @@ def test_nothing_to_draw_is_one_line(tmp_path):
         plot_curves(tmp_path / "log.txt", tmp_path / "c.png")
 
 
+def test_some_of_the_panels(tmp_path, drawn):
+    log = write_log(tmp_path / "log.txt")
+    plot_curves(log, tmp_path / "some.png", words=("perplex", "LOSS"))
+    assert [panel.get_title() for panel in drawn[0].axes] == ["Loss", "Perplexity"]
+    with pytest.raises(UserError, match="--panels reward: in no title; Loss, Perplexity"):
+        plot_curves(log, tmp_path / "none.png", words=("reward",))
+
+
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plot.py", str(write_log(tmp_path / "run" / "log.txt"))])
     main()
