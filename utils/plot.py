@@ -68,7 +68,8 @@ def plot_curves(
         raise UserError(f"{paths[0]}: contains none of the keys {', '.join(panel[2][0] for panel in PANELS)}")
     panels = [panel for panel in panels if any(word.lower() in panel[0].lower() for word in words)]
     if not panels:
-        raise UserError(f"--panels {' '.join(words)}: in no title; {', '.join(title for title, *_ in PANELS)}")
+        titles = ", ".join(title for title, *_ in PANELS)
+        raise UserError(f"--panels {' '.join(words)}: in no title; {titles}")
 
     figure, places = make_panels(len(panels), width=4.5, height=3)
     names = run_names(list(logs))
@@ -144,7 +145,7 @@ def main() -> None:
     add = parser.add_argument
     add("logs", nargs="*", type=Path, metavar="LOG", help="log files (default: out/pre_train/log.txt)")
     add("--seconds", action="store_true", help="draw over the seconds of training, not over steps")
-    add("--panels", nargs="+", default=[""], metavar="WORD", help="draw the panels with such words in the title")
+    add("--panels", nargs="+", default=[""], metavar="WORD", help="panels with such words in their titles")
     add("--out", metavar="PNG", help="the picture (default: curves.png beside the first log)")
     args = parser.parse_args()
     logs = args.logs or [ROOT / "out" / "pre_train" / "log.txt"]
