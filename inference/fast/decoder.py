@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from inference.fast.layer import FastAttention, FastMLP, FastMoE, FastNorm, joined
+from inference.fast.layer import FastAttention, FastMLP, FastMoE, FastNorm, Place, joined
 from model.caches import make_cache
 from model.tinyseek import Decoder, DecoderLayer, TinySeek
 from modules.attention.grouped_query import GroupedQueryAttention
@@ -84,7 +84,7 @@ def agree(fast: "FastDecoder", model: TinySeek) -> bool:
     count = min(COMPARED, model.config.max_position_embeddings)
     tokens = torch.linspace(0, model.config.vocab_size - 1, count).long()
     expected, cache = model(tokens[None]).logits[0], make_cache(model, 1, count)
-    ours = torch.cat([fast.step(token, cache) for token in tokens.tolist()])
+    ours = torch.cat([fast.step([token], cache)[0] for token in tokens.tolist()])
     most = ROUNDINGS * torch.finfo(fast.dtype).eps * expected.abs().max()
     return bool((ours - expected).abs().max() <= most)
 
@@ -100,10 +100,7 @@ class FastDecoder:
     def __init__(self, model: TinySeek):
         config, decoder = model.config, model.model
         self.dtype = torch.promote_types(model.lm_head.weight.dtype, torch.float32)
-        self.embedding = decoder.embed_tokens.weight.clone()
-        self.layers = [self.parts(layer, config) for layer in decoder.layers]
-        self.hidden = torch.empty(1, config.hidden_size, dtype=self.dtype)
-        self.norm = FastNorm(torch.empty_like(self.hidden), config.rms_norm_eps)
+        self.embedding, self.eps = decoder.embed_tokens.weight.clone(), config.rms_norm_eps
         self.lm_head = joined([model.lm_head], self.dtype, decoder.norm)
         self.lock = threading.Lock()  # threads may share a decoder and thus its memory
 
@@ -116,27 +113,58 @@ class FastDecoder:
         cos, sin = F.pad(cos, rest, value=1.0), F.pad(sin * sign, rest)
         self.cos, self.sin = cos.to(self.dtype), sin.to(self.dtype)  # (positions, D)
 
+        self.layers = [self.parts(layer, config) for layer in decoder.layers]
+        self.hold(1)
+
     def parts(self, layer: DecoderLayer, config):
         """Return the attention and the feed-forward of `layer`, each with the gain of the norm before it."""
-        attention = FastAttention(layer.self_attn, layer.input_layernorm, config, self.dtype)
+        attention = FastAttention(layer.self_attn, layer.input_layernorm, config, self.dtype, self.partner)
         if layer.has_experts:
             return attention, FastMoE(layer.mlp, layer.post_attention_layernorm, config, self.dtype)
         return attention, FastMLP(layer.mlp, layer.post_attention_layernorm, self.dtype)
 
+    def hold(self, B: int) -> None:
+        """Make the memory for B rows."""
+        self.hidden = self.lm_head.new_empty(B, len(self.lm_head))
+        self.norm = FastNorm(torch.empty_like(self.hidden), self.eps)
+        for part in (part for layer in self.layers for part in layer):
+            part.hold(B)
+
     @torch.inference_mode()
-    def step(self, token: int, cache: KVCache):
-        """Append `token` to the one row of `cache`; return logits (1, V), which are never overwritten."""
-        place = cache.lengths[0]
-        if place >= min(cache.capacity, len(self.cos)):
+    def step(self, tokens: list[int], cache: KVCache, new: list[int] | None = None, record: bool = False):
+        """Append a token to each row of `cache`; return logits (B, V), which are never overwritten, and the
+        routing of each layer with experts, for one row only with `record`.
+
+        new: 0 for a row that has ended: it stays as it is, and its logits mean nothing; None: all go on.
+        """
+        B, lengths = len(tokens), cache.lengths
+        new = [1] * B if new is None else new
+        ends = [length + one for length, one in zip(lengths, new, strict=True)]
+        if max(ends) > min(cache.capacity, len(self.cos)):
             limits = f"the cache holds {cache.capacity}, the model {len(self.cos)}"
-            raise ValueError(f"no place for token {place}: {limits}")
-        rotary = self.partner, self.cos[place], self.sin[place]
-        slots = cache.store[:, :, 0, :, place].unbind()  # L times (2, G, D)
-        seen = cache.store[:, :, :, :, : place + 1].unbind()  # L times (2, 1, G, S, D)
+            raise ValueError(f"no place for token {max(ends) - 1}: {limits}")
+        place, routings = self.place(lengths, new, max(ends)), []
+        slots = cache.store[:, :, :, :, max(ends) - 1].transpose(1, 2).unbind()  # L times (B, 2, G, D)
+        seen = cache.store[:, :, :, :, : max(ends)].unbind()  # L times (2, B, G, S, D)
         with self.lock:
-            self.hidden.copy_(self.embedding[token])
+            if len(self.hidden) != B:
+                self.hold(B)
+            self.hidden.copy_(self.embedding[torch.tensor(tokens)])
             for (attention, mlp), slot, all_seen in zip(self.layers, slots, seen, strict=True):
-                attention.add(self.hidden, self.norm(self.hidden), rotary, slot, all_seen)
-                mlp.add(self.hidden, self.norm(self.hidden))
-            cache.lengths[0] = place + 1
-            return torch.mm(self.norm(self.hidden), self.lm_head)
+                attention.add(self.hidden, self.norm(self.hidden), place, slot, all_seen)
+                if isinstance(mlp, FastMoE) and (B > 1 or record):
+                    routings.append(mlp.add_many(self.hidden, self.norm(self.hidden)))
+                else:
+                    mlp.add(self.hidden, self.norm(self.hidden))
+            cache.lengths = ends
+            return torch.mm(self.norm(self.hidden), self.lm_head), routings
+
+    def place(self, lengths: list[int], new: list[int], longest: int) -> Place:
+        """Return the place of the new tokens in rows of these lengths, of which the longest has `longest`."""
+        if min(lengths) == longest - 1 and all(new):
+            return Place(self.cos[longest - 1], self.sin[longest - 1])
+        ends = torch.tensor(lengths) + torch.tensor(new)  # (B,)
+        hidden = torch.arange(longest) >= ends[:, None]  # (B, S)
+        bias = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
+        rows, last = torch.tensor(new).nonzero()[:, 0], ends - 1
+        return Place(self.cos[last, None], self.sin[last, None], rows, last[rows], bias[:, None, None])

@@ -104,7 +104,7 @@ def test_same_logits_and_same_cache(name, dtype):
         model(torch.tensor([tokens[:3]]), cache=cache)
     for token in tokens[3:]:
         expected = model(torch.tensor([[token]]), cache=caches[0]).logits[:, 0]
-        logits = fast.step(token, caches[1])
+        logits = fast.step([token], caches[1])[0]
         assert logits.shape == expected.shape and logits.dtype == wide(dtype)
         close(logits, expected, dtype)
     assert caches[1].lengths == caches[0].lengths == [40]
@@ -122,7 +122,7 @@ def test_bf16_with_experts_is_nearer_to_the_exact_answer_than_the_plain_path(nam
     for token in some_tokens(40):
         ids = torch.tensor([[token]])
         expected = exact(ids, cache=caches[2]).logits[:, 0]
-        errors["fast"].append((fast.step(token, caches[0]) - expected).abs().mean().item())
+        errors["fast"].append((fast.step([token], caches[0])[0] - expected).abs().mean().item())
         errors["plain"].append((model(ids, cache=caches[1]).logits[:, 0] - expected).abs().mean().item())
     medians = {path: sorted(values)[20] for path, values in errors.items()}
     assert medians["fast"] < 0.7 * medians["plain"] and medians["fast"] < 0.03
@@ -133,9 +133,9 @@ def test_what_is_handed_out_stays():
     """Later calls do not overwrite earlier answers."""
     model = build(torch.float64, **MOE)
     fast, cache = FastDecoder(model), make_cache(model, 1, 20)
-    first = fast.step(3, cache)
+    first = fast.step([3], cache)[0]
     before = first.clone()
-    fast.step(9, cache)
+    fast.step([9], cache)[0]
     assert torch.equal(first, before)
 
 
@@ -151,7 +151,7 @@ def test_the_copy_does_not_follow_later_training(dtype):
     for weight in model.state_dict().values():
         weight.add_(0.5)
     cache = make_cache(model, 1, 4)
-    logits = torch.cat([fast.step(token, cache) for token in (7, 8)])
+    logits = torch.cat([fast.step([token], cache)[0] for token in (7, 8)])
     close(logits, before(torch.tensor([[7, 8]])).logits[0], dtype)
 
 
@@ -162,7 +162,7 @@ def test_threads_may_share_a_decoder():
 
     def last_logits(text):
         cache = make_cache(model, 1, 40)
-        return [fast.step(token, cache) for token in text][-1]
+        return [fast.step([token], cache)[0] for token in text][-1]
 
     with ThreadPoolExecutor(4) as threads:
         together = list(threads.map(last_logits, texts))
@@ -205,9 +205,9 @@ def test_paths_may_take_turns_and_go_back():
     fast, cache = FastDecoder(model), make_cache(model, 1, 20)
     model(torch.tensor([[5, 6, 7]]), cache=cache)
     for token in (1, 2, 3, 4):
-        fast.step(token, cache)
+        fast.step([token], cache)[0]
     cache.crop([5])
-    fast.step(9, cache)
+    fast.step([9], cache)[0]
     ours = model(torch.tensor([[10, 11]]), cache=cache).logits[0, -1]
     whole = model(torch.tensor([[5, 6, 7, 1, 2, 9, 10, 11]])).logits[0, -1]
     torch.testing.assert_close(ours, whole, atol=1e-12, rtol=0)
@@ -250,9 +250,9 @@ def test_the_end_of_cache_and_context_is_an_error():
     for capacity, longest in ((4, 4), (100, 64)):
         cache = make_cache(model, 1, capacity)
         for _ in range(longest):
-            fast.step(1, cache)
+            fast.step([1], cache)[0]
         with pytest.raises(ValueError, match=f"no place for token {longest}"):
-            fast.step(1, cache)
+            fast.step([1], cache)[0]
         assert cache.lengths == [longest]
 
 
@@ -270,10 +270,10 @@ def test_it_makes_far_fewer_calls(experts):
 
     model = build(torch.float32, **experts)
     fast, caches = FastDecoder(model), [make_cache(model, 1, 4) for _ in range(2)]
-    fast.step(1, caches[0])
+    fast.step([1], caches[0])[0]
     model(torch.tensor([[1]]), cache=caches[1])
     with Count() as ours:
-        fast.step(2, caches[0])
+        fast.step([2], caches[0])[0]
     with Count() as plain:
         model(torch.tensor([[2]]), cache=caches[1])
     assert 2 * ours.calls < plain.calls
