@@ -143,9 +143,10 @@ class FastDecoder:
         if max(ends) > min(cache.capacity, len(self.cos)):
             limits = f"the cache holds {cache.capacity}, the model {len(self.cos)}"
             raise ValueError(f"no place for token {max(ends) - 1}: {limits}")
-        place, routings = self.place(lengths, new, max(ends)), []
-        slots = cache.store[:, :, :, :, max(ends) - 1].transpose(1, 2).unbind()  # L times (B, 2, G, D)
-        seen = cache.store[:, :, :, :, : max(ends)].unbind()  # L times (2, B, G, S, D)
+        place, routings = self.place(ends, new, cache.capacity), []
+        slots = cache.store[:, :, 0, :, ends[0] - 1].unbind()  # L times (2, G, D)
+        S = ends[0] if B == 1 else place.bias.shape[3]
+        seen = cache.store[:, :, :, :, :S].unbind()  # L times (2, B, G, S, D)
         with self.lock:
             if len(self.hidden) != B:
                 self.hold(B)
@@ -159,12 +160,15 @@ class FastDecoder:
             cache.lengths = ends
             return torch.mm(self.norm(self.hidden), self.lm_head), routings
 
-    def place(self, lengths: list[int], new: list[int], longest: int) -> Place:
-        """Return the place of the new tokens in rows of these lengths, of which the longest has `longest`."""
-        if min(lengths) == longest - 1 and all(new):
-            return Place(self.cos[longest - 1], self.sin[longest - 1])
-        ends = torch.tensor(lengths) + torch.tensor(new)  # (B,)
-        hidden = torch.arange(longest) >= ends[:, None]  # (B, S)
+    def place(self, ends: list[int], new: list[int], capacity: int) -> Place:
+        """Return the place of the new tokens, the last of rows that have `ends` tokens with them.
+
+        Several rows attend to all slots if half are in use: gaps between rows cost more than hidden slots.
+        """
+        if len(ends) == 1:
+            return Place(self.cos[ends[0] - 1], self.sin[ends[0] - 1])
+        slots = capacity if 2 * max(ends) >= capacity else max(ends)
+        last, rows = torch.tensor(ends) - 1, torch.tensor(new).nonzero()[:, 0]  # (B,), (n,)
+        hidden = torch.arange(slots) > last[:, None]  # (B, S)
         bias = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
-        rows, last = torch.tensor(new).nonzero()[:, 0], ends - 1
         return Place(self.cos[last, None], self.sin[last, None], rows, last[rows], bias[:, None, None])

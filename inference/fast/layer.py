@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from modules.attention.grouped_query import scores_of, weighted_sum
 from modules.experts.grouped import add_rows, products, sort_rows, take_rows
 from modules.experts.router import choose_experts
 
@@ -45,17 +46,13 @@ def joined(linears, dtype, norm=None):
 
 
 class Place(NamedTuple):
-    """Where the new token of each row stands, the same for all layers.
+    """Where the new token of each row stands, the same for all layers."""
 
-    If rows differ in length, or some have ended: `rows` (n,), those that go on; `places` (n,), their slots;
-    `bias` (B, 1, 1, S), 0 for keys of the row and -inf for slots behind it. Otherwise these are None.
-    """
-
-    cos: torch.Tensor  # (D,) or (B, 1, D)
+    cos: torch.Tensor  # (D,) for one row, or (B, 1, D)
     sin: torch.Tensor
-    rows: torch.Tensor | None = None
-    places: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
+    rows: torch.Tensor | None = None  # (n,), the rows that go on; None for one row, like what follows
+    slots: torch.Tensor | None = None  # (n,), theirs
+    bias: torch.Tensor | None = None  # (B, 1, 1, S), 0 for slots of a row's tokens, -inf for those behind
 
 
 class FastAttention:
@@ -82,8 +79,8 @@ class FastAttention:
     def add(self, hidden, normed, place: Place, slot, seen):
         """Add the output for `normed` to `hidden`, both (B, C).
 
-        slot (B, 2, G, D): memory for new keys and values of rows of one length; seen (2, B, G, S, D): all
-        keys and values, the new ones included.
+        slot (2, G, D): memory for the new key and value of one row; seen (2, B, G, S, D): all slots to attend
+        to, the new ones included.
         """
         torch.mm(normed, self.qkv, out=self.heads)
         if self.gains is not None:
@@ -91,11 +88,14 @@ class FastAttention:
         torch.index_select(self.qk, 2, self.partner, out=self.turned)
         self.qk.mul_(place.cos).addcmul_(self.turned, place.sin)
         if place.rows is None:
-            slot.copy_(self.kv)
+            slot.copy_(self.kv[0])
+            keys, values = seen.to(hidden.dtype)  # (1, G, S, D) each
+            attended = F.scaled_dot_product_attention(self.q, keys, values, enable_gqa=True)
         else:
-            seen[:, place.rows, :, place.places] = self.kv[place.rows].to(seen.dtype)
-        keys, values = seen.to(hidden.dtype)  # (B, G, S, D) each
-        attended = F.scaled_dot_product_attention(self.q, keys, values, place.bias, enable_gqa=True)
+            seen[:, place.rows, :, place.slots] = self.kv[place.rows].to(seen.dtype)
+            keys, values = seen.to(hidden.dtype)  # (B, G, S, D) each
+            scores = scores_of(self.q, keys, self.D**-0.5).add_(place.bias)  # (B, H, 1, S)
+            attended = weighted_sum(scores.softmax(dim=-1), values)
         hidden.addmm_(attended.view(len(hidden), -1), self.out)  # (B, H, 1, D) -> (B, H*D)
 
 
@@ -167,7 +167,7 @@ class FastMoE:
         routing = choose_experts(torch.mm(normed, self.router), self.bias, self.config)
         if self.shared is not None:
             self.shared.add(hidden, normed)
-        rows = sort_rows(routing.indices, len(self.each))
+        rows = sort_rows(routing.indices, len(self.each), even=True)
         gate, up = products(take_rows(normed, rows), self.gate_up, rows.sizes).chunk(2, dim=1)  # (P, F) each
         inner = F.silu(gate, inplace=True).mul_(up)
         hidden.add_(add_rows(products(inner, self.down, rows.sizes), rows, routing.weights))
