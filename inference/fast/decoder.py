@@ -143,16 +143,20 @@ class FastDecoder:
         if max(ends) > min(cache.capacity, len(self.cos)):
             limits = f"the cache holds {cache.capacity}, the model {len(self.cos)}"
             raise ValueError(f"no place for token {max(ends) - 1}: {limits}")
-        place, routings = self.place(ends, new, cache.capacity), []
-        slots = cache.store[:, :, 0, :, ends[0] - 1].unbind()  # L times (2, G, D)
-        S = ends[0] if B == 1 else place.bias.shape[3]
+        routings, last = [], ends[0] - 1
+        if B == 1:
+            place, S = Place(self.cos[last], self.sin[last]), ends[0]
+            stores = cache.store[:, :, :, :, last].transpose(1, 2).unbind()  # L times (1, 2, G, D)
+        else:
+            place = self.place(ends, new, cache)
+            S, stores = place.bias.shape[3], cache.store.flatten(1, 4).unbind()  # L times (2*B*G*capacity, D)
         seen = cache.store[:, :, :, :, :S].unbind()  # L times (2, B, G, S, D)
         with self.lock:
             if len(self.hidden) != B:
                 self.hold(B)
-            self.hidden.copy_(self.embedding[torch.tensor(tokens)])
-            for (attention, mlp), slot, all_seen in zip(self.layers, slots, seen, strict=True):
-                attention.add(self.hidden, self.norm(self.hidden), place, slot, all_seen)
+            self.hidden.copy_(self.embedding[tokens if B > 1 else tokens[0]])
+            for (attention, mlp), store, part in zip(self.layers, stores, seen, strict=True):
+                attention.add(self.hidden, self.norm(self.hidden), place, store, part)
                 if isinstance(mlp, FastMoE) and (B > 1 or record):
                     routings.append(mlp.add_many(self.hidden, self.norm(self.hidden)))
                 else:
@@ -160,15 +164,16 @@ class FastDecoder:
             cache.lengths = ends
             return torch.mm(self.norm(self.hidden), self.lm_head), routings
 
-    def place(self, ends: list[int], new: list[int], capacity: int) -> Place:
-        """Return the place of the new tokens, the last of rows that have `ends` tokens with them.
+    def place(self, ends: list[int], new: list[int], cache: KVCache) -> Place:
+        """Return the place of the new tokens, the last of several rows that have `ends` tokens with them.
 
-        Several rows attend to all slots if half are in use: gaps between rows cost more than hidden slots.
+        Rows attend to all slots if half are in use: gaps between rows cost more than hidden slots.
         """
-        if len(ends) == 1:
-            return Place(self.cos[ends[0] - 1], self.sin[ends[0] - 1])
-        slots = capacity if 2 * max(ends) >= capacity else max(ends)
-        last, rows = torch.tensor(ends) - 1, torch.tensor(new).nonzero()[:, 0]  # (B,), (n,)
-        hidden = torch.arange(slots) > last[:, None]  # (B, S)
-        bias = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
-        return Place(self.cos[last, None], self.sin[last, None], rows, last[rows], bias[:, None, None])
+        _, parts, B, G, capacity, _ = cache.store.shape
+        last, rows = torch.tensor(ends) - 1, None if all(new) else torch.tensor(new).nonzero()[:, 0]
+        first = torch.arange(0, parts * B * G * capacity, capacity).view(parts, B, G).transpose(0, 1)
+        slots = first + last[:, None, None]  # (B, 2, G)
+        hidden = torch.arange(capacity if 2 * max(ends) >= capacity else max(ends)) > last[:, None]  # (B, S)
+        bias = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
+        slots = (slots if rows is None else slots[rows]).flatten()
+        return Place(self.cos[last, None], self.sin[last, None], slots, rows, bias)

@@ -46,13 +46,13 @@ def joined(linears, dtype, norm=None):
 
 
 class Place(NamedTuple):
-    """Where the new token of each row stands, the same for all layers."""
+    """Where the new token of each row stands, the same for all layers. One row needs the first two alone."""
 
     cos: torch.Tensor  # (D,) for one row, or (B, 1, D)
     sin: torch.Tensor
-    rows: torch.Tensor | None = None  # (n,), the rows that go on; None for one row, like what follows
-    slots: torch.Tensor | None = None  # (n,), theirs
-    bias: torch.Tensor | None = None  # (B, 1, 1, S), 0 for slots of a row's tokens, -inf for those behind
+    slots: torch.Tensor | None = None  # (n*2*G,), of new keys and values in `store`, for n rows that go on
+    rows: torch.Tensor | None = None  # (n,), those rows; None: all
+    bias: torch.Tensor | None = None  # (B, 1, 1, S), 0 for a row's own tokens, -inf for other slots
 
 
 class FastAttention:
@@ -71,28 +71,30 @@ class FastAttention:
         """Make the memory for B rows."""
         H, G, D = self.H, self.G, self.D
         heads = self.qkv.new_empty(B, H + 2 * G, D)
+        self.rows, self.turned_rows = heads.view(-1, D), self.qkv.new_empty(B * (H + 2 * G), D)
         self.heads, self.q = heads.view(B, -1), heads[:, :H, None]  # (B, H, 1, D)
-        self.qk, self.kv = heads[:, : H + G], heads[:, H:].unflatten(1, (2, G))  # (B, H+G, D), (B, 2, G, D)
-        self.turned = self.qkv.new_empty(self.qk.shape)
+        self.qk, self.turned = heads[:, : H + G], self.turned_rows.view_as(heads)[:, : H + G]
+        self.kv = heads[:, H:].unflatten(1, (2, G))  # (B, 2, G, D)
         self.norm = FastNorm(self.qk, self.eps)
 
-    def add(self, hidden, normed, place: Place, slot, seen):
+    def add(self, hidden, normed, place: Place, store, seen):
         """Add the output for `normed` to `hidden`, both (B, C).
 
-        slot (2, G, D): memory for the new key and value of one row; seen (2, B, G, S, D): all slots to attend
-        to, the new ones included.
+        store: for one row, the slot (1, 2, G, D) of its new key and value; for several, all slots of the
+        layer, (slots, D). seen (2, B, G, S, D): keys and values to attend to, the new ones included.
         """
         torch.mm(normed, self.qkv, out=self.heads)
         if self.gains is not None:
             self.norm(self.qk).mul_(self.gains)
-        torch.index_select(self.qk, 2, self.partner, out=self.turned)
+        torch.index_select(self.rows, 1, self.partner, out=self.turned_rows)
         self.qk.mul_(place.cos).addcmul_(self.turned, place.sin)
-        if place.rows is None:
-            slot.copy_(self.kv[0])
+        if place.bias is None:
+            store.copy_(self.kv)
             keys, values = seen.to(hidden.dtype)  # (1, G, S, D) each
             attended = F.scaled_dot_product_attention(self.q, keys, values, enable_gqa=True)
         else:
-            seen[:, place.rows, :, place.slots] = self.kv[place.rows].to(seen.dtype)
+            new = self.kv if place.rows is None else self.kv.index_select(0, place.rows)
+            store.index_copy_(0, place.slots, new.reshape(-1, self.D).to(store.dtype))
             keys, values = seen.to(hidden.dtype)  # (B, G, S, D) each
             scores = scores_of(self.q, keys, self.D**-0.5).add_(place.bias)  # (B, H, 1, S)
             attended = weighted_sum(scores.softmax(dim=-1), values)
