@@ -46,7 +46,7 @@ def joined(linears, dtype, norm=None):
 
 
 class Place(NamedTuple):
-    """Where the new token of each row stands, the same for all layers. One row needs the first two alone."""
+    """The place of the new token of each row, the same in all layers. One row needs the first two alone."""
 
     cos: torch.Tensor  # (D,) for one row, or (B, 1, D)
     sin: torch.Tensor

@@ -48,10 +48,10 @@ class Generator:
     Args:
         model: a `TinySeek`, or a module with the same `forward` and `config`.
         start_id: the token that replaces an empty prompt; 0 is the end-of-text token of every tokenizer here.
-        fast: True if a single row may use `FastDecoder`.
+        fast: True if `FastDecoder` may be used.
 
     Attributes:
-        why_plain: the reason why the last single row did not use `FastDecoder`; empty if it did.
+        why_plain: the reason why the last rows did not use `FastDecoder`; empty if they did.
     """
 
     def __init__(self, model, start_id: int = 0, fast: bool = True):
@@ -122,7 +122,7 @@ class Generator:
         lengths = [len(prompts[row]) for row in first]
         planned = [len(prompts[row]) + room[row] for row in first]
         cache = make_cache(self.model, len(first), max(planned), planned)
-        decoder = self.fast_decoder()
+        decoder = self.fast_decoder(len(prompts))
         rows, active = list(range(len(prompts))), [places > 0 for places in room]
         ids = pad_sequence([torch.tensor(prompts[row]) for row in first], batch_first=True)  # (B, T)
         new = None if min(lengths) == max(lengths) else lengths
@@ -184,9 +184,9 @@ class Generator:
             logits, routings = output.logits[:, 0], output.routings
         return logits, routing_codes(routings).view(ids.shape).tolist() if record and routings else None
 
-    def fast_decoder(self) -> FastDecoder | None:
+    def fast_decoder(self, rows: int = 1) -> FastDecoder | None:
         """Return the prepared decoder, rebuilt if the model has changed, or None: `why_plain`."""
-        self.why_plain = refusal(self.model) if self.fast else "the fast path is switched off"
+        self.why_plain = refusal(self.model, rows) if self.fast else "the fast path is switched off"
         if self.why_plain:
             return None
         if self.prepared_from != (state := fingerprint(self.model)):

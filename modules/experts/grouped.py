@@ -57,8 +57,8 @@ def has_kernel(gate_up, down) -> bool:
 def sort_rows(indices, experts: int, one_kernel: bool = False, even: bool = False) -> Rows:
     """Sort the assignments `indices` (N, K) by expert.
 
-    With `even`, all experts get as many rows as the busiest, unless it has far more than the mean: one batched
-    product of few rows, blank ones included, takes half the time of a product for each expert.
+    With `even`, all experts get as many rows as the busiest, unless it has far more than the mean. In
+    generation, where rows are few, one batched product takes half the time of a product for each expert.
 
     Trap: on a CPU, oneDNN compiles and keeps a kernel of 640 KiB for each shape, and token counts hardly ever
     repeat. The rows of each expert are therefore padded with blank ones to a multiple of a power of two that
@@ -72,13 +72,12 @@ def sort_rows(indices, experts: int, one_kernel: bool = False, even: bool = Fals
     if not one_kernel:
         sizes, mean = counts.tolist(), len(flat) // experts  # the only wait for a device
         most = min(-(-max(sizes) // 8) * 8, len(indices))  # few different shapes, see above
-        if even and 1 <= mean and most <= 2 * mean + 8:
+        if even and mean >= 1 and most <= 2 * mean + 8:
             blank, sizes, P = most - counts, most, most * experts
         else:
             multiple = 2 ** (max(mean // 16, 1).bit_length() - 1)
-            blank = -counts % multiple
             sizes = [-(-size // multiple) * multiple for size in sizes]
-            P = sum(sizes)
+            blank, P = -counts % multiple, sum(sizes)
         place = place + blank.cumsum(0).index_select(0, flat.index_select(0, order))
     position = torch.empty_like(flat).scatter_(0, order, place)
     token = flat.new_full((P,), -1).scatter_(0, position, torch.arange(len(flat), device=flat.device) // K)
