@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from modules.attention.grouped_query import scores_of, weighted_sum
-from modules.experts.grouped import add_rows, products, sort_rows, take_rows
+from modules.experts.grouped import products, sort_rows, take_rows
 from modules.experts.router import choose_experts
 
 
@@ -120,7 +120,7 @@ class FastMLP:
 
 
 class FastMoE:
-    """Mixture of experts. Many rows are sorted by expert, as in training (modules/experts/grouped.py).
+    """Mixture of experts: for many rows one product of all experts, or one of each as in training.
 
     For one row, each expert is two products, with the router's weight as the factor of the second, and
     experts are chosen in plain Python: sorting E numbers takes less time than PyTorch's calls.
@@ -169,8 +169,31 @@ class FastMoE:
         routing = choose_experts(torch.mm(normed, self.router), self.bias, self.config)
         if self.shared is not None:
             self.shared.add(hidden, normed)
-        rows = sort_rows(routing.indices, len(self.each), even=True)
-        gate, up = products(take_rows(normed, rows), self.gate_up, rows.sizes).chunk(2, dim=1)  # (P, F) each
-        inner = F.silu(gate, inplace=True).mul_(up)
-        hidden.add_(add_rows(products(inner, self.down, rows.sizes), rows, routing.weights))
+        even = even_rows(routing.indices, len(self.each))
+        if even is not None:
+            position, token = even
+            gate, up = torch.bmm(F.embedding(token, normed), self.gate_up).chunk(2, dim=2)  # (E, M, F) each
+            out = torch.bmm(F.silu(gate, inplace=True).mul_(up), self.down).flatten(0, 1)  # (E*M, C)
+        else:
+            position, *_, sizes = rows = sort_rows(routing.indices, len(self.each))
+            gate, up = products(take_rows(normed, rows), self.gate_up, sizes).chunk(2, dim=1)  # (P, F) each
+            out = products(F.silu(gate, inplace=True).mul_(up), self.down, sizes)
+        hidden.add_(F.embedding_bag(position, out, mode="sum", per_sample_weights=routing.weights))
         return routing
+
+
+def even_rows(indices, experts: int):
+    """Give each expert as many rows as the busiest, M, so that one batched product does them all.
+
+    indices (N, K) -> position (N, K) of each assignment among the E*M rows, and token (E, M) of each row, 0
+    for blank ones. None if experts are idle anyway, or if the busiest has far more rows than the mean.
+    """
+    (N, K), flat = indices.shape, indices.flatten()
+    mean, mine = N * K / experts, flat[:, None]  # (), (N*K, 1)
+    rank = flat.new_zeros(N * K, experts).scatter_(1, mine, 1).cumsum(0).gather(1, mine)[:, 0]  # from 1
+    M = min(-(-int(rank.max()) // 8) * 8, N)  # a multiple of 8: oneDNN prepares a kernel for each shape
+    if mean < 1 or 3 * mean + 8 < M:
+        return None
+    position = rank.add_(flat, alpha=M).sub_(1)
+    token = flat.new_zeros(experts * M).scatter_(0, position, torch.arange(N * K) // K)
+    return position.view(N, K), token.view(experts, M)

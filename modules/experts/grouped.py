@@ -28,7 +28,7 @@ class Rows(NamedTuple):
     position: torch.Tensor  # (N, K), the row of each assignment
     token: torch.Tensor  # (P,), the token of each row; 0 for blank rows
     blank: torch.Tensor  # the blank rows
-    sizes: torch.Tensor | list[int] | int  # rows of each expert: (E,) if a kernel takes that, int if even
+    sizes: torch.Tensor | list[int]  # (E,), rows of each expert; a tensor if one kernel does all experts
 
 
 def grouped_experts(x, indices, weights, gate_up, down):
@@ -54,11 +54,8 @@ def has_kernel(gate_up, down) -> bool:
     return fits and torch.cuda.get_device_capability(gate_up.device) >= (8, 0)
 
 
-def sort_rows(indices, experts: int, one_kernel: bool = False, even: bool = False) -> Rows:
+def sort_rows(indices, experts: int, one_kernel: bool = False) -> Rows:
     """Sort the assignments `indices` (N, K) by expert.
-
-    With `even`, all experts get as many rows as the busiest, unless it has far more than the mean. In
-    generation, where rows are few, one batched product takes half the time of a product for each expert.
 
     Trap: on a CPU, oneDNN compiles and keeps a kernel of 640 KiB for each shape, and token counts hardly ever
     repeat. The rows of each expert are therefore padded with blank ones to a multiple of a power of two that
@@ -68,17 +65,14 @@ def sort_rows(indices, experts: int, one_kernel: bool = False, even: bool = Fals
     counts = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
     order = flat.argsort(stable=True)  # assignments by expert
     place = torch.arange(len(flat), device=flat.device)
-    sizes, P = counts, len(flat)
+    sizes = counts
     if not one_kernel:
-        sizes, mean = counts.tolist(), len(flat) // experts  # the only wait for a device
-        most = min(-(-max(sizes) // 8) * 8, len(indices))  # few different shapes, see above
-        if even and mean >= 1 and most <= 2 * mean + 8:
-            blank, sizes, P = most - counts, most, most * experts
-        else:
-            multiple = 2 ** (max(mean // 16, 1).bit_length() - 1)
-            sizes = [-(-size // multiple) * multiple for size in sizes]
-            blank, P = -counts % multiple, sum(sizes)
+        share = len(flat) // experts // 16
+        multiple = 2 ** (share.bit_length() - 1) if share else 1
+        blank = -counts % multiple
         place = place + blank.cumsum(0).index_select(0, flat.index_select(0, order))
+        sizes = (counts + blank).tolist()  # the only wait for a device
+    P = len(flat) if one_kernel else sum(sizes)
     position = torch.empty_like(flat).scatter_(0, order, place)
     token = flat.new_full((P,), -1).scatter_(0, position, torch.arange(len(flat), device=flat.device) // K)
     blank = flat[:0] if len(flat) == P else (token < 0).nonzero().flatten()
@@ -99,8 +93,6 @@ def products(left, stack, sizes):
     """left (P, I) by expert, stack (E, I, O) -> (P, O): the rows of each expert times its matrix."""
     if torch.is_tensor(sizes):
         return F.grouped_mm(left, stack, offs=sizes.cumsum(0).int())
-    if isinstance(sizes, int):
-        return torch.bmm(left.view(len(stack), sizes, -1), stack).flatten(0, 1)
     out = left.new_empty(len(left), stack.shape[2])
     for part, matrix, result in zip(left.split(sizes), stack.unbind(), out.split(sizes), strict=True):
         torch.mm(part, matrix, out=result)

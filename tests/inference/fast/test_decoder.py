@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inference.fast.decoder import FastDecoder, decoders, refusal
-from inference.fast.layer import FastMoE
+from inference.fast.layer import FastMoE, even_rows
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams
 from model.caches import make_cache
@@ -144,6 +144,23 @@ def test_many_rows_of_different_lengths(name, dtype):
             parts = [cache.store[:, :, row, :, :length] for cache in caches]
             close(*parts, dtype)
     assert go.tolist() == [True]
+
+
+@pytest.mark.parametrize("N, E, K", [(1, 1, 1), (2, 4, 2), (7, 3, 2), (40, 8, 2), (30, 6, 6), (3, 16, 4)])
+@pytest.mark.parametrize("crowded", [False, True])
+def test_even_rows(N, E, K, crowded):
+    """Each assignment has a row of its own among those of its expert, which holds its token."""
+    scores = torch.rand(N, E, generator=torch.Generator().manual_seed(N))
+    scores[:, 0] += crowded
+    indices = scores.topk(K).indices
+    busiest, mean = indices.flatten().bincount().max().item(), N * K / E
+    if mean < 1 or busiest > 3 * mean + 8:
+        assert even_rows(indices, E) is None
+        return
+    position, token = even_rows(indices, E)
+    assert busiest <= token.shape[1] <= N and token.shape[1] < busiest + 8
+    assert position.unique().numel() == N * K and torch.equal(position // token.shape[1], indices)
+    assert torch.equal(token.flatten()[position], torch.arange(N)[:, None].expand(N, K))
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from transformers.models.dots1.modeling_dots1 import Dots1MoE
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from modules.experts import grouped, moe as moe_file
-from modules.experts.grouped import grouped_experts, products, sort_rows, take_rows
+from modules.experts.grouped import grouped_experts, sort_rows
 from modules.experts.moe import MoE, loop_experts
 from tests.modules.tools import shake, small_config
 
@@ -276,15 +276,12 @@ def test_what_is_frozen_costs_nothing(learning):
 
 @pytest.mark.parametrize("N, E, K", [(1, 4, 2), (2, 16, 3), (150, 3, 2), (700, 4, 2), (2048, 16, 4)])
 def test_every_assignment_has_a_row_of_its_own_among_those_of_its_expert(N, E, K):
-    """And sizes are round: few different shapes, few blank rows. One kernel for all needs no blank rows.
-
-    Even sizes are those of the busiest, unless that is too much or hardly any expert has a row."""
+    """And sizes are round: few different shapes, few blank rows. One kernel for all needs no blank rows."""
     _, indices, *_ = make_experts(N, 1, E, K, 1)
     counts, mean = indices.flatten().bincount(minlength=E), N * K // E
-    for one_kernel, even in ((False, False), (True, False), (False, True)):
-        position, token, blank_rows, sizes = sort_rows(indices, E, one_kernel, even)
-        even = isinstance(sizes, int)
-        sizes = torch.full((E,), sizes) if even else torch.as_tensor(sizes)
+    for one_kernel in (False, True):
+        position, token, blank_rows, sizes = sort_rows(indices, E, one_kernel)
+        sizes = torch.as_tensor(sizes)
         assert position.shape == indices.shape and position.unique().numel() == N * K
         assert torch.equal(token[position], torch.arange(N)[:, None].expand(N, K))
         assert sorted([*position.flatten().tolist(), *blank_rows.tolist()]) == list(range(sizes.sum()))
@@ -293,24 +290,9 @@ def test_every_assignment_has_a_row_of_its_own_among_those_of_its_expert(N, E, K
         for e in range(E):  # in the order of tokens
             assert (position[indices == e].diff() == 1).all()
         blank = sizes - counts
-        assert (blank >= 0).all() and (even or (blank <= (0 if one_kernel else mean / 16)).all())
-        assert not even or (counts.max() <= sizes[0] <= N and blank.min() < 8 and sizes[0] <= 2 * mean + 8)
-        if mean >= 128 and not (one_kernel or even):
+        assert (blank >= 0).all() and (blank <= (0 if one_kernel else mean / 16)).all()
+        if mean >= 128 and not one_kernel:
             assert (sizes % 4 == 0).all() and len(set((sizes // max(1, mean // 64)).tolist())) <= 24
-
-
-@pytest.mark.parametrize("N, E, K", [(4, 4, 1), (9, 3, 2), (40, 8, 2), (7, 1, 1)])
-@pytest.mark.parametrize("crowded", [False, True])
-def test_even_rows_are_one_batched_product(N, E, K, crowded):
-    """Against a product per row. A crowd at one expert falls back on products per expert."""
-    scores = torch.rand(N, E, generator=torch.Generator().manual_seed(N))
-    scores[:, 0] += crowded
-    indices = scores.topk(K).indices
-    rows = sort_rows(indices, E, even=True)
-    assert isinstance(rows.sizes, int) or (crowded and N == 40)
-    x, stack = torch.randn(N, 5, dtype=torch.float64), torch.randn(E, 5, 3, dtype=torch.float64)
-    ours = products(take_rows(x, rows), stack, rows.sizes)[rows.position]  # (N, K, 3)
-    torch.testing.assert_close(ours, torch.einsum("ni,nkio->nko", x, stack[indices]), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("path", PATHS)
