@@ -1,25 +1,31 @@
-"""The parts of a decoder layer, prepared for one token at a time (inference/fast/decoder.py).
+"""The parts of a decoder layer, prepared for one new token in each row (inference/fast/decoder.py).
 
-    hidden (1, C) += attention(norm(hidden))        hidden (1, C) += feed_forward(norm(hidden))
+    hidden (B, C) += attention(norm(hidden))        hidden (B, C) += feed_forward(norm(hidden))
 
-Each part owns the memory for its intermediate results and all views of it. Matrices with the same input are
-stored as one, (in, out), with the gain of the preceding norm multiplied in.
+Each part owns the memory for its intermediate results and all views of it, which `hold(B)` makes. Matrices
+with the same input are stored as one, (in, out), with the gain of the preceding norm multiplied in.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from modules.attention.grouped_query import scores_of, weighted_sum
+from modules.experts.grouped import products, sort_rows, take_rows
+from modules.experts.router import choose_experts
+
 
 class FastNorm:
-    """RMSNorm of n vectors into `out` (n, C), without the gain and C^0.5, which are in the next matrix."""
+    """RMSNorm into `out` (..., C), without the gain and C^0.5, which are in the next matrix."""
 
     def __init__(self, out, eps: float):
-        self.out, self.lengths = out, out.new_empty(len(out), 1)
-        self.root = torch.tensor((out.shape[1] * eps) ** 0.5, dtype=out.dtype)
+        self.out, self.lengths = out, out.new_empty(*out.shape[:-1], 1)
+        self.root = torch.tensor((out.shape[-1] * eps) ** 0.5, dtype=out.dtype)
 
     def __call__(self, x):
         """Return x / (|x|^2 + C eps)^0.5; `hypot` is the root of a sum of squares."""
-        torch.linalg.vector_norm(x, 2, 1, True, out=self.lengths)
+        torch.linalg.vector_norm(x, 2, -1, True, out=self.lengths)
         return torch.div(x, self.lengths.hypot_(self.root), out=self.out)
 
 
@@ -39,39 +45,60 @@ def joined(linears, dtype, norm=None):
     return prepared(torch.cat([linear.weight for linear in linears]), dtype, norm)
 
 
+class Place(NamedTuple):
+    """The place of the new token of each row, the same in all layers. One row needs the first two alone."""
+
+    cos: torch.Tensor  # (D,) for one row, or (B, 1, D)
+    sin: torch.Tensor
+    slots: torch.Tensor | None = None  # (n*2*G,), of new keys and values in `store`, for n rows that go on
+    rows: torch.Tensor | None = None  # (n,), those rows; None: all
+    bias: torch.Tensor | None = None  # (B, 1, 1, S), 0 for a row's own tokens, -inf for other slots
+
+
 class FastAttention:
-    """Grouped-query attention."""
+    """Grouped-query attention. `partner` (D,): with which channel each one rotates."""
 
-    def __init__(self, attention, norm, config, dtype):
-        H, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    def __init__(self, attention, norm, config, dtype, partner):
+        self.H, self.G, self.D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.qkv = joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype, norm)
-        self.out = joined([attention.o_proj], dtype)
-        heads = torch.empty(H + 2 * G, D, dtype=dtype)
-        self.heads, self.q = heads.view(1, -1), heads[:H].view(1, H, 1, D)
-        self.qk, self.kv = heads[: H + G], heads[H:].view(2, G, D)
-        self.turned = torch.empty_like(self.qk)
-        self.norm = None
+        self.out, self.partner = joined([attention.o_proj], dtype), partner
+        self.eps, self.gains = config.rms_norm_eps, None
         if config.qk_norm:
-            self.norm = FastNorm(self.qk, config.rms_norm_eps)
-            gains = [gain(attention.q_norm, dtype).expand(H, -1), gain(attention.k_norm, dtype).expand(G, -1)]
-            self.gains = torch.cat(gains)  # (H+G, D)
+            gains = [gain(attention.q_norm, dtype)] * self.H + [gain(attention.k_norm, dtype)] * self.G
+            self.gains = torch.stack(gains)  # (H+G, D)
 
-    def add(self, hidden, normed, rotary, slot, seen):
-        """Add the output for `normed` to `hidden`, both (1, C).
+    def hold(self, B: int) -> None:
+        """Make the memory for B rows."""
+        H, G, D = self.H, self.G, self.D
+        heads = self.qkv.new_empty(B, H + 2 * G, D)
+        self.rows, self.turned_rows = heads.view(-1, D), self.qkv.new_empty(B * (H + 2 * G), D)
+        self.heads, self.q = heads.view(B, -1), heads[:, :H, None]  # (B, H, 1, D)
+        self.qk, self.turned = heads[:, : H + G], self.turned_rows.view_as(heads)[:, : H + G]
+        self.kv = heads[:, H:].unflatten(1, (2, G))  # (B, 2, G, D)
+        self.norm = FastNorm(self.qk, self.eps)
 
-        rotary: partners, cos and sin (D,) each; slot (2, G, D): memory for the new key and value;
-        seen (2, 1, G, S, D): all keys and values, the new ones included.
+    def add(self, hidden, normed, place: Place, store, seen):
+        """Add the output for `normed` to `hidden`, both (B, C).
+
+        store: for one row, the slot (1, 2, G, D) of its new key and value; for several, all slots of the
+        layer, (slots, D). seen (2, B, G, S, D): keys and values to attend to, the new ones included.
         """
-        partner, cos, sin = rotary
         torch.mm(normed, self.qkv, out=self.heads)
-        if self.norm is not None:
+        if self.gains is not None:
             self.norm(self.qk).mul_(self.gains)
-        torch.index_select(self.qk, 1, partner, out=self.turned)
-        self.qk.mul_(cos).addcmul_(self.turned, sin)
-        slot.copy_(self.kv)
-        keys, values = seen.to(hidden.dtype)  # (1, G, S, D) each
-        attended = F.scaled_dot_product_attention(self.q, keys, values, enable_gqa=True)  # (1, H, 1, D)
-        hidden.addmm_(attended.view(1, -1), self.out)
+        torch.index_select(self.rows, 1, self.partner, out=self.turned_rows)
+        self.qk.mul_(place.cos).addcmul_(self.turned, place.sin)
+        if place.bias is None:
+            store.copy_(self.kv)
+            keys, values = seen.to(hidden.dtype)  # (1, G, S, D) each
+            attended = F.scaled_dot_product_attention(self.q, keys, values, enable_gqa=True)
+        else:
+            new = self.kv if place.rows is None else self.kv.index_select(0, place.rows)
+            store.index_copy_(0, place.slots, new.reshape(-1, self.D).to(store.dtype))
+            keys, values = seen.to(hidden.dtype)  # (B, G, S, D) each
+            scores = scores_of(self.q, keys, self.D**-0.5).add_(place.bias)  # (B, H, 1, S)
+            attended = weighted_sum(scores.softmax(dim=-1), values)
+        hidden.addmm_(attended.view(len(hidden), -1), self.out)  # (B, H, 1, D) -> (B, H*D)
 
 
 class FastMLP:
@@ -80,41 +107,51 @@ class FastMLP:
     def __init__(self, mlp, norm, dtype):
         self.gate_up = joined([mlp.gate_proj, mlp.up_proj], dtype, norm)  # (C, 2F)
         self.down = joined([mlp.down_proj], dtype)
-        self.both = torch.empty(1, self.gate_up.shape[1], dtype=dtype)
+
+    def hold(self, B: int) -> None:
+        """Make the memory for B rows."""
+        self.both = self.gate_up.new_empty(B, self.gate_up.shape[1])
         self.gate, self.up = self.both.chunk(2, dim=1)
 
     def add(self, hidden, normed):
-        """Add the output for `normed` to `hidden`, both (1, C)."""
+        """Add the output for `normed` to `hidden`, both (B, C)."""
         torch.mm(normed, self.gate_up, out=self.both)
         hidden.addmm_(F.silu(self.gate, inplace=True).mul_(self.up), self.down)
 
 
 class FastMoE:
-    """Mixture of experts; each is two products, with the router's weight as the factor of the second.
+    """Mixture of experts: for many rows one product of all experts, or one of each as in training.
 
-    They are chosen in plain Python: sorting E numbers takes less time than PyTorch's calls.
+    For one row, each expert is two products, with the router's weight as the factor of the second, and
+    experts are chosen in plain Python: sorting E numbers takes less time than PyTorch's calls.
     """
 
     def __init__(self, moe, norm, config, dtype):
-        self.softmax, self.normed = config.scoring_func == "softmax", config.norm_topk_prob
-        self.chosen, self.factor = config.num_experts_per_tok, config.routed_scaling_factor
+        self.config, self.chosen = config, config.num_experts_per_tok
         self.router = prepared(moe.gate.weight, dtype, norm)  # (C, E)
-        self.bias = moe.gate.e_score_correction_bias.tolist()
-        self.gate_up = prepared(moe.experts.gate_up_proj, dtype, norm).unbind()  # E times (C, 2F)
-        self.down = prepared(moe.experts.down_proj, dtype).unbind()  # E times (F, C)
+        self.bias = moe.gate.e_score_correction_bias.clone()
+        self.bias_list = self.bias.tolist()
+        self.gate_up = prepared(moe.experts.gate_up_proj, dtype, norm)  # (E, C, 2F)
+        self.down = prepared(moe.experts.down_proj, dtype)  # (E, F, C)
+        self.each = list(zip(self.gate_up, self.down, strict=True))
         self.shared = FastMLP(moe.shared_experts, norm, dtype) if moe.shared_experts is not None else None
-        both = torch.empty(self.chosen, self.gate_up[0].shape[1], dtype=dtype)
+        both = self.gate_up.new_empty(self.chosen, self.gate_up.shape[2])
         self.gate, self.up = both.chunk(2, dim=1)
         self.rows, self.gate_rows = both.split(1), self.gate.split(1)
 
+    def hold(self, B: int) -> None:
+        """Make the memory for B rows."""
+        if self.shared is not None:
+            self.shared.hold(B)
+
     def route(self, normed) -> list[tuple[int, float]]:
-        """Return (expert, weight) K times, chosen as in modules/experts/router.py."""
-        logits = torch.mm(normed, self.router)
-        scores = (logits.softmax(1) if self.softmax else logits.sigmoid())[0].tolist()
-        choice = [score + bias for score, bias in zip(scores, self.bias, strict=True)]
+        """Return (expert, weight) K times for one row, chosen as in modules/experts/router.py."""
+        logits, config = torch.mm(normed, self.router), self.config
+        scores = (logits.softmax(1) if config.scoring_func == "softmax" else logits.sigmoid())[0].tolist()
+        choice = [score + bias for score, bias in zip(scores, self.bias_list, strict=True)]
         best = sorted(range(len(scores)), key=choice.__getitem__, reverse=True)[: self.chosen]
-        total = sum([scores[expert] for expert in best]) + 1e-20 if self.normed else 1.0
-        return [(expert, scores[expert] / total * self.factor) for expert in best]
+        total = sum([scores[expert] for expert in best]) + 1e-20 if config.norm_topk_prob else 1.0
+        return [(expert, scores[expert] / total * config.routed_scaling_factor) for expert in best]
 
     def add(self, hidden, normed):
         """Add the output for `normed` to `hidden`, both (1, C)."""
@@ -122,7 +159,41 @@ class FastMoE:
         if self.shared is not None:
             self.shared.add(hidden, normed)
         for row, (expert, _) in zip(self.rows, routes, strict=True):
-            torch.mm(normed, self.gate_up[expert], out=row)
+            torch.mm(normed, self.each[expert][0], out=row)
         F.silu(self.gate, inplace=True).mul_(self.up)
         for row, (expert, weight) in zip(self.gate_rows, routes, strict=True):
-            hidden.addmm_(row, self.down[expert], alpha=weight)
+            hidden.addmm_(row, self.each[expert][1], alpha=weight)
+
+    def add_many(self, hidden, normed):
+        """Add the output for `normed` to `hidden`, both (B, C); return the `Routing`."""
+        routing = choose_experts(torch.mm(normed, self.router), self.bias, self.config)
+        if self.shared is not None:
+            self.shared.add(hidden, normed)
+        even = even_rows(routing.indices, len(self.each))
+        if even is not None:
+            position, token = even
+            gate, up = torch.bmm(F.embedding(token, normed), self.gate_up).chunk(2, dim=2)  # (E, M, F) each
+            out = torch.bmm(F.silu(gate, inplace=True).mul_(up), self.down).flatten(0, 1)  # (E*M, C)
+        else:
+            position, *_, sizes = rows = sort_rows(routing.indices, len(self.each))
+            gate, up = products(take_rows(normed, rows), self.gate_up, sizes).chunk(2, dim=1)  # (P, F) each
+            out = products(F.silu(gate, inplace=True).mul_(up), self.down, sizes)
+        hidden.add_(F.embedding_bag(position, out, mode="sum", per_sample_weights=routing.weights))
+        return routing
+
+
+def even_rows(indices, experts: int):
+    """Give each expert as many rows as the busiest, M, so that one batched product does them all.
+
+    indices (N, K) -> position (N, K) of each assignment among the E*M rows, and token (E, M) of each row, 0
+    for blank ones. None if experts are idle anyway, or if the busiest has far more rows than the mean.
+    """
+    (N, K), flat = indices.shape, indices.flatten()
+    mean, mine = N * K / experts, flat[:, None]  # (), (N*K, 1)
+    rank = flat.new_zeros(N * K, experts).scatter_(1, mine, 1).cumsum(0).gather(1, mine)[:, 0]  # from 1
+    M = min(-(-int(rank.max()) // 8) * 8, N)  # a multiple of 8: oneDNN prepares a kernel for each shape
+    if mean < 1 or 3 * mean + 8 < M:
+        return None
+    position = rank.add_(flat, alpha=M).sub_(1)
+    token = flat.new_zeros(experts * M).scatter_(0, position, torch.arange(N * K) // K)
+    return position.view(N, K), token.view(experts, M)

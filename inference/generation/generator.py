@@ -48,10 +48,10 @@ class Generator:
     Args:
         model: a `TinySeek`, or a module with the same `forward` and `config`.
         start_id: the token that replaces an empty prompt; 0 is the end-of-text token of every tokenizer here.
-        fast: True if a single row may use `FastDecoder`.
+        fast: True if `FastDecoder` may be used.
 
     Attributes:
-        why_plain: the reason why the last single row did not use `FastDecoder`; empty if it did.
+        why_plain: the reason why the last rows did not use `FastDecoder`; empty if they did.
     """
 
     def __init__(self, model, start_id: int = 0, fast: bool = True):
@@ -122,7 +122,7 @@ class Generator:
         lengths = [len(prompts[row]) for row in first]
         planned = [len(prompts[row]) + room[row] for row in first]
         cache = make_cache(self.model, len(first), max(planned), planned)
-        decoder = self.fast_decoder() if len(prompts) == 1 and recorded is None else None
+        decoder = self.fast_decoder(len(prompts))
         rows, active = list(range(len(prompts))), [places > 0 for places in room]
         ids = pad_sequence([torch.tensor(prompts[row]) for row in first], batch_first=True)  # (B, T)
         new = None if min(lengths) == max(lengths) else lengths
@@ -149,11 +149,8 @@ class Generator:
                     cache.select(left)
                     rows, tokens = ([each[place] for place in left] for each in (rows, tokens))
                     active = [True] * len(rows)
-                if decoder is not None:
-                    logits = decoder.step(tokens[0], cache)
-                    continue
                 new = None if all(active) else [int(one) for one in active]  # finished rows do not move
-                logits, codes = self.forward(torch.tensor(tokens)[:, None], cache, new, recorded)
+                logits, codes = self.forward(torch.tensor(tokens)[:, None], cache, new, recorded, decoder)
                 for row, go, code in zip(rows, active, codes or ()):
                     if go:
                         recorded[row].experts += code
@@ -176,16 +173,20 @@ class Generator:
             raise UserError(f"a prompt of {longest} tokens does not fit in the context of {context}: cut it")
         return prompts
 
-    def forward(self, ids, cache, new: list[int] | None, recorded=None):
-        """Run the model on ids (B, T), of which `new` are real (None: all); return each row's last logits,
-        and what to record about experts: a list (B) of lists (T), or None."""
-        output = self.model(ids.to(self.device), cache=cache, new_tokens=new, last_only=True)
-        logits, record = output.logits[:, 0], recorded is not None and output.routings
-        return logits, routing_codes(output.routings).view(ids.shape).tolist() if record else None
+    def forward(self, ids, cache, new: list[int] | None, recorded=None, decoder=None):
+        """Run the model, or its fast decoder, on ids (B, T), of which `new` are real (None: all); return each
+        row's last logits, and what to record about experts: a list (B) of lists (T), or None."""
+        record = recorded is not None
+        if decoder is not None:
+            logits, routings = decoder.step(ids[:, 0].tolist(), cache, new, record)
+        else:
+            output = self.model(ids.to(self.device), cache=cache, new_tokens=new, last_only=True)
+            logits, routings = output.logits[:, 0], output.routings
+        return logits, routing_codes(routings).view(ids.shape).tolist() if record and routings else None
 
-    def fast_decoder(self) -> FastDecoder | None:
+    def fast_decoder(self, rows: int = 1) -> FastDecoder | None:
         """Return the prepared decoder, rebuilt if the model has changed, or None: `why_plain`."""
-        self.why_plain = refusal(self.model) if self.fast else "the fast path is switched off"
+        self.why_plain = refusal(self.model, rows) if self.fast else "the fast path is switched off"
         if self.why_plain:
             return None
         if self.prepared_from != (state := fingerprint(self.model)):

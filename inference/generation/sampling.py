@@ -73,7 +73,7 @@ def filtered_probs(logits, params: SamplingParams, seen=None):
     scores = penalised(logits, params, seen)
     if params.temperature == 0:
         return torch.zeros_like(scores).scatter_(1, scores.argmax(dim=1, keepdim=True), 1.0)
-    scores = scores / max(params.temperature, COLDEST)
+    scores = scores if params.temperature == 1 else scores / max(params.temperature, COLDEST)
     if 0 < params.top_k < scores.shape[1]:
         least = scores.topk(params.top_k).values[:, -1:]
         scores = scores.masked_fill(scores < least, -torch.inf)

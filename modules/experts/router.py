@@ -92,15 +92,20 @@ class TopkRouter(nn.Module):
         if self.training and noise and self.weight.requires_grad:  # to explore, as in Switch
             x = x * torch.empty_like(x).uniform_(1 - noise, 1 + noise)
         logits = ExactLinear.apply(x, self.weight.to(wide))  # (N, E)
-        scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
-        choice = scores.detach() + self.e_score_correction_bias
-        if config.n_group > 1:
-            choice = keep_best_groups(choice, config.n_group, config.topk_group)
-        indices = choice.topk(config.num_experts_per_tok, dim=-1).indices  # (N, K)
-        weights = scores.gather(1, indices)
-        if config.norm_topk_prob:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)  # sigmoids may all underflow
-        return Routing(logits, scores, indices, weights * config.routed_scaling_factor)
+        return choose_experts(logits, self.e_score_correction_bias, config)
+
+
+def choose_experts(logits, bias, config) -> Routing:
+    """Return the experts for logits (N, E) and bias (E,), and their weights."""
+    scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+    choice = scores.detach() + bias
+    if config.n_group > 1:
+        choice = keep_best_groups(choice, config.n_group, config.topk_group)
+    indices = choice.topk(config.num_experts_per_tok, dim=-1).indices  # (N, K)
+    weights = scores.gather(1, indices)
+    if config.norm_topk_prob:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)  # sigmoids may all underflow
+    return Routing(logits, scores, indices, weights * config.routed_scaling_factor)
 
 
 def keep_best_groups(choice, groups: int, kept: int):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inference.fast.decoder import FastDecoder, decoders, refusal
+from inference.fast.layer import FastMoE, even_rows
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams
 from model.caches import make_cache
@@ -104,11 +105,80 @@ def test_same_logits_and_same_cache(name, dtype):
         model(torch.tensor([tokens[:3]]), cache=cache)
     for token in tokens[3:]:
         expected = model(torch.tensor([[token]]), cache=caches[0]).logits[:, 0]
-        logits = fast.step(token, caches[1])
+        logits = fast.step([token], caches[1])[0]
         assert logits.shape == expected.shape and logits.dtype == wide(dtype)
         close(logits, expected, dtype)
     assert caches[1].lengths == caches[0].lengths == [40]
     close(caches[1].store, caches[0].store, dtype)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "name, dtype", [(name, torch.float64) for name in SHAPES | EXPERTS] + [("experts", torch.float32)]
+)
+def test_many_rows_of_different_lengths(name, dtype):
+    """Logits, cache and experts after every token. Rows end, one with a full cache, and stay as they are;
+    then some leave and others are doubled, down to a single row."""
+    model = build(dtype, **(SHAPES | EXPERTS)[name])
+    fast, caches = FastDecoder(model), [make_cache(model, 5, 20) for _ in range(2)]
+    prompts, lengths = torch.tensor(some_tokens(5 * 14)).view(5, 14), [3, 14, 1, 6, 6]
+    for cache in caches:
+        model(prompts, cache=cache, new_tokens=lengths)
+    tokens = iter(some_tokens(200))
+    for step in range(16):
+        if step in (8, 11, 13):
+            for cache in caches:
+                cache.select({8: [3, 0, 0, 4, 2, 2, 3, 0, 1], 11: [5, 1], 13: [0]}[step])
+        lengths = caches[0].lengths
+        B, ended = len(lengths), 3 if step % 3 else None
+        new = [int(length < 20 and row != ended) for row, length in enumerate(lengths)]
+        ids, new = [next(tokens) for _ in range(B)], None if all(new) and step % 2 else new
+        output = model(torch.tensor(ids)[:, None], cache=caches[0], new_tokens=new)
+        logits, routings = fast.step(ids, caches[1], new, record=True)
+        go = torch.tensor(new or [1] * B).bool()
+        close(logits[go], output.logits[go, 0], dtype)
+        assert caches[1].lengths == caches[0].lengths and len(routings) == len(output.routings)
+        for ours, expected in zip(routings, output.routings, strict=True):
+            assert torch.equal(ours.indices[go].sort().values, expected.indices[go].sort().values)
+        for row, length in enumerate(caches[0].lengths):
+            parts = [cache.store[:, :, row, :, :length] for cache in caches]
+            close(*parts, dtype)
+    assert go.tolist() == [True]
+
+
+@pytest.mark.parametrize("N, E, K", [(1, 1, 1), (2, 4, 2), (7, 3, 2), (40, 8, 2), (30, 6, 6), (3, 16, 4)])
+@pytest.mark.parametrize("crowded", [False, True])
+def test_even_rows(N, E, K, crowded):
+    """Each assignment has a row of its own among those of its expert, which holds its token."""
+    scores = torch.rand(N, E, generator=torch.Generator().manual_seed(N))
+    scores[:, 0] += crowded
+    indices = scores.topk(K).indices
+    busiest, mean = indices.flatten().bincount().max().item(), N * K / E
+    if mean < 1 or busiest > 3 * mean + 8:
+        assert even_rows(indices, E) is None
+        return
+    position, token = even_rows(indices, E)
+    assert busiest <= token.shape[1] <= N and token.shape[1] < busiest + 8
+    assert position.unique().numel() == N * K and torch.equal(position // token.shape[1], indices)
+    assert torch.equal(token.flatten()[position], torch.arange(N)[:, None].expand(N, K))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("favour", [0.0, 9.0])
+@pytest.mark.parametrize("rows", [2, 3, 40])
+def test_idle_and_crowded_experts(rows, favour):
+    """One expert has no row at all; the other extreme, with 9: one takes every row."""
+    model = build(torch.float64, **MOE)
+    for layer in model.model.layers:
+        layer.mlp.gate.e_score_correction_bias[1] = -9
+        layer.mlp.gate.e_score_correction_bias[4] += favour
+    fast, caches = FastDecoder(model), [make_cache(model, rows, 2) for _ in range(2)]
+    for tokens in torch.tensor(some_tokens(2 * rows)).view(2, rows):
+        output = model(tokens[:, None], cache=caches[0])
+        logits, routings = fast.step(tokens.tolist(), caches[1])
+        close(logits, output.logits[:, 0], torch.float64)
+        chosen = routings[0].indices.flatten().bincount(minlength=6)
+        assert chosen[1] == 0 and (chosen[4] == rows or not favour)
 
 
 @torch.inference_mode()
@@ -122,7 +192,7 @@ def test_bf16_with_experts_is_nearer_to_the_exact_answer_than_the_plain_path(nam
     for token in some_tokens(40):
         ids = torch.tensor([[token]])
         expected = exact(ids, cache=caches[2]).logits[:, 0]
-        errors["fast"].append((fast.step(token, caches[0]) - expected).abs().mean().item())
+        errors["fast"].append((fast.step([token], caches[0])[0] - expected).abs().mean().item())
         errors["plain"].append((model(ids, cache=caches[1]).logits[:, 0] - expected).abs().mean().item())
     medians = {path: sorted(values)[20] for path, values in errors.items()}
     assert medians["fast"] < 0.7 * medians["plain"] and medians["fast"] < 0.03
@@ -130,13 +200,15 @@ def test_bf16_with_experts_is_nearer_to_the_exact_answer_than_the_plain_path(nam
 
 @torch.inference_mode()
 def test_what_is_handed_out_stays():
-    """Later calls do not overwrite earlier answers."""
+    """Later calls do not overwrite earlier answers, of one row or of several."""
     model = build(torch.float64, **MOE)
-    fast, cache = FastDecoder(model), make_cache(model, 1, 20)
-    first = fast.step(3, cache)
-    before = first.clone()
-    fast.step(9, cache)
-    assert torch.equal(first, before)
+    for rows in (1, 3):
+        fast, cache = FastDecoder(model), make_cache(model, rows, 20)
+        logits, routings = fast.step([3] * rows, cache, record=True)
+        handed_out = [logits, *(tensor for routing in routings for tensor in routing)]
+        before = [tensor.clone() for tensor in handed_out]
+        fast.step([9] * rows, cache, record=True)
+        assert len(routings) == 2 and all(map(torch.equal, handed_out, before))
 
 
 @torch.no_grad()
@@ -151,7 +223,7 @@ def test_the_copy_does_not_follow_later_training(dtype):
     for weight in model.state_dict().values():
         weight.add_(0.5)
     cache = make_cache(model, 1, 4)
-    logits = torch.cat([fast.step(token, cache) for token in (7, 8)])
+    logits = torch.cat([fast.step([token], cache)[0] for token in (7, 8)])
     close(logits, before(torch.tensor([[7, 8]])).logits[0], dtype)
 
 
@@ -162,11 +234,18 @@ def test_threads_may_share_a_decoder():
 
     def last_logits(text):
         cache = make_cache(model, 1, 40)
-        return [fast.step(token, cache) for token in text][-1]
+        return [fast.step([token], cache)[0] for token in text][-1]
 
     with ThreadPoolExecutor(4) as threads:
         together = list(threads.map(last_logits, texts))
     assert all(torch.equal(one, last_logits(text)) for one, text in zip(together, texts, strict=True))
+
+
+def test_an_edit_that_shows_in_several_rows_only_is_noticed(monkeypatch):
+    real = FastMoE.add_many
+    monkeypatch.setattr(FastMoE, "add_many", lambda self, hidden, normed: real(self, hidden, 1.1 * normed))
+    with pytest.warns(UserWarning, match="plain path"):
+        assert Generator(build(torch.float64, **MOE)).fast_decoder(4) is None
 
 
 @torch.inference_mode()
@@ -205,12 +284,21 @@ def test_paths_may_take_turns_and_go_back():
     fast, cache = FastDecoder(model), make_cache(model, 1, 20)
     model(torch.tensor([[5, 6, 7]]), cache=cache)
     for token in (1, 2, 3, 4):
-        fast.step(token, cache)
+        fast.step([token], cache)
     cache.crop([5])
-    fast.step(9, cache)
+    fast.step([9], cache)
     ours = model(torch.tensor([[10, 11]]), cache=cache).logits[0, -1]
     whole = model(torch.tensor([[5, 6, 7, 1, 2, 9, 10, 11]])).logits[0, -1]
     torch.testing.assert_close(ours, whole, atol=1e-12, rtol=0)
+
+
+def test_several_rows_of_a_bf16_model_take_the_plain_path():
+    """Their products need no fp32 copy."""
+    generator, params = Generator(build(torch.bfloat16)), SamplingParams(max_new_tokens=2)
+    generator.generate([[5], [6]], params)
+    assert "dtype of the model" in generator.why_plain
+    generator.generate([[5]], params)
+    assert generator.why_plain == ""
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
@@ -250,16 +338,17 @@ def test_the_end_of_cache_and_context_is_an_error():
     for capacity, longest in ((4, 4), (100, 64)):
         cache = make_cache(model, 1, capacity)
         for _ in range(longest):
-            fast.step(1, cache)
+            fast.step([1], cache)
         with pytest.raises(ValueError, match=f"no place for token {longest}"):
-            fast.step(1, cache)
+            fast.step([1], cache)
         assert cache.lengths == [longest]
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("experts", [{}, MOE])
-def test_it_makes_far_fewer_calls(experts):
-    """A small model spends its time on the way to PyTorch's kernels: it takes half as many at most."""
+@pytest.mark.parametrize("rows, most", [(1, 1 / 2), (8, 2 / 3)])
+def test_it_makes_far_fewer_calls(experts, rows, most):
+    """A small model spends its time on the way to PyTorch's kernels: one row takes half as many at most."""
 
     class Count(TorchDispatchMode):
         calls = 0
@@ -269,14 +358,14 @@ def test_it_makes_far_fewer_calls(experts):
             return function(*args, **(kwargs or {}))
 
     model = build(torch.float32, **experts)
-    fast, caches = FastDecoder(model), [make_cache(model, 1, 4) for _ in range(2)]
-    fast.step(1, caches[0])
-    model(torch.tensor([[1]]), cache=caches[1])
+    fast, caches = FastDecoder(model), [make_cache(model, rows, 4) for _ in range(2)]
+    fast.step([1] * rows, caches[0])
+    model(torch.tensor([[1]] * rows), cache=caches[1])
     with Count() as ours:
-        fast.step(2, caches[0])
+        fast.step([2] * rows, caches[0])
     with Count() as plain:
-        model(torch.tensor([[2]]), cache=caches[1])
-    assert 2 * ours.calls < plain.calls
+        model(torch.tensor([[2]] * rows), cache=caches[1])
+    assert ours.calls < most * plain.calls
 
 
 CHANGES = {  # edits that a student may make in modules/: the types and the weights stay the same

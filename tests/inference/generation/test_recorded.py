@@ -71,18 +71,20 @@ def test_samples_of_one_batch_are_what_they_would_be_alone(name):
         assert answer.experts == codes[: len(prompt) + len(answer) - 1]
 
 
-def test_a_prompt_is_read_once_and_finished_rows_leave(monkeypatch):
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_prompt_is_read_once_and_finished_rows_leave(monkeypatch, fast):
     """The batch of each forward: the prompts, then all samples, then fewer by halves."""
-    model, sizes = build(), []
-    forward = type(model).forward
+    generator, sizes = Generator(build(), fast=fast), []
+    forward = generator.forward
 
-    def counted(self, ids, **options):
+    def counted(ids, cache, new, recorded, decoder=None):
         sizes.append(len(ids))
-        return forward(self, ids, **options)
+        assert (decoder is not None) == (fast and len(sizes) > 1)
+        return forward(ids, cache, new, recorded, decoder)
 
-    monkeypatch.setattr(type(model), "forward", counted)
+    monkeypatch.setattr(generator, "forward", counted)
     params = SamplingParams(max_new_tokens=30, seed=1)
-    answers = Generator(model).generate([[5, 1], [9]], params, set(range(0, 61, 9)), samples=8)
+    answers = generator.generate([[5, 1], [9]], params, set(range(0, 61, 9)), samples=8)
     assert sizes[0] == 2 and sizes[1] == 16 and sizes[-1] <= 2
     lengths = [len(answer) for answer in answers]
     for step, size in enumerate(sizes[1:], start=1):

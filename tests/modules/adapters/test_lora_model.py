@@ -134,7 +134,7 @@ def test_folded_it_is_a_plain_model(name, changes):
     if not refusal(plain):
         cache = make_cache(model, 1, 6)
         model(ids[:1, :5], cache=cache)
-        step = FastDecoder(model).step(int(ids[0, 5]), cache)
+        step = FastDecoder(model).step([int(ids[0, 5])], cache)[0]
         torch.testing.assert_close(step, expected[:1, 5], rtol=1e-3, atol=1e-3)
 
 
