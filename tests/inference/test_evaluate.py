@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from inference import evaluate
+from inference.generation.exchange import Exchange
 from inference.generation.generator import Answer, Generator
 from inference.evaluate import BATCH, Score, report, score_dialogues, score_skills, table_items
 from config.schema import DataConfig
@@ -181,6 +182,13 @@ def test_skills_judge_their_own_answers():
     assert score_skills(told(right), TEMPLATE, ["arithmetic"], count=30)["arithmetic"].percent == 100
     with pytest.raises(UserError, match="unknown skill 'naps'"):
         score_skills(model, TEMPLATE, ["naps"])
+
+
+def test_what_tools_write_is_not_counted():
+    talk = [{"role": "assistant", "content": "7"}]
+    given = ([5, 6, 7], [True, False, True]), ([5], [True])
+    found = [Exchange(0, [1], *one, messages=talk) for one in given]
+    assert evaluate.total([([], "7")] * 2, found, [(1, 1, 1)] * 2).tokens == 1.5
 
 
 def test_the_report():

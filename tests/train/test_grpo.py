@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from config.rl import RECIPES
+from inference.generation.exchange import Request
 from load_data.skills.verifiers import REWARDS
 from tests.inference.tools import run_config, tiny_model, write_checkpoint
 from tests.train.policies import losses, make_policy, rl_config, rollouts
 from train import grpo_train
+from train.engine import answer_rows
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.log import read_log
@@ -38,7 +40,15 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     base = base_in(tmp_path, mtp="sequential", **MOE)
     monkeypatch.setitem(REWARDS, "any", lambda item, text: zlib.crc32(text.encode()) % 97 / 97)
     settings = ("rl.prompts=2", "rl.group_size=3", "rl.max_new_tokens=4", "train.log_every=1",
-                "data.sequence_length=96", "rl.reward=any", "model.dropout=0.1")  # fmt: skip
+                "data.sequence_length=96", "rl.reward=any", "model.dropout=0.1", "rl.tools=true",
+                "rl.think=true", "rl.think_budget=1")  # fmt: skip
+    asked, respond = [], answer_rows.respond
+
+    def noted(*given, **options):
+        asked.append(given[4])
+        return respond(*given, **options)
+
+    monkeypatch.setattr(answer_rows, "respond", noted)
     flags = ["--data", "skills:arithmetic,lists", "--device", "cpu", "--max-steps", 2, "--out", tmp_path]
     call(monkeypatch, *flags, *(word for setting in settings for word in ("--set", setting)))
     said, saved = capsys.readouterr().out, load_checkpoint(tmp_path / "TinySeek_GRPO_final.pkl")
@@ -51,6 +61,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     first = next(row for row in read_log(tmp_path / "grpo_train" / "log.txt") if "pg" in row)
     assert {"reward", "right", "no_signal", "length", "truncated", "rollout_ms", "rollout_tok_s",
             "update_tok_s", "kl", "entropy", "clip_frac", "ratio", "route_gap"} <= first.keys()  # fmt: skip
+    assert "calls" in first and set(asked) == {Request(True, 1, True)}  # evaluations, too, think and call
     assert abs(first["kl"]) < 1e-6 and abs(first["ratio"] - 1) < 1e-5
     shown = (tmp_path / "grpo_train" / "samples.txt").read_text(encoding="utf-8")
     starts = [line.split()[0] for line in shown.splitlines() if line]

@@ -7,6 +7,7 @@ import statistics
 import pytest
 import torch
 
+from inference.generation.exchange import Exchange
 from inference.generation.generator import Generator
 from load_data.skills import training_items
 from tests.processes import fork
@@ -22,7 +23,7 @@ from tests.train.policies import (
     rollouts,
 )
 from tests.train.tools import largest_difference, same_bits, weights_of, without_timing
-from train.engine.answer_rows import Row, set_advantages
+from train.engine.answer_rows import Row, row_of, set_advantages
 from train.engine.rollouts import TRIES
 from utils import distributed
 from utils.checkpoint import load_checkpoint
@@ -311,6 +312,7 @@ def test_what_the_policy_did_not_choose_is_read_and_never_scored(monkeypatch):
     and only the policy's own tokens have numbers and labels."""
     config = rl_config(
         "rl.recipe=dr_grpo", "rl.tools=true", "rl.think=true", "rl.think_budget=2", "rl.prompts=4",
+        "rl.aggregation=token",
         "rl.max_new_tokens=8", "model.max_position_embeddings=400", "data.sequence_length=100", *MOE,
     )  # fmt: skip
     policy, special = make_policy(config, dtype=torch.float64), TOKENIZER.special_ids
@@ -335,6 +337,7 @@ def test_what_the_policy_did_not_choose_is_read_and_never_scored(monkeypatch):
     assert source.numbers["calls"] == sum(row.calls for row in rows) / 16 > 0
     for row in rows:
         ids, own = row.prompt + row.answer, row.own or [True] * len(row.answer)
+        assert row.prompt[-1] == special["<think>"]
         assert own[-1] and len(row.old) == row.length == sum(own) and row.experts
         scores = (policy.eval()(torch.tensor([ids])).logits[0]).log_softmax(-1)
         alone = [scores[len(row.prompt) + n - 1, token].item() for n, token in enumerate(row.answer)]
@@ -348,6 +351,7 @@ def test_what_the_policy_did_not_choose_is_read_and_never_scored(monkeypatch):
             inside = token == END or inside and token != special["<think>"]
         assert not any(others)
         assert row.answer.count(special["<tool_response>"]) <= row.calls
+    assert step.weight == sum(row.length for row in rows) and max(row.length for row in rows) > 8
     assert forced and {row.calls for row in rows} >= {0, 1, 2}
     labels = {tuple(answer): read for _, answer, read, _ in as_batch_rows(step)}
     for row in rows:
@@ -355,6 +359,23 @@ def test_what_the_policy_did_not_choose_is_read_and_never_scored(monkeypatch):
             assert labels[tuple(row.chosen)] == (row.prompt + row.answer)[:-1]
     totals, _ = losses(config, policy.train(), step)
     assert totals["measured ratio"].item() == pytest.approx(1, abs=1e-10)
+
+
+def test_a_row_ends_with_what_the_policy_chose():
+    """The context had room for the result of a tool, and for nothing after it: the call gets no answer."""
+    tool, call = {"role": "tool", "content": "85"}, {"role": "assistant", "content": "", "tool_calls": ["1"]}
+    own, logprobs = [True, True, False, False], [-1.0, -2.0, 0.0, 0.0]
+    one = Exchange(0, [1, 2], [5, 6, 7, 8], own, logprobs, [3, 3, 3], [call, tool], finish_reason="length")
+    row = row_of(one)
+    assert (row.answer, row.own, row.old, row.length) == ([5, 6], [], [-1.0, -2.0], 2)
+    assert row.text == "" and row.calls == 1 and row.truncated and len(row.experts) == 3
+
+
+def test_the_penalty_of_long_answers_is_at_most_1():
+    """Several answers around calls may together be longer than one may be."""
+    config = rl_config("rl.overlong=0.4", "rl.max_new_tokens=10")
+    source = rollouts(config, make_policy(config))
+    assert [source.overlong(length) for length in (6, 8, 10, 30)] == [0.0, 0.5, 1.0, 1.0]
 
 
 def test_results_of_tools_leave_no_trace_in_advantages():
