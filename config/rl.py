@@ -105,6 +105,8 @@ class RLConfig:
                 f"rl.updates={self.updates} with rl.ratio=none: from its second update on the policy is no "
                 "longer the one that sampled; set rl.ratio=token, or rl.updates=1"
             )
+        if self.think and self.max_new_tokens < 2:
+            raise UserError("rl.think=true needs rl.max_new_tokens=2 or more: a forced </think> is one")
         if self.kl_weight and recipe.kl == "none":
             raise UserError(f"rl.kl_weight={self.kl_weight} needs an estimator: set rl.kl=k3 too")
         if recipe.advantage in ("mean", "mean_std", "leave_one_out") and self.group_size < 2:

@@ -124,8 +124,10 @@ def greedy_answers(
 
 
 def text_of(one: Exchange) -> str:
-    """Return the answer at the end of an exchange."""
-    return one.messages[-1]["content"]
+    """Return the answer at the end of an exchange; a result of a tool, after which the context was full, is
+    none."""
+    last = one.messages[-1]
+    return last["content"] if last["role"] == "assistant" else ""
 
 
 def total(tasks, answers: list[Exchange], judged: list[tuple[int, int, int]]) -> Score:

@@ -66,9 +66,9 @@ def plot_curves(
     panels = [panel for panel in PANELS if any(panel[2][0] in row for rows in logs.values() for row in rows)]
     if not panels:
         raise UserError(f"{paths[0]}: contains none of the keys {', '.join(panel[2][0] for panel in PANELS)}")
+    titles = ", ".join(title for title, *_ in panels)
     panels = [panel for panel in panels if any(word.lower() in panel[0].lower() for word in words)]
     if not panels:
-        titles = ", ".join(title for title, *_ in PANELS)
         raise UserError(f"--panels {' '.join(words)}: in no title; {titles}")
 
     figure, places = make_panels(len(panels), width=4.5, height=3)

@@ -75,7 +75,8 @@ def fingerprint(model) -> tuple:
     tensors = (*model.parameters(), *model.buffers())
     versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
     forwards = [type(part).forward for part in model.modules()]
-    return id(model), *(tensor.data_ptr() for tensor in tensors), *versions, *forwards
+    config = str(model.config)  # routers read it in each forward
+    return id(model), config, *(tensor.data_ptr() for tensor in tensors), *versions, *forwards
 
 
 @torch.inference_mode()

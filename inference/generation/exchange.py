@@ -59,7 +59,7 @@ class Exchange:
     ids: list[int] = field(default_factory=list)
     own: list[bool] = field(default_factory=list)  # True where the model chose the id
     # with `record`: log-probabilities of all ids, 0 of those of tools; and `routing_codes` of prompt and ids,
-    # without the last one that the model wrote
+    # without the last one that the model wrote, see `read_again`
     logprobs: list[float] = field(default_factory=list)
     experts: list[int] = field(default_factory=list)
     messages: Messages = field(default_factory=list)  # answers, and results of tools between them
@@ -133,10 +133,16 @@ def write(generator, active: list[Exchange], streams, params, request, stop_ids,
         one.ids, one.written = one.ids + answer, len(answer)
         if options["record"]:
             one.logprobs += answer.logprobs
-            one.experts += answer.experts[len(one.experts) :]
+            one.experts = read_again(one.experts, answer.experts)
         one.own += [number != forced.get(place) for number in range(len(answer))]
         one.messages.append(stream.message())
         one.finish_reason = answer.finish_reason
+
+
+def read_again(before: list[int], now: list[int]) -> list[int]:
+    """Return routing codes `now` of ids of which the first were read `before`. Where rounding chose other
+    experts, no code is right for what came before and after a call alike: -1, which equals none."""
+    return [new if new == old else -1 for old, new in zip(before, now)] + now[len(before) :]
 
 
 def goes_on(one: Exchange, template: ChatTemplate, request: Request, turn: int, context, on_text) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from inference import evaluate
 from inference.generation.exchange import Exchange
 from inference.generation.generator import Answer, Generator
-from inference.evaluate import BATCH, Score, report, score_dialogues, score_skills, table_items
+from inference.evaluate import BATCH, Score, report, score_dialogues, score_skills, table_items, text_of
 from config.schema import DataConfig
 from load_data.chat.chat_template import ChatTemplate
 from load_data.corpora.reserved import unit_hash
@@ -59,6 +59,13 @@ def test_exact_answers_are_counted():
     assert perfect == Score(1, 1, 100.0, None)
     assert score.tokens == (4 + 6 + 2) / 3 and perfect.tokens == 4  # bytes, and the end
     assert score_dialogues(told({}), TEMPLATE, []) == Score(0, 0, 0.0, None)
+
+
+def test_a_result_of_a_tool_is_no_answer():
+    """The context had room for it, and for nothing after it."""
+    messages = [{"role": "assistant", "content": "", "tool_calls": ["{}"]}, {"role": "tool", "content": "85"}]
+    assert text_of(Exchange(0, [1], messages=messages, finish_reason="length")) == ""
+    assert text_of(Exchange(0, [1], messages=messages[:1])) == ""
 
 
 def test_every_answer_of_a_dialogue_is_predicted_after_the_true_turns():

@@ -88,13 +88,14 @@ def row_of(one: Exchange) -> Row:
     """Return an exchange as a row, up to the last id that the policy chose."""
     own = one.own
     while own and not own[-1]:
-        own = own[:-1]  # a result of a tool for which the context had room, but not for what follows
+        own = own[:-1]  # a result of a tool or a forced </think>, with no room for what follows
+    read = len(one.prompt) + len(own) - 1
     calls = sum(len(message.get("tool_calls", ())) for message in one.messages)
     old = list(compress(one.logprobs, own))
     last = one.messages[-1]
     text = last["content"] if last["role"] == "assistant" else ""
     return Row(one.prompt, one.ids[: len(own)], text, old, [] if all(own) else own, calls,
-               one.experts, truncated=one.finish_reason != "stop")  # fmt: skip
+               one.experts[:read], truncated=one.finish_reason != "stop")  # fmt: skip
 
 
 def collate(rows: list[Row], used: list[str], pad_id: int, wide: torch.dtype, first: bool = False) -> Batch:

@@ -12,6 +12,7 @@ fine-tuning, on right samples.
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
 
+import shlex
 from pathlib import Path
 from statistics import mean, median
 
@@ -21,7 +22,7 @@ from config.rl import RECIPES
 from utils.checkpoint import final_name
 from utils.errors import Parser, UserError, run_main
 from utils.log import read_log
-from utils.plot import save_figure
+from utils.plot import save_figure, set_places
 from train.lab.ablate import ROOT, train_run
 
 MEASURES = {"val_greedy": "greedy", "val_pass1": "pass@1", "val_pass8": "pass@8"}
@@ -47,10 +48,11 @@ def main():
         raise UserError("--seconds must be at least 1, and --seeds at least 0")
     if not args.init.is_file():
         raise UserError(f"--init {args.init}: no such file; train/sft_train.py --config align makes one")
+    check_settings(args)
     runs = [(seed, recipe) for seed in args.seeds for recipe in args.recipes]
     for number, (seed, recipe) in enumerate(runs, start=1):
         where = f"[{number}/{len(runs)}] {recipe}, seed {seed}"
-        if not (folder_of(args.out, recipe, seed) / final_name(short(recipe))).exists():
+        if not any(folder_of(args.out, recipe, seed).glob(final_name("*"))):
             print(f"{where} ...", flush=True)
             train_run(command(args, recipe, seed), folder_of(args.out, recipe, seed) / "output.txt", where)
     logs = {recipe: [log_of(args.out, recipe, seed) for seed in args.seeds] for recipe in args.recipes}
@@ -59,8 +61,21 @@ def main():
     print(f"\n{table(logs)}\nsaved {args.out / 'table.md'}, and right.png beside it")
 
 
+def check_settings(args) -> None:
+    """Note what all runs share. Raise `UserError` if `--out` holds runs of other settings: they are not
+    trained again, and would be compared as if they had these."""
+    if args.out.is_file():
+        raise UserError(f"--out {args.out} is a file; name a folder")
+    note, shared = args.out / "settings.txt", ["--init", args.init.resolve(), "--data", args.data]
+    words = shlex.join(map(str, [*shared, "--seconds", args.seconds, *args.settings])) + "\n"
+    if note.exists() and (was := note.read_text(encoding="utf-8")) != words:
+        raise UserError(f"--out {args.out} holds runs of {was.strip()}; name another folder")
+    args.out.mkdir(parents=True, exist_ok=True)
+    note.write_text(words, encoding="utf-8")
+
+
 def short(recipe: str) -> str:
-    """Return the name in the checkpoints of a recipe's stage."""
+    """Return the name of a recipe's stage."""
     return "PPO" if RECIPES[recipe].advantage == "gae" else "GRPO"
 
 
@@ -79,8 +94,9 @@ def command(args, recipe: str, seed: int) -> list[str]:
 
 
 def log_of(out: Path, recipe: str, seed: int) -> list[dict]:
-    """Return the rows of the log of a run."""
-    return read_log(folder_of(out, recipe, seed) / f"{short(recipe).lower()}_train" / "log.txt")
+    """Return the rows of the log of a run; the folder of one that trains an adapter has a name of its own."""
+    (path,) = folder_of(out, recipe, seed).glob("*/log.txt")
+    return read_log(path)
 
 
 def table(logs: dict[str, list[list[dict]]]) -> str:
@@ -114,8 +130,9 @@ def plot(logs: dict[str, list[list[dict]]], png: Path) -> None:
     axes = figure.subplots()
     for number, (recipe, runs) in enumerate(logs.items()):
         for log in runs:
+            set_places(log, seconds=True)  # the time of steps without signal counts too
             steps = [row for row in log if "right" in row]
-            seconds = [sum(row["step_ms"] for row in steps[: n + 1]) / 1e3 for n in range(len(steps))]
+            seconds = [row["place"] for row in steps]
             windows = [steps[max(0, n - WINDOW + 1) : n + 1] for n in range(len(steps))]
             smooth = [mean(row["right"] for row in window) for window in windows]
             label = recipe if log is runs[0] else None

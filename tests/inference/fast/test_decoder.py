@@ -438,3 +438,15 @@ def test_generators_of_a_model_share_one_copy():
     del one, two
     gc.collect()
     assert len(decoders) == copies - 1
+
+
+def test_a_changed_setting_is_noticed():
+    """Routers read the configuration in each forward, so the prepared decoder must not outlive it."""
+    model = build(torch.float64, **MOE)
+    generator = Generator(model)
+    generator.fast_decoder()
+    model.config.num_experts_per_tok = 2
+    caches = [make_cache(model, 1, 4) for _ in range(2)]
+    with torch.inference_mode():
+        expected = model(torch.tensor([[5]]), cache=caches[0]).logits[:, 0]
+        close(generator.fast_decoder().step([5], caches[1])[0], expected, torch.float64)

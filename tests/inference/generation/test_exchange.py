@@ -199,15 +199,16 @@ def test_log_probabilities_are_recorded_beside_the_ids():
             answers = super().generate(*rest, **options)
             for prompt, answer in zip(rest[0], answers):
                 answer.logprobs = [-1.0] * len(answer)
-                answer.experts = [len(self.asked)] * (len(prompt) + len(answer) - 1)
+                answer.experts = [7] * (len(prompt) + len(answer) - 1)
+                answer.experts[3] += len(self.asked) > 1
             return answers
 
     call = named("<tool_call>", called("1"), "</tool_call>", "<|im_end|>")
     rows = [[call, named("<|im_end|>")]]
     (one,) = respond(Recorded(*rows), TEMPLATE, PROMPTS[:1], GREEDY, Request(tools=True), record=True)
     assert one.logprobs == [-1.0 if own else 0.0 for own in one.own] and 0.0 in one.logprobs
-    first = len(PROMPTS[0]) + len(call) - 1  # tokens keep the experts with which the model wrote them
-    assert one.experts == [1] * first + [2] * (len(PROMPTS[0]) + len(one.ids) - 1 - first)
+    # the fourth id chose other experts when it was read again: the call and the answer saw different ones
+    assert one.experts == [7] * 3 + [-1] + [7] * (len(PROMPTS[0]) + len(one.ids) - 5)
 
 
 def test_several_samples_of_one_prompt():

@@ -233,10 +233,11 @@ def test_bf16_scores_its_samples_again():
 
 @pytest.mark.parametrize("setting, word", [
     ("data.sequence_length=5", "sequence_length"), ("rl.reward=kind", "rules: right, within"),
+    ("rl.max_new_tokens=1", "rl.think=true needs rl.max_new_tokens=2 or more"),
 ])  # fmt: skip
 def test_what_is_refused(setting, word):
-    config = rl_config(setting)
     with pytest.raises(UserError, match=word):
+        config = rl_config("rl.think=true", setting)
         rollouts(config, make_policy(config), None)
 
 
@@ -369,6 +370,21 @@ def test_a_row_ends_with_what_the_policy_chose():
     row = row_of(one)
     assert (row.answer, row.own, row.old, row.length) == ([5, 6], [], [-1.0, -2.0], 2)
     assert row.text == "" and row.calls == 1 and row.truncated and len(row.experts) == 3
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_a_thought_that_fills_the_answer(moe):
+    """The forced </think> is the last token that there is room for; the row ends before it, and so do its
+    experts."""
+    config = rl_config("rl.advantage=reward", "rl.kl=none", "rl.think=true", "rl.think_budget=4", *MOE * moe)
+    policy = make_policy(config, dtype=torch.float64)
+    source = rollouts(config, policy)
+    step = source.next_step({"model": policy})
+    assert 4 in [len(row.answer) for row in source.rows]
+    for row in source.rows:
+        assert len(row.experts) == (len(row.prompt) + len(row.answer) - 1) * moe
+    totals, _ = losses(config, policy.train(), step)
+    assert totals["measured ratio"].item() == pytest.approx(1, abs=1e-10)
 
 
 def test_the_penalty_of_long_answers_is_at_most_1():

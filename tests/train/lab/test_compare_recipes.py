@@ -24,7 +24,8 @@ def compared(monkeypatch, tmp_path):
             commands.append(command)
             recipe, seed = output.parts[-3], int(output.parts[-2].removeprefix("seed"))
             stage = "ppo" if recipe == "ppo" else "grpo"
-            log = output.parent / f"{stage}_train" / "log.txt"
+            lora = "rl.lora=true" in command
+            log = output.parent / f"{stage}_train{'_lora' * lora}" / "log.txt"
             log.parent.mkdir(parents=True)
             keys = [(place, f"val_{key}{skill}") for place, skill in enumerate(skills)
                     for key in ("greedy", "pass1", "pass8")]  # fmt: skip
@@ -32,7 +33,7 @@ def compared(monkeypatch, tmp_path):
             end = "  ".join(f"{key}={value}" for key, value in ends)
             start = "  ".join(f"{key}=0.125" for key, _ in ends)
             log.write_text(f"step=0  {start}\nstep=1  right=0.25  step_ms=2000\nstep=7  {end}\n")
-            (output.parent / f"TinySeek_{stage.upper()}_final.pkl").write_bytes(b"")
+            (output.parent / f"TinySeek_{stage.upper()}{'Lora' * lora}_final.pkl").write_bytes(b"")
 
         monkeypatch.setattr(compare_recipes, "train_run", train)
         given = ["--init", str(tmp_path / "base.pkl"), "--out", str(tmp_path / "out"), *arguments]
@@ -59,8 +60,28 @@ def test_every_recipe_and_seed_once_with_the_same_seconds(compared, tmp_path):
         "| rft | 50.0 (0.0 to 87.5) | 50.0 (0.0 to 87.5) | 50.0 (0.0 to 87.5) | 7 |",
         "| ppo | 25.0 | 25.0 | 25.0 | 7 |",
     ]  # fmt: skip
-    again, same = compared("--recipes", "grpo", "ppo", "rft")
+    given = ["--seconds", "45", "--set", "rl.prompts=3"]
+    again, same = compared("--recipes", "grpo", "ppo", "rft", *given)
     assert again == [] and same == text
+    for other in (given[:2], ["--seconds", "90", *given[2:]], [*given, "--data", "skills:lists"]):
+        with pytest.raises(UserError, match="holds runs of .*base.pkl --data skills:sums --seconds 45"):
+            compared("--recipes", "grpo", *other)
+
+
+def test_adapters_are_found_by_the_names_of_their_stages(compared):
+    for wanted in (6, 0):
+        commands, text = compared("--recipes", "grpo", "ppo", "--set", "rl.lora=true")
+        assert len(commands) == wanted and "| grpo | 62.5" in text
+
+
+def test_steps_without_signal_take_time_too(monkeypatch, tmp_path):
+    """A rollout of equal rewards is sampled, logged without `right`, and not free: here 5 of 8 seconds."""
+    drawn = []
+    monkeypatch.setattr(compare_recipes, "save_figure", lambda figure, png: drawn.append(figure))
+    log = [{"step": 0, "val_greedy": 0.5}, {"step": 1, "step_ms": 5000.0},
+           {"step": 2, "right": 0.25, "step_ms": 3000.0}]  # fmt: skip
+    compare_recipes.plot({"rft": [log]}, tmp_path / "right.png")
+    assert drawn[0].axes[0].get_lines()[0].get_xdata().tolist() == [8.0]
 
 
 def test_several_skills_have_a_table_each(compared):
@@ -74,6 +95,7 @@ def test_several_skills_have_a_table_each(compared):
     (["--recipes", "grpo", "magic"], "--recipes magic: no such recipe"),
     (["--seconds", "0"], "--seconds must be at least 1"),
     (["--init", "missing.pkl"], "missing.pkl: no such file"),
+    (["--out", __file__], "is a file; name a folder"),
 ])  # fmt: skip
 def test_what_cannot_be_is_one_line(compared, arguments, words):
     with pytest.raises(UserError, match=words):
