@@ -26,7 +26,7 @@ from utils.plot import save_figure, set_places
 from train.lab.ablate import ROOT, train_run
 
 MEASURES = {"val_greedy": "greedy", "val_pass1": "pass@1", "val_pass8": "pass@8"}
-WINDOW = 5  # logged steps whose mean is a point of the picture
+POINTS = 14  # of each line of the picture
 
 
 def main():
@@ -125,19 +125,19 @@ def cell(values: list[float]) -> str:
 
 
 def plot(logs: dict[str, list[list[dict]]], png: Path) -> None:
-    """Draw the share of right samples over seconds: a line for each run, a color for each recipe."""
-    figure = Figure((9, 6), layout="constrained")
-    axes = figure.subplots()
-    for number, (recipe, runs) in enumerate(logs.items()):
+    """Draw the share of right samples over seconds: for each recipe, the mean of all its runs."""
+    for runs in logs.values():
         for log in runs:
             set_places(log, seconds=True)  # the time of steps without signal counts too
-            steps = [row for row in log if "right" in row]
-            seconds = [row["place"] for row in steps]
-            windows = [steps[max(0, n - WINDOW + 1) : n + 1] for n in range(len(steps))]
-            smooth = [mean(row["right"] for row in window) for window in windows]
-            label = recipe if log is runs[0] else None
-            axes.plot(seconds, smooth, color=f"C{number}", linewidth=1.5, alpha=0.8, label=label)
-    axes.set(xlabel="seconds of training steps", ylabel=f"right samples, mean of {WINDOW} steps", ylim=(0, 1))
+    steps = {recipe: [row for log in runs for row in log if "right" in row] for recipe, runs in logs.items()}
+    width = max(row["place"] for rows in steps.values() for row in rows) / POINTS or 1.0
+    figure = Figure((9, 6), layout="constrained")
+    axes = figure.subplots()
+    for number, (recipe, rows) in enumerate(steps.items()):
+        parts = [[row["right"] for row in rows if int(row["place"] / width) == n] for n in range(POINTS)]
+        points = [((n + 0.5) * width, mean(part)) for n, part in enumerate(parts) if part]
+        axes.plot(*zip(*points), color=f"C{number}", marker="o", markersize=4, linewidth=1.5, label=recipe)
+    axes.set(xlabel="seconds of training steps", ylabel="right samples, mean over time and seeds", ylim=(0, 1))
     axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(logs))
     save_figure(figure, png)
