@@ -134,9 +134,11 @@ def plot(logs: dict[str, list[list[dict]]], png: Path) -> None:
     figure = Figure((9, 6), layout="constrained")
     axes = figure.subplots()
     for number, (recipe, rows) in enumerate(steps.items()):
-        parts = [[row["right"] for row in rows if int(row["place"] / width) == n] for n in range(POINTS)]
-        points = [((n + 0.5) * width, mean(part)) for n, part in enumerate(parts) if part]
-        axes.plot(*zip(*points), color=f"C{number}", marker="o", markersize=4, linewidth=1.5, label=recipe)
+        parts = {(n + 0.5) * width: [] for n in range(POINTS)}  # the middle of each span of time
+        for row in rows:
+            parts[(min(int(row["place"] / width), POINTS - 1) + 0.5) * width].append(row["right"])
+        points = {place: mean(part) for place, part in parts.items() if part}
+        axes.plot([*points], [*points.values()], color=f"C{number}", marker="o", markersize=4, label=recipe)
     axes.set(xlabel="seconds of training steps", ylabel="right samples, mean over time and seeds", ylim=(0, 1))
     axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(logs))

@@ -78,10 +78,14 @@ def test_steps_without_signal_take_time_too(monkeypatch, tmp_path):
     """A rollout of equal rewards is sampled, logged without `right`, and not free: here 5 of 8 seconds."""
     drawn = []
     monkeypatch.setattr(compare_recipes, "save_figure", lambda figure, png: drawn.append(figure))
+    monkeypatch.setattr(compare_recipes, "POINTS", 2)
     log = [{"step": 0, "val_greedy": 0.5}, {"step": 1, "step_ms": 5000.0},
            {"step": 2, "right": 0.25, "step_ms": 3000.0}]  # fmt: skip
-    compare_recipes.plot({"rft": [log]}, tmp_path / "right.png")
-    assert drawn[0].axes[0].get_lines()[0].get_xdata().tolist() == [8.0]
+    other = [{"step": 1, "right": 0.5, "step_ms": 1000.0}, {"step": 2, "right": 0.75, "step_ms": 6000.0}]
+    compare_recipes.plot({"rft": [log, other]}, tmp_path / "right.png")
+    (line,) = drawn[0].axes[0].get_lines()
+    assert line.get_xydata().tolist() == [[2.0, 0.5], [6.0, 0.5]]  # halves of 8 seconds; 0.25 and 0.75 in one
+
 
 
 def test_several_skills_have_a_table_each(compared):
