@@ -139,7 +139,7 @@ def plot(logs: dict[str, list[list[dict]]], png: Path) -> None:
             parts[(min(int(row["place"] / width), POINTS - 1) + 0.5) * width].append(row["right"])
         points = {place: mean(part) for place, part in parts.items() if part}
         axes.plot([*points], [*points.values()], color=f"C{number}", marker="o", markersize=4, label=recipe)
-    axes.set(xlabel="seconds of training steps", ylabel="right samples, mean over time and seeds", ylim=(0, 1))
+    axes.set(xlabel="seconds of training steps", ylabel="right samples, mean over seeds", ylim=(0, 1))
     axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(logs))
     save_figure(figure, png)
