@@ -253,9 +253,9 @@ def prompts(monkeypatch):
     """Every row of ids that a model is given."""
     real, given = Generator.generate, []
 
-    def noted(self, rows, *rest):
+    def noted(self, rows, *rest, **options):
         given.extend(rows)
-        return real(self, rows, *rest)
+        return real(self, rows, *rest, **options)
 
     monkeypatch.setattr(Generator, "generate", noted)
     return given
