@@ -105,6 +105,8 @@ class RLConfig:
                 f"rl.updates={self.updates} with rl.ratio=none: from its second update on the policy is no "
                 "longer the one that sampled; set rl.ratio=token, or rl.updates=1"
             )
+        if self.think_budget is not None and not self.think:
+            raise UserError(f"rl.think_budget={self.think_budget} bounds thinking: set rl.think=true too")
         if self.think and self.max_new_tokens < 2:
             raise UserError("rl.think=true needs rl.max_new_tokens=2 or more: a forced </think> is one")
         if self.kl_weight and recipe.kl == "none":

@@ -114,9 +114,8 @@ def greedy_answers(
         batch = order[first : first + BATCH]
         longest = 16 + lengths[batch[-1]] * 3 // 2 + (request.budget or 0) + CALL_LENGTH * request.tools
         params = SamplingParams(temperature=0, max_new_tokens=longest)
-        opening = template.opening(request.thinking)
-        room = generator.room(longest) - len(opening)
-        prompts = [prompt_within(template, tasks[number][0], room) + opening for number in batch]
+        room, think = generator.room(longest), request.thinking
+        prompts = [prompt_within(template, tasks[number][0], room, think) for number in batch]
         written = respond(generator, template, prompts, params, request)
         for number, exchange in zip(batch, written, strict=True):
             answers[number] = exchange

@@ -172,7 +172,8 @@ class FastMoE:
         even = even_rows(routing.indices, len(self.each))
         if even is not None:
             position, token = even
-            gate, up = torch.bmm(F.embedding(token, normed), self.gate_up).chunk(2, dim=2)  # (E, M, F) each
+            rows = F.embedding(token, normed)  # (E, M, C)
+            gate, up = torch.bmm(rows, self.gate_up).chunk(2, dim=2)  # (E, M, F) each
             out = torch.bmm(F.silu(gate, inplace=True).mul_(up), self.down).flatten(0, 1)  # (E*M, C)
         else:
             position, *_, sizes = rows = sort_rows(routing.indices, len(self.each))

@@ -43,14 +43,13 @@ class Conversation:
         tokenizer, template, room = model.tokenizer, model.template, generator.room(params.max_new_tokens)
         system = [{"role": "system", "content": self.system}] if self.system else []
         request = self.request if model.answers else PLAIN
-        room -= len(template.opening(request.thinking))
         if model.answers:
-            kept = fit_turns(template, [*system, *messages], room)
+            kept = fit_turns(template, [*system, *messages], room - len(template.opening(request.thinking)))
             if dropped := len(system) + len(messages) - len(kept):
                 messages = messages[dropped:]
                 self.tell(f"(the context is full: the {dropped} oldest messages were dropped)")
             whole, stop_ids = template.prompt(kept, request.thinking), template.stop_ids
-            ids = prompt_within(template, kept, room) + template.opening(request.thinking)
+            ids = prompt_within(template, kept, room, request.thinking)
         else:  # a text begins like a document, after the end of another
             whole, stop_ids = [tokenizer.eos_id, *tokenizer.encode(text)], {tokenizer.eos_id}
             ids = whole[-room:]
@@ -90,9 +89,13 @@ class Conversation:
         return ""
 
 
-def prompt_within(template: ChatTemplate, messages: list[Message], room: int) -> list[int]:
+def prompt_within(
+    template: ChatTemplate, messages: list[Message], room: int, thinking: bool = False
+) -> list[int]:
     """Return the prompt of `messages` as at most `room` ids, shortened exactly as training shortens it: see
     `fit_turns` and `cut_turn`. Markers stay, even if `room` is too small for them."""
+    opening = template.opening(thinking)
+    room -= len(opening)
     messages = fit_turns(template, messages, room)
     ids = template.prompt(messages)
-    return ids if len(ids) <= room else cut_turn(template, messages, room)[0]
+    return (ids if len(ids) <= room else cut_turn(template, messages, room)[0]) + opening

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from inference.generation.conversation import prompt_within
 from inference.generation.exchange import Exchange, Request, respond
 from inference.generation.reward import load_reward
 from load_data.chat.chat_template import ChatTemplate
@@ -64,15 +63,9 @@ Judge = Callable[[list[Item], list[Row]], list[float]]  # questions, answers -> 
 
 def request_of(rl, template: ChatTemplate) -> Request:
     """Return the thinking and the tools of section `rl`. Raises `UserError` if the model knows neither."""
-    request = Request(rl.think, rl.think_budget if rl.think else None, rl.tools)
+    request = Request(rl.think, rl.think_budget, rl.tools)
     request.check(template)
     return request
-
-
-def prompt_of(template: ChatTemplate, item: Item, request: Request, room: int) -> list[int]:
-    """Return the ids of a question, at most `room`."""
-    opening = template.opening(request.thinking)
-    return prompt_within(template, item.messages, room - len(opening)) + opening
 
 
 def answered(generator, template, prompts, params, request: Request, seeds, record=False) -> list[Row]:
@@ -125,13 +118,18 @@ def collate(rows: list[Row], used: list[str], pad_id: int, wide: torch.dtype, fi
     return batch
 
 
+def mask_of(rows: list[Row]) -> torch.Tensor:
+    """Return (N, T), True at the T chosen ids of each of N rows: side by side, without results of tools."""
+    lengths = torch.tensor([row.length for row in rows], dtype=torch.long)
+    return torch.arange(max((row.length for row in rows), default=0)) < lengths[:, None]
+
+
 def set_advantages(groups: list[list[Row]], rl, recipe) -> None:
     """Set the advantages of all rows, and with a critic their returns."""
     rows = [row for group in groups for row in group]
     if not rows:
         return
-    lengths = torch.tensor([row.length for row in rows])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (N, T): side by side, without tools' results
+    mask = mask_of(rows)  # (N, T)
 
     def padded(name):
         wide = torch.zeros(mask.shape, dtype=torch.float64)
@@ -139,7 +137,8 @@ def set_advantages(groups: list[list[Row]], rl, recipe) -> None:
         return wide
 
     rewards = torch.zeros(mask.shape, dtype=torch.float64)  # of each token: that of the answer at its end
-    rewards[torch.arange(len(rows)), lengths - 1] = torch.tensor([row.reward for row in rows]).double()
+    ends = mask.sum(dim=1) - 1  # (N,)
+    rewards[torch.arange(len(rows)), ends] = torch.tensor([row.reward for row in rows]).double()
     if recipe.kl_weight and recipe.kl_place == "reward":
         distance = kl_estimate(padded("old"), padded("reference"), recipe.kl)
         rewards -= recipe.kl_weight * distance.where(mask, 0)

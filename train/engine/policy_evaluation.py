@@ -18,6 +18,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from config.rl import RLConfig
+from inference.generation.conversation import prompt_within
 from inference.generation.exchange import PLAIN, Request
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams, row_seed
@@ -25,7 +26,7 @@ from load_data.chat.chat_template import END, ChatTemplate
 from load_data.skills import HELD_OUT, Item, scored_items
 from load_data.skills.common import VAL
 from load_data.skills.verifiers import truth, verify
-from train.engine.answer_rows import Judge, Row, answered, prompt_of
+from train.engine.answer_rows import Judge, Row, answered
 from utils.distributed import World, sum_scalars
 
 BATCH = 16  # questions that are answered together
@@ -83,7 +84,8 @@ class PolicyEvaluation:
         generator = Generator(self.policy_of(model), self.template.tokenizer.eos_id, fast=False)
         params = SamplingParams(temperature, max_new_tokens=self.rl.max_new_tokens)
         room = generator.room(params.max_new_tokens)
-        prompts = [prompt_of(self.template, self.items[number], self.request, room) for number in numbers]
+        asked, think = [self.items[number].messages for number in numbers], self.request.thinking
+        prompts = [prompt_within(self.template, messages, room, think) for messages in asked]
         seeds = [row_seed(self.seed, number, sample) for number in numbers for sample in range(samples)]
         rows = answered(generator, self.template, prompts, params, self.request, seeds)
         return [rows[at : at + samples] for at in range(0, len(rows), samples)]

@@ -22,6 +22,7 @@ from dataclasses import asdict
 
 import torch
 
+from inference.generation.conversation import prompt_within
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams, row_seed
 from load_data.loader import IGNORED
@@ -29,7 +30,7 @@ from load_data.skills import Item, training_items
 from load_data.skills.verifiers import verify
 from modules.alignment.policy_gradient import weight_of
 from train.engine.answer_rows import (
-    Judge, Row, answered, collate, explained, has_signal, judge_of, prompt_of, request_of, set_advantages,
+    Judge, Row, answered, collate, explained, has_signal, judge_of, mask_of, request_of, set_advantages,
 )  # fmt: skip
 from train.engine.policy_loss import token_logprobs
 from train.engine.stage import Batch, Step
@@ -172,7 +173,7 @@ class Rollouts:
     def prompt(self, item: Item) -> list[int]:
         """Return the ids of a question."""
         room = self.config.data.sequence_length - self.rl.max_new_tokens
-        return prompt_of(self.template, item, self.request, room)
+        return prompt_within(self.template, item.messages, room, self.request.thinking)
 
     def overlong(self, length: int) -> float:
         """Return the penalty of an answer: from 0 to 1 over the last share of the limit (DAPO)."""
@@ -204,9 +205,7 @@ class Rollouts:
     def step(self, rows: list[Row], first: bool = False) -> Step:
         """Return this process's share of `rows` as the micro-batches of one step."""
         world, size, G = self.machine.world, self.config.train.batch_size, self.rl.group_size
-        lengths = torch.tensor([row.length for row in rows], dtype=torch.long)
-        mask = torch.arange(int(max([row.length for row in rows], default=0))) < lengths[:, None]
-        weight = weight_of(mask, self.recipe.aggregation, self.rl.max_new_tokens)
+        weight = weight_of(mask_of(rows), self.recipe.aggregation, self.rl.max_new_tokens)
         pulled = self.recipe.kl_weight and self.recipe.kl_place == "loss"
         shares = [[] for _ in range(world.size)]
         for number, row in enumerate(rows):

@@ -234,10 +234,11 @@ def test_bf16_scores_its_samples_again():
 @pytest.mark.parametrize("setting, word", [
     ("data.sequence_length=5", "sequence_length"), ("rl.reward=kind", "rules: right, within"),
     ("rl.max_new_tokens=1", "rl.think=true needs rl.max_new_tokens=2 or more"),
+    ("rl.think_budget=3 rl.think=false", "rl.think_budget=3 bounds thinking"),
 ])  # fmt: skip
 def test_what_is_refused(setting, word):
     with pytest.raises(UserError, match=word):
-        config = rl_config("rl.think=true", setting)
+        config = rl_config("rl.think=true", *setting.split())
         rollouts(config, make_policy(config), None)
 
 
