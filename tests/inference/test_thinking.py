@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from inference.evaluate import score_skills
+from inference.generation.conversation import prompt_within
 from inference.generation.exchange import Request, respond
 from inference.generation.generator import Generator
 from inference.generation.load import load_full
@@ -43,6 +44,12 @@ def test_the_thought_is_shown_apart_and_only_the_answer_is_output(monkeypatch, c
     code, out, err = run(monkeypatch, capsys, "--checkpoint", path, *flags)
     assert code == 0 and out == message["content"] + "\n"
     assert "(thinking on)\n" + message["thinking"] in err
+
+
+@pytest.mark.parametrize("room", [40, 60])
+def test_a_long_question_leaves_room_for_the_marker(room):
+    ids = prompt_within(TEMPLATE, talk("a long question " * 20), room, thinking=True)
+    assert len(ids) == room and ids[-1] == TEMPLATE.part("<think>")
 
 
 def test_the_switch_is_per_message(monkeypatch, capsys, path):
