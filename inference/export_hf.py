@@ -1,0 +1,161 @@
+"""Write a TinySeek model as a Hugging Face folder, which transformers loads with no code of ours.
+
+    python inference/export_hf.py FOLDER                                  the latest model in out/
+    python inference/export_hf.py FOLDER --checkpoint FILE --dtype bf16
+    python inference/export_hf.py FOLDER --adapter out/TinySeek_Lora_final.pkl           for peft
+    python inference/export_hf.py FOLDER --adapter out/TinySeek_Lora_final.pkl --merge   base and adapter in one
+
+A dense model becomes a Qwen3, one with experts a Dots1, one with latent attention a DeepSeek-V3; a model that
+was imported becomes what it was. A setting that no architecture there has is an error that names it. The head
+of multi-token prediction is left out: it only drafts.
+"""
+
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from inference.generation.load import DEFAULT_OUT, Loaded, load_adapter, load_base
+from inference.generation.terminal import tell
+from inference.hf.adapter_files import export_adapter
+from inference.hf.families import FAMILIES
+from inference.hf.folder import INDEX, INSTALL, SINGLE
+from inference.hf.settings import write_settings
+from inference.hf.tokenizer_files import tokenizer_files
+from inference.hf.weights import BIAS, HEAD, shapes_of, written_weights
+from utils.errors import Parser, UserError, run_main
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHARD = 4 * 10**9  # bytes in one file, at most; half of what small machines have as memory
+
+
+def parse_command():
+    """Return the flags."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", type=Path, help="a new folder to write")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", metavar="FILE", help="the model (default: the latest stage in --out)")
+    source.add_argument("--out", metavar="DIR", default=DEFAULT_OUT, help="the folder of the trained models")
+    add("--adapter", metavar="FILE", help="the result of lora_train; its base is found by itself")
+    add("--merge", action="store_true", help="with --adapter: write base and adapter as one model")
+    add("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: %(default)s, exact)")
+    return parser.parse_args()
+
+
+def main():
+    """Open the model, and write it, or its adapter alone."""
+    args = parse_command()
+    if args.merge and not args.adapter:
+        raise UserError("--merge needs --adapter FILE, the adapter to merge")
+    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
+        raise UserError(f"{args.folder} exists and is not empty: name a new folder")
+    model = load_base(args.checkpoint, "cpu", args.out, args.adapter, tell=tell)
+    if args.adapter and not args.merge:
+        export_adapter(args.adapter, model, args.folder)
+        tell(f"wrote {args.folder}: an adapter for peft on {model.path}")
+        return
+    if args.adapter:
+        model = load_adapter(args.adapter, model)
+    family = export_model(model, args.folder, DTYPES[args.dtype])
+    tell(f"wrote {args.folder}: {family}, {args.dtype}; load it with "
+         f"transformers.AutoModelForCausalLM.from_pretrained({str(args.folder)!r})")  # fmt: skip
+
+
+def export_model(loaded: Loaded, folder: Path, dtype: torch.dtype = torch.float32) -> str:
+    """Write a whole model to `folder`, all or nothing, and return the name of its architecture."""
+    config = write_settings(loaded.model.config)
+    tokenizer = loaded.tokenizer
+    stop = sorted(loaded.template.stop_ids) if loaded.answers else [tokenizer.eos_id]
+    ends = {"eos_token_id": stop if stop[1:] else stop[0], "pad_token_id": tokenizer.pad_id}
+    config |= ends | {"torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True}
+    texts = {"config.json": as_json(config), "generation_config.json": as_json(ends)}
+    texts["README.md"] = model_card(loaded, config)
+    texts |= tokenizer_files(tokenizer, loaded.template.kind if loaded.answers else None)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        write_tensors(loaded, config["model_type"], partial, dtype)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"could not write {folder}: {error.strerror or error}; nothing was left there") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return config["architectures"][0]
+
+
+def write_tensors(loaded: Loaded, family: str, folder: Path, dtype: torch.dtype) -> None:
+    """Write all weights to `folder`, as one file, or as several with an index."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError(INSTALL) from None
+    config, weights = loaded.model.config, loaded.model.state_dict()
+    files = [*in_files(written_weights(weights, config, FAMILIES[family]), dtype)]
+    places, total = {}, 0
+    for number, names in enumerate(files, start=1):
+        name = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        # Copies: safetensors stores no views. Biases of routers change in steps that bf16 would round away.
+        tensors = {key: part.to(torch.float32 if key.endswith(BIAS) else dtype).clone() for key, part in names}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        total += sum(part.numel() * part.element_size() for part in tensors.values())
+        places |= dict.fromkeys(tensors, name)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX).write_text(as_json(index), encoding="utf-8")
+
+
+def in_files(parts, dtype: torch.dtype) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Divide (name, tensor) into lists for one file each."""
+    held, size = [], 0
+    for name, part in parts:
+        more = part.numel() * dtype.itemsize
+        if held and size + more > SHARD:
+            yield held
+            held, size = [], 0
+        held.append((name, part))
+        size += more
+    yield held
+
+
+def as_json(data: dict) -> str:
+    """Return the text of a JSON file."""
+    return json.dumps(data, ensure_ascii=False, indent=2) + "\n"
+
+
+def model_card(loaded: Loaded, config: dict) -> str:
+    """Return README.md: what the model is, and the figures of its own training."""
+    about, weights = loaded.about, shapes_of(loaded.model.config)
+    weights = {name: part for name, part in weights.items() if name != HEAD or not config["tie_word_embeddings"]}
+    count = sum(part.numel() for name, part in weights.items() if not name.endswith(BIAS))
+    figures = {"parameters": f"{count:,}", "stage": about["stage"], "steps": f"{about['step']:,}"}
+    if about.get("tokens"):
+        figures["tokens"] = f"{about['tokens']:,}"
+    if about.get("short") != "Pre" or about["step"]:
+        figures["data"] = ", ".join(Path(path).name for path in loaded.config.data.paths)
+    figures["context"] = f"{loaded.model.config.max_position_embeddings:,} tokens"
+    figures |= {name: f"{value:.4g}" for name, value in (about.get("evaluation") or {}).items() if value}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    begins = f"A text begins with the id {loaded.tokenizer.eos_id} (`<|endoftext|>`), as in training.\n"
+    chat = (
+        "`apply_chat_template` writes the dialogues that it was trained on. transformers turns the text of a "
+        "special token into that token wherever it occurs, so remove such texts from what users write.\n"
+    )
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {loaded.path.stem}\n\n"
+        f"A {config['architectures'][0]} written by TinySeek, a mini language model to read and to run.\n\n"
+        f"| | |\n| --- | --- |\n{rows}\n\n{chat if loaded.answers else begins}"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,110 @@
+"""Read a Hugging Face folder that may come from a stranger: JSON files and tensors in safetensors files.
+
+Only plain files directly in the folder are opened. A safetensors file is a table of names, dtypes, shapes and
+places, and then numbers: nothing in it can run. Pickles (`pytorch_model.bin`) are refused. The table is
+compared with what the model needs before any number is read.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from utils.errors import UserError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = ("F64", "F32", "F16", "BF16")
+INSTALL = "the package safetensors is missing: pip install safetensors"
+MOST_JSON = 64 * 2**20  # bytes
+
+
+def read_json_file(folder: Path, name: str) -> dict:
+    """Return the JSON object in `folder / name`."""
+    path = folder / name
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise UserError(f"{path}: larger than {MOST_JSON:,} bytes: not a file of settings")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a Hugging Face folder has one") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); download it again") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(data).__name__}")
+    return data
+
+
+class Stored(NamedTuple):
+    """The place and form of a tensor."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it: F32, BF16, ..
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model: those of its index, or the only one."""
+    if (folder / INDEX).exists():
+        files = read_json_file(folder, INDEX).get("weight_map")
+        if not isinstance(files, dict) or not files or not all(isinstance(one, str) for one in files.values()):
+            raise UserError(f"{folder / INDEX}: weight_map must name a file for each weight; download it again")
+        names = sorted(set(files.values()))
+        for name in names:
+            if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+                raise UserError(f"{folder / INDEX}: {name!r} is not a .safetensors file of this folder: refused")
+        return [folder / name for name in names]
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in folder.glob(kind))
+    found = f"only {pickles[0]}, a pickle, which could run code" if pickles else "no weights"
+    raise UserError(f"{folder}: {found}; needed is {SINGLE}, or {INDEX} and its files")
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Return name -> place and form of every tensor of a model, from the tables of its files alone."""
+    found = {}
+    for path in tensor_files(folder):
+        with open_tensors(path) as file:
+            for name in file.keys():  # noqa: SIM118  not a dictionary
+                part = file.get_slice(name)
+                if name in found:
+                    raise UserError(f"{path}: {name} is in {found[name].path.name} too: keep one of the files")
+                found[name] = Stored(path, tuple(part.get_shape()), str(part.get_dtype()))
+    odd = [f"{name} ({one.dtype})" for name, one in found.items() if one.dtype not in DTYPES]
+    if odd:
+        raise UserError(f"{folder}: {listed(odd)} of a quantized or unknown dtype; known: {', '.join(DTYPES)}")
+    return found
+
+
+def open_tensors(path: Path):
+    """Open a safetensors file, mapped into memory; its table is checked against the length of the file."""
+    try:
+        from safetensors import SafetensorError, safe_open  # an extra: only commands that need it ask for it
+    except ImportError:
+        raise UserError(INSTALL) from None
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; download it again") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: damaged or cut short ({error}); download it again") from None
+
+
+def read_into(places: list[tuple[torch.Tensor, str]], stored: dict[str, Stored]) -> None:
+    """Copy tensors by name into `places`, (destination, name), converted to their dtype.
+
+    Each call opens the files anew: pages of a mapped file that were read count as memory until it is closed.
+    """
+    for path in {stored[name].path for _, name in places}:
+        with open_tensors(path) as file:
+            for place, name in places:
+                if stored[name].path == path:
+                    place.copy_(file.get_tensor(name))
+
+
+def listed(names, most: int = 6) -> str:
+    """Return names as text, the first `most` of them."""
+    names = list(names)
+    more = f", .. ({len(names)} in all)" if names[most:] else ""
+    return ", ".join(names[:most]) + more

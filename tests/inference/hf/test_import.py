@@ -1,0 +1,256 @@
+"""Imported models against transformers with the same weights, and folders that must be refused."""
+
+import json
+import pickle
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from config.model import ModelConfig
+from inference import import_hf
+from inference.generation.generator import Generator
+from inference.generation.load import load_full
+from inference.generation.sampling import SamplingParams
+from inference.hf.families import FAMILIES
+from inference.hf.settings import read_settings, write_settings
+from tests.inference.hf.models import CASES, LLAMA3, SMALL, save, write_tokenizer
+from utils.errors import UserError, run_main
+
+BOUND = 1e-5  # of logits of up to 4 in fp32: some 30 roundings of 2^-24 of them
+TIE = 1e-4  # two logits so close may change places, by rounding
+
+
+def run(monkeypatch, *args):
+    """Run the command in this process."""
+    monkeypatch.setattr(sys, "argv", ["import_hf.py", *map(str, args)])
+    import_hf.main()
+
+
+def imported(monkeypatch, folder, out, *args):
+    """Import a folder and open the result."""
+    run(monkeypatch, folder, "--out", out, *args)
+    (path,) = out.glob("*.pkl")
+    return load_full(path)
+
+
+@torch.inference_mode()
+def check_same(ours, theirs, tokens=40):
+    """Compare the logits of two models for random rows."""
+    ids = torch.randint(0, theirs.config.vocab_size, (2, tokens), generator=torch.Generator().manual_seed(1))
+    logits = theirs(ids).logits
+    assert logits.std() > 0.1, "the comparison needs logits that differ"
+    gap = (ours(ids).logits - logits).abs().max().item()
+    assert gap < BOUND, f"logits differ by {gap:.1e}"
+
+
+@torch.inference_mode()
+def check_same_continuation(ours, theirs, count=64):
+    """Compare greedy continuations with a cache, of a prompt alone and on both paths of our generator."""
+    prompt = [5, 17, 200, 31, 8]
+    for fast in (True, False):
+        (answer,) = Generator(ours, fast=fast).generate([prompt], SamplingParams(0.0, max_new_tokens=count))
+        row, logits = torch.tensor([prompt + answer]), None
+        logits = theirs(row).logits[0, len(prompt) - 1 : -1]  # (count, V), for each token that we wrote
+        best = logits.max(dim=-1).values
+        chosen = logits[torch.arange(count), torch.tensor(answer)]
+        assert len(set(answer)) > 3, "the comparison needs a text that is not one token"
+        assert (best - chosen).max() < TIE
+        assert ((best - chosen) == 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_imported_models_compute_the_same(case, tmp_path, monkeypatch):
+    """Every family, by our command: logits, and 64 greedy tokens with the cache."""
+    theirs = save(case, tmp_path / "hf")
+    ours = imported(monkeypatch, tmp_path / "hf", tmp_path / "out").model
+    check_same(ours, theirs)
+    check_same_continuation(ours, theirs)
+
+
+def test_every_family_has_three_configurations():
+    """One of the three must not fail to be noticed when a family is added."""
+    for family in FAMILIES.values():
+        name = family.architecture.removesuffix("ForCausalLM")
+        assert sum(case.partition(",")[0] == name for case in CASES) >= 3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_settings_survive_there_and_back(case):
+    """What is read from a family is written as a family that computes the same."""
+    import transformers
+
+    from tests.inference.hf.models import make_model
+
+    settings = make_model(case).config.to_dict()
+    model = read_settings(settings, case)
+    written = write_settings(model)
+    assert read_settings(written, case) == model or case.startswith(("Mistral", "DeepseekV2"))
+    kind = transformers.AutoConfig.for_model(**written)
+    assert kind.num_hidden_layers == model.num_hidden_layers
+
+
+@pytest.mark.parametrize("case", ("Qwen3, tied, bias", "Qwen2Moe", "Mixtral", "DeepseekV3, groups"))
+def test_files_in_other_forms(case, tmp_path, monkeypatch):
+    """Many small files with an index; bf16, which is read exactly; experts stacked as in memory."""
+    theirs = save(case, tmp_path / "many", max_shard_size="20KB")
+    assert len([*(tmp_path / "many").glob("*.safetensors")]) > 3
+    check_same(imported(monkeypatch, tmp_path / "many", tmp_path / "a").model, theirs)
+    save_kept = theirs.bfloat16()
+    save_kept.save_pretrained(tmp_path / "half")
+    write_tokenizer(tmp_path / "half")
+    check_same(imported(monkeypatch, tmp_path / "half", tmp_path / "b").model, save_kept.float())
+    if case in ("Qwen2Moe", "Mixtral", "DeepseekV3, groups"):
+        theirs.save_pretrained(tmp_path / "stacked", save_original_format=False)
+        names = load_file(tmp_path / "stacked" / "model.safetensors").keys()
+        assert any(name.endswith("mlp.experts.gate_up_proj") for name in names)
+        write_tokenizer(tmp_path / "stacked")
+        check_same(imported(monkeypatch, tmp_path / "stacked", tmp_path / "c").model, theirs)
+
+
+def test_old_spellings():
+    """config.json as transformers 4 wrote it."""
+    old = {"model_type": "llama", "torch_dtype": "bfloat16", "rope_theta": 5e5, **SMALL,
+           "rope_scaling": {key: value for key, value in LLAMA3.items() if key != "rope_theta"}}  # fmt: skip
+    new = {"model_type": "llama", "dtype": "bfloat16", **SMALL, "rope_parameters": LLAMA3}
+    assert read_settings(old, "old") == read_settings(new, "new")
+    assert read_settings(old, "old").rope_theta == 5e5
+    scaling = old["rope_scaling"]
+    older = old | {"rope_scaling": {**scaling, "type": scaling["rope_type"], "rope_type": None}}
+    assert read_settings(older, "older").rope_scaling["type"] == "llama3"
+    moe = {"model_type": "qwen3_moe", **SMALL, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
+    assert read_settings(moe | {"num_experts": 4}, "") == read_settings(moe | {"num_local_experts": 4}, "")
+
+
+@pytest.mark.parametrize(
+    "settings, word",
+    [
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"sliding_window": 8, "attention_sinks": 2}, "attention_sinks"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"n_routed_experts": 4, "scoring_func": "softmax"}, "shared_width"),
+        ({"qk_norm": False, "mlp_bias": True, "attention_bias": True, "attention_out_bias": False}, "o_proj"),
+    ],
+)
+def test_models_without_a_twin_are_not_written(settings, word):
+    """A setting that no family has is named."""
+    from tests.modules.tools import small_config
+
+    with pytest.raises(UserError, match=word):
+        write_settings(small_config(**settings))
+
+
+def test_a_base_that_was_enlarged_is_written_as_one():
+    """The NTK rule has no name there; it is a larger rope_theta."""
+    from tests.modules.tools import small_config
+
+    model = small_config(rope_scaling={"rope_type": "ntk", "factor": 4.0}, head_dim=8)
+    written = write_settings(model)
+    assert written["rope_scaling"] is None
+    assert written["rope_theta"] == pytest.approx(10000 * 4 ** (8 / 6))
+
+
+def edit_json(path, **changes):
+    """Change entries of a JSON file; None removes one."""
+    data = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+
+
+def rewrite(folder, change):
+    """Change the tensors of a folder with `change(tensors)`."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) * 2 // 3])
+
+
+def replace_by_pickle(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}))
+
+
+def leave(folder):
+    target = folder.parent / "elsewhere.safetensors"
+    (folder / "model.safetensors").rename(target)
+    weights = {"model.norm.weight": "../elsewhere.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
+GATE = "model.layers.0.mlp.gate_proj.weight"
+BAD = {
+    "cut": (cut, "damaged or cut short"),
+    "table is nonsense": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "damaged or cut short"),
+    "another shape": (lambda f: rewrite(f, lambda w: w.update({GATE: torch.zeros(3, 4)})), r"\(3, 4\) where"),
+    "missing": (lambda f: rewrite(f, lambda w: w.pop(GATE)), f"missing: {GATE}"),
+    "left over": (lambda f: rewrite(f, lambda w: w.update({"odd.bias": torch.ones(2)})), "left over: odd.bias"),
+    "quantized": (lambda f: rewrite(f, lambda w: w.update({GATE: w[GATE].to(torch.int8)})), "I8"),
+    "unknown family": (lambda f: edit_json(f / "config.json", model_type="gpt2"), "model_type 'gpt2'.*qwen3"),
+    "no family": (lambda f: edit_json(f / "config.json", model_type=None), "model_type None"),
+    "an activation": (lambda f: edit_json(f / "config.json", hidden_act="gelu"), "hidden_act='gelu'"),
+    "a setting missing": (lambda f: edit_json(f / "config.json", vocab_size=None), "vocab_size is missing"),
+    "a wrong type": (lambda f: edit_json(f / "config.json", hidden_size="big"), "hidden_size must be int"),
+    "more layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=3, layer_types=None), "missing: "),
+    "fewer layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=1, layer_types=None), "left over"),
+    "endless layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=10**9), "num_hidden_layers"),
+    "many layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=99999, layer_types=None), "layers,"),
+    "a huge vocabulary": (lambda f: edit_json(f / "config.json", vocab_size=10**12), "where config.json says"),
+    "another rule": (lambda f: edit_json(f / "config.json", rope_parameters={"rope_type": "odd"}), "'odd'"),
+    "quantization": (lambda f: edit_json(f / "config.json", quantization_config={}), "quantized"),
+    "a pickle": (replace_by_pickle, "pytorch_model.bin, a pickle"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[1]"), "JSON object"),
+    "config is cut": (lambda f: (f / "config.json").write_text('{"a": '), "cannot be read as JSON"),
+    "leads out of the folder": (leave, "not a .safetensors file of this folder"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_folders_are_refused(name, tmp_path, monkeypatch, capsys):
+    """One line that says what is wrong, exit code 2, and nothing left behind."""
+    import re
+
+    folder, (spoil, words) = tmp_path / "hf", BAD[name]
+    save("Qwen3, head_dim", folder)
+    spoil(folder)
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: run(monkeypatch, folder, "--out", tmp_path / "out"))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2
+    assert re.search(words, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tied_head_must_be_the_embedding(tmp_path, monkeypatch):
+    """A file may hold both; two different ones contradict config.json."""
+    theirs = save("Qwen2, tied", tmp_path / "hf")
+    table = theirs.model.embed_tokens.weight.detach()
+    rewrite(tmp_path / "hf", lambda weights: weights.update({"lm_head.weight": table.clone()}))
+    check_same(imported(monkeypatch, tmp_path / "hf", tmp_path / "out").model, theirs)
+    rewrite(tmp_path / "hf", lambda weights: weights["lm_head.weight"].add_(1))
+    with pytest.raises(UserError, match="tie_word_embeddings"):
+        run(monkeypatch, tmp_path / "hf", "--out", tmp_path / "again")
+
+
+def test_tables_and_extra_prediction_layers_are_ignored(tmp_path, monkeypatch):
+    """As transformers does: angles in old files, and DeepSeek's layers after the last."""
+    theirs = save("DeepseekV3, groups", tmp_path / "hf")
+    extra = {"model.layers.2.eh_proj.weight": torch.ones(3), "model.layers.0.self_attn.rotary_emb.inv_freq":
+             torch.ones(3)}  # fmt: skip
+    rewrite(tmp_path / "hf", lambda weights: weights.update(extra))
+    check_same(imported(monkeypatch, tmp_path / "hf", tmp_path / "out").model, theirs)
+
+
+def test_an_import_is_not_replaced_unasked(tmp_path, monkeypatch):
+    """--overwrite replaces an earlier one."""
+    save("Qwen3, head_dim", tmp_path / "hf")
+    imported(monkeypatch, tmp_path / "hf", tmp_path / "out")
+    with pytest.raises(UserError, match="--overwrite"):
+        run(monkeypatch, tmp_path / "hf", "--out", tmp_path / "out")
+    assert isinstance(imported(monkeypatch, tmp_path / "hf", tmp_path / "out", "--overwrite").model.config, ModelConfig)
