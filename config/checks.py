@@ -48,8 +48,11 @@ def checked(key: str, value, hint, limits) -> object:
         raise UserError(f"{key} must be {names}, not {value!r} ({type(value).__name__})")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key}={value} must be a finite number")
-    if list in kinds and not all(isinstance(part, str) for part in value):
-        raise UserError(f"{key} must be a list of strings, not {value!r}")
+    if isinstance(value, list):
+        (part_kind,) = next(typing.get_args(kind) for kind in allowed if typing.get_origin(kind) is list)
+        if any(type(part) is not part_kind for part in value):
+            parts = {str: "strings", int: "whole numbers"}[part_kind]
+            raise UserError(f"{key} must be a list of {parts}, not {value!r}")
     for rule, bound in limits.items():
         if not RULES[rule](value, bound):
             words = f"one of {', '.join(bound)}" if rule == "choices" else f"{rule.replace('_', ' ')} {bound}"

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from config.checks import checked, option
 from utils.errors import UserError
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
 
 @dataclass
 class ModelConfig:
@@ -21,8 +23,11 @@ class ModelConfig:
     rms_norm_eps: float = option(1e-6, above=0)
     qk_norm: bool = True
     attention_bias: bool = False  # on q, k, v and o
+    attention_out_bias: bool | None = None  # on o alone; None: as attention_bias. Qwen2 has true and false
+    mlp_bias: bool = False  # on gate, up and down of dense layers
     sliding_window: int | None = option(None, at_least=1)  # tokens, the query's own included
     sliding_window_pattern: int | None = option(None, at_least=2)  # every n-th layer sees all; None: no layer
+    layer_types: list[str] | None = None  # instead of a pattern: of each layer, one of `LAYER_TYPES`
     attention_sinks: int = option(0, at_least=0)  # the first n tokens of a text, which no window hides
     rope_theta: float = option(10000.0, above=1)  # raising it is ABF, arXiv 2309.16039
     rope_scaling: dict | None = None  # old or new Hugging Face spelling, see modules/rope_scaling.py
@@ -41,13 +46,17 @@ class ModelConfig:
     n_routed_experts: int = option(0, at_least=0)
     num_experts_per_tok: int = option(4, at_least=1)
     n_shared_experts: int = option(2, at_least=0)  # one MLP of that many times the width
+    shared_expert_intermediate_size: int | None = option(None, at_least=1)  # another width of that MLP
+    shared_expert_gate: bool = False  # each token scales the output of the shared experts, as in Qwen2-MoE
     moe_intermediate_size: int = option(128, at_least=1)  # width of one expert
     first_k_dense_replace: int = option(0, at_least=0)  # the first layers keep a dense feed-forward
+    mlp_only_layers: list[int] | None = None  # and so do these, counted from 0
     scoring_func: str = option("sigmoid", choices=("sigmoid", "softmax"))
     norm_topk_prob: bool = True  # the weights of the chosen experts sum to 1
     routed_scaling_factor: float = option(1.0, above=0)
     n_group: int = option(1, at_least=1)  # experts are divided into groups, and a
-    topk_group: int = option(1, at_least=1)  # token chooses from its best groups only
+    topk_group: int = option(1, at_least=1)  # token chooses from its best groups only, ranked by the sum of
+    topk_method: str = option("noaux_tc", choices=("noaux_tc", "group_limited_greedy"))  # two experts, or one
     router_jitter_noise: float = option(0.0, at_least=0, below=1)  # in training: router input times 1 +- this
     moe_implementation: str = option("auto", choices=("auto", "grouped", "loop"))
 
@@ -69,17 +78,31 @@ class ModelConfig:
             return self.qk_rope_head_dim
         return int(self.head_dim * self.partial_rotary_factor)
 
+    @property
+    def out_bias(self) -> bool:
+        """True if the output projection of grouped-query attention has a bias."""
+        return self.attention_bias if self.attention_out_bias is None else self.attention_out_bias
+
+    @property
+    def shared_width(self) -> int:
+        """The width of the MLP that is the shared experts; 0 without any."""
+        return self.shared_expert_intermediate_size or self.n_shared_experts * self.moe_intermediate_size
+
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether layer `layer` has experts; the one after the last is that of sequential MTP."""
-        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
+        dense = layer < self.first_k_dense_replace or layer in (self.mlp_only_layers or ())
+        return self.n_routed_experts > 0 and not dense
 
     def layer_window(self, layer: int) -> int | None:
         """Return the window of layer `layer`, or None if it sees all.
 
-        With a pattern of n, layers n-1, 2n-1, .. see all (Gemma 3), and so does that of sequential MTP.
+        With a pattern of n, layers n-1, 2n-1, .. see all (Gemma 3). With a pattern, or types of layers, that
+        of sequential MTP sees all.
         """
-        every = self.sliding_window_pattern
+        every, kinds = self.sliding_window_pattern, self.layer_types
         local = every is None or (layer % every != every - 1 and layer < self.num_hidden_layers)
+        if kinds is not None:
+            local = kinds[layer : layer + 1] == ["sliding_attention"]
         return self.sliding_window if local else None
 
     def layer_reach(self, layer: int, length):
@@ -136,6 +159,10 @@ class ModelConfig:
             "in latent attention set model.qk_rope_head_dim"
         )
         yield window is not None, f"model.sliding_window={window} needs model.attention_kind=gqa: change one"
+        yield self.attention_out_bias is not None, (
+            "model.attention_out_bias needs model.attention_kind=gqa: in latent attention set "
+            "model.attention_bias alone"
+        )
 
     def chunk_rules(self):
         """Yield the same for dual chunk attention, if it is asked for."""
@@ -162,23 +189,56 @@ class ModelConfig:
         )
 
     def window_rules(self):
-        """Yield the same for settings that mean nothing without a window."""
+        """Yield the same for settings that mean nothing without a window, and for the types of layers."""
         for name in ("sliding_window_pattern", "attention_sinks"):
             value = getattr(self, name)
             yield value and self.sliding_window is None, (
                 f"model.{name}={value} needs a window: set model.sliding_window, or leave it out"
             )
+        window, every, kinds = self.sliding_window, self.sliding_window_pattern, self.layer_types
+        if kinds is None:
+            return
+        unknown = ", ".join(sorted(set(kinds) - set(LAYER_TYPES)))
+        yield unknown, f"model.layer_types does not take {unknown}; it takes {', '.join(LAYER_TYPES)}"
+        yield len(kinds) != self.num_hidden_layers, (
+            f"model.layer_types has {len(kinds)} entries for model.num_hidden_layers="
+            f"{self.num_hidden_layers}: give each layer one"
+        )
+        yield every is not None, (
+            f"model.sliding_window_pattern={every} and model.layer_types both say which layers see all: "
+            "leave one out"
+        )
+        local = "sliding_attention" in kinds
+        yield local and window is None, (
+            "model.layer_types has sliding_attention, which needs a window: set model.sliding_window"
+        )
+        yield window is not None and not local, (
+            f"model.sliding_window={window} is that of no layer, since model.layer_types has no "
+            "sliding_attention: leave one out"
+        )
 
     def expert_rules(self):
         """Yield the same for a mixture of experts; a dense model has no such rules."""
         E, K, groups, best = self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group
         if E == 0:
             return
-        layers = self.num_hidden_layers + (self.mtp == "sequential")
+        layers, dense = self.num_hidden_layers + (self.mtp == "sequential"), self.mlp_only_layers
         yield self.first_k_dense_replace >= layers, (
             f"model.first_k_dense_replace={self.first_k_dense_replace} leaves none of {layers} layers with "
             "experts: lower it, or set model.n_routed_experts=0"
         )
+        yield not all(0 <= layer < self.num_hidden_layers for layer in dense or ()), (
+            f"model.mlp_only_layers={dense} names a layer that is not there: layers are 0 to "
+            f"{self.num_hidden_layers - 1}"
+        )
+        yield not any(map(self.is_moe_layer, range(layers))), (
+            f"model.mlp_only_layers={dense} leaves no layer with experts: shorten it, or set "
+            "model.n_routed_experts=0"
+        )
+        for name in ("shared_expert_intermediate_size", "shared_expert_gate"):
+            yield getattr(self, name) and not self.n_shared_experts, (
+                f"model.{name}={getattr(self, name)} needs a shared expert: set model.n_shared_experts=1"
+            )
         yield K > E, f"model.num_experts_per_tok={K} is more than model.n_routed_experts={E}: lower it"
         yield K == 1 and self.norm_topk_prob, (
             "model.num_experts_per_tok=1 with model.norm_topk_prob=true makes every weight 1, so the router "
@@ -189,6 +249,6 @@ class ModelConfig:
         yield best * E // groups < K, (
             f"model.topk_group={best} groups have fewer than model.num_experts_per_tok={K} experts: raise it"
         )
-        yield groups > 1 and E // groups < 2, (
+        yield groups > 1 and E // groups < 2 and self.topk_method == "noaux_tc", (
             f"model.n_group={groups} leaves one expert per group, and groups are ranked by two: lower it"
         )

@@ -8,9 +8,9 @@ Pre-norm: each block reads a normalised copy of the residual stream and adds its
 pass through unchanged (arXiv 2002.04745). The feed-forward is a SwiGLU or a mixture of experts, the attention
 is grouped-query or latent, and a second prediction head (MTP) is optional.
 
-The same weights give the same logits in Hugging Face's `Qwen3ForCausalLM` (dense), `Dots1ForCausalLM`
-(experts), `Qwen3MoeForCausalLM` (softmax router, no shared expert) and `DeepseekV3ForCausalLM` (latent
-attention): the parameters have the same names.
+The same weights give the same logits in Hugging Face's `...ForCausalLM` of Llama, Qwen2 and Qwen3 (dense),
+Dots1, Qwen2Moe and Qwen3Moe (experts), DeepseekV2 and DeepseekV3 (latent attention too). The parameters have
+the same names, but for the shared experts of Qwen2Moe.
 
     input_ids: (B, T) -> hidden (B, T, C) -> logits (B, T, V)
 """
@@ -67,7 +67,8 @@ class DecoderLayer(CheckpointedLayer):
         attention = LatentAttention if config.attention_kind == "mla" else grouped
         self.self_attn = attention(config, layer if slot is None else slot)
         self.has_experts = config.is_moe_layer(layer)
-        self.mlp = MoE(config) if self.has_experts else SwiGLU(config.hidden_size, config.intermediate_size)
+        dense = (config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.mlp = MoE(config) if self.has_experts else SwiGLU(*dense)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)

@@ -4,6 +4,8 @@
 
     x: (B, T, C)   gate, up: C -> F   down: F -> C   ->   (B, T, C)
 
+Each of the three is a matrix, and with `bias` a vector that is added to its product (Llama's `mlp_bias`).
+
 There are three matrices instead of the classic two, so F is usually about 8/3 C, which keeps the parameter
 count of a classic feed-forward with 4 C channels.
 
@@ -16,13 +18,13 @@ from torch import nn
 
 
 class SwiGLU(nn.Module):
-    """`forward(x)`: (B, T, C) -> (B, T, C) through F hidden channels, without biases."""
+    """`forward(x)`: (B, T, C) -> (B, T, C) through F hidden channels."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int):
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x):
         """(B, T, C) -> (B, T, C)."""

@@ -79,7 +79,7 @@ def gradients(config: ModelConfig, batch: MicroBatch, layer: int) -> float:
     stream, inner, kept = (FP32 + wide) * C, 2 * F, 4 * F
     if config.is_moe_layer(layer):
         F = config.moe_intermediate_size
-        inner, kept = K * (C + 2 * F), 4 * F * (K + config.n_shared_experts)
+        inner, kept = K * (C + 2 * F), 4 * (K * F + config.shared_width)
     keys = kept_keys(config, batch, layer)
     scores = 2 * config.num_attention_heads * keys if keys == batch.length else 0  # blocks need few at a time
     return stream + wide * max(inner, scores - kept)
@@ -131,7 +131,8 @@ def layer_table(config: ModelConfig, batch: MicroBatch, layer: int) -> dict[str,
         "router: input, scores": (FP32 * C if wide < FP32 else 0) + FP32 * E,
         "chosen experts, rows, weights": 3 * INT64 * K + K * wide + FP32 * (K + 1) * config.norm_topk_prob,
         "routed: gate, up, SiLU, their product": K * 4 * wide * F,
-        "shared: gate, up, SiLU, their product": config.n_shared_experts * 4 * wide * F,
+        "shared: gate, up, SiLU, their product": 4 * wide * config.shared_width,
+        "shared: output and its factor": config.shared_expert_gate * wide * (C + 1),
     }
 
 

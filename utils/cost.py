@@ -23,7 +23,7 @@ from utils.activations import MicroBatch, head_bytes, head_widths, kept_bytes, r
 FP32, BF16 = 4, 2  # bytes per number
 PARTS = {  # a word in the name of a parameter -> its part of the model; the first match counts
     "mtp.": "mtp", "embed_tokens": "embedding", "norm": "norms", "self_attn": "attention",
-    "shared_experts": "shared experts", "experts": "routed experts", ".gate.": "router",
+    "shared_expert": "shared experts", "experts": "routed experts", ".gate.": "router",
     "mlp": "feed-forward", "lm_head": "head",
 }  # fmt: skip
 
@@ -35,7 +35,7 @@ class Group:
     total: int = 0
     active: int = 0  # used for one token; less than `total` with a mixture of experts
     multiplied: int = 0  # used for one token in matrix products, which cost FLOPs
-    adam: int = 0  # trained by Adam under Muon: gains, biases, tables of vectors
+    adam: int = 0  # trained by Adam under Muon: gains, biases, vectors and tables of them
 
 
 @dataclass
@@ -153,7 +153,7 @@ def parameter_groups(model: nn.Module) -> dict[str, Group]:
     for name, parameter in model.named_parameters():
         part = next(part for word, part in PARTS.items() if word in name)
         group, count = groups[part], parameter.numel()
-        routed, table = ".experts." in name, any(word in name for word in ("embed", "lm_head", ".gate."))
+        routed, table = ".experts." in name, any(word in name for word in ("embed", "lm_head", "gate."))
         chosen = count * config.num_experts_per_tok // config.n_routed_experts if routed else count
         group.total += count
         group.active += 0 if part == "mtp" else chosen

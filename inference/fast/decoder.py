@@ -57,7 +57,7 @@ def refusal(model, rows: int = 1) -> str:
             return f"{name or 'the model'} is of the unknown type {type(part).__name__}"
         if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
             return f"{name or 'the model'} has hooks or a forward of its own"
-    for setting in ("attention_bias", "sliding_window", "final_logit_softcapping"):
+    for setting in ("sliding_window", "final_logit_softcapping"):
         if getattr(model.config, setting):
             return f"{setting} is not supported"
     if model.config.n_group != 1 or model.model.rotary_emb.depends_on_length:

@@ -45,6 +45,17 @@ def joined(linears, dtype, norm=None):
     return prepared(torch.cat([linear.weight for linear in linears]), dtype, norm)
 
 
+def biases(linears, dtype):
+    """Return their biases as one vector (sum of outs,), or None if they have none."""
+    vectors = [linear.bias for linear in linears if linear.bias is not None]
+    return torch.cat(vectors).to(dtype) if vectors else None
+
+
+def product(x, matrix, bias, out):
+    """Write x (B, in) times matrix (in, out), plus the bias (out,) if there is one, into `out` (B, out)."""
+    torch.mm(x, matrix, out=out) if bias is None else torch.addmm(bias, x, matrix, out=out)
+
+
 class Place(NamedTuple):
     """The place of the new token of each row, the same in all layers. One row needs the first two alone."""
 
@@ -60,8 +71,9 @@ class FastAttention:
 
     def __init__(self, attention, norm, config, dtype, partner):
         self.H, self.G, self.D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.qkv = joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype, norm)
-        self.out, self.partner = joined([attention.o_proj], dtype), partner
+        linears, last = [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]
+        self.qkv, self.qkv_bias = joined(linears, dtype, norm), biases(linears, dtype)
+        self.out, self.out_bias, self.partner = joined(last, dtype), biases(last, dtype), partner
         self.eps, self.gains = config.rms_norm_eps, None
         if config.qk_norm:
             gains = [gain(attention.q_norm, dtype)] * self.H + [gain(attention.k_norm, dtype)] * self.G
@@ -83,7 +95,7 @@ class FastAttention:
         store: for one row, the slot (1, 2, G, D) of its new key and value; for several, all slots of the
         layer, (slots, D). seen (2, B, G, S, D): keys and values to attend to, the new ones included.
         """
-        torch.mm(normed, self.qkv, out=self.heads)
+        product(normed, self.qkv, self.qkv_bias, self.heads)
         if self.gains is not None:
             self.norm(self.qk).mul_(self.gains)
         torch.index_select(self.rows, 1, self.partner, out=self.turned_rows)
@@ -99,14 +111,18 @@ class FastAttention:
             scores = scores_of(self.q, keys, self.D**-0.5).add_(place.bias)  # (B, H, 1, S)
             attended = weighted_sum(scores.softmax(dim=-1), values)
         hidden.addmm_(attended.view(len(hidden), -1), self.out)  # (B, H, 1, D) -> (B, H*D)
+        if self.out_bias is not None:
+            hidden.add_(self.out_bias)
 
 
 class FastMLP:
-    """SwiGLU."""
+    """SwiGLU. `gate`: the layer that scales the output of shared experts, which have no biases."""
 
-    def __init__(self, mlp, norm, dtype):
-        self.gate_up = joined([mlp.gate_proj, mlp.up_proj], dtype, norm)  # (C, 2F)
-        self.down = joined([mlp.down_proj], dtype)
+    def __init__(self, mlp, norm, dtype, gate=None):
+        linears, last = [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]
+        self.gate_up, self.bias = joined(linears, dtype, norm), biases(linears, dtype)  # (C, 2F), (2F,)
+        self.down, self.down_bias = joined(last, dtype), biases(last, dtype)
+        self.factor = None if gate is None else joined([gate], dtype, norm)  # (C, 1)
 
     def hold(self, B: int) -> None:
         """Make the memory for B rows."""
@@ -115,8 +131,13 @@ class FastMLP:
 
     def add(self, hidden, normed):
         """Add the output for `normed` to `hidden`, both (B, C)."""
-        torch.mm(normed, self.gate_up, out=self.both)
-        hidden.addmm_(F.silu(self.gate, inplace=True).mul_(self.up), self.down)
+        product(normed, self.gate_up, self.bias, self.both)
+        inner = F.silu(self.gate, inplace=True).mul_(self.up)  # (B, F)
+        if self.factor is not None:
+            inner.mul_(torch.mm(normed, self.factor).sigmoid_())
+        hidden.addmm_(inner, self.down)
+        if self.down_bias is not None:
+            hidden.add_(self.down_bias)
 
 
 class FastMoE:
@@ -134,7 +155,8 @@ class FastMoE:
         self.gate_up = prepared(moe.experts.gate_up_proj, dtype, norm)  # (E, C, 2F)
         self.down = prepared(moe.experts.down_proj, dtype)  # (E, F, C)
         self.each = list(zip(self.gate_up, self.down, strict=True))
-        self.shared = FastMLP(moe.shared_experts, norm, dtype) if moe.shared_experts is not None else None
+        gate, shared = moe.shared_expert_gate, moe.shared_experts
+        self.shared = FastMLP(shared, norm, dtype, gate) if shared is not None else None
         both = self.gate_up.new_empty(self.chosen, self.gate_up.shape[2])
         self.gate, self.up = both.chunk(2, dim=1)
         self.rows, self.gate_rows = both.split(1), self.gate.split(1)

@@ -26,6 +26,7 @@ from modules.experts.moe import Experts
 from utils.errors import UserError
 
 GROUPS = {"self_attn": "attention", "mlp": "dense", "shared_experts": "shared"}  # linear layers, by parent
+ALONE = "shared_expert_gate"  # a row under `mlp`, in no group: a target by its name only
 REFUSED = {
     "lm_head": "the loss reads its weight directly, and the embedding may share it",
     "gate": "a router is trained as a whole or not at all",
@@ -72,7 +73,7 @@ def find_targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Module]:
         if isinstance(layer, (Experts, LoraExperts)):
             labels[path] = {"experts"}
         elif isinstance(layer, (nn.Linear, LoraLinear)) and name not in REFUSED:
-            labels[path] = {name, GROUPS.get(parent, name)}
+            labels[path] = {name, name if name == ALONE else GROUPS.get(parent, name)}
     there = set().union(*labels.values())
     offer = f"this model has {', '.join(sorted(there)) or 'no linear layer'}"
     for target in wanted:

@@ -6,7 +6,8 @@
     x: (B, T, C)   Wg, Wu: C -> F   Wd: F -> C, frozen   A_k: in -> R   B_k: R -> out   ->   (B, T, C)
 
 The experts share the large products. Wg x and Wu x do not depend on the expert and are computed once, and so
-is the product with Wd, as sum g_k Wd h_k = Wd (sum g_k h_k).
+is the product with Wd, as sum g_k Wd h_k = Wd (sum g_k h_k). A bias that the base has on Wd is added once, as
+the g_k sum to 1.
 
 Since ranks are small, tokens need not be sorted. The A of all experts are one matrix (E*R, in), whose product
 holds the ranks of each expert side by side; a mask of zeros and ones keeps those of the chosen expert; the B
@@ -29,7 +30,7 @@ from torch import nn
 from config.adapters import MixLoraConfig
 from config.model import ModelConfig
 from modules.adapters.lora import wide
-from modules.experts.moe import MoE
+from modules.experts.moe import MoE, gated
 from modules.experts.router import Routing, TopkRouter
 from modules.mlp import SwiGLU
 from utils.errors import UserError
@@ -123,6 +124,7 @@ class MixLoraMoE(nn.Module):
         super().__init__()
         self.gate, self.experts = base.gate, base.experts
         self.shared_experts = MixLoraMLP(base.shared_experts, config)
+        self.shared_expert_gate = base.shared_expert_gate
         self.train(base.training)
 
     def forward(self, x) -> tuple[torch.Tensor, Routing]:
@@ -131,7 +133,7 @@ class MixLoraMoE(nn.Module):
         frozen = self.gate(tokens)
         y = self.experts(tokens, frozen.indices, frozen.weights).view(x.shape)
         shared, routing = self.shared_experts(x)
-        return y + shared, routing
+        return y + gated(shared, self.shared_expert_gate, x), routing
 
 
 def add_mixlora(model, config: MixLoraConfig) -> None:

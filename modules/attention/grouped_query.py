@@ -66,7 +66,7 @@ class GroupedQueryAttention(nn.Module):
 
     Args:
         config: reads hidden_size, num_attention_heads, num_key_value_heads, head_dim, qk_norm, rms_norm_eps,
-            attention_bias, attention_dropout, attn_implementation, rope_interleaved.
+            attention_bias, out_bias, attention_dropout, attn_implementation, rope_interleaved.
         layer: this layer's number, which is its place in the cache.
     """
 
@@ -80,7 +80,7 @@ class GroupedQueryAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 

@@ -1,13 +1,15 @@
 """Mixture of experts (MoE): many small feed-forwards, of which each token uses a few.
 
-    y = shared(x) + sum over the chosen experts i of  g_i * down_i( silu(gate_i(x)) * up_i(x) )
+    y = a * shared(x) + sum over the chosen experts i of  g_i * down_i( silu(gate_i(x)) * up_i(x) )
 
     x: (B, T, C)   gate_i, up_i: C -> F   down_i: F -> C   i = 1..E, K chosen   ->   (B, T, C)
+    a: 1, or with `shared_expert_gate` sigmoid(x w^T), w: (1, C)
 
 Parameters grow with E, the work per token with K only. In DeepSeekMoE (arXiv 2401.06066) experts are many and
 narrow, so K of them can be combined in many ways. Shared experts see every token and learn what all tokens
-need; n shared experts are one SwiGLU of n times the width, added to the routed ones. No token is dropped when
-an expert is popular (as in MegaBlocks, arXiv 2211.15841).
+need; n shared experts are one SwiGLU of n times the width, added to the routed ones. In Qwen2-MoE (arXiv
+2407.10671) its width is free, and a gate of one row lets each token say how much of it to add. No token is
+dropped when an expert is popular (as in MegaBlocks, arXiv 2211.15841).
 
 Experts are stacked as in Hugging Face: `gate_up_proj` (E, 2F, C), gate first, and `down_proj` (E, C, F).
 `loop_experts` is the textbook form, `modules/experts/grouped.py` the fast one; a test compares them.
@@ -62,16 +64,21 @@ class Experts(nn.Module):
         return run_experts(self.implementation, x, indices, weights, self.gate_up_proj, self.down_proj)
 
 
+def gated(shared, gate, x):
+    """Return the output of the shared experts for x, as `gate` scales it (None: as it is). All (B, T, C)."""
+    return shared if gate is None else gate(x).sigmoid() * shared
+
+
 class MoE(nn.Module):
     """`forward(x)`: (B, T, C) -> (B, T, C) and the `Routing` of its N = B*T tokens."""
 
     def __init__(self, config):
         super().__init__()
         self.gate = TopkRouter(config)
-        width = config.moe_intermediate_size
-        self.experts = Experts(config.n_routed_experts, config.hidden_size, width, config.moe_implementation)
-        width = config.n_shared_experts * width
-        self.shared_experts = SwiGLU(config.hidden_size, width) if width else None
+        C, width = config.hidden_size, config.moe_intermediate_size
+        self.experts = Experts(config.n_routed_experts, C, width, config.moe_implementation)
+        self.shared_experts = SwiGLU(C, config.shared_width) if config.shared_width else None
+        self.shared_expert_gate = nn.Linear(C, 1, bias=False) if config.shared_expert_gate else None
 
     def forward(self, x) -> tuple[torch.Tensor, Routing]:
         """(B, T, C) -> (B, T, C), Routing."""
@@ -79,7 +86,7 @@ class MoE(nn.Module):
         routing = self.gate(tokens)
         y = self.experts(tokens, routing.indices, routing.weights).view(x.shape)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(x)
+            y = y + gated(self.shared_experts(x), self.shared_expert_gate, x)
         return y, routing
 
 

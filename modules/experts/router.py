@@ -8,8 +8,9 @@
 
 The choice has no gradient: W is trained through the weights g alone. b steers the choice towards idle experts
 (balancing without a loss, arXiv 2408.15664); it is not a parameter and never part of the weights. With groups
-(arXiv 2412.19437) a token takes only the `topk_group` best of `n_group` groups of experts, ranked by the sum
-of their two best: with one group per machine, a token then visits few machines.
+a token takes only the `topk_group` best of `n_group` groups of experts: with one group per machine, it then
+visits few machines. `topk_method` ranks a group by the sum of its two largest s_i + b_i (`noaux_tc`, as in
+DeepSeek-V3, arXiv 2412.19437) or by the largest (`group_limited_greedy`, DeepSeek-V2, arXiv 2405.04434).
 
 Sigmoid scores each expert by itself, as in DeepSeek-V3 (arXiv 2412.19437); softmax runs over all experts, as
 in Switch (arXiv 2101.03961) and Qwen3Moe. Names as in `DeepseekV3TopkRouter`.
@@ -100,7 +101,8 @@ def choose_experts(logits, bias, config) -> Routing:
     scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
     choice = scores.detach() + bias
     if config.n_group > 1:
-        choice = keep_best_groups(choice, config.n_group, config.topk_group)
+        count = 1 if config.topk_method == "group_limited_greedy" else 2
+        choice = keep_best_groups(choice, config.n_group, config.topk_group, count)
     indices = choice.topk(config.num_experts_per_tok, dim=-1).indices  # (N, K)
     weights = scores.gather(1, indices)
     if config.norm_topk_prob:
@@ -108,13 +110,13 @@ def choose_experts(logits, bias, config) -> Routing:
     return Routing(logits, scores, indices, weights * config.routed_scaling_factor)
 
 
-def keep_best_groups(choice, groups: int, kept: int):
-    """Mask (N, E) by -inf outside of the `kept` groups whose two best experts have the largest sum.
+def keep_best_groups(choice, groups: int, kept: int, count: int):
+    """Mask (N, E) by -inf outside of the `kept` groups whose `count` best experts have the largest sum.
 
     A mask of 0 would not do: it could win against experts with a negative bias.
     """
     grouped = choice.unflatten(1, (groups, -1))  # (N, groups, E/groups)
-    ranking = grouped.topk(2, dim=-1).values.sum(dim=-1)  # (N, groups)
+    ranking = grouped.topk(count, dim=-1).values.sum(dim=-1)  # (N, groups)
     dropped = torch.ones_like(ranking, dtype=torch.bool)
     dropped.scatter_(1, ranking.topk(kept, dim=-1).indices, False)
     return grouped.masked_fill(dropped[..., None], -torch.inf).flatten(1)

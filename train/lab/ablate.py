@@ -68,7 +68,8 @@ def cells_of(base: RunConfig) -> dict[str, tuple[str, dict]]:
         return others
     return {
         "dense": ("one feed-forward, no experts",
-                  {"model.n_routed_experts": 0, "model.intermediate_size": (chosen + shared) * width}),
+                  {"model.n_routed_experts": 0,
+                   "model.intermediate_size": chosen * width + model.shared_width}),
         "fine": ("twice as many experts, half as wide",
                  {"model.n_routed_experts": 2 * experts, "model.num_experts_per_tok": 2 * chosen,
                   "model.n_shared_experts": 2 * shared, "model.moe_intermediate_size": width // 2}),
@@ -175,7 +176,7 @@ def plan(name: str, common: list[str], max_steps: int, wanted=None) -> tuple[lis
 
 def used_widths(model: ModelConfig) -> list[int]:
     """Return, for each layer, the feed-forward width that one token uses, over all its experts."""
-    width = (model.num_experts_per_tok + model.n_shared_experts) * model.moe_intermediate_size
+    width = model.num_experts_per_tok * model.moe_intermediate_size + model.shared_width
     layers = range(model.num_hidden_layers)
     return [width if model.is_moe_layer(layer) else model.intermediate_size for layer in layers]
 

@@ -154,7 +154,7 @@ def our_steps(config, machine) -> dict:
     for kind in dict.fromkeys([config.model.attn_implementation, "sdpa"]):
         shapes[f"TinySeek ({kind})"] = dataclasses.replace(config.model, attn_implementation=kind)
     if (model := config.model).n_routed_experts:  # as wide as the experts that one token uses
-        width = (model.num_experts_per_tok + model.n_shared_experts) * model.moe_intermediate_size
+        width = model.num_experts_per_tok * model.moe_intermediate_size + model.shared_width
         shapes[DENSE] = dataclasses.replace(model, n_routed_experts=0, intermediate_size=width)
 
     def loss(model, inputs, labels):
