@@ -19,6 +19,7 @@ from config.load import from_dict
 from config.schema import RunConfig
 from load_data.chat.chat_template import ChatTemplate
 from load_data.tokenization.tokenizer import Tokenizer
+from model.blank import blank
 from model.adapters import ADAPTERS, adapted, soft_tokens
 from model.tinyseek import TinySeek
 from modules.adapters.lora_model import fold
@@ -107,9 +108,9 @@ def build(kind: Callable, about: dict, path: str | Path) -> tuple[torch.nn.Modul
         )
     if shape.num_hidden_layers > len(weights):
         raise UserError(f"{path}: it names {shape.num_hidden_layers} layers and has {len(weights)} weights")
-    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        load_weights(kind(shape), weights, str(path))  # compares shapes; a meta tensor has no memory
-    model = kind(shape)
+    with warnings.catch_warnings(action="ignore"):
+        load_weights(blank(kind, shape, "meta"), weights, str(path))  # compares shapes, without memory
+    model = blank(kind, shape)
     load_weights(model, weights, str(path))
     return model, tokenizer, config
 

@@ -17,6 +17,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = ("F64", "F32", "F16", "BF16")
 INSTALL = "the package safetensors is missing: pip install safetensors"
 MOST_JSON = 64 * 2**20  # bytes
+MAPPED = 2**24  # bytes that are read from one opening of a file, or one tensor
 
 
 def read_json_file(folder: Path, name: str) -> dict:
@@ -94,13 +95,16 @@ def open_tensors(path: Path):
 def read_into(places: list[tuple[torch.Tensor, str]], stored: dict[str, Stored]) -> None:
     """Copy tensors by name into `places`, (destination, name), converted to their dtype.
 
-    Each call opens the files anew: pages of a mapped file that were read count as memory until it is closed.
+    Trap: what was read of a mapped file counts as memory until it is closed, so it is opened again and again.
     """
-    for path in {stored[name].path for _, name in places}:
+    waiting = sorted(places, key=lambda place: stored[place[1]].path, reverse=True)
+    while waiting:
+        path, size = stored[waiting[-1][1]].path, 0
         with open_tensors(path) as file:
-            for place, name in places:
-                if stored[name].path == path:
-                    place.copy_(file.get_tensor(name))
+            while waiting and stored[waiting[-1][1]].path == path and size < MAPPED:
+                place, name = waiting.pop()
+                place.copy_(file.get_tensor(name))
+                size += place.numel() * 4
 
 
 def listed(names, most: int = 6) -> str:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from config.model import ModelConfig
 from inference.hf.families import Family
 from inference.hf.folder import Stored, listed, read_into
+from model.blank import blank
 from model.tinyseek import TinySeek
 from modules.rope_pairing import other_pairing
 from utils.errors import UserError
@@ -27,8 +28,7 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 def shapes_of(config: ModelConfig) -> dict[str, torch.Tensor]:
     """Return our weights by name, without memory. Tied weights have two names; a head of MTP is left out."""
-    with torch.device("meta"):
-        state = TinySeek(config).state_dict()
+    state = blank(TinySeek, config, "meta").state_dict()
     return {name: tensor for name, tensor in state.items() if not name.startswith("mtp.")}
 
 
@@ -87,7 +87,7 @@ def read_weights(config: ModelConfig, family: Family, stored: dict[str, Stored],
     weights = {}
     total = sum(4 * shapes[name].numel() for name in plan)
     with tqdm(total=total, unit="B", unit_scale=True, desc="reading") as bar:
-        for name in plan:
+        for name in sorted(plan, key=lambda name: -shapes[name].numel()):  # the largest while memory is free
             weights[name] = torch.empty(shapes[name].shape)
             read_into(pieces(name, weights[name], family, stored), stored)
             bar.update(4 * weights[name].numel())

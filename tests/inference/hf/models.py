@@ -85,7 +85,8 @@ def make_model(case: str, seed=0):
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "inv_freq" in name:
                 continue
-            noise = torch.randn(tensor.shape, generator=generator) * 0.15
+            scale = 0.1 if name in ("model.embed_tokens.weight", "lm_head.weight") else 0.25
+            noise = torch.randn(tensor.shape, generator=generator) * scale
             tensor.copy_(1 + noise if "norm" in name else noise)
     return model
 
