@@ -1,8 +1,9 @@
 """Text to token ids and back.
 
-Two kinds share one class. `bpe` is byte-level byte-pair encoding (Sennrich et al., arXiv 1508.07909; bytes as
+Three kinds share one class. `bpe` is byte-level byte-pair encoding (Sennrich et al., arXiv 1508.07909; bytes as
 in GPT-2): every text is a sequence of UTF-8 bytes, so nothing is ever unknown, and frequent pairs are merged
 into longer tokens (load_data/byte_pair.py does it by hand). `char` gives one id to each distinct character.
+`hf` is any tokenizer of Hugging Face's format (hf_tokenizer.py).
 
 Special tokens exist only as ids: `encode` cannot reach them, so no text can produce one. Only the chat
 template writes them. Those that mark turns take the first ids. Those that mark parts of an answer take the
@@ -48,12 +49,15 @@ def byte_characters() -> list[str]:
 
 
 class Tokenizer:
-    """The base class of both kinds. A subclass sets these attributes, and encodes."""
+    """The base class of all kinds. A subclass sets these attributes, and encodes."""
 
     kind: str
     contents: dict  # all else that `from_json` needs
     special_ids: dict[str, int]
     id_to_bytes: list[bytes]  # the bytes of each id; special tokens have none
+    parts_key = "parts"  # of `contents`: special tokens with the last ids
+    strips: dict[str, tuple[bool, bool]] = {}  # special tokens that swallow white space before, or after, them
+    turns: dict | None = None  # the markers of a chat template of its own (turns.py)
 
     @property
     def vocab_size(self) -> int:
@@ -64,6 +68,21 @@ class Tokenizer:
     def eos_id(self) -> int:
         """The id that separates two documents."""
         return self.special_ids[END_OF_TEXT]
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """The ids that end a text."""
+        return [self.eos_id]
+
+    @cached_property
+    def begin(self) -> list[int]:
+        """The ids that begin a text: here it follows another one."""
+        return [self.eos_id]
+
+    @property
+    def separator(self) -> list[int]:
+        """The ids between two documents."""
+        return [self.eos_id]
 
     @property
     def pad_id(self) -> int:
@@ -88,6 +107,14 @@ class Tokenizer:
         """Return the ids of each text."""
         raise NotImplementedError
 
+    def encode_section(self, text: str) -> list[int]:
+        """Return the ids of a text that follows a special token."""
+        return self.encode(text)
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Return the ids of a text that follows other text."""
+        return self.encode(text)
+
     def decode(self, ids, skip_special: bool = True) -> str:
         """Return the text of `ids`, special tokens left out or spelled out; invalid bytes become U+FFFD.
 
@@ -104,7 +131,7 @@ class Tokenizer:
         self.special_ids |= {name: one for one, name in enumerate(names, start=self.vocab_size)}
         self.id_to_bytes += [b""] * len(names)
         if names:
-            self.contents["parts"] = list(names)
+            self.contents[self.parts_key] = list(names)
 
     def to_json(self) -> str:
         """Return the whole tokenizer as JSON text."""
@@ -120,6 +147,10 @@ class Tokenizer:
             if data["kind"] == "bpe":
                 merges = [tuple(pair.split(" ")) for pair in data["merges"]]
                 return BpeTokenizer(merges, data["pattern"], data.get("parts", ()))
+            if data["kind"] == "hf":
+                from load_data.tokenization.hf_tokenizer import HfTokenizer  # which imports this file
+
+                return HfTokenizer(data["files"], data["added"], data["turns"])
             problem = f"unknown kind {data['kind']!r}"
         except Exception as error:  # noqa: BLE001 - a bad pattern raises plain Exception
             problem = f"{type(error).__name__}: {error}"
@@ -155,12 +186,8 @@ class BpeTokenizer(Tokenizer):
         self.backend.pre_tokenizer = split_and_spell(pattern)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of each text; a lone surrogate, which is not a character, is read as U+FFFD."""
-        try:
-            encodings = self.backend.encode_batch_fast(texts)
-        except TypeError:  # the library's answer to a lone surrogate
-            encodings = self.backend.encode_batch_fast([without_surrogates(text) for text in texts])
-        return [encoding.ids for encoding in encodings]
+        """Return the ids of each text."""
+        return encoded(self.backend, texts)
 
 
 class CharTokenizer(Tokenizer):
@@ -196,6 +223,16 @@ def split_and_spell(pattern: str) -> pre_tokenizers.PreTokenizer:
     """Return a pre-tokenizer that cuts text by `pattern` and spells each piece in `byte_characters`."""
     split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def encoded(backend: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Return the ids of each text; a lone surrogate, which is not a character, is read as U+FFFD."""
+    try:
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+    except TypeError:  # the library's answer to a lone surrogate
+        texts = [without_surrogates(text) for text in texts]
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
 def without_surrogates(text: str) -> str:
