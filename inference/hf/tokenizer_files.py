@@ -3,16 +3,16 @@
     tokenizer.json          the vocabulary, with the same ids, and the rules of encoding and decoding
     tokenizer_config.json   names of special tokens, and the chat template (Jinja)
 
-`tokenizer(text, split_special_tokens=True)` gives the ids of `Tokenizer.encode`, and `apply_chat_template` the
-text of `ChatTemplate`; `enable_thinking=True` asks for thinking, as in Qwen3. The template is a key of the
-configuration, not a file `chat_template.jinja`, because older versions of `transformers` read only the key.
+`tokenizer(text, split_special_tokens=True)` gives the ids of `Tokenizer.encode`, and `apply_chat_template`
+the text of `ChatTemplate`; `enable_thinking=True` asks for thinking, as in Qwen3. The template is a key of
+the configuration, not a file `chat_template.jinja`, because every version of `transformers` reads the key.
 
 The ids of `apply_chat_template` are those of `ChatTemplate` as well, but contents are not encoded separately
 there, so there are three exceptions:
 
 - Anyone who writes a message can forge a turn: `<|im_end|>` in a content becomes the special token.
-- `tinyseek`: a content that ends in a line break may merge with the line break after it. With a tokenizer from
-  before `SPLIT_PATTERN` set the last line break apart, so may one that ends in a sign.
+- `tinyseek`: a content that ends in a line break may merge with the line break after it. With a tokenizer
+  from before `SPLIT_PATTERN` set the last line break apart, so may one that ends in a sign.
 - `chatml`: a content that begins with white space may merge with the line break before it.
 """
 
@@ -107,9 +107,9 @@ def byte_level(tokenizer: BpeTokenizer) -> tokenizers.Tokenizer:
 def characters(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
     """Return a backend that encodes and decodes like a tokenizer of kind char.
 
-    The library gives one `<unk>` to an unknown character, ours one to each of its UTF-8 bytes. So a normalizer
-    puts as many stand-ins in its place. A stand-in is an unknown character of three bytes itself; so those of
-    three bytes are replaced first, before there are any others.
+    The library gives one `<unk>` to an unknown character, ours one to each of its UTF-8 bytes. So a
+    normalizer puts as many stand-ins in its place. A stand-in is an unknown character of three bytes itself,
+    so those of three bytes are replaced first, before there are any others.
     """
     known, unknown = tokenizer.contents["characters"], tokenizer.special_ids[UNKNOWN]
     stand_in = next(one for one in map(chr, range(0xE000, 0x10000)) if one not in known)
@@ -132,7 +132,7 @@ def with_special(text: str, ids: dict[str, int]) -> str:
     data, flags = json.loads(text), dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [{"id": one, "content": name, **flags, "special": True} for name, one in ids.items()]
     data["added_tokens"] = [*(data.get("added_tokens") or ()), *added]
-    # Trap: the library does not read these ids. It looks them up in the vocabulary, or counts on from its size.
+    # Trap: the library does not read these ids. It takes those of the vocabulary, or counts on from its size.
     if isinstance(data["model"]["vocab"], dict):
         data["model"]["vocab"] |= ids
     return as_json(data)

@@ -31,11 +31,10 @@ PART_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_resp
 # indentation that follow; line breaks with indentation; other white space. Designed for code: 3.85 bytes per
 # token on held-out Python with 4096 tokens, where GPT-2's pattern with single digits reaches 3.50.
 #
-# No piece but the last ends in the last line break of a text that ends in one: that line break is a piece of
-# its own. So encode(text + "\n") == encode(text) + encode("\n") for every text that does not end in "\n", and
-# software that encodes a question in one go with the line break after it (Hugging Face's) has the ids of our
-# chat template, which encodes them apart. Both (?<!\n) and (?=[\s\S]), "more follows", are understood by every
-# common engine; the end of a text is \z in some and \Z in others.
+# A line break at the end of a text is a piece of its own, so that encode(text + "\n") == encode(text) +
+# encode("\n") for every text that does not end in one. Hugging Face's chat templates encode a question and
+# the line break after it as one text, ours separately; so both have the same ids. `(?:(?<!\n)|(?=[\s\S]))`
+# says it: a piece does not end in a line break, or more follows. (Engines disagree on \z, \Z and $.)
 SPLIT_PATTERN = (
     r"(?:[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+(?:\s*[\r\n]+[ \t]*)?"
     r"|\s*[\r\n]+[ \t]*|[ \t]+(?!\S)|\s+)(?:(?<!\n)|(?=[\s\S]))|\n"
