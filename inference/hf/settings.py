@@ -124,6 +124,8 @@ def in_family(name: str, model: ModelConfig) -> dict:
     config = {"model_type": name, "architectures": [family.architecture], "hidden_act": "silu"} | family.needs
     for setting in family.settings:
         config[family.renamed.get(setting, (setting,))[0]] = getattr(model, setting)
+    if model.attention_kind == "mla":  # which has no groups
+        config["num_key_value_heads"] = model.num_attention_heads
     config |= written_rope(model)
     sparse = [model.is_moe_layer(n) for n in layers]
     if "first_k_dense_replace" in family.settings:

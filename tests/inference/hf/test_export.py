@@ -12,8 +12,9 @@ from inference.generation.generator import Generator
 from inference.generation.load import load_full
 from inference.generation.sampling import SamplingParams
 from tests.inference.adapters import write_adapter
-from tests.inference.hf.models import save
+from tests.inference.hf.models import save, write_tokenizer
 from tests.inference.hf.test_import import check_same, check_same_continuation
+from tests.modules.tools import shake
 from tests.inference.tools import byte_tokenizer, run_config, tiny_model, write_checkpoint
 from utils.errors import UserError, run_main
 
@@ -35,7 +36,7 @@ MODELS = {
 
 def checkpoint(path, short="SFT", **settings):
     """Save a random model as training would leave it."""
-    model = tiny_model(3, **settings)
+    model = shake(tiny_model(**settings), 3, scale=0.2)  # logits of about 1, for a bound of 1e-5
     for name, bias in model.named_buffers():
         if name.endswith("e_score_correction_bias") and model.config.scoring_func == "sigmoid":
             bias.normal_(0, 0.1)
@@ -81,6 +82,7 @@ def test_an_imported_model_is_written_as_it_was(case, tmp_path, monkeypatch):
     from safetensors.torch import load_file
 
     save(case, tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf", size=320)  # no id is free for special tokens of ours
     run(monkeypatch, import_hf, tmp_path / "hf", "--out", tmp_path / "out")
     run(monkeypatch, export_hf, tmp_path / "again", "--out", tmp_path / "out")
     before, after = (load_file(tmp_path / one / "model.safetensors") for one in ("hf", "again"))
@@ -124,7 +126,7 @@ def test_adapters_alone_and_merged(tmp_path, monkeypatch):
     """--adapter writes a folder for peft; with --merge, the base and the adapter as one model."""
     from peft import PeftModel
 
-    base = write_checkpoint(tmp_path / "TinySeek_SFT_final.pkl", "SFT")
+    base = checkpoint(tmp_path)
     adapter = write_adapter(tmp_path / "TinySeek_Lora_final.pkl", base)
     for folder, *more in (("base", "--checkpoint", base), ("lora", "--adapter", adapter),
                           ("merged", "--adapter", adapter, "--merge")):  # fmt: skip
