@@ -21,9 +21,17 @@ from utils.errors import UserError
 class TokenizerConfig:
     """The conversion of text to ids."""
 
-    kind: str = option("bpe", choices=("bpe", "char"))
+    kind: str = option("bpe", choices=("bpe", "char", "hf"))
+    path: str | None = None  # hf only: a folder with the tokenizer.json of any tokenizer
     vocab_size: int = option(4096, at_least=300)  # bpe only, special tokens included
     train_bytes: int = option(16_000_000, at_least=1)  # bpe trains on at most this much text
+
+    def check(self):
+        """Require a path for the kind that reads one, and for no other."""
+        if self.kind == "hf" and not self.path:
+            raise UserError("tokenizer.kind=hf needs tokenizer.path, a folder with a tokenizer.json")
+        if self.kind != "hf" and self.path:
+            raise UserError(f"tokenizer.path is for tokenizer.kind=hf only, and the kind is {self.kind}")
 
 
 @dataclass
@@ -41,7 +49,7 @@ class DataConfig:
     limit: int | None = option(None, at_least=1)  # at most this many documents
     cache_dir: str = "out/cache"  # relative to the repository
     # chat stages
-    template: str = option("tinyseek", choices=("tinyseek", "chatml"))
+    template: str = option("tinyseek", choices=("tinyseek", "chatml", "own"))
     packing: bool = True  # several dialogues in one row, not attending to each other
     skill_samples: int = option(40_000, at_least=1)  # dialogues of one epoch, with `skills` only
 

@@ -40,7 +40,7 @@ def parse_command():
     add("--checkpoint", metavar="FILE", help="whose tokenizer (default: the SFT or Pre result in out/)")
     add("--data", nargs="+", default=["skills"], metavar="PATH", help=".jsonl files, folders, skills[:NAMES]")
     add("--index", nargs="+", type=int, metavar="N", help="dialogues or rows (default: 0 1 2, or row 0)")
-    add("--template", choices=("tinyseek", "chatml"), help="default: the checkpoint's, or tinyseek")
+    add("--template", choices=("tinyseek", "chatml", "own"), help="default: the checkpoint's, or tinyseek")
     add("--packed", action="store_true", help="show rows of the first epoch, with several dialogues in each")
     return parser.parse_args()
 

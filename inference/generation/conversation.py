@@ -50,8 +50,9 @@ class Conversation:
                 self.tell(f"(the context is full: the {dropped} oldest messages were dropped)")
             whole, stop_ids = template.prompt(kept, request.thinking), template.stop_ids
             ids = prompt_within(template, kept, room, request.thinking)
-        else:  # a text begins like a document, after the end of another
-            whole, stop_ids = [tokenizer.eos_id, *tokenizer.encode(text)], {tokenizer.eos_id}
+        else:  # a text begins as documents do
+            whole, stop_ids = [*tokenizer.begin, *tokenizer.encode(text)], set(tokenizer.eos_ids)
+            whole = whole or [tokenizer.eos_id]
             ids = whole[-room:]
         if len(ids) < len(whole):
             self.tell(f"(too long for {generator.context} tokens: only the last {len(ids)} are read)")

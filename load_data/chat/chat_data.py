@@ -85,6 +85,7 @@ def prepare_chat(config: RunConfig, tokenizer: Tokenizer, soft_tokens: int = 0) 
     read += [PYTHON] * ("docstrings" in chosen_skills(data.paths))  # this skill asks about the library
     decides = [Sources(replace(data, paths=read)).fingerprint, data.paths, data.skill_samples, VAL_PER_SKILL]
     decides += [tokenizer.digest, template.before, data.sequence_length]  # templates differ in their markers
+    decides += ["own"] * (template.kind == "own")
     folder = prepared_folder(REPOSITORY / data.cache_dir, "dialogues", decides, write_folder, data, template)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     sides = [map_samples(folder, side, meta["dtype"]) for side in (TRAIN, VAL)]
@@ -94,7 +95,7 @@ def prepare_chat(config: RunConfig, tokenizer: Tokenizer, soft_tokens: int = 0) 
 def write_folder(folder: Path, data: DataConfig, template: ChatTemplate) -> None:
     """Write the files of each side: ids, targets and lengths end to end, and messages as lines of JSON."""
     tokenizer, names, room = template.tokenizer, chosen_skills(data.paths), data.sequence_length + 1
-    largest = max(tokenizer.vocab_size - 1, *map(max, template.before.values()))
+    largest = max(tokenizer.vocab_size - 1, *(one for ids in template.before.values() for one in ids))
     dtype = "uint16" if largest < 2**16 else "int32"
     samples, shortened, skipped = {}, {TRAIN: 0, VAL: 0}, []
     with ExitStack() as stack:

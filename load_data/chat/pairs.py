@@ -84,7 +84,7 @@ def file_pairs(
         prompt, *answers = as_pair(record, where)
         checked_turns({"messages": [*prompt, message("assistant", answers[0])]}, where)  # their order
         held_out = unit_hash(split_key(prompt, data.same_question)) < data.val_fraction
-        ids = [[*template.tokenizer.encode(text), template.end_of_turn[0]] for text in answers]
+        ids = [[*template.content("assistant", text), template.end_of_turn[0]] for text in answers]
         return (VAL if held_out else TRAIN), fit_pair(template, prompt, ids, data.sequence_length)
 
     sources = [read_records(file, parse, skipped) for file in chosen_files(data.paths)]

@@ -56,7 +56,10 @@ class HfTokenizer(Tokenizer):
         if size > MOST_IDS:
             raise ValueError(f"an id of {size - 1:,}")
         self.id_to_bytes = [b""] * size
+        names_of = {one: name for name, one in special.items()}
         for token, one in vocabulary.items():
+            if names_of.get(one, token) != token:
+                raise ValueError(f"{token!r} has the id of a special token, {names_of[one]!r}")
             self.id_to_bytes[one] = spell(token)
         for text, one in text_tokens.items():
             self.id_to_bytes[one] = text.encode("utf-8")
@@ -69,7 +72,8 @@ class HfTokenizer(Tokenizer):
         if named.get("pad_token") in special:
             aliases[PAD] = special[named["pad_token"]]
         self.names = set(special)  # without aliases
-        self.special_ids = aliases | special  # a token of that very name replaces an alias
+        aliases = {name: one for name, one in aliases.items() if name not in special}
+        self.special_ids = aliases | special  # `decode` spells an id by its last name
         self.add_parts(added)
 
         plain = without_specials(data, set(special), text_tokens)

@@ -63,6 +63,7 @@ class Tokenizer:
     parts_key = "parts"  # of `contents`: special tokens with the last ids
     strips: dict[str, tuple[bool, bool]] = {}  # special tokens that swallow white space before, or after, them
     turns: dict | None = None  # the markers of a chat template of its own (turns.py)
+    refused = "only a tokenizer of the kind hf can have them"  # why there are none
 
     @property
     def vocab_size(self) -> int:

@@ -86,7 +86,7 @@ class Rollouts:
         rows, end = [], self.template.end_of_turn[0]
         for number in range(self.machine.world.size * self.config.train.batch_size):
             item = self.item(number)
-            ids = [*self.template.tokenizer.encode(item.expected)[: self.rl.max_new_tokens - 1], end]
+            ids = [*self.template.content("assistant", item.expected)[: self.rl.max_new_tokens - 1], end]
             rows.append(Row(self.prompt(item), ids, item.expected, [0.0] * len(ids)))
         self.score(self.policy, rows, "old")
         for row in rows:  # away from distances of 0 and from clips, where a healthy model has no gradient:

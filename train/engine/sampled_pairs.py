@@ -41,7 +41,7 @@ def prepare_pairs(config: RunConfig, base: Base, machine) -> PairData:
     files = [str(file) for file in chosen_files(data.paths)]
     files += [PYTHON] * ("docstrings" in names)  # this skill asks about the library
     decides = [Sources(replace(data, paths=files)).fingerprint, base.tokenizer.digest, template.before]
-    decides += [data.sequence_length, names]
+    decides += [data.sequence_length, names] + ["own"] * (template.kind == "own")
     if names:
         decides += [base.record["digest"], asdict(config.pairs), config.train.seed]
     folder = REPOSITORY / data.cache_dir
