@@ -13,7 +13,6 @@ of multi-token prediction is left out: it only drafts.
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from inference.generation.load import DEFAULT_OUT, Loaded, load_adapter, load_ba
 from inference.generation.terminal import tell
 from inference.hf.adapter_files import export_adapter
 from inference.hf.families import FAMILIES
-from inference.hf.folder import INDEX, INSTALL, SINGLE
+from inference.hf.folder import INDEX, SINGLE, new_folder, safetensors_package
 from inference.hf.settings import write_settings
 from inference.hf.tokenizer_files import tokenizer_files
 from inference.hf.weights import BIAS, HEAD, shapes_of, written_weights
@@ -52,8 +51,6 @@ def main():
     args = parse_command()
     if args.merge and not args.adapter:
         raise UserError("--merge needs --adapter FILE, the adapter to merge")
-    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
-        raise UserError(f"{args.folder} exists and is not empty: name a new folder")
     model = load_base(args.checkpoint, "cpu", args.out, args.adapter, tell=tell)
     if args.adapter and not args.merge:
         export_adapter(args.adapter, model, args.folder)
@@ -76,29 +73,16 @@ def export_model(loaded: Loaded, folder: Path, dtype: torch.dtype = torch.float3
     texts = {"config.json": as_json(config), "generation_config.json": as_json(ends)}
     texts["README.md"] = model_card(loaded, config)
     texts |= tokenizer_files(tokenizer, loaded.template.kind if loaded.answers else None)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(folder) as place:
         for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        write_tensors(loaded, config["model_type"], partial, dtype)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"could not write {folder}: {error.strerror or error}; nothing was left there") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            (place / name).write_text(text, encoding="utf-8")
+        write_tensors(loaded, config["model_type"], place, dtype)
     return config["architectures"][0]
 
 
 def write_tensors(loaded: Loaded, family: str, folder: Path, dtype: torch.dtype) -> None:
     """Write all weights to `folder`, as one file, or as several with an index."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise UserError(INSTALL) from None
+    save_file = safetensors_package().torch.save_file
     config, weights = loaded.model.config, loaded.model.state_dict()
     files = [*in_files(written_weights(weights, config, FAMILIES[family]), dtype)]
     places, total = {}, 0

@@ -53,7 +53,7 @@ def main():
         raise UserError(f"{path} exists: name another --out, or replace it with --overwrite")
     weights = read_weights(model, family_of(settings, where), stored_tensors(args.folder), str(args.folder))
     save_checkpoint(path, {
-        "stage": "import_hf", "short": short, "step": 0, "config": to_dict(run_config(model, tokenizer)),
+        "stage": "import_hf", "short": short, "step": 0, "config": to_dict(run_config(args.folder, model, tokenizer)),
         "tokenizer": tokenizer.to_json(), "weights": weights,
     })  # fmt: skip
     numbers = len({id(tensor): 0 for tensor in weights.values()})
@@ -64,11 +64,11 @@ def main():
     tell(f"wrote {path}\nnext: python inference/chat.py --checkpoint {path}")
 
 
-def run_config(model: ModelConfig, tokenizer: HfTokenizer) -> RunConfig:
+def run_config(folder: Path, model: ModelConfig, tokenizer: HfTokenizer) -> RunConfig:
     """Return the settings that later stages inherit."""
     config = RunConfig(model=model)
     config.train.max_steps = 1  # a run needs a bound; this one has no steps
-    config.tokenizer.kind = "hf"
+    config.tokenizer.kind, config.tokenizer.path = "hf", str(folder)
     config.data.template = "own" if tokenizer.turns else "chatml"
     config.data.sequence_length = min(LONGEST_ROW, model.max_position_embeddings)
     return config

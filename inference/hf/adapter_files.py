@@ -12,9 +12,6 @@ Trap: PiSSA and its relatives change the base before training. Their factors do 
 
 import copy
 import json
-import os
-import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +20,7 @@ from config.adapters import LoraConfig
 from config.checks import validate_section
 from config.load import from_dict, read_json, to_dict
 from inference.generation.load import Loaded, check_base, open_as
+from inference.hf.folder import new_folder, safetensors_package
 from inference.hf.adapter_names import (
     flatten,
     named_weights,
@@ -49,15 +47,6 @@ OFF = (None, False, "none", [], {})  # of all other settings, but for those with
 IGNORED = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode",
            "megatron_core", "qalora_group_size"}  # fmt: skip
 FLOATS = ("F32", "BF16", "F16")  # fp32 holds all of them exactly
-
-
-def safetensors_package():
-    """Return the package `safetensors`. Raise `UserError` if it is not installed."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError("the files of peft need the package safetensors: pip install safetensors") from None
-    return safetensors
 
 
 # --- export ---------------------------------------------------------------------------------------
@@ -109,25 +98,6 @@ def export_adapter(
         (place / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (place / "README.md").write_text(card(checkpoint, settings, tensors, base), encoding="utf-8")
     return Path(folder)
-
-
-@contextmanager
-def new_folder(folder: str | Path):
-    """Give a folder to write into, which becomes `folder` at the end, or vanishes if writing fails."""
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists already: name a new folder")
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if folder.exists():
-            folder.rmdir()  # empty; Windows renames to new names only
-        temporary.replace(folder)
-    except OSError as error:
-        raise UserError(f"could not write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def card(checkpoint: dict, settings: dict, tensors: dict, base: Loaded) -> str:

@@ -1,4 +1,4 @@
-"""Read a Hugging Face folder that may come from a stranger: JSON files and tensors in safetensors files.
+"""Read a Hugging Face folder that may come from a stranger, and write a new one.
 
 Only plain files directly in the folder are opened. A safetensors file is a table of names, dtypes, shapes and
 places, and then numbers: nothing in it can run. Pickles (`pytorch_model.bin`) are refused. The table is
@@ -6,6 +6,10 @@ compared with what the model needs before any number is read.
 """
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +19,6 @@ from utils.errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = ("F64", "F32", "F16", "BF16")
-INSTALL = "the package safetensors is missing: pip install safetensors"
 MOST_JSON = 64 * 2**20  # bytes
 MAPPED = 2**24  # bytes that are read from one opening of a file, or one tensor
 
@@ -78,17 +81,23 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     return found
 
 
+def safetensors_package():
+    """Return the package `safetensors`, which only the commands for Hugging Face's files need."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise UserError("Hugging Face's files need the package safetensors: pip install safetensors") from None
+    return safetensors
+
+
 def open_tensors(path: Path):
     """Open a safetensors file, mapped into memory; its table is checked against the length of the file."""
+    package = safetensors_package()
     try:
-        from safetensors import SafetensorError, safe_open  # an extra: only commands that need it ask for it
-    except ImportError:
-        raise UserError(INSTALL) from None
-    try:
-        return safe_open(path, framework="pt")
+        return package.safe_open(path, framework="pt")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; download it again") from None
-    except (OSError, SafetensorError) as error:
+    except (OSError, package.SafetensorError) as error:
         raise UserError(f"{path}: damaged or cut short ({error}); download it again") from None
 
 
@@ -112,3 +121,22 @@ def listed(names, most: int = 6) -> str:
     names = list(names)
     more = f", .. ({len(names)} in all)" if names[most:] else ""
     return ", ".join(names[:most]) + more
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Give a folder to write into, which becomes `folder` at the end, or vanishes if writing fails."""
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists already: name a new folder")
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            folder.rmdir()  # empty; Windows renames to new names only
+        temporary.replace(folder)
+    except OSError as error:
+        raise UserError(f"could not write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -80,14 +80,19 @@ def make_model(case: str, seed=0):
     if family.__name__.startswith("Dots1"):
         settings = {"sliding_window": None} | settings
     model = family(family.config_class(**settings)).eval()
+    return randomized(model, seed)
+
+
+@torch.no_grad()
+def randomized(model, seed=0):
+    """Fill a model with numbers that give logits of about 1 and a varied text; return it."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "inv_freq" in name:
-                continue
-            scale = 0.1 if name in ("model.embed_tokens.weight", "lm_head.weight") else 0.25
-            noise = torch.randn(tensor.shape, generator=generator) * scale
-            tensor.copy_(1 + noise if "norm" in name else noise)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "inv_freq" in name:
+            continue
+        scale = 0.1 if name in ("model.embed_tokens.weight", "lm_head.weight") else 0.25
+        noise = torch.randn(tensor.shape, generator=generator) * scale
+        tensor.copy_(1 + noise if "norm" in name else noise)
     return model
 
 

@@ -12,9 +12,8 @@ from inference.generation.generator import Generator
 from inference.generation.load import load_full
 from inference.generation.sampling import SamplingParams
 from tests.inference.adapters import write_adapter
-from tests.inference.hf.models import save, write_tokenizer
+from tests.inference.hf.models import randomized, save, write_tokenizer
 from tests.inference.hf.test_import import check_same, check_same_continuation
-from tests.modules.tools import shake
 from tests.inference.tools import byte_tokenizer, run_config, tiny_model, write_checkpoint
 from utils.errors import UserError, run_main
 
@@ -36,10 +35,10 @@ MODELS = {
 
 def checkpoint(path, short="SFT", **settings):
     """Save a random model as training would leave it."""
-    model = shake(tiny_model(**settings), 3, scale=0.2)  # logits of about 1, for a bound of 1e-5
+    model = randomized(tiny_model(**settings), seed=5)
     for name, bias in model.named_buffers():
-        if name.endswith("e_score_correction_bias") and model.config.scoring_func == "sigmoid":
-            bias.normal_(0, 0.1)
+        if name.endswith("correction_bias") and model.config.scoring_func == "softmax":
+            bias.zero_()
     evaluation = {"val_loss": 1.25}
     changes = {"weights": model.state_dict(), "config": run_config(model), "evaluation": evaluation}
     return write_checkpoint(path / f"TinySeek_{short}_final.pkl", short, **changes)
@@ -59,7 +58,7 @@ def test_transformers_computes_the_same(name, tmp_path, monkeypatch):
     theirs, loaded = AutoModelForCausalLM.from_pretrained(folder).eval(), load_full(path)
     assert type(theirs).__name__ == name.partition(",")[0]
     check_same(loaded.model, theirs)
-    check_same_continuation(loaded.model, theirs, count=20)
+    check_same_continuation(loaded.model, theirs, count=50)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "system", "content": "短い"}, {"role": "user", "content": "1 + 1?"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
@@ -137,8 +136,8 @@ def test_adapters_alone_and_merged(tmp_path, monkeypatch):
         alone = plain(ids).logits
         both = PeftModel.from_pretrained(plain, tmp_path / "lora").eval()(ids).logits
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(ids).logits
-    assert (both - alone).abs().max() > 0.01
-    assert (both - merged).abs().max() < 1e-5
+    assert (both - alone).abs().max() > 0.1
+    assert (both - merged).abs().max() < 1e-5 * both.abs().max()  # folded weights are rounded
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, capsys):
@@ -148,7 +147,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, capsys):
         run_main(lambda: run(monkeypatch, export_hf, tmp_path / "hf", "--checkpoint", path))
     assert stop.value.code == 2
     assert "final_logit_softcapping" in capsys.readouterr().err
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="exists already"):
         run(monkeypatch, export_hf, tmp_path, "--checkpoint", path)
     with pytest.raises(UserError, match="--merge needs"):
         run(monkeypatch, export_hf, tmp_path / "hf", "--checkpoint", path, "--merge")
