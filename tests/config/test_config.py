@@ -74,6 +74,10 @@ MISTAKES = {
     "model.num_key_value_heads=4": ["model.num_key_value_heads=4", "model.num_attention_heads=6"],
     "model.sliding_window_pattern=2": ["model.sliding_window_pattern=2", "set model.sliding_window"],
     "model.attention_sinks=4": ["model.attention_sinks=4", "set model.sliding_window"],
+    "model.layer_types=[1, 2]": ["model.layer_types", "list of strings"],
+    "model.mlp_only_layers=[true]": ["model.mlp_only_layers", "list of whole numbers", "[True]"],
+    "model.mlp_only_layers=1": ["model.mlp_only_layers", "list or null", "1"],
+    "model.topk_method=greedy": ["model.topk_method", "noaux_tc, group_limited_greedy"],
     "model.head_dim=33": ["model.head_dim=33", "odd"],
     "model.rope_scaling=4": ["model.rope_scaling", "dict or null", "4"],
     "data.paths=python": ["data.paths", "list"],
@@ -205,6 +209,45 @@ def test_experts_in_no_layer_at_all_are_refused():
     assert "model.first_k_dense_replace=2" in line and "model.n_routed_experts=0" in line
     load_config("tiny", [*settings, "model.mtp=sequential"])
     assert "3 layers" in line_of(*settings[:2], "model.mtp=sequential", "model.first_k_dense_replace=3")
+
+
+LOCAL, FULL = "sliding_attention", "full_attention"
+EXPERTS = {"n_routed_experts": 8}
+CONTRADICTIONS = [  # settings of a model with three layers, words of the line
+    ({"layer_types": [FULL, FULL]}, "layer_types has 2 entries for model.num_hidden_layers=3"),
+    ({"layer_types": [FULL, FULL, "chunked_attention"]}, "does not take chunked_attention; it takes full_"),
+    ({"layer_types": [FULL, LOCAL, FULL]}, "sliding_attention, which needs a window"),
+    ({"layer_types": [FULL] * 3, "sliding_window": 4}, "sliding_window=4 is that of no layer"),
+    ({"layer_types": [LOCAL] * 3, "sliding_window": 4, "sliding_window_pattern": 2}, "pattern=2 and .* both"),
+    ({"mlp_only_layers": [0, 3]} | EXPERTS, r"mlp_only_layers=\[0, 3\] names a layer .* 0 to 2"),
+    ({"mlp_only_layers": [-1]} | EXPERTS, r"mlp_only_layers=\[-1\] names a layer"),
+    ({"mlp_only_layers": [1, 2], "first_k_dense_replace": 1} | EXPERTS, "leaves no layer with experts"),
+    ({"shared_expert_gate": True, "n_shared_experts": 0} | EXPERTS, "shared_expert_gate=True needs a shared"),
+    ({"shared_expert_intermediate_size": 9, "n_shared_experts": 0} | EXPERTS, "size=9 needs a shared expert"),
+    ({"attention_out_bias": False, "attention_kind": "mla"}, "out_bias needs model.attention_kind=gqa"),
+    ({"n_group": 8, "topk_group": 8} | EXPERTS, "n_group=8 leaves one expert per group"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "words"), CONTRADICTIONS, ids=lambda value: str(value)[:40])
+def test_contradictions_within_a_model(settings, words):
+    with pytest.raises(UserError, match=f"^model.*{words}") as caught:
+        validate_section("model", ModelConfig(num_hidden_layers=3, **settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_settings_of_layers_mean():
+    config = ModelConfig(num_hidden_layers=3, sliding_window=4, layer_types=[FULL, LOCAL, LOCAL],
+                         mlp_only_layers=[1], **EXPERTS | {"n_group": 8, "num_experts_per_tok": 1},
+                         norm_topk_prob=False, topk_method="group_limited_greedy")  # fmt: skip
+    validate_section("model", config)
+    assert [config.layer_window(layer) for layer in range(4)] == [None, 4, 4, None]  # the last is that of MTP
+    assert [config.is_moe_layer(layer) for layer in range(4)] == [True, False, True, True]
+    assert config.shared_width == 2 * 128 and not config.out_bias
+    config.shared_expert_intermediate_size, config.attention_bias = 100, True
+    assert config.shared_width == 100 and config.out_bias
+    config.attention_out_bias = False
+    assert not config.out_bias
 
 
 def test_an_error_is_one_line_and_exit_code_two(capsys):

@@ -53,6 +53,14 @@ CASES = {
     },
     "experts": EXPERTS,
     "experts, later": EXPERTS | LATER,
+    "gated shared expert, first layer dense, biases": EXPERTS | {
+        "shared_expert_intermediate_size": 40, "shared_expert_gate": True, "mlp_only_layers": [0],
+        "mlp_bias": True, "attention_bias": True, "attention_out_bias": False,
+    },
+    "types of layers": {
+        "sliding_window": 32, "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "num_hidden_layers": 3,
+    },
     "latent": LATENT,
     "latent, experts": LATENT | EXPERTS | {"q_lora_rank": 40},
     "parallel": {"mtp": "parallel"},

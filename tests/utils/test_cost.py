@@ -48,9 +48,18 @@ LATENT = {
     "attention_kind": "mla", "qk_norm": False, "num_key_value_heads": 4, "kv_lora_rank": 10,
     "qk_nope_head_dim": 9, "qk_rope_head_dim": 6, "v_head_dim": 11,
 }  # fmt: skip
+SOFTMAX = EXPERTS | {"n_shared_experts": 0, "first_k_dense_replace": 0, "scoring_func": "softmax"}
 VARIANTS = {  # by the class in transformers that has such layers
     "Qwen3": DENSE,
-    "Qwen3Moe": [EXPERTS | {"n_shared_experts": 0, "first_k_dense_replace": 0, "scoring_func": "softmax"}],
+    "Llama": [{"qk_norm": False, "attention_bias": True, "mlp_bias": True}],
+    "Qwen2": [{"qk_norm": False, "attention_bias": True, "attention_out_bias": False}],
+    "Qwen3Moe": [SOFTMAX, SOFTMAX | {"mlp_only_layers": [1]}],
+    "Qwen2Moe": [
+        SOFTMAX | {
+            "qk_norm": False, "attention_bias": True, "attention_out_bias": False, "mlp_only_layers": [0],
+            "n_shared_experts": 1, "shared_expert_intermediate_size": 27, "shared_expert_gate": True,
+        },
+    ],
     "Dots1": [
         EXPERTS,
         EXPERTS | {"first_k_dense_replace": 0, "n_shared_experts": 1, "tie_word_embeddings": False},
@@ -62,13 +71,14 @@ VARIANTS = {  # by the class in transformers that has such layers
     ],
 }
 CASES = [(name, changes) for name, variants in VARIANTS.items() for changes in variants]
-SAME_NAMES = [*TINY, *EXPERTS, *LATENT, "q_lora_rank", "attention_bias", "tie_word_embeddings"]
+SAME_NAMES = [*TINY, *EXPERTS, *LATENT, "q_lora_rank", "attention_bias", "tie_word_embeddings", "mlp_bias",
+              "mlp_only_layers", "shared_expert_intermediate_size"]  # fmt: skip
 
 
 def twin(name: str, config: ModelConfig, **settings):
     """The same model in transformers, eager in attention and experts, as the FLOP counter needs it."""
     settings = {key: getattr(config, key) for key in SAME_NAMES if hasattr(config, key)} | settings
-    if name == "Qwen3Moe":
+    if name in ("Qwen3Moe", "Qwen2Moe"):
         settings["num_experts"] = settings.pop("n_routed_experts")
     if name in ("Qwen3", "Dots1", "Qwen3Moe"):
         settings["sliding_window"] = None
@@ -86,7 +96,7 @@ def twin(name: str, config: ModelConfig, **settings):
 def part_of(name: str) -> str:
     """Which group a parameter of the twin belongs to."""
     parts = {
-        "norm": "norms", "embed": "embedding", "shared_experts": "shared experts",
+        "norm": "norms", "embed": "embedding", "shared_expert": "shared experts",
         "experts": "routed experts", "mlp.gate.": "router", "self_attn": "attention",
         "mlp": "feed-forward", "lm_head": "head",
     }  # fmt: skip
@@ -257,11 +267,16 @@ def test_keys_seen_is_the_average_of_a_mask(window, sinks):
     assert card.keys_seen == pytest.approx([mean, mean], abs=0.51)
 
 
+LAYERS = [{"sliding_window_pattern": 2},
+          {"layer_types": ["full_attention", *["sliding_attention"] * 3, "full_attention"]}]  # fmt: skip
+
+
 @pytest.mark.parametrize("mtp", ["none", "sequential"])
-def test_every_layer_of_a_pattern_costs_what_its_mask_shows(mtp):
+@pytest.mark.parametrize("kinds", LAYERS)
+def test_every_layer_of_a_pattern_costs_what_its_mask_shows(kinds, mtp):
     """Scores and weighted sums of the allowed pairs, counted from the masks that a model of 3 local and 2
     global layers gives to its layers; MTP sees all."""
-    shape = TINY | {"num_hidden_layers": 5, "sliding_window": 24, "sliding_window_pattern": 2, "mtp": mtp}
+    shape = TINY | {"num_hidden_layers": 5, "sliding_window": 24, "mtp": mtp} | kinds
     config, tokens = model_config(**shape, attention_sinks=4), 64
     model, pairs = TinySeek(config), []
 

@@ -76,6 +76,8 @@ def twin_kind(model) -> str | None:
     """Return the matching Hugging Face architecture; None if there is none or transformers is missing."""
     if model.attention_kind == "mla" or model.mtp != "none" or not find_spec("transformers"):
         return None
+    if model.mlp_bias or model.mlp_only_layers or model.shared_expert_intermediate_size:
+        return None
     experts = "Qwen3Moe" if model.scoring_func == "softmax" and not model.n_shared_experts else "Dots1"
     return experts if model.n_routed_experts else "Qwen3"
 

@@ -32,6 +32,9 @@ EXPERTS = {
     "scaled, first layer dense": MOE | {"routed_scaling_factor": 2.5, "first_k_dense_replace": 1},
     "all chosen, large eps": MOE | {"num_experts_per_tok": 6, "rms_norm_eps": 0.3},
     "one expert": MOE | {"n_routed_experts": 1, "num_experts_per_tok": 1, "norm_topk_prob": False},
+    "gated shared expert, second layer dense": MOE
+    | {"shared_expert_intermediate_size": 27, "shared_expert_gate": True, "mlp_only_layers": [1]}
+    | {"mlp_bias": True},
 }
 SHAPES = {
     "GQA": {},
@@ -45,18 +48,22 @@ SHAPES = {
     "untied": {"tie_word_embeddings": False},
     "half of the channels rotate": {"partial_rotary_factor": 0.5},
     "a quarter rotates, interleaved": {"partial_rotary_factor": 0.25, "rope_interleaved": True},
+    "Llama's biases": {"attention_bias": True, "mlp_bias": True, "qk_norm": False},
+    "Qwen2's biases": {"attention_bias": True, "attention_out_bias": False, "qk_norm": False},
+    "bias on o alone": {"attention_out_bias": True},
 }
 UNSUPPORTED = {
-    "bias": {"attention_bias": True},
     "window": {"sliding_window": 4},
     "dual chunks": {"dual_chunk_attention_config": {"chunk_size": 7, "local_size": 2}},
     "pattern": {"sliding_window": 4, "sliding_window_pattern": 2},
+    "types of layers": {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]},
     "sinks": {"sliding_window": 4, "attention_sinks": 2},
     "soft cap": {"final_logit_softcapping": 3.0},
     "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}},
     "longrope": {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4,
                                   "long_factor": [2.0] * 4, "original_max_position_embeddings": 16}},
     "groups of experts": MOE | {"n_group": 3, "topk_group": 2},
+    "groups by their best": MOE | {"n_group": 3, "topk_group": 2, "topk_method": "group_limited_greedy"},
     "MLA": {"attention_kind": "mla"},
 }
 TOLERANCE = {  # of logits whose standard deviation is 1 to 3
@@ -218,7 +225,8 @@ def test_the_copy_does_not_follow_later_training(dtype):
 
     Nothing but a copy of a weight that has the decoder's dtype and layout already would do.
     """
-    model = build(dtype, **MOE | {"tie_word_embeddings": False, "first_k_dense_replace": 1})
+    biased = {"attention_bias": True, "mlp_bias": True, "shared_expert_gate": True}
+    model = build(dtype, **MOE | {"tie_word_embeddings": False, "first_k_dense_replace": 1} | biased)
     fast, before = FastDecoder(model), copy.deepcopy(model)
     for weight in model.state_dict().values():
         weight.add_(0.5)

@@ -105,7 +105,26 @@ def test_what_cannot_be_merged():
     assert same(before, bits(model)) and switch.merged == "small"
 
 
-@pytest.mark.parametrize("changes", [{}, MOE, test_moe_model.MLA], ids=["dense", "mixture", "latent"])
+def test_the_gate_of_shared_experts_is_a_target_by_its_name_only():
+    """Under `mlp`, but no feed-forward."""
+    changes = MOE | {"shared_expert_gate": True}
+    names = added(add_lora, our_model(**changes), LoraConfig(target_modules=["dense", "shared"]))
+    assert len(names) == 2 * (3 + 3) and not any("shared_expert_gate" in name for name in names)
+    model, ids = our_model(**changes), text(2, 5)
+    names = added(add_lora, model, LoraConfig(target_modules=["shared_expert_gate"]))
+    assert all(".mlp.shared_expert_gate.lora_" in name for name in names) and len(names) == 2
+    shake_adapters(model)
+    expected = model(ids).logits
+    assert (expected - our_model(**changes)(ids).logits).abs().max() > 1e-3
+    fold(model, "default")
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+BIASES = {"attention_bias": True, "attention_out_bias": False, "mlp_bias": True, "shared_expert_gate": True}
+
+
+@pytest.mark.parametrize("changes", [{}, MOE, MOE | BIASES, test_moe_model.MLA],
+                         ids=["dense", "mixture", "biases, gate", "latent"])  # fmt: skip
 @pytest.mark.parametrize("name", ["large", "lengths", None])
 @torch.no_grad()
 def test_folded_it_is_a_plain_model(name, changes):

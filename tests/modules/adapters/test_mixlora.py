@@ -156,6 +156,8 @@ def test_it_starts_as_the_base_and_as_lora_starts():
     base, x = shake(SwiGLU(6, 8)), torch.randn(2, 5, 6)
     ours = MixLoraMLP(base, MixLoraConfig(shared_expert=True))
     torch.testing.assert_close(ours(x)[0], base(x), rtol=1e-6, atol=1e-6)
+    biased = shake(SwiGLU(6, 8, bias=True))
+    torch.testing.assert_close(MixLoraMLP(biased, MixLoraConfig())(x)[0], biased(x), rtol=1e-6, atol=1e-6)
     assert 0.01 < ours.gate.weight.std() < 0.03
 
 
@@ -254,17 +256,21 @@ def test_in_a_model_exactly_routers_and_adapters_learn(changes):
     assert refusal(model)
 
 
-def test_in_a_layer_with_experts_the_routed_ones_stay_as_they_are():
+@pytest.mark.parametrize("gate", [False, True])
+def test_in_a_layer_with_experts_the_routed_ones_stay_as_they_are(gate):
     """Against the base's block with the shared experts' part exchanged for the mixture's."""
-    plain = shake(TinySeek(small_config(**MOE))).model.layers[0].mlp
-    model, _ = model_of(**MOE)
+    changes = MOE | {"shared_expert_gate": gate}
+    plain = shake(TinySeek(small_config(**changes))).model.layers[0].mlp
+    model, _ = model_of(**changes)
     ours, x = model.model.layers[0].mlp, torch.randn(2, 5, 24)
     assert isinstance(ours, MixLoraMoE)
     theirs = ours.state_dict()
     plain.load_state_dict({name: theirs[name] for name in plain.state_dict()})
     y, routing = ours(x)
     mixed, expected = ours.shared_experts(x)
-    torch.testing.assert_close(y, plain(x)[0] - plain.shared_experts(x) + mixed, rtol=1e-5, atol=1e-5)
+    factor = torch.sigmoid(x @ plain.shared_expert_gate.weight[0])[..., None] if gate else 1.0
+    exchanged = plain(x)[0] + factor * (mixed - plain.shared_experts(x))
+    torch.testing.assert_close(y, exchanged, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(routing, expected, strict=True))
 
 

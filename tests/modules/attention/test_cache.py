@@ -33,6 +33,10 @@ MODELS = {
     "window larger than the text": {"sliding_window": 500},
     "window of 2, sinks": {"sliding_window": 2, "attention_sinks": 3},
     "pattern": {"sliding_window": 3, "sliding_window_pattern": 2, "num_hidden_layers": 3},
+    "types of layers": {
+        "sliding_window": 3, "num_hidden_layers": 3, "attention_sinks": 1,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
     "pattern, sinks, eager": {
         "sliding_window": 4, "sliding_window_pattern": 3, "attention_sinks": 2, "num_hidden_layers": 4,
         "attn_implementation": "eager", "rope_scaling": YARN,
@@ -61,8 +65,10 @@ def caches(model, B, capacity):
         shape = (config.num_key_value_heads, config.head_dim, torch.float64, "cpu")
         layers, window, sinks = config.num_hidden_layers, config.sliding_window, config.attention_sinks
         for margin in (1, 3):
-            if every := config.sliding_window_pattern:
-                local = [bool((layer + 1) % every) for layer in range(layers)]
+            every, kinds = config.sliding_window_pattern, config.layer_types
+            if every or kinds:
+                local = [bool((layer + 1) % every) for layer in range(layers)] if every else []
+                local = local or [kind == "sliding_attention" for kind in kinds]
                 yield HybridCache(local, B, capacity, window, *shape, margin=margin, sinks=sinks)
             else:
                 yield RollingKVCache(layers, B, window, *shape, margin=margin, sinks=sinks)

@@ -1,8 +1,9 @@
-"""The router against Hugging Face's three, and against an obvious loop over tokens in fp64."""
+"""The router against Hugging Face's four, and against an obvious loop over tokens in fp64."""
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, Dots1Config, Qwen3MoeConfig
+from transformers import DeepseekV2Config, DeepseekV3Config, Dots1Config, Qwen3MoeConfig
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.dots1.modeling_dots1 import Dots1TopkRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
@@ -20,6 +21,8 @@ SETTINGS = {
     "two of four groups, softmax": {"n_group": 4, "topk_group": 2, "scoring_func": "softmax"},
     "two of three groups": {"n_group": 3, "topk_group": 2, "num_experts_per_tok": 5},
     "all groups": {"n_group": 2, "topk_group": 2},
+    "groups by their best": {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
+    "groups of one": {"n_group": 12, "topk_group": 5, "topk_method": "group_limited_greedy"},
     "every expert": {"num_experts_per_tok": 12},
     "one of one": {"n_routed_experts": 1, "num_experts_per_tok": 1, "norm_topk_prob": False},
     "top-1": {"num_experts_per_tok": 1, "norm_topk_prob": False},
@@ -48,7 +51,8 @@ def slow_routing(x, weight, bias, config):
         choice = [score.item() + b.item() for score, b in zip(scores, bias, strict=True)]
         groups = [range(g * size, (g + 1) * size) for g in range(config.n_group)]
         if config.n_group > 1:
-            groups.sort(key=lambda group: sum(sorted(choice[e] for e in group)[-2:]))
+            count = 1 if config.topk_method == "group_limited_greedy" else 2
+            groups.sort(key=lambda group: sum(sorted(choice[e] for e in group)[-count:]))
         allowed = [e for group in groups[-config.topk_group :] for e in group]
         chosen = sorted(allowed, key=lambda e: choice[e])[-config.num_experts_per_tok :]
         total = sum(scores[e] for e in chosen) if config.norm_topk_prob else 1
@@ -110,6 +114,22 @@ def test_with_sigmoids_it_is_deepseeks_and_dots1s(twin, settings, groups, kept, 
     }  # fmt: skip
     ours = make_router(seed=groups, **same)
     same_as(twin(settings(**same)), ours, torch.randn(31, 24, requires_grad=True), order_too=False)
+
+
+@pytest.mark.parametrize("groups, kept, chosen", [(4, 2, 5), (3, 1, 4), (12, 6, 6)])
+def test_with_the_best_of_each_group_it_is_deepseek_v2s(groups, kept, chosen):
+    torch.manual_seed(groups)
+    same = {
+        "num_experts_per_tok": chosen, "n_group": groups, "topk_group": kept, "routed_scaling_factor": 2.5,
+        "n_routed_experts": 12, "hidden_size": 24, "topk_method": "group_limited_greedy",
+    }  # fmt: skip
+    ours = make_router(0.0, groups, scoring_func="softmax", norm_topk_prob=False, **same)
+    x = torch.randn(31, 24, requires_grad=True)
+    theirs = DeepseekV2TopkRouter(DeepseekV2Config(**same, num_attention_heads=4))
+    same_as(theirs, ours, x, order_too=False)
+    if groups < 12:  # of a group of one, the best is all there is
+        two = make_router(0.0, groups, scoring_func="softmax", **same | {"topk_method": "noaux_tc"})
+        assert (two(x).indices.sort().values != ours(x).indices.sort().values).any()
 
 
 @pytest.mark.parametrize("chosen, normed", [(1, False), (4, True), (4, False), (12, True)])

@@ -144,6 +144,14 @@ def test_a_token_passes_through_as_many_feed_forward_weights_in_every_cell():
     assert {count for name, count in held.items() if name != "dense"} == {3 * 3 * 16 * 18 * 128}
 
 
+def test_a_shared_expert_of_another_width_counts_with_its_own():
+    """4 of 16 experts of width 128, and 100 channels of the shared one."""
+    cells, _ = ablate.plan(
+        DEFAULT_PRESET, [*EXPERTS, "model.shared_expert_intermediate_size=100"], 240, ["dense"]
+    )
+    assert cells[1].config.model.intermediate_size == 4 * 128 + 100
+
+
 @pytest.mark.parametrize(
     ("settings", "same"),
     [
