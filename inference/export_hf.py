@@ -2,15 +2,17 @@
 
     python inference/export_hf.py FOLDER                                  the latest model in out/
     python inference/export_hf.py FOLDER --checkpoint FILE --dtype bf16
-    python inference/export_hf.py FOLDER --adapter out/TinySeek_Lora_final.pkl           for peft
-    python inference/export_hf.py FOLDER --adapter out/TinySeek_Lora_final.pkl --merge   base and adapter in one
+    python inference/export_hf.py FOLDER --adapter out/TinySeek_Lora_final.pkl            for peft
+    python inference/export_hf.py FOLDER --adapter out/TinySeek_Lora_final.pkl --merge    both in one model
 
-A dense model becomes a Qwen3, one with experts a Dots1, one with latent attention a DeepSeek-V3; a model that
-was imported becomes what it was. A setting that no architecture there has is an error that names it. The head
+A dense model becomes a Qwen3, one with experts a Dots1, one with latent attention a DeepSeek-V3; an imported
+model becomes what it was. A setting that no architecture there has is an error that names it. The head
 of multi-token prediction is left out: it only drafts.
 """
 
-import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
+import sys, pathlib
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
 import json
 from collections.abc import Iterator
@@ -89,7 +91,9 @@ def write_tensors(loaded: Loaded, family: str, folder: Path, dtype: torch.dtype)
     for number, names in enumerate(files, start=1):
         name = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         # Copies: safetensors stores no views. Biases of routers change in steps that bf16 would round away.
-        tensors = {key: part.to(torch.float32 if key.endswith(BIAS) else dtype).clone() for key, part in names}
+        tensors = {
+            key: part.to(torch.float32 if key.endswith(BIAS) else dtype).clone() for key, part in names
+        }
         save_file(tensors, folder / name, metadata={"format": "pt"})
         total += sum(part.numel() * part.element_size() for part in tensors.values())
         places |= dict.fromkeys(tensors, name)
@@ -119,7 +123,9 @@ def as_json(data: dict) -> str:
 def model_card(loaded: Loaded, config: dict) -> str:
     """Return README.md: what the model is, and the figures of its own training."""
     about, weights = loaded.about, shapes_of(loaded.model.config)
-    weights = {name: part for name, part in weights.items() if name != HEAD or not config["tie_word_embeddings"]}
+    weights = {
+        name: part for name, part in weights.items() if name != HEAD or not config["tie_word_embeddings"]
+    }
     count = sum(part.numel() for name, part in weights.items() if not name.endswith(BIAS))
     figures = {"parameters": f"{count:,}", "stage": about["stage"], "steps": f"{about['step']:,}"}
     if about.get("tokens"):

@@ -1,7 +1,7 @@
 """What tells the families of Hugging Face's decoders apart: names of settings and of weights, as data.
 
-All of them are one decoder, and TinySeek's names are Hugging Face's, so a family is a few exceptions. The same
-table reads `config.json` and its weights (import_hf.py) and writes them (export_hf.py).
+All of them are one decoder, and TinySeek's names are Hugging Face's, so a family is a few exceptions. The
+same table serves import_hf.py, which reads `config.json` and weights, and export_hf.py, which writes them.
 """
 
 from dataclasses import dataclass, field

@@ -51,12 +51,20 @@ def tensor_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model: those of its index, or the only one."""
     if (folder / INDEX).exists():
         files = read_json_file(folder, INDEX).get("weight_map")
-        if not isinstance(files, dict) or not files or not all(isinstance(one, str) for one in files.values()):
-            raise UserError(f"{folder / INDEX}: weight_map must name a file for each weight; download it again")
+        if (
+            not isinstance(files, dict)
+            or not files
+            or not all(isinstance(one, str) for one in files.values())
+        ):
+            raise UserError(
+                f"{folder / INDEX}: weight_map must name a file for each weight; download it again"
+            )
         names = sorted(set(files.values()))
         for name in names:
             if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-                raise UserError(f"{folder / INDEX}: {name!r} is not a .safetensors file of this folder: refused")
+                raise UserError(
+                    f"{folder / INDEX}: {name!r} is not a .safetensors file of this folder: refused"
+                )
         return [folder / name for name in names]
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
@@ -73,11 +81,15 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             for name in file.keys():  # noqa: SIM118  not a dictionary
                 part = file.get_slice(name)
                 if name in found:
-                    raise UserError(f"{path}: {name} is in {found[name].path.name} too: keep one of the files")
+                    raise UserError(
+                        f"{path}: {name} is in {found[name].path.name} too: keep one of the files"
+                    )
                 found[name] = Stored(path, tuple(part.get_shape()), str(part.get_dtype()))
     odd = [f"{name} ({one.dtype})" for name, one in found.items() if one.dtype not in DTYPES]
     if odd:
-        raise UserError(f"{folder}: {listed(odd)} of a quantized or unknown dtype; known: {', '.join(DTYPES)}")
+        raise UserError(
+            f"{folder}: {listed(odd)} of a quantized or unknown dtype; known: {', '.join(DTYPES)}"
+        )
     return found
 
 
@@ -86,7 +98,9 @@ def safetensors_package():
     try:
         import safetensors.torch
     except ImportError:
-        raise UserError("Hugging Face's files need the package safetensors: pip install safetensors") from None
+        raise UserError(
+            "Hugging Face's files need the package safetensors: pip install safetensors"
+        ) from None
     return safetensors
 
 

@@ -29,7 +29,9 @@ def family_of(config: dict, where: str) -> Family:
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{where}: model_type {name!r} is not supported; known: {', '.join(FAMILIES)}")
     if "quantization_config" in config:
-        raise UserError(f"{where}: the weights are quantized (quantization_config); take an fp32 or bf16 model")
+        raise UserError(
+            f"{where}: the weights are quantized (quantization_config); take an fp32 or bf16 model"
+        )
     return FAMILIES[name]
 
 
@@ -113,8 +115,8 @@ def write_settings(model: ModelConfig) -> dict:
         if nearest is None or len(lacks) < len(nearest[1]):
             nearest = name, lacks
     raise UserError(
-        f"no architecture of Hugging Face that TinySeek knows has this model: {nearest[0]} comes nearest, but "
-        f"not in {', '.join(nearest[1])}"
+        f"no architecture of Hugging Face that TinySeek knows has this model: {nearest[0]} comes nearest, "
+        f"but not in {', '.join(nearest[1])}"
     )
 
 

@@ -66,7 +66,9 @@ def read_weights(config: ModelConfig, family: Family, stored: dict[str, Stored],
     """
     experts = config.n_routed_experts if any(map(config.is_moe_layer, range(config.num_hidden_layers))) else 0
     if max(config.num_hidden_layers, experts) > len(stored):  # before they cost time
-        raise UserError(f"{where}: {config.num_hidden_layers} layers, {experts} experts, {len(stored)} tensors")
+        raise UserError(
+            f"{where}: {config.num_hidden_layers} layers, {experts} experts, {len(stored)} tensors"
+        )
     shapes = shapes_of(config)
     plan = {name: pieces(name, tensor, family, stored) for name, tensor in shapes.items()}
     plan = {name: sources for name, sources in plan.items()
@@ -96,8 +98,9 @@ def read_weights(config: ModelConfig, family: Family, stored: dict[str, Stored],
         if not torch.equal(head, weights[EMBEDDING]):
             raise UserError(f"{where}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}")
         weights[HEAD] = weights[EMBEDDING]
-    return {name: weights[name] if name in weights else torch.zeros(shape.shape)  # the bias of a softmax router
-            for name, shape in shapes.items()}  # fmt: skip
+    for name in shapes.keys() - weights.keys():
+        weights[name] = torch.zeros(shapes[name].shape)  # the bias of a router with softmax
+    return {name: weights[name] for name in shapes}
 
 
 def is_ignored(name: str, config: ModelConfig) -> bool:
@@ -117,4 +120,6 @@ def written_weights(weights: dict, config: ModelConfig, family: Family) -> Itera
             for part, theirs in pieces(name, weights[name], family):
                 yield theirs, part
         elif name != HEAD and weights[name].any():
-            raise UserError(f"{name} is not zero, and no architecture of Hugging Face has it beside a softmax")
+            raise UserError(
+                f"{name} is not zero, and no architecture of Hugging Face has it beside a softmax"
+            )

@@ -33,6 +33,7 @@ import torch
 from config.load import load_config
 from inference.generation.generator import Generator
 from inference.generation.load import load_full
+from inference.hf.settings import write_settings
 from inference.generation.sampling import SamplingParams
 from inference.generation.speculative import SpeculativeGenerator
 from load_data.packing import prepare_pretraining
@@ -76,28 +77,18 @@ def twin_kind(model) -> str | None:
     """Return the matching Hugging Face architecture; None if there is none or transformers is missing."""
     if model.attention_kind == "mla" or model.mtp != "none" or not find_spec("transformers"):
         return None
-    if model.mlp_bias or model.mlp_only_layers or model.shared_expert_intermediate_size:
+    try:
+        return write_settings(model)["architectures"][0].removesuffix("ForCausalLM")
+    except UserError:
         return None
-    experts = "Qwen3Moe" if model.scoring_func == "softmax" and not model.n_shared_experts else "Dots1"
-    return experts if model.n_routed_experts else "Qwen3"
 
 
 def hugging_face_twin(config, attention: str):
     """Return the Hugging Face model of the same shape."""
-    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model, kind = config.model, twin_kind(config.model)
-    shape_class = getattr(transformers, f"{kind}Config")
-    names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-             "head_dim", "intermediate_size", "max_position_embeddings", "tie_word_embeddings",
-             "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size",
-             "norm_topk_prob", "first_k_dense_replace", "n_group", "topk_group", "routed_scaling_factor"]
-    own = {name: getattr(model, name) for name in names if hasattr(shape_class(), name)}
-    if kind == "Qwen3Moe":  # settings with other names there
-        dense = list(range(model.first_k_dense_replace))
-        own |= {"num_experts": model.n_routed_experts, "mlp_only_layers": dense}
-    shape = shape_class(**own, sliding_window=None, attn_implementation=attention)
-    return getattr(transformers, f"{kind}ForCausalLM")(shape)
+    shape = AutoConfig.for_model(**write_settings(config.model))
+    return AutoModelForCausalLM.from_config(shape, attn_implementation=attention)
 
 
 def take_turns(contenders: dict, steps: int, machine) -> dict[str, list[float]]:

@@ -6,7 +6,11 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-TEXT = ["def f(x):\n    return x + 1\n", "The quick brown fox jumps over the lazy dog. 你好，世界！ ", "0123456789 "]
+TEXT = [
+    "def f(x):\n    return x + 1\n",
+    "The quick brown fox jumps over the lazy dog. 你好，世界！ ",
+    "0123456789 ",
+]
 SMALL = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128}  # fmt: skip
 EXPERTS = {"moe_intermediate_size": 20, "num_experts_per_tok": 2}
@@ -118,7 +122,7 @@ def write_tokenizer(folder, size=300, **settings) -> None:
 
 
 def save(case: str, folder, **options):
-    """Save the model of a case with a tokenizer; `options` are those of `save_pretrained`. Return the model."""
+    """Save the model of a case, by `save_pretrained` with `options`, and a tokenizer; return the model."""
     model = make_model(case)
     model.save_pretrained(folder, **options)
     write_tokenizer(folder)

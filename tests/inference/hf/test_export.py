@@ -27,7 +27,7 @@ MODELS = {
     "DeepseekV3ForCausalLM, dense": MLA,
     "Qwen3ForCausalLM, other pairing": {"rope_interleaved": True, "sliding_window": 7,
                                         "sliding_window_pattern": 2, "attention_bias": True},
-    "LlamaForCausalLM": {"qk_norm": False, "head_dim": 6, "rope_scaling": {"rope_type": "ntk", "factor": 3.0}},
+    "LlamaForCausalLM": {"qk_norm": False, "rope_scaling": {"rope_type": "ntk", "factor": 3.0}},
     "Qwen3MoeForCausalLM": MOE | {"scoring_func": "softmax", "n_shared_experts": 0, "mlp_only_layers": [1],
                                   "num_hidden_layers": 3},
 }  # fmt: skip
@@ -115,7 +115,12 @@ def test_a_pretrained_model_has_no_chat_template(tmp_path, monkeypatch):
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template is None
     card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
     weights = load_full(path).model.parameters()
-    for fact in (f"{sum(weight.numel() for weight in weights):,}", "1,234", "| val_loss | 1.25 |", "endoftext"):
+    for fact in (
+        f"{sum(weight.numel() for weight in weights):,}",
+        "1,234",
+        "| val_loss | 1.25 |",
+        "endoftext",
+    ):
         assert fact in card
     run(monkeypatch, import_hf, tmp_path / "hf", "--out", tmp_path / "back")
     assert not load_full(tmp_path / "back" / "TinySeek_Pre_final.pkl").answers

@@ -179,21 +179,39 @@ def leave(folder):
 GATE = "model.layers.0.mlp.gate_proj.weight"
 BAD = {
     "cut": (cut, "damaged or cut short"),
-    "table is nonsense": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "damaged or cut short"),
+    "table is nonsense": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99),
+        "damaged or cut short",
+    ),
     "another shape": (lambda f: rewrite(f, lambda w: w.update({GATE: torch.zeros(3, 4)})), r"\(3, 4\) where"),
     "missing": (lambda f: rewrite(f, lambda w: w.pop(GATE)), f"missing: {GATE}"),
-    "left over": (lambda f: rewrite(f, lambda w: w.update({"odd.bias": torch.ones(2)})), "left over: odd.bias"),
+    "left over": (
+        lambda f: rewrite(f, lambda w: w.update({"odd.bias": torch.ones(2)})),
+        "left over: odd.bias",
+    ),
     "quantized": (lambda f: rewrite(f, lambda w: w.update({GATE: w[GATE].to(torch.int8)})), "I8"),
     "unknown family": (lambda f: edit_json(f / "config.json", model_type="gpt2"), "model_type 'gpt2'.*qwen3"),
     "no family": (lambda f: edit_json(f / "config.json", model_type=None), "model_type None"),
     "an activation": (lambda f: edit_json(f / "config.json", hidden_act="gelu"), "hidden_act='gelu'"),
     "a setting missing": (lambda f: edit_json(f / "config.json", vocab_size=None), "vocab_size is missing"),
     "a wrong type": (lambda f: edit_json(f / "config.json", hidden_size="big"), "hidden_size must be int"),
-    "more layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=3, layer_types=None), "missing: "),
-    "fewer layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=1, layer_types=None), "left over"),
+    "more layers": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=3, layer_types=None),
+        "missing: ",
+    ),
+    "fewer layers": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=1, layer_types=None),
+        "left over",
+    ),
     "endless layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=10**9), "num_hidden_layers"),
-    "many layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=99999, layer_types=None), "layers,"),
-    "a huge vocabulary": (lambda f: edit_json(f / "config.json", vocab_size=10**12), "where config.json says"),
+    "many layers": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=99999, layer_types=None),
+        "layers,",
+    ),
+    "a huge vocabulary": (
+        lambda f: edit_json(f / "config.json", vocab_size=10**12),
+        "where config.json says",
+    ),
     "another rule": (lambda f: edit_json(f / "config.json", rope_parameters={"rope_type": "odd"}), "'odd'"),
     "quantization": (lambda f: edit_json(f / "config.json", quantization_config={}), "quantized"),
     "a pickle": (replace_by_pickle, "pytorch_model.bin, a pickle"),
@@ -246,4 +264,6 @@ def test_an_import_is_not_replaced_unasked(tmp_path, monkeypatch):
     imported(monkeypatch, tmp_path / "hf", tmp_path / "out")
     with pytest.raises(UserError, match="--overwrite"):
         run(monkeypatch, tmp_path / "hf", "--out", tmp_path / "out")
-    assert isinstance(imported(monkeypatch, tmp_path / "hf", tmp_path / "out", "--overwrite").model.config, ModelConfig)
+    assert isinstance(
+        imported(monkeypatch, tmp_path / "hf", tmp_path / "out", "--overwrite").model.config, ModelConfig
+    )
