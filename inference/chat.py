@@ -195,6 +195,8 @@ class Chat:
         elif name == "/system":
             if rest and not self.model.answers:
                 raise UserError(f"{self.model.path} reads no system message: only fine-tuned models do")
+            if rest:  # a template may have no place for it
+                self.model.template.turn({"role": "system", "content": rest})
             conversation.system = rest
             tell("(system message set)" if rest else "(no system message)")
         elif name == "/params":

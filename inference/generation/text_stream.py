@@ -2,7 +2,7 @@
 
 import codecs
 
-from load_data.chat.chat_template import CALL, END_CALL, END_THINK, Message
+from load_data.chat.chat_template import CALL, END_CALL, END_THINK, THINK, Message
 from load_data.tokenization.tokenizer import Tokenizer
 
 
@@ -65,6 +65,8 @@ class AnswerStream:
         new = None
         if token == special.get(END_THINK) and part == "thinking" or token == special.get(END_CALL):
             new = "content"
+        elif token == special.get(THINK) and self.texts == [["content", ""]]:
+            new = "thinking"  # unasked, which is Qwen3's way
         elif token == special.get(CALL):
             new = "call"
         text = self.stream.push(token) if new is None else self.stream.finish()

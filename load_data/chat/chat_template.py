@@ -149,8 +149,9 @@ class ChatTemplate:
         for call in message.get("tool_calls", ()):
             text = call if isinstance(call, str) else json.dumps(call, ensure_ascii=False)
             written += [self.part(CALL), *encode(text), self.part(END_CALL)]
-        supervised = [role == "assistant"] * (len(written) + 1)  # the first id after an answer ends it
-        targets = [False] * len(before) + supervised + [False] * (len(after) - 1)
+        learned = role == "assistant"
+        targets = [False] * len(before) + [learned] * len(written)
+        targets += [learned and not place for place in range(len(after))]  # the first id after an answer ends it
         return [*before, *written, *after], targets
 
     def content(self, role: str, text: str) -> list[int]:

@@ -41,9 +41,9 @@ class HfTokenizer(Tokenizer):
         """`files`: texts by name, of `FILES`; `turns`: what `read_turns` returned, or {"refused": why}.
         Raises all kinds of exceptions for files that are no tokenizer."""
         self.contents = {"files": files, "added": [], "turns": check_turns(turns)}
-        data = json.loads(files[TOKENIZER]) | {"truncation": None, "padding": None}
+        data, whole = json.loads(files[TOKENIZER]), tokenizers.Tokenizer.from_str(files[TOKENIZER])
         named, extra = named_tokens(files)
-        whole = tokenizers.Tokenizer.from_str(json.dumps(data))
+        whole.no_truncation()
         whole.add_special_tokens([name for name in named.values() if whole.token_to_id(name) is not None])
         whole.add_tokens([one for one in extra if whole.token_to_id(one.content) is None])
         tokens = whole.get_added_tokens_decoder()

@@ -32,7 +32,8 @@ def without_specials(data: dict, special: set[str], text_tokens: dict[str, int])
             for left, right in pairs
             if special.isdisjoint((left, right, left + right.removeprefix(prefix)))
         ]
-    return data | {"model": model, "added_tokens": kept, "post_processor": None}
+    off = dict.fromkeys(("truncation", "padding", "post_processor"))
+    return data | off | {"model": model, "added_tokens": kept}
 
 
 def without_prefix(part: dict | None) -> dict | None:

@@ -96,7 +96,8 @@ def default_base(stage: str, bases: tuple, out: Path) -> Path | None:
 
 def inherited_sections(init: dict, path: str) -> dict:
     """Return the settings that a checkpoint decides: its model and tokenizer; the held-out fraction, since a
-    later stage must not score what this one trained on; and after dialogues their template."""
+    later stage must not score what this one trained on; and after dialogues, or with a tokenizer that brought
+    its own markers along, the template."""
     if init.get("base"):
         raise UserError(
             f"--init {path} holds an adapter, not a whole model: name its base ({init['base'].get('path')})"
@@ -109,7 +110,8 @@ def inherited_sections(init: dict, path: str) -> dict:
         what = f"a checkpoint without {', '.join(missing)}"
         raise UserError(f"--init {path}: {what}; name one of a training run")
     data = init["config"].get("data") or {}
-    names = ["same_question"] + ["template"] * (init.get("short") not in ("Pre", "Long"))
+    own = (sections["tokenizer"] or {}).get("kind") == "hf"
+    names = ["same_question"] + ["template"] * (own or init.get("short") not in ("Pre", "Long"))
     if not all(str(path).lower().endswith(".txt") for path in data.get("paths") or [""]):
         names.append("val_fraction")  # plain text shares no held-out question with a later stage
     old = {"same_question": "exact"}  # the split of checkpoints that do not name theirs
