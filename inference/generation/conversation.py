@@ -51,7 +51,7 @@ class Conversation:
             whole, stop_ids = template.prompt(kept, request.thinking), template.stop_ids
             ids = prompt_within(template, kept, room, request.thinking)
         else:  # a text begins like a document, after the end of another
-            whole, stop_ids = [tokenizer.eos_id, *tokenizer.encode(text)], {tokenizer.eos_id}
+            whole, stop_ids = [tokenizer.eos_id, *tokenizer.encode_open([text])[0]], {tokenizer.eos_id}
             ids = whole[-room:]
         if len(ids) < len(whole):
             self.tell(f"(too long for {generator.context} tokens: only the last {len(ids)} are read)")
