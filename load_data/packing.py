@@ -126,7 +126,7 @@ class TokenWriter:
 
     def flush(self) -> None:
         """Encode and write the waiting pieces."""
-        encoded = iter(self.tokenizer.encode_batch([piece for piece in self.waiting if piece is not None]))
+        encoded = iter(self.tokenizer.encode_open([piece for piece in self.waiting if piece is not None]))
         separator = self.tokenizer.separator
         with self.path.open("ab") as file:
             for piece in self.waiting:

@@ -83,7 +83,7 @@ def show_samples(model, data, config):
     params = SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=64, seed=0)
     generator = Generator(model)
     room = generator.room(params.max_new_tokens)
-    ids = [tokenizer.encode(prompt)[-room:] for prompt in prompts]
+    ids = [one[-room:] for one in tokenizer.encode_open(prompts)]
     answers = generator.generate(ids, params, stop_ids={tokenizer.eos_id})
     for prompt, answer in zip(prompts, answers, strict=True):
         print(f"\n--- sample ---\n{prompt}|{tokenizer.decode(answer)}")

@@ -56,6 +56,10 @@ class Haystack:
         found = {match[1]: match[0] for match in DEFINITION.finditer(text)}
         return [(name, line) for name, line in found.items() if len(self.cut(name)[1]) >= SHORTEST_REST]
 
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text that does not end the document."""
+        return self.tokenizer.encode_open([text])[0]
+
     def cut(self, name: str) -> tuple[list[int], list[int]]:
         """Return the ids of `    return `, up to the first token of `name`, and those of the rest of it."""
         start = self.tokenizer.encode("    return")
@@ -64,7 +68,7 @@ class Haystack:
 
     def item(self, task: str, rng: random.Random) -> Item:
         """Return a random item of `task`. Raises `UserError` if the text has no definition for `names`."""
-        encode = self.tokenizer.encode
+        encode = self.encode
         if task == "names":
             if not self.definitions:
                 raise UserError("--tasks names: no function or class in the held-out text has a long name")

@@ -51,7 +51,7 @@ class Conversation:
             whole, stop_ids = template.prompt(kept, request.thinking), template.stop_ids
             ids = prompt_within(template, kept, room, request.thinking)
         else:  # a text begins as documents do
-            whole, stop_ids = [*tokenizer.begin, *tokenizer.encode(text)], set(tokenizer.eos_ids)
+            whole, stop_ids = [*tokenizer.begin, *tokenizer.encode_open([text])[0]], set(tokenizer.eos_ids)
             whole = whole or [tokenizer.eos_id]
             ids = whole[-room:]
         if len(ids) < len(whole):

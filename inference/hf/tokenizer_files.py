@@ -21,8 +21,10 @@ import json
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from load_data.chat.chat_template import ChatTemplate
-from load_data.tokenization.tokenizer import END_OF_TEXT, PAD, UNKNOWN, BpeTokenizer, CharTokenizer, Tokenizer
+from load_data.chat.chat_template import RESULT, ChatTemplate
+from load_data.tokenization.tokenizer import END_OF_TEXT, PAD, PART_TOKENS, UNKNOWN, BpeTokenizer
+from load_data.tokenization.tokenizer import CharTokenizer, Tokenizer
+from utils.errors import UserError
 
 CONFIG = "tokenizer_config.json"
 OPENING = {"tinyseek": "User：", "chatml": "<|im_start|>"}  # the special token that begins a question
@@ -66,7 +68,7 @@ def tokenizer_files(
     if tokenizer.kind == "hf":
         files, added = dict(tokenizer.contents["files"]), tokenizer.contents["added"]
         if added:
-            ids = {name: tokenizer.special_ids[name] for name in added}
+            ids = {name: tokenizer.special_ids[name] for name in (*tokenizer.names, *added)}
             files["tokenizer.json"] = with_special(files["tokenizer.json"], ids)
     else:
         backend = byte_level(tokenizer) if tokenizer.kind == "bpe" else characters(tokenizer)
@@ -89,12 +91,12 @@ def tokenizer_files(
 
 def chat_template(tokenizer: Tokenizer, kind: str) -> str:
     """Return the Jinja template that writes the text of a `ChatTemplate` of this kind."""
-    ours = ChatTemplate(tokenizer, kind)
-    marks = {role: (ours.before[role], ours.after[role]) for role in ours.before}
-    texts = {
-        role: [tokenizer.decode(ids, skip_special=False) for ids in pair] for role, pair in marks.items()
-    }
-    return CHAT_TEMPLATE.replace("MARKS", json.dumps(texts, ensure_ascii=False))
+    # A tokenizer of bytes spells all markers, also where kind char has no line break.
+    spell = BpeTokenizer([], parts=PART_TOKENS if RESULT in tokenizer.special_ids else ())
+    ours, marks = ChatTemplate(spell, kind), {}
+    for role, before in ours.before.items():
+        marks[role] = [spell.decode(ids, skip_special=False) for ids in (before, ours.after[role])]
+    return CHAT_TEMPLATE.replace("MARKS", json.dumps(marks, ensure_ascii=False))
 
 
 def byte_level(tokenizer: BpeTokenizer) -> tokenizers.Tokenizer:
@@ -128,14 +130,25 @@ def characters(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
 
 
 def with_special(text: str, ids: dict[str, int]) -> str:
-    """Return tokenizer.json with more special tokens, which have the given ids."""
-    data, flags = json.loads(text), dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [{"id": one, "content": name, **flags, "special": True} for name, one in ids.items()]
-    data["added_tokens"] = [*(data.get("added_tokens") or ()), *added]
-    # Trap: the library does not read these ids. It takes those of the vocabulary, or counts on from its size.
+    """Return tokenizer.json with the special tokens of `ids`, some of which it may have already.
+
+    Trap: the library does not read the ids of added tokens. It takes those of the vocabulary, or counts on
+    from its size. So the vocabulary gets all of them, unless it is a list (Unigram).
+    """
+    data, before = json.loads(text), tokenizers.Tokenizer.from_str(text)
+    missing = sorted((one, name) for name, one in ids.items() if before.token_to_id(name) != one)
     if isinstance(data["model"]["vocab"], dict):
-        data["model"]["vocab"] |= ids
-    return as_json(data)
+        present = {token.content: one for one, token in before.get_added_tokens_decoder().items()}
+        data["model"]["vocab"] |= present | ids
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    added = [{"id": one, "content": name, **flags} for one, name in missing]
+    data["added_tokens"] = [*(data.get("added_tokens") or ()), *added]
+    text = as_json(data)
+    after = tokenizers.Tokenizer.from_str(text)
+    for name, one in ids.items():
+        if after.token_to_id(name) != one:
+            raise UserError(f"tokenizer.json has no place for the special token {name} with the id {one}")
+    return text
 
 
 def as_json(data: dict) -> str:

@@ -35,7 +35,8 @@ PART_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_resp
 # A line break at the end of a text is a piece of its own, so that encode(text + "\n") == encode(text) +
 # encode("\n") for every text that does not end in one. Hugging Face's chat templates encode a question and
 # the line break after it as one text, ours separately; so both have the same ids. `(?:(?<!\n)|(?=[\s\S]))`
-# says it: a piece does not end in a line break, or more follows. (Engines disagree on \z, \Z and $.)
+# says it: a piece does not end in a line break, or more follows. (Engines disagree on \z, \Z and $.) Texts
+# that go on, and documents, are encoded by `encode_open`, which knows no such exception.
 SPLIT_PATTERN = (
     r"(?:[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+(?:\s*[\r\n]+[ \t]*)?"
     r"|\s*[\r\n]+[ \t]*|[ \t]+(?!\S)|\s+)(?:(?<!\n)|(?=[\s\S]))|\n"
@@ -121,6 +122,11 @@ class Tokenizer:
         """Return the ids of a text that follows other text."""
         return self.encode(text)
 
+    def encode_open(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of each text as the beginning of a longer one: of a text that a model continues, and
+        of a document, whose end is a token of its own."""
+        return self.encode_batch(texts)
+
     def decode(self, ids, skip_special: bool = True) -> str:
         """Return the text of `ids`, special tokens left out or spelled out; invalid bytes become U+FFFD.
 
@@ -194,6 +200,13 @@ class BpeTokenizer(Tokenizer):
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text."""
         return encoded(self.backend, texts)
+
+    def encode_open(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of each text as the beginning of a longer one: a line break at the end is not set
+        apart. Otherwise that would tell a model that the document ends."""
+        more = [text.endswith("\n") for text in texts]
+        batch = self.encode_batch([text + "x" * one for text, one in zip(texts, more)])
+        return [ids[: len(ids) - one] for ids, one in zip(batch, more)]
 
 
 class CharTokenizer(Tokenizer):

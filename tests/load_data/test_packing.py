@@ -61,6 +61,15 @@ def test_records_are_joined_with_one_end_of_text(run_config, write, kind):
     assert not ((data.train[1:] == 0) & (data.train[:-1] == 0)).any()
 
 
+def test_the_last_line_of_a_document_has_the_ids_of_any_other(run_config, write):
+    """A line break encoded differently there would announce the end of a text."""
+    lines = [{"text": f"f({number})\n" * 3} for number in range(200)]
+    data = prepare_pretraining(run_config(write("a.jsonl", lines), kind="bpe"))
+    for row in (data.train, data.val):
+        ends = np.append(np.flatnonzero(row == data.tokenizer.eos_id), len(row))
+        assert {data.tokenizer.decode([row[end - 1]]) for end in ends} == {")\n"}
+
+
 def test_copies_of_a_text_are_on_one_side(run_config, write, tmp_path):
     write("data/a.jsonl", records(100) + records(100))
     write("data/b.jsonl", records(100))

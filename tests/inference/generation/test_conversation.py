@@ -11,6 +11,7 @@ from inference.generation.generator import Answer, Generator
 from inference.generation.sampling import SamplingParams
 from load_data.chat.chat_data import prepare_chat
 from load_data.chat.chat_template import ChatTemplate
+from load_data.tokenization.tokenizer import BpeTokenizer
 from tests.inference.adapters import run_settings
 from tests.inference.tools import byte_tokenizer
 from tests.modules.tools import small_config
@@ -283,6 +284,15 @@ def test_a_pretrained_model_continues_and_remembers_nothing():
     assert model.asked[:2] == [[0, *TOKENIZER.encode("User：a")], [0, *TOKENIZER.encode("b")]]
     assert model.asked[2] == TOKENIZER.encode("c" * 52) and told.messages == []
     assert remarks == ["(too long for 64 tokens: only the last 52 are read)"]
+
+
+def test_a_text_to_continue_does_not_end():
+    """Its last line break has the id that it would have before another line."""
+    tokenizer, model = BpeTokenizer([(":", "Ċ")]), Scripted("")
+    base = SimpleNamespace(tokenizer=tokenizer, template=ChatTemplate(tokenizer), answers=False)
+    model.generate = lambda prompts, *rest, **options: model.asked.append(prompts[0]) or [Answer()]
+    Conversation([base], [model]).say("x:\n", GREEDY, ignore)
+    assert [tokenizer.decode([one]) for one in model.asked[0]] == ["", "x", ":\n"]
 
 
 def test_models_with_different_templates_take_turns():

@@ -18,6 +18,7 @@ from load_data.chat.chat_template import ChatTemplate
 from load_data.tokenization.tokenizer import PART_TOKENS, SPECIAL_TOKENS, UNKNOWN, BpeTokenizer
 from load_data.tokenization.tokenizer import CharTokenizer, Tokenizer
 from load_data.tokenization.train_tokenizer import learn_merges
+from utils.errors import UserError
 
 OLD = Path(__file__).resolve().parents[2] / "old_checkpoints/finished/TinySeek_SFT_final.pkl"
 TEMPLATES = ("tinyseek", "chatml")
@@ -143,7 +144,7 @@ def test_nothing_is_lost_when_transformers_writes_it_again(name, ours, theirs, t
 
 
 def test_what_older_versions_of_transformers_would_assume(ours):
-    """Before version 5, decoding tidies up spaces, and encoding adds `token_type_ids`, which no model takes."""
+    """Before version 5, decoding tidies up spaces, and encoding gives types that models refuse."""
     config = json.loads(tokenizer_files(ours["bpe"], "tinyseek")["tokenizer_config.json"])
     assert config["clean_up_tokenization_spaces"] is False
     assert config["model_input_names"] == ["input_ids", "attention_mask"] and "model_max_length" not in config
@@ -165,8 +166,13 @@ def test_a_last_line_break_is_a_token_of_its_own(ours):
     old = BpeTokenizer(bpe.merges, ours["old"].contents["pattern"])
     together = old.encode_batch([text + "\n" for text in texts])
     assert sum(ids != [*start, *line_break] for ids, start in zip(together, old.encode_batch(texts))) > 30
-    for inside in ("if x:\n    y", "a\n\nb", "x \r\n\ty"):  # nothing else has changed
-        assert bpe.encode(inside) == old.encode(inside) and bpe.encode(inside)[-1] != line_break[0]
+    # Nothing else has changed, and nothing at all for a text that goes on: the ids are those before an x.
+    assert bpe.encode_batch(texts) == old.encode_batch(texts)
+    for tokenizer in (bpe, old):
+        longer = tokenizer.encode_batch([text + "\nx" for text in TEXTS])
+        opened = tokenizer.encode_open([text + "\n" for text in TEXTS])
+        assert opened == [ids[:-1] for ids in longer] == old.encode_batch([text + "\n" for text in TEXTS])
+    assert bpe.encode_open(texts) == bpe.encode_batch(texts)
 
 
 CALL = {"name": "calculator", "arguments": {"expression": "12 * 34 < 5 & \"é\" '你好'"}}
@@ -216,10 +222,11 @@ def test_the_template_writes_the_same_text(name, kind, ours, theirs):
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
-def test_the_template_gives_the_same_ids(kind, ours, theirs):
+@pytest.mark.parametrize("name", ("bpe", "char", "odd char"))
+def test_the_template_gives_the_same_ids(name, kind, ours, theirs):
     """For contents as the docstring says: without special tokens, and with no white space at one end."""
-    tokenizer, twin, template = ours["bpe"], theirs("bpe", kind), ChatTemplate(ours["bpe"], kind)
-    texts = [one for one in TEXTS if not any(name in one for name in tokenizer.special_ids)]
+    tokenizer, twin, template = ours[name], theirs(name, kind), ChatTemplate(ours[name], kind)
+    texts = [one for one in TEXTS if not any(special in one for special in tokenizer.special_ids)]
     texts = [one for one in texts if (one == one.lstrip() if kind == "chatml" else not one.endswith("\n"))]
     count = 0
     for talk in dialogues(texts):
@@ -268,49 +275,66 @@ def test_a_tokenizer_without_part_tokens_says_so(name, theirs):
 
 
 class Imported(Tokenizer):
-    """A tokenizer of kind hf, as far as writing needs it. It has an unused id, and two special tokens."""
+    """A tokenizer of kind hf, as far as writing needs it. Of its special tokens <more> is named only in its
+    configuration."""
 
     kind = "hf"
 
-    def __init__(self, *added, **files):
-        letters = sorted(string.printable)
-        first = len(letters) + 1
-        vocabulary = {letter: number for number, letter in enumerate(letters)}
-        vocabulary |= {"<end>": first, "<sep>": first + 1}
-        self.backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    def __init__(self, model, *added, **files):
+        self.backend = tokenizers.Tokenizer(model)
         self.backend.add_special_tokens(["<end>", "<sep>"])
-        self.special_ids = {name: number for number, name in enumerate(["<end>", "<sep>", *added], first)}
-        self.id_to_bytes = [letter.encode() for letter in letters] + [b""] * (len(added) + 3)
         self.contents = {"files": {"tokenizer.json": self.backend.to_str(), **files}, "added": [*added]}
+        self.backend.add_special_tokens(["<more>"])
+        self.special_ids = {name: self.backend.token_to_id(name) for name in ("<end>", "<sep>", "<more>")}
+        self.names = set(self.special_ids)
+        first = max(self.special_ids.values()) + 1
+        self.special_ids |= {name: number for number, name in enumerate(added, first)}
+        self.special_ids.setdefault("<|endoftext|>", self.special_ids["<end>"])  # the end by its name here
+        self.id_to_bytes = [b""] * (first + len(added))
 
     def encode_batch(self, texts):
         return [encoding.ids for encoding in self.backend.encode_batch(texts)]
 
 
+LETTERS = {letter: number for number, letter in enumerate(sorted(string.printable))}
+MODELS = {  # special tokens beyond the vocabulary; within, after an id that nothing has; a list as vocabulary
+    "beyond": tokenizers.models.BPE(vocab=LETTERS, merges=[]),
+    "gap": tokenizers.models.BPE(vocab=LETTERS | {"<end>": 104, "<sep>": 102, "<more>": 103}, merges=[]),
+    "list": tokenizers.models.Unigram([(letter, -1.0) for letter in [*LETTERS, "<end>"]]),
+}
 FILES = {
-    "tokenizer_config.json": '{"eos_token": "<end>",  "chat_template": "{{ 1 }}"}',
+    "tokenizer_config.json": '{"eos_token": "<end>",  "sep_token": "<more>", "chat_template": "{{ 1 }}"}',
     "chat_template.jinja": "{{ 2 }}",
 }
 
 
 def test_files_of_an_imported_tokenizer_are_what_they_were():
-    tokenizer = Imported(**FILES)
+    tokenizer = Imported(MODELS["gap"], **FILES)
     for kind in ("own", *TEMPLATES):  # it has the special tokens of neither
         assert tokenizer_files(tokenizer, kind) == tokenizer.contents["files"]
 
 
-def test_special_tokens_added_to_an_imported_tokenizer_have_their_ids(tmp_path):
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_special_tokens_added_to_an_imported_tokenizer_have_their_ids(model, tmp_path):
     """Its own template stays; ours replaces it where a model was trained with ours."""
-    tokenizer = Imported("<|im_start|>", "<|im_end|>", "<|endoftext|>", **FILES)
+    tokenizer = Imported(model, "<|im_start|>", "<|im_end|>", **FILES)
     talk, kept = [{"role": "user", "content": "hi"}], tokenizer.to_json()
+    names = ("<|im_start|>", "<sep>", "<end>", "<more>", "<|im_end|>")
+    special, (letter,) = [tokenizer.special_ids[name] for name in names], tokenizer.encode("a")
     rendered = {"own": "2", "chatml": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"}
     for kind, text in rendered.items():
         twin = load(tmp_path / kind, tokenizer_files(tokenizer, kind))
-        ids = {name: twin.convert_tokens_to_ids(name) for name in tokenizer.special_ids}
-        assert ids == tokenizer.special_ids
-        numbers = [ids["<|im_start|>"], *tokenizer.encode("a"), ids["<sep>"], ids["<end>"]]
-        assert twin("<|im_start|>a<sep><end>")["input_ids"] == numbers
-        assert twin.decode(numbers, skip_special_tokens=True) == "a"
+        apart = twin("a".join(names))["input_ids"]
+        assert apart[::2] == special and set(apart[1::2]) == {letter}
+        assert twin.decode([letter, *special], skip_special_tokens=True) == "a"
         assert twin.apply_chat_template(talk, add_generation_prompt=True, tokenize=False) == text
         assert twin.eos_token == "<end>"
     assert tokenizer.to_json() == kept
+
+
+def test_an_id_that_the_format_cannot_express_is_refused():
+    """The vocabulary of a Unigram is a list, so it has no gaps."""
+    tokenizer = Imported(MODELS["list"], "<|im_start|>", "<|im_end|>", **FILES)
+    tokenizer.special_ids["<|im_end|>"] += 1
+    with pytest.raises(UserError, match="no place for the special token <.im_end.> with the id 105"):
+        tokenizer_files(tokenizer, "own")
