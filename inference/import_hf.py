@@ -86,7 +86,8 @@ def run_config(folder: Path, model: ModelConfig, tokenizer: HfTokenizer) -> RunC
     config = RunConfig(model=model)
     config.train.max_steps = 1  # a run needs a bound; this one has no steps
     config.tokenizer.kind, config.tokenizer.path = "hf", str(folder)
-    config.data.template = "own" if tokenizer.turns else "chatml"
+    ours = "tinyseek" if "User：" in tokenizer.special_ids else "chatml"  # of a base, for fine-tuning
+    config.data.template = "own" if tokenizer.turns else ours
     config.data.sequence_length = min(LONGEST_ROW, model.max_position_embeddings)
     return config
 
