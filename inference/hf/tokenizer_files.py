@@ -14,6 +14,8 @@ there, so there are three exceptions:
 - `tinyseek`: a content that ends in a line break may merge with the line break after it. With a tokenizer
   from before `SPLIT_PATTERN` set the last line break apart, so may one that ends in a sign.
 - `chatml`: a content that begins with white space may merge with the line break before it.
+
+And a text to continue that ends in a sign and a line break is one token longer there: see `encode_open`.
 """
 
 import json

@@ -275,18 +275,20 @@ def test_a_tokenizer_without_part_tokens_says_so(name, theirs):
 
 
 class Imported(Tokenizer):
-    """A tokenizer of kind hf, as far as writing needs it. Of its special tokens <more> is named only in its
-    configuration."""
+    """A tokenizer of kind hf, as far as writing needs it. Of its special tokens <more> and <most> are named
+    only in its configuration, and <sep> swallows the space before it. Two tabs are an added token, not a
+    special one."""
 
     kind = "hf"
 
     def __init__(self, model, *added, **files):
         self.backend = tokenizers.Tokenizer(model)
-        self.backend.add_special_tokens(["<end>", "<sep>"])
+        self.backend.add_special_tokens(["<end>", tokenizers.AddedToken("<sep>", lstrip=True)])
+        self.backend.add_tokens(["\t\t"])
         self.contents = {"files": {"tokenizer.json": self.backend.to_str(), **files}, "added": [*added]}
-        self.backend.add_special_tokens(["<more>"])
-        self.special_ids = {name: self.backend.token_to_id(name) for name in ("<end>", "<sep>", "<more>")}
-        self.names = set(self.special_ids)
+        self.backend.add_special_tokens(["<more>", "<most>"])
+        self.names = ["<most>", "<more>", "<sep>", "<end>"]
+        self.special_ids = {name: self.backend.token_to_id(name) for name in self.names}
         first = max(self.special_ids.values()) + 1
         self.special_ids |= {name: number for number, name in enumerate(added, first)}
         self.special_ids.setdefault("<|endoftext|>", self.special_ids["<end>"])  # the end by its name here
@@ -297,13 +299,15 @@ class Imported(Tokenizer):
 
 
 LETTERS = {letter: number for number, letter in enumerate(sorted(string.printable))}
+INSIDE = ("<end>", "<sep>", "\t\t", "<more>", "<most>")
 MODELS = {  # special tokens beyond the vocabulary; within, after an id that nothing has; a list as vocabulary
     "beyond": tokenizers.models.BPE(vocab=LETTERS, merges=[]),
-    "gap": tokenizers.models.BPE(vocab=LETTERS | {"<end>": 104, "<sep>": 102, "<more>": 103}, merges=[]),
+    "gap": tokenizers.models.BPE(vocab=LETTERS | dict(zip(INSIDE, range(101, 106))), merges=[]),
     "list": tokenizers.models.Unigram([(letter, -1.0) for letter in [*LETTERS, "<end>"]]),
 }
 FILES = {
-    "tokenizer_config.json": '{"eos_token": "<end>",  "sep_token": "<more>", "chat_template": "{{ 1 }}"}',
+    "tokenizer_config.json": '{"eos_token": "<end>",  "sep_token": "<more>", "cls_token": "<most>",'
+    ' "chat_template": "{{ 1 }}"}',
     "chat_template.jinja": "{{ 2 }}",
 }
 
@@ -319,13 +323,14 @@ def test_special_tokens_added_to_an_imported_tokenizer_have_their_ids(model, tmp
     """Its own template stays; ours replaces it where a model was trained with ours."""
     tokenizer = Imported(model, "<|im_start|>", "<|im_end|>", **FILES)
     talk, kept = [{"role": "user", "content": "hi"}], tokenizer.to_json()
-    names = ("<|im_start|>", "<sep>", "<end>", "<more>", "<|im_end|>")
-    special, (letter,) = [tokenizer.special_ids[name] for name in names], tokenizer.encode("a")
+    special = [tokenizer.special_ids[name] for name in (*tokenizer.names, "<|im_start|>", "<|im_end|>")]
+    written = "\t\ta<most>a<more>a <sep>a<end>a<|im_start|>a<|im_end|>a"
+    letter, tabs = tokenizer.encode("a\t\t")
     rendered = {"own": "2", "chatml": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"}
     for kind, text in rendered.items():
         twin = load(tmp_path / kind, tokenizer_files(tokenizer, kind))
-        apart = twin("a".join(names))["input_ids"]
-        assert apart[::2] == special and set(apart[1::2]) == {letter}
+        ids = twin(written)["input_ids"]
+        assert ids[::2] == [tabs, *special] and set(ids[1::2]) == {letter}
         assert twin.decode([letter, *special], skip_special_tokens=True) == "a"
         assert twin.apply_chat_template(talk, add_generation_prompt=True, tokenize=False) == text
         assert twin.eos_token == "<end>"
@@ -336,5 +341,5 @@ def test_an_id_that_the_format_cannot_express_is_refused():
     """The vocabulary of a Unigram is a list, so it has no gaps."""
     tokenizer = Imported(MODELS["list"], "<|im_start|>", "<|im_end|>", **FILES)
     tokenizer.special_ids["<|im_end|>"] += 1
-    with pytest.raises(UserError, match="no place for the special token <.im_end.> with the id 105"):
+    with pytest.raises(UserError, match="no place for the special token <.im_end.> with the id 107"):
         tokenizer_files(tokenizer, "own")
