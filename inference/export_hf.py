@@ -95,6 +95,7 @@ def write_tensors(loaded: Loaded, family: str, folder: Path, dtype: torch.dtype)
             key: part.to(torch.float32 if key.endswith(BIAS) else dtype).clone() for key, part in names
         }
         save_file(tensors, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod((folder / "config.json").stat().st_mode)  # the package lets nobody else read it
         total += sum(part.numel() * part.element_size() for part in tensors.values())
         places |= dict.fromkeys(tensors, name)
     if len(files) > 1:

@@ -3,10 +3,10 @@
     python inference/import_hf.py FOLDER --out out/qwen3
     python inference/chat.py --out out/qwen3
     python train/lora_train.py --init out/qwen3/TinySeek_SFT_final.pkl --out out/qwen3_lora
-    python inference/import_hf.py ADAPTER --base out/qwen3/TinySeek_SFT_final.pkl --out out/adapter   from peft
+    python inference/import_hf.py ADAPTER --base out/qwen3/TinySeek_SFT_final.pkl --out out/adapter
 
-The folder is one that transformers wrote or that was downloaded: config.json, weights in safetensors files,
-tokenizer.json. Families: Llama, Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, Mistral, Mixtral, Dots1, DeepSeek-V2 and
+FOLDER is one that transformers wrote or that was downloaded: config.json, weights in safetensors files,
+tokenizer.json; ADAPTER is one that peft wrote. Families: Llama, Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, Mistral, Mixtral, Dots1, DeepSeek-V2 and
 DeepSeek-V3. A model with a chat template becomes a result of fine-tuning (SFT) and answers; another becomes a
 result of pre-training. Weights are stored in fp32, into which bf16 and fp16 go exactly.
 """

@@ -21,7 +21,7 @@ And a text to continue that ends in a sign and a line break is one token longer 
 import json
 
 import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from load_data.chat.chat_template import RESULT, ChatTemplate
 from load_data.tokenization.tokenizer import END_OF_TEXT, PAD, PART_TOKENS, UNKNOWN, BpeTokenizer
@@ -59,10 +59,11 @@ BY_LENGTH[4] = r"\x{10000}-\x{10ffff}"
 
 
 def tokenizer_files(
-    tokenizer: Tokenizer, template_kind: str, max_length: int | None = None
+    tokenizer: Tokenizer, template_kind: str | None, max_length: int | None = None
 ) -> dict[str, str]:
-    """Return the text of each file. `template_kind`: as for `ChatTemplate`; `max_length`: the longest text,
-    in tokens, that the model was trained on, if known.
+    """Return the text of each file. `template_kind`: as for `ChatTemplate`; None for a model that continues
+    texts, which begin with `<|endoftext|>`. `max_length`: the longest text, in tokens, that the model was
+    trained on, if known.
 
     The files of an imported tokenizer are what they were, with the special tokens added since. Its chat
     template remains unless `template_kind` is one of ours and the tokenizer has the special tokens for it.
@@ -74,10 +75,14 @@ def tokenizer_files(
             files["tokenizer.json"] = with_special(files["tokenizer.json"], ids)
     else:
         backend = byte_level(tokenizer) if tokenizer.kind == "bpe" else characters(tokenizer)
+        if template_kind is None:
+            end = (END_OF_TEXT, tokenizer.eos_id)
+            backend.post_processor = processors.TemplateProcessing(f"{END_OF_TEXT} $A", special_tokens=[end])
         # No text may become <unk> by looking like it.
         ids = {name: one for name, one in tokenizer.special_ids.items() if name != UNKNOWN}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": END_OF_TEXT,
             "eos_token": END_OF_TEXT,
             "pad_token": PAD,
             "clean_up_tokenization_spaces": False,

@@ -4,8 +4,8 @@
     python train/lab/compare_hf.py FOLDER --tokens 128    config.json alone: random weights, not imported
 
 Our side is the cost card (utils/cost.py) and the imported model; the other is transformers, and PyTorch's
-FLOP counter on its forward pass, which counts all T keys of each query, as ours does here. Both run in fp32 with
-the cache, on the same prompt, and take turns; times are medians. Needs `transformers` and `safetensors`.
+FLOP counter on its forward pass, which counts all T keys of each query, as ours does here. Both run in fp32
+with the cache, on the same prompt, and take turns; times are medians. Needs `transformers` and `safetensors`.
 """
 
 import sys, pathlib

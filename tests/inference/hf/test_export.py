@@ -112,7 +112,9 @@ def test_a_pretrained_model_has_no_chat_template(tmp_path, monkeypatch):
     """It continues texts; its card says how they begin."""
     path = checkpoint(tmp_path, "Pre")
     run(monkeypatch, export_hf, tmp_path / "hf", "--checkpoint", path)
-    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template is None
+    tokenizer, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), load_full(path).tokenizer
+    assert tokenizer.chat_template is None
+    assert tokenizer("a b\nc")["input_ids"] == [ours.eos_id, *ours.encode("a b\nc")]
     card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
     weights = load_full(path).model.parameters()
     for fact in (
@@ -123,7 +125,8 @@ def test_a_pretrained_model_has_no_chat_template(tmp_path, monkeypatch):
     ):
         assert fact in card
     run(monkeypatch, import_hf, tmp_path / "hf", "--out", tmp_path / "back")
-    assert not load_full(tmp_path / "back" / "TinySeek_Pre_final.pkl").answers
+    back = load_full(tmp_path / "back" / "TinySeek_Pre_final.pkl")
+    assert not back.answers and back.tokenizer.begin == [ours.eos_id]
 
 
 def test_adapters_alone_and_merged(tmp_path, monkeypatch):
@@ -152,11 +155,13 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, capsys):
         run_main(lambda: run(monkeypatch, export_hf, tmp_path / "hf", "--checkpoint", path))
     assert stop.value.code == 2
     assert "final_logit_softcapping" in capsys.readouterr().err
-    with pytest.raises(UserError, match="exists already"):
-        run(monkeypatch, export_hf, tmp_path, "--checkpoint", path)
     with pytest.raises(UserError, match="--merge needs"):
         run(monkeypatch, export_hf, tmp_path / "hf", "--checkpoint", path, "--merge")
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
+    plain = write_checkpoint(tmp_path / "plain.pkl", "SFT")
+    with pytest.raises(UserError, match="exists already"):
+        run(monkeypatch, export_hf, tmp_path, "--checkpoint", plain)
+    assert {one.name for one in tmp_path.iterdir()} == {path.name, "plain.pkl"}
 
 
 def test_a_softmax_router_with_a_bias_has_no_twin(tmp_path, monkeypatch):
