@@ -75,10 +75,10 @@ CASES = {
 }  # fmt: skip
 
 
-def make_model(case: str, seed=0):
+def make_model(case: str, seed=0, **changes):
     """Return Hugging Face's model of a case, with random weights, gains and biases."""
     family = getattr(transformers, case.partition(",")[0] + "ForCausalLM")
-    settings = SMALL | CASES[case]
+    settings = SMALL | CASES[case] | changes
     if family.__name__.startswith(("Qwen3", "Dots1")) and "head_dim" not in settings:
         settings["head_dim"] = 8
     if family.__name__.startswith("Dots1"):
