@@ -142,10 +142,10 @@ def byte_characters() -> list[str]:
 def encoded(backend: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
     """Return the ids of each text; a lone surrogate, which is not a character, is read as U+FFFD."""
     try:
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = backend.encode_batch_fast(texts)
     except TypeError:  # the library's answer to a lone surrogate
         texts = [without_surrogates(text) for text in texts]
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = backend.encode_batch_fast(texts)
     return [encoding.ids for encoding in encodings]
 
 

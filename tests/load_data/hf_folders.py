@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 TEXT = 3 * [
-    "The quick brown fox said: \"I'm 42 years old!\" [INST] SYS user assistant system\n    def f(x): return x",
+    "The quick brown fox said: \"I'm 42 years old!\" [INST] user assistant system\n    def f(x): return x",
     "<s> is a sign of HTML, </s> too. 你好，世界。Grüße!", "User: question Assistant: answer", "think tool",
 ]  # fmt: skip
 SPECIALS = {  # names as `transformers` has them, then more added tokens
