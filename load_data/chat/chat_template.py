@@ -151,12 +151,12 @@ class ChatTemplate:
             written += [self.part(CALL), *encode(text), self.part(END_CALL)]
         learned = role == "assistant"
         targets = [False] * len(before) + [learned] * len(written)
-        targets += [learned and not place for place in range(len(after))]  # the first id after an answer ends it
+        targets += [learned and not place for place in range(len(after))]  # the first one ends an answer
         return [*before, *written, *after], targets
 
     def content(self, role: str, text: str) -> list[int]:
-        """Return the ids of a content, with the spaces that the template writes beside it. A text that a model
-        wrote may bring them along."""
+        """Return the ids of a content, with the spaces that the template writes beside it. A text that a
+        model wrote may bring them along."""
         lead, tail, opens = self.beside[role]
         if role == "assistant":
             opens = opens and bool(lead or not text.startswith(" "))
@@ -192,8 +192,11 @@ class ChatTemplate:
 def why_not(tokenizer: Tokenizer, kind: str) -> str:
     """Return the reason why a tokenizer cannot write a template, and the way out; empty if it can."""
     special = tokenizer.special_ids
-    if kind == "own":
-        lacks = [] if tokenizer.turns else [f"markers of its own: {tokenizer.refused}"]
+    if kind == "own" and not tokenizer.turns:
+        lacks = [f"markers of its own: {tokenizer.refused}"]
+    elif kind == "own":
+        ends = special_pattern(tokenizer).search(tokenizer.turns["after"]["assistant"])
+        lacks = [] if ends else ["token that ends an answer"]
     else:
         written = "".join((*MARKERS[kind]["before"].values(), *MARKERS[kind]["after"].values()))
         lacks = [name for name in (*SPECIAL_TOKENS, END) if name in written and name not in special]

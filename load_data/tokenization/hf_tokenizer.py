@@ -5,9 +5,9 @@
                 turns: the markers of its chat template (turns.py), or why there are none
 
 Special tokens exist only as ids, as in the other kinds: all added tokens count, those with "special": false
-too (Qwen's <think> and <tool_call>), and all that tokenizer_config.json names. An added token of one character
-or of white space alone that is not special is text (GPT-NeoX's runs of spaces, DeepSeek-V2's letters). So
-`encode` gives the ids of `transformers` with split_special_tokens=True, except that there
+too (Qwen's <think> and <tool_call>), and all that tokenizer_config.json names. An added token of one
+character or of white space alone that is not special is text (GPT-NeoX's runs of spaces, DeepSeek-V2's
+letters). So `encode` gives the ids of `transformers` with split_special_tokens=True, except that there
 - a text can still reach added tokens that are not special, and special ones that the vocabulary lists;
 - `decode` drops the space before the first word of a text, which here is a part of its token.
 """
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import tokenizers
 
+from load_data.tokenization.base import END_OF_TEXT, PAD, PART_TOKENS, SPECIAL_TOKENS, Tokenizer, encoded
 from load_data.tokenization.plain_text import parts, speller, without_prefix, without_specials
-from load_data.tokenization.tokenizer import END_OF_TEXT, PAD, PART_TOKENS, SPECIAL_TOKENS, Tokenizer, encoded
 from load_data.tokenization.turns import check_turns, read_turns
 from utils.errors import UserError
 
@@ -28,6 +28,8 @@ TOKENIZER = "tokenizer.json"
 SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")  # the second decides
 TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 FILES = (TOKENIZER, *SETTINGS, TEMPLATE, GENERATION)
+OTHERS = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")  # from which it can be made
+NO_END = "the tokenizer has no end of text: name an eos_token in tokenizer_config.json"
 LARGEST = 64 * 2**20  # bytes of a file
 MOST_IDS = 2**22
 
@@ -81,15 +83,21 @@ class HfTokenizer(Tokenizer):
         self.backend = tokenizers.Tokenizer.from_str(json.dumps(plain))
         same = inside == plain
         self.inside_backend = self.backend if same else tokenizers.Tokenizer.from_str(json.dumps(inside))
-        only_first = [step.get("prepend_scheme") for step in parts(data.get("pre_tokenizer"))[:1]] == ["first"]
-        self.section_backend = self.inside_backend if only_first else self.backend
+        steps = parts(data.get("pre_tokenizer"))
+        once = bool(steps) and steps[0].get("prepend_scheme") == "first"  # no space after special tokens
+        self.section_backend = self.inside_backend if once else self.backend
         self.begin = beginning(whole, files, special.get(named.get("bos_token")))
+
+    @classmethod
+    def from_data(cls, data: dict) -> "HfTokenizer":
+        """Return the tokenizer with the contents `data`."""
+        return cls(data["files"], data["added"], data["turns"])
 
     @property
     def eos_id(self) -> int:
         """The id that separates two documents."""
         if END_OF_TEXT not in self.special_ids:
-            raise UserError("the tokenizer has no end of text: name one as eos_token in tokenizer_config.json")
+            raise UserError(NO_END)
         return self.special_ids[END_OF_TEXT]
 
     @property
@@ -170,8 +178,8 @@ def end_ids(files: dict[str, str], eos: int | None, size: int) -> list[int]:
 
 
 def beginning(whole: tokenizers.Tokenizer, files: dict[str, str], bos: int | None) -> list[int]:
-    """Return the ids that begin a text: what the post-processor puts before it, or BOS if the settings ask for
-    it in another way."""
+    """Return the ids that begin a text: those that the post-processor puts before it, or BOS if the settings
+    ask for it in another way."""
     encoding = whole.encode("a")
     ids = [one for one, _ in takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask))]
     asked = json.loads(files.get(SETTINGS[1], "{}")).get("add_bos_token") is True
@@ -181,15 +189,16 @@ def beginning(whole: tokenizers.Tokenizer, files: dict[str, str], bos: int | Non
 def read_hf_tokenizer(folder: str | Path, rows: int | None = None) -> HfTokenizer:
     """Return the tokenizer in `folder`, which may also be the path of its tokenizer.json.
 
-    `rows`: of the model's embedding. A new model can have any number (None), so the tokenizer gets all special
-    tokens of ours that it lacks. A model with weights gets those of ChatML only if it has no chat template and
-    rows to spare. Raises `UserError` for files that are no tokenizer, or one of more ids than `rows`.
+    `rows`: of the model's embedding. A new model can have any number (None), so the tokenizer gets all
+    special tokens of ours that it lacks. A model with weights gets those of ChatML only if it has no chat
+    template and rows to spare. Raises `UserError` for files that are no tokenizer, or one of more ids than
+    `rows`.
     """
     folder = Path(folder)
     folder = folder.parent if folder.name == TOKENIZER and not folder.is_dir() else folder
     files = {name: read_text(folder / name) for name in FILES if (folder / name).is_file()}
     if TOKENIZER not in files:
-        others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).is_file()]
+        others = [name for name in OTHERS if (folder / name).is_file()]
         found = f"only {others[0]}" if others else "none" if folder.is_dir() else "no such folder"
         raise UserError(
             f"{folder}: a {TOKENIZER} is needed, and there is {found}; the library transformers writes it: "
@@ -200,19 +209,21 @@ def read_hf_tokenizer(folder: str | Path, rows: int | None = None) -> HfTokenize
         source = chat_template(files)
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception
         raise UserError(
-            f"{folder / TOKENIZER}: this file, or one beside it, is not of the format of the library tokenizers "
-            f"{tokenizers.__version__} ({type(error).__name__}: {error})"
+            f"{folder / TOKENIZER}: this file, or one beside it, is not of the format of the library "
+            f"tokenizers {tokenizers.__version__} ({type(error).__name__}: {error})"
         ) from None
     if rows is not None and tokenizer.vocab_size > rows:
         raise UserError(
-            f"{folder / TOKENIZER}: its ids go up to {tokenizer.vocab_size - 1:,}, and the model has only {rows:,} "
-            "rows of embeddings: this is the tokenizer of another model"
+            f"{folder / TOKENIZER}: its ids go up to {tokenizer.vocab_size - 1:,}, and the model has only "
+            f"{rows:,} rows of embeddings: this is the tokenizer of another model"
         )
-    ours = (*SPECIAL_TOKENS, *PART_TOKENS) if rows is None else () if source else ("<|im_start|>", "<|im_end|>")
+    ours = () if source else ("<|im_start|>", "<|im_end|>")
+    ours = (*SPECIAL_TOKENS, *PART_TOKENS) if rows is None else ours
     missing = [name for name in ours if name not in tokenizer.names]
     if rows is None or tokenizer.vocab_size + len(missing) <= rows:
         tokenizer.add_parts(missing)
     if source:
         tokenizer.contents["turns"] = read_turns(source, named_tokens(files)[0], tokenizer.special_ids)
-    tokenizer.eos_id  # noqa: B018 - raises if there is none
+    if END_OF_TEXT not in tokenizer.special_ids:
+        raise UserError(f"{folder}: {NO_END}")
     return tokenizer

@@ -1,14 +1,14 @@
 """Text to ids with a tokenizer.json, but never to a special token; and the bytes that each token stands for.
 
-A special token can be reached in three ways: as an "added token", which `tokenizers` cuts out of a text before
-everything else; as an entry of the vocabulary that equals a piece of text; and by a merge. All three are
-removed from the JSON, and every other id stays what it was. The token for unknown text stays too.
+A special token can be reached in three ways: as an "added token", which `tokenizers` cuts out of a text
+before everything else; as an entry of the vocabulary that equals a piece of text; and by a merge. All three
+are removed from the JSON, and every other id stays as it was. The token for unknown text stays too.
 """
 
 import re
 from collections.abc import Callable
 
-from load_data.tokenization.tokenizer import byte_characters
+from load_data.tokenization.base import byte_characters
 
 BYTE = re.compile("<0x([0-9A-F]{2})>")  # a token of one byte, in vocabularies of sentencepiece
 
@@ -72,9 +72,9 @@ def speller(data: dict) -> Callable[[str], bytes]:
         )
     if "WordPiece" in kinds:
         prefix = kinds["WordPiece"]["prefix"]
-        return lambda token: (
-            token.removeprefix(prefix) if token.startswith(prefix) else f" {token}"
-        ).encode("utf-8")
+        return lambda token: (token.removeprefix(prefix) if token.startswith(prefix) else f" {token}").encode(
+            "utf-8"
+        )
     if "BPEDecoder" in kinds:
         suffix = kinds["BPEDecoder"]["suffix"]
         return lambda token: re.sub(re.escape(suffix) + "$", " ", token).encode("utf-8")

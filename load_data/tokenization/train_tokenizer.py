@@ -15,9 +15,9 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from config.schema import TokenizerConfig
+from load_data.tokenization.base import PART_TOKENS, SPECIAL_TOKENS, Tokenizer, without_surrogates
 from load_data.tokenization.hf_tokenizer import read_hf_tokenizer
-from load_data.tokenization.tokenizer import PART_TOKENS, SPECIAL_TOKENS, SPLIT_PATTERN, BpeTokenizer
-from load_data.tokenization.tokenizer import CharTokenizer, Tokenizer, split_and_spell, without_surrogates
+from load_data.tokenization.tokenizer import SPLIT_PATTERN, BpeTokenizer, CharTokenizer, split_and_spell
 from utils.errors import UserError
 
 NO_TEXT = "after the split there is no training text; lower data.val_fraction, or give more text"
@@ -27,7 +27,7 @@ BLOCKS = 64  # samples, at least, from texts too long to be read whole
 def train_tokenizer(
     config: TokenizerConfig, texts: Iterable[str], cache_dir: Path, key: str, size: int
 ) -> Tokenizer:
-    """Return a tokenizer trained on `texts`, or the one cached in `cache_dir`, or the one that `config` names.
+    """Return a tokenizer trained on `texts`, the one cached in `cache_dir`, or the one that `config` names.
     `key` identifies the texts, and `size` is roughly their bytes. Raises `UserError` if there is no text."""
     if config.kind == "hf":
         return read_hf_tokenizer(config.path)

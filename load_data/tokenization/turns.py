@@ -1,8 +1,8 @@
 """The markers of a Hugging Face chat template: the text before and after what each role says.
 
-A chat template is a Jinja program that came with a model. Here it runs once, at import, in Jinja's sandbox, on
-dialogues made up for the purpose, and the markers are read off what it writes. They must then reproduce what
-it writes for other dialogues, character by character; otherwise the template is refused.
+A chat template is a Jinja program that came with a model. Here it runs once, at import, in Jinja's sandbox,
+on dialogues made up for the purpose, and the markers are read off its output. They must then reproduce its
+output for other dialogues, character by character; otherwise the template is refused.
 
     first           text that begins a dialogue (BOS)
     before, after   text around a content, by role; without "system" if the template has no place of its own
@@ -28,7 +28,7 @@ LONGEST = 2**17  # characters of a template, and of what it writes
 MOST_LINES = 200_000  # lines of Python that one rendering may run
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 PROBES = ["Probe0Q", "Probe1A", "Probe2Q", "Probe3S"]
-CHECKS = ["First question: 12 or 7?", "An answer.", "第二个问题", "Noch eine Antwort", "?", "42", "Be kind, model."]
+CHECKS = ["First question: 12 or 7?", "An answer.", "第二个问题", "Noch eine Antwort", "?", "42", "Be kind."]
 
 Render = Callable[[list[dict], bool], str]
 
@@ -69,7 +69,8 @@ def check_turns(turns: dict | None) -> dict | None:
         texts = [turns["first"], turns["prompt"], turns["default_system"] or ""]
         for side in ("before", "after"):
             texts += [turns[side]["user"], turns[side]["assistant"], turns[side].get("system", "")]
-        if not all(isinstance(text, str) for text in texts) or turns["before"].keys() != turns["after"].keys():
+        roles = turns["before"].keys()
+        if not all(isinstance(text, str) for text in texts) or roles != turns["after"].keys():
             raise ValueError("turns of another form")
     return turns
 
@@ -104,7 +105,9 @@ def renderer(source: str, names: dict[str, str]) -> Render:
                 if len(text) > LONGEST:
                     raise Refused(f"it writes more than {LONGEST:,} characters")
         except Exception as error:
-            raise error if isinstance(error, Refused) else Refused(f"{type(error).__name__}: {error}") from None
+            if isinstance(error, Refused):
+                raise
+            raise Refused(f"{type(error).__name__}: {error}") from None
         finally:
             sys.settrace(before)
         return text
@@ -135,8 +138,9 @@ def derived(render: Render) -> dict:
     before_user = rest(to_question, after_answer, "what follows an answer depends on its place")
     before_answer = rest(to_answer, after_user, "what follows a question depends on its place")
     prompt = rest(ending, after_user, "it asks for an answer before the question ends")
-    if rest(before_answer, prompt, f"it asks for an answer with {prompt!r}, not {before_answer!r}").strip(" "):
-        raise Refused(f"it asks for an answer with {prompt!r}, and answers begin with {before_answer!r}")
+    other = f"it asks for an answer with {prompt!r}, and answers begin with {before_answer!r}"
+    if rest(before_answer, prompt, other).strip(" "):
+        raise Refused(other)
     if not start.endswith(before_user):
         raise Refused(f"the first question follows {start!r}, a later one {before_user!r}")
     start = start.removesuffix(before_user)

@@ -7,8 +7,10 @@ from functools import cache
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-TEXT = ["The quick brown fox said: \"I'm 42 years old!\" [INST] SYS user assistant system\n    def f(x): return x\n",
-        "<s> is a sign of HTML, </s> too. 你好，世界。Grüße! naïve", "User: question Assistant: answer", "think tool"] * 3
+TEXT = 3 * [
+    "The quick brown fox said: \"I'm 42 years old!\" [INST] user assistant system\n    def f(x): return x",
+    "<s> is a sign of HTML, </s> too. 你好，世界。Grüße!", "User: question Assistant: answer", "think tool",
+]  # fmt: skip
 SPECIALS = {  # names as `transformers` has them, then more added tokens
     "chatml": ({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, ["<|im_start|>"]),
     "llama2": ({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, []),
@@ -30,7 +32,7 @@ TEMPLATES = {
     {{- '<|im_start|>system\\nYou are a helpful model.<|im_end|>\\n' }}
 {%- endif %}
 {%- for one in messages %}
-    {%- if (one.role == "user") or (one.role == "assistant") or (one.role == "system" and not loop.first) %}
+    {%- if one.role != "system" or not loop.first %}
         {{- '<|im_start|>' + one.role + '\\n' + one.content + '<|im_end|>' + '\\n' }}
     {%- endif %}
 {%- endfor %}
@@ -44,7 +46,7 @@ TEMPLATES = {
 {%- endfor %}
 {%- for one in messages %}
     {%- if one.role == 'assistant' and loop.index0 > ns.last and loop.last %}
-        {{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' + one.content.lstrip('\\n') + '<|im_end|>\\n' }}
+        {{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' + one.content + '<|im_end|>\\n' }}
     {%- else %}
         {{- '<|im_start|>' + one.role + '\\n' + one.content + '<|im_end|>\\n' }}
     {%- endif %}
@@ -54,24 +56,27 @@ TEMPLATES = {
 {% set loop_messages = messages[1:] %}{% set system_message = messages[0]['content'] %}
 {% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}
 {% for message in loop_messages %}
-{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}
 {% if loop.index0 == 0 and system_message != false %}
-{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}
+{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n' + message['content'] %}
 {% else %}{% set content = message['content'] %}{% endif %}
 {% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}
-{%- elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}""",
+{%- elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}
+{% endfor %}""",
     "mistral": """{{ bos_token }}{% for message in messages %}
 {% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
 {%- elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}
 {%- else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}""",
     "llama3": "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
     "'<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
-    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
-    "deepseek": "{% set ns = namespace(system='') %}{% for message in messages %}{% if message.role == 'system' %}"
-    "{% set ns.system = message.content %}{% endif %}{% endfor %}{{ bos_token }}{{ ns.system }}"
+    "deepseek": "{% set ns = namespace(system='') %}{% for message in messages %}"
+    "{% if message.role == 'system' %}{% set ns.system = message.content %}{% endif %}{% endfor %}"
+    "{{ bos_token }}{{ ns.system }}"
     "{% for message in messages %}{% if message.role == 'user' %}{{ '<｜User｜>' + message.content }}"
-    "{% elif message.role == 'assistant' %}{{ '<｜Assistant｜>' + message.content + '<｜end▁of▁sentence｜>' }}"
+    "{% elif message.role == 'assistant' %}{{ '<｜Assistant｜>' + message.content + eos_token }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}",
     "deepseek2": "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ 'User: ' + message['content'] + '\\n\\n' }}{% elif message['role'] == 'assistant' %}"
@@ -100,7 +105,8 @@ def sentence_bpe(legacy: bool) -> tokenizers.Tokenizer:
     and merges that lead to them in the vocabulary."""
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    trainer = trainers.BpeTrainer(vocab_size=180, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=180, special_tokens=special, show_progress=False)
     backend.train_from_iterator(TEXT, trainer)
     data = json.loads(backend.to_str())
     vocab = data["model"]["vocab"]
@@ -108,7 +114,8 @@ def sentence_bpe(legacy: bool) -> tokenizers.Tokenizer:
         vocab[f"<0x{byte:02X}>"] = len(vocab)
     for piece in ("<s", "</", "</s"):
         vocab.setdefault(piece, len(vocab))
-    data["model"]["merges"] = [["<", "s"], ["<", "/"], ["<s", ">"], ["</", "s"], ["</s", ">"], *data["model"]["merges"]]
+    merges = [["<", "s"], ["<", "/"], ["<s", ">"], ["</", "s"], ["</s", ">"]]
+    data["model"]["merges"] = [*merges, *data["model"]["merges"]]
     backend = tokenizers.Tokenizer.from_str(json.dumps(data))
     spaces = normalizers.Replace(" ", "▁")
     if legacy:
@@ -142,7 +149,10 @@ def word_piece() -> tokenizers.Tokenizer:
     names = ["<unk>", "<s>", "</s>", "the", "is", "##s", *letters, *(f"##{letter}" for letter in letters)]
     vocab = {word: one for one, word in enumerate(dict.fromkeys(names))}
     backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece(cleanup=False)
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.WhitespaceSplit(),
+        decoders.WordPiece(cleanup=False),
+    )
     return backend
 
 

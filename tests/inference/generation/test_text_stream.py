@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from inference.generation.text_stream import TextStream
+from inference.generation.text_stream import AnswerStream, TextStream
 from tests.inference.tools import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -28,6 +28,20 @@ def test_characters_are_never_broken():
 def test_special_and_unknown_ids_are_silent():
     ids = [TOKENIZER.eos_id, *TOKENIZER.encode("a"), TOKENIZER.vocab_size, TOKENIZER.vocab_size + 50]
     assert "".join(stream(ids)[0]) == "a"
+
+
+def test_thinking_that_nobody_asked_for():
+    """At the beginning of an answer it is no part of it; later a stray token is silent."""
+    think, done = (TOKENIZER.special_ids[name] for name in ("<think>", "</think>"))
+    for ids, pieces in (
+        ([think, *TOKENIZER.encode("ab"), done, *TOKENIZER.encode("c")], {"thinking": "ab", "content": "c"}),
+        ([*TOKENIZER.encode("a"), think, *TOKENIZER.encode("b"), done], {"content": "ab"}),
+    ):
+        stream, shown = AnswerStream(TOKENIZER), {}
+        for part, text in [*map(stream.push, ids), stream.finish()]:
+            shown[part] = shown.get(part, "") + text
+        assert {part: text for part, text in shown.items() if text} == pieces
+        assert stream.message() == {"role": "assistant", "content": pieces["content"]}
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""Chat templates of other models: the ids of `apply_chat_template`, for dialogues and for prompts; and templates
-that are refused."""
+"""Chat templates of other models: the ids of `apply_chat_template`, for dialogues and for prompts; and
+templates that are refused."""
 
 import json
 import re
+from functools import partial
 
 import pytest
 
@@ -77,7 +78,8 @@ def test_answers_and_their_ends_are_supervised(opened, name):
         messages = talk("question", text, text, "answer")
         ids, targets = template.dialogue(messages)
         learned = [one for one, target in zip(ids, targets) if target]
-        assert learned == [one for said in (text, "answer") for one in [*template.content("assistant", said), end]]
+        said = [template.content("assistant", one) for one in (text, "answer")]
+        assert learned == [*said[0], end, *said[1], end]
         prompts = template.prompt(messages[:1]), template.prompt(messages[:3])
         answer = template.content("assistant", text)
         assert ids[: len(prompts[1])] == prompts[1]
@@ -102,7 +104,8 @@ def test_shortened_dialogues_keep_their_beginning(opened, name):
     messages = talk(*["word " * 9] * 6, "last " * 9)
     whole = template.prompt(messages)
     start = template.start(messages)
-    assert whole[: len(start)] == start and (bool(start) or "phi" in CASES[name] or name in ("qwen3", "llama2"))
+    assert whole[: len(start)] == start
+    assert bool(start) == ("phi" not in CASES[name] and name not in ("qwen3", "llama2"))
     for room in (len(whole), len(whole) - 1, len(whole) // 2):
         kept = fit_turns(template, messages, room)
         ids = template.prompt(kept)
@@ -118,7 +121,8 @@ def test_markers_of_the_families(opened):
     assert turns["qwen3"]["default_system"] is None and turns["qwen3"]["prompt"] == "<|im_start|>assistant\n"
     assert turns["llama2"] == {
         "first": "", "prompt": "", "default_system": None,
-        "before": {"user": "<s>[INST] ", "assistant": " "}, "after": {"user": " [/INST]", "assistant": " </s>"},
+        "before": {"user": "<s>[INST] ", "assistant": " "},
+        "after": {"user": " [/INST]", "assistant": " </s>"},
     }  # fmt: skip
     assert turns["deepseek"]["before"]["system"] == "" and turns["deepseek"]["first"].startswith("<｜begin")
     assert turns["deepseek2"]["before"]["assistant"] == "Assistant: " == turns["deepseek2"]["prompt"] + " "
@@ -135,7 +139,8 @@ def test_parts_need_their_tokens(opened):
     thought = message("assistant", "yes") | {"thinking": "well", "tool_calls": ["x"]}
     ids, targets = template.turn(thought)
     assert [one for one in ids if one in special.values()] == [
-        special[name] for name in ("<|im_start|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "<|im_end|>")
+        special[name]
+        for name in ("<|im_start|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "<|im_end|>")
     ]
     assert template.prompt(talk("q"), thinking=True)[-1] == special["<think>"]
     with pytest.raises(UserError, match="has no <tool_response>"):
@@ -144,7 +149,7 @@ def test_parts_need_their_tokens(opened):
 
 def test_a_new_model_has_every_template(tmp_path):
     """With soft tokens after each marker, and results of tools in the turn of the user."""
-    save(tmp_path, "llama", "llama2", TEMPLATES["llama2"])
+    save(tmp_path, "llama", "llama2", TEMPLATES["mistral"])
     tokenizer = read_hf_tokenizer(tmp_path)
     for kind in ("tinyseek", "chatml", "own"):
         template = ChatTemplate(tokenizer, kind, soft_tokens=2)
@@ -153,7 +158,7 @@ def test_a_new_model_has_every_template(tmp_path):
         prompt = template.prompt(used[:1]) + template.turn(used[1])[0][len(template.before["assistant"]) :]
         assert ids == prompt[: len(prompt) - len(template.end_of_turn) + 1] + template.reply(["2"])
         assert sum(one >= tokenizer.vocab_size for one in ids) == 6
-        assert (tokenizer.special_ids["<s>"] in ids) == (kind == "own")
+        assert ids.count(tokenizer.special_ids["<s>"]) == (kind == "own")
 
 
 def test_models_without_markers_say_so(tmp_path):
@@ -162,8 +167,12 @@ def test_models_without_markers_say_so(tmp_path):
     save(tmp_path / "odd", "byte_level", "deepseek", "{{ messages[0].content }}")
     save(tmp_path / "chatml", "byte_level", "chatml")
     cases = [
-        ("none", "own", "no markers of its own: it has no chat template; it can continue texts, but not answer"),
-        ("none", "tinyseek", "data.template=tinyseek: the tokenizer of this model has no .*; it can continue texts"),
+        ("none", "own", "no markers of its own: it has no chat template; it can continue texts, but"),
+        (
+            "none",
+            "tinyseek",
+            "data.template=tinyseek: the tokenizer of this model has no .*; it can continue",
+        ),
         ("odd", "own", "its chat template is not understood: it changes, leaves out or repeats a message"),
         ("chatml", "tinyseek", "has no .*; choose data.template=chatml"),
     ]
@@ -171,9 +180,9 @@ def test_models_without_markers_say_so(tmp_path):
         tokenizer = read_hf_tokenizer(tmp_path / folder, 400 if folder != "none" else size)
         template = ChatTemplate(tokenizer, kind)
         assert template.stop_ids == set(tokenizer.eos_ids)
-        for use in (template.prompt, template.dialogue, lambda one, template=template: fit_turns(template, one, 9)):
+        for use in (template.prompt, template.dialogue, partial(fit_turns, template, room=9)):
             with pytest.raises(UserError, match=words):
-                use(talk("hi"))
+                use(messages=talk("hi"))
     with pytest.raises(UserError, match="only a tokenizer of the kind hf"):
         ChatTemplate(BpeTokenizer([]), "own").prompt(talk("hi"))
     save(tmp_path / "llama2", "llama", "llama2", TEMPLATES["llama2"])
@@ -196,7 +205,8 @@ REFUSED = {
     "{% for one in messages %}{{ one.content }}\n{% endfor %}": "no special token ends an answer",
     "{% for one in messages %}{{ one.content + '</s>' }}{% endfor %}"
     "{% if messages | length > 4 %}{{ 'long' }}{% endif %}": "messages it writes 'long' where '' is expected",
-    "{% for one in messages %}{{ (loop.index0 if one.role == 'user' else '') ~ one.content + '</s>' }}{% endfor %}": "the first question follows",
+    "{% for one in messages %}{{ (loop.index0 if one.role == 'user' else '') ~ one.content + '</s>' }}"
+    "{% endfor %}": "the first question follows",
     TEMPLATES["phi"].replace("<|assistant|>\\n", "<|assistant|>\\n<think>"): "it asks for an answer with",
 }  # fmt: skip
 
@@ -209,6 +219,7 @@ def test_refused_templates(source):
 
 def test_turns_of_a_stranger_are_checked(opened):
     data = json.loads(opened["qwen2"][0].tokenizer.to_json())
-    for turns in ({}, {"first": 1}, data["turns"] | {"before": {"user": "x"}}, data["turns"] | {"prompt": None}):
+    right = data["turns"]
+    for turns in ({}, [1], right | {"before": {"user": "x"}}, right | {"prompt": None}):
         with pytest.raises(UserError, match="not a tokenizer that TinySeek wrote"):
             Tokenizer.from_json(json.dumps(data | {"turns": turns}))

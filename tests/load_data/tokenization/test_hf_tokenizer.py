@@ -1,7 +1,8 @@
-"""Tokenizers of Hugging Face's format: the ids of `transformers`, and no text that reaches a special token."""
+"""Tokenizers of Hugging Face's format: the ids of `transformers`, and no text reaches a special token."""
 
 import itertools
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,6 +10,7 @@ import tokenizers
 
 from config.load import load_config
 from inference.generation.text_stream import TextStream
+from load_data.packing import prepare_pretraining
 from load_data.tokenization.hf_tokenizer import LARGEST, HfTokenizer, read_hf_tokenizer
 from load_data.tokenization.tokenizer import END_OF_TEXT, PAD, PART_TOKENS, SPECIAL_TOKENS, Tokenizer
 from load_data.tokenization.train_tokenizer import train_tokenizer
@@ -16,8 +18,9 @@ from tests.load_data.hf_folders import MODELS, NOT_SPECIAL, save
 from utils.errors import UserError
 
 TEXTS = [
-    "", " ", "  two  spaces ", "The quick brown fox", "\n\n\tdef f(x):\n    return x", "é 你好，世界。 😀", "<", "a < b > s/",
-    "<0x0A>", "▁", "##s", "it is the", "0123456789", "\u200b\x00", "s></s", "old\r\n", "ﬁ Å",
+    "", " ", "  two  spaces ", "The quick brown fox", "\n\n\tdef f(x):\n    return x", "é 你好，世界。 😀",
+    "<", "a < b > s/", "<0x0A>", "▁", "##s", "it is the", "0123456789", "\u200b\x00", "s></s", "old\r\n",
+    "ﬁ Å",
 ]  # fmt: skip
 
 
@@ -151,6 +154,20 @@ def test_by_flags(folders, tmp_path):
         load_config(None, settings[:1])
 
 
+def test_documents_begin_as_texts_do(tmp_path):
+    """Between two documents stand the end of one and the beginning of the next."""
+    save(tmp_path, "mistral")
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(f'{{"text": "The number {number}</s>"}}\n' for number in range(40)))
+    config = load_config(None, ["tokenizer.kind=hf", f"tokenizer.path={tmp_path}"])
+    config.data.paths, config.data.cache_dir = [str(text)], str(tmp_path / "cache")
+    data = prepare_pretraining(config)
+    eos, bos = (data.tokenizer.special_ids[name] for name in (END_OF_TEXT, "<s>"))
+    documents = " ".join(map(str, data.train)).split(f" {eos} {bos} ")
+    known = {" ".join(map(str, data.tokenizer.encode(f"The number {number}</s>"))) for number in range(40)}
+    assert len(documents) > 20 and set(documents) <= known
+
+
 def cut(folder):
     (folder / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes()[:1000])
 
@@ -194,7 +211,7 @@ BROKEN = {
     same_id: "'word' has the id of a special token",
     only_sentencepiece: r"a tokenizer.json is needed, and there is only tokenizer.model; .* writes it",
     too_large: "larger than 64 MiB",
-    no_end: "no end of text: name one as eos_token",
+    no_end: "{folder}: the tokenizer has no end of text: name an eos_token",
     lambda folder: (folder / "tokenizer_config.json").write_text("[1]"): "AttributeError",
     lambda folder: (folder / "tokenizer_config.json").write_bytes(b"\xff"): "cannot be read as text in UTF-8",
 }
@@ -204,7 +221,7 @@ BROKEN = {
 def test_broken_folders(tmp_path, harm):
     save(tmp_path, "word_level")
     harm(tmp_path)
-    with pytest.raises(UserError, match=BROKEN[harm]):
+    with pytest.raises(UserError, match=BROKEN[harm].replace("{folder}", re.escape(str(tmp_path)))):
         read_hf_tokenizer(tmp_path, 1000)
 
 
