@@ -66,7 +66,8 @@ def adapter_to_peft(
     modules, parameters = peft_targets({split_name(name)[0] for name in kept}, model)
     if lora.use_dora and parameters:
         raise UserError(
-            f"peft has no DoRA for {', '.join(parameters)} of a model with experts: export it merged instead"
+            f"peft has no DoRA for {', '.join(parameters)} in models with experts or latent attention: "
+            "export the adapter merged instead"
         )
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",

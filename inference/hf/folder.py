@@ -140,7 +140,7 @@ def listed(names, most: int = 6) -> str:
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """Give a folder to write into, which becomes `folder` at the end, or vanishes if writing fails."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists already: name a new folder")
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
