@@ -6,9 +6,10 @@
     python inference/import_hf.py ADAPTER --base out/qwen3/TinySeek_SFT_final.pkl --out out/adapter
 
 FOLDER is one that transformers wrote or that was downloaded: config.json, weights in safetensors files,
-tokenizer.json; ADAPTER is one that peft wrote. Families: Llama, Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, Mistral, Mixtral, Dots1, DeepSeek-V2 and
-DeepSeek-V3. A model with a chat template becomes a result of fine-tuning (SFT) and answers; another becomes a
-result of pre-training. Weights are stored in fp32, into which bf16 and fp16 go exactly.
+tokenizer.json; ADAPTER is one that peft wrote. Families: Llama, Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, Mistral,
+Mixtral, Dots1, DeepSeek-V2 and DeepSeek-V3. A model with a chat template becomes a result of fine-tuning (SFT)
+and answers; another becomes a result of pre-training. Weights are stored in fp32, which holds bf16 and fp16
+exactly.
 """
 
 import sys, pathlib

@@ -16,7 +16,8 @@ from tests.load_data import hf_folders
 from train import lora_train, sft_train
 
 CHATML = (
-    "{% for one in messages %}{{ '<|im_start|>' + one.role + '\n' + one.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% for one in messages %}{{ '<|im_start|>' + one.role + '\n' + one.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 STEPS = ("train.batch_size=4", "train.eval_batches=1", "data.sequence_length=48")
@@ -35,8 +36,11 @@ def imported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("imported")
     make_model("Qwen2, tied", vocab_size=360).save_pretrained(folder / "hf")
     hf_folders.save(folder / "hf", "byte_level", "chatml", CHATML)
-    dialogues = [{"messages": [{"role": "user", "content": f"the quick {n}"},
-                               {"role": "assistant", "content": f"fox {n % 3}"}]} for n in range(200)]  # fmt: skip
+    pairs = [(f"the quick {n}", f"fox {n % 3}") for n in range(200)]
+    roles = ("user", "assistant")
+    dialogues = [
+        {"messages": [{"role": role, "content": text} for role, text in zip(roles, pair)]} for pair in pairs
+    ]
     (folder / "dialogues.jsonl").write_text("\n".join(map(json.dumps, dialogues)), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         run(patch, import_hf, folder / "hf", "--out", folder)

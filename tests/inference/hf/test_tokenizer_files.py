@@ -15,6 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from config.schema import TokenizerConfig
 from inference.hf.tokenizer_files import tokenizer_files
 from load_data.chat.chat_template import ChatTemplate
+from load_data.tokenization.hf_tokenizer import HfTokenizer
 from load_data.tokenization.tokenizer import PART_TOKENS, SPECIAL_TOKENS, UNKNOWN, BpeTokenizer
 from load_data.tokenization.tokenizer import CharTokenizer, Tokenizer
 from load_data.tokenization.train_tokenizer import learn_merges
@@ -274,46 +275,33 @@ def test_a_tokenizer_without_part_tokens_says_so(name, theirs):
             theirs(name).apply_chat_template(messages, tokenize=False, **options)
 
 
-class Imported(Tokenizer):
-    """A tokenizer of kind hf, as far as writing needs it. Of its special tokens <more> and <most> are named
-    only in its configuration, and <sep> swallows the space before it. Two tabs are an added token, not a
-    special one."""
+NAMES = ("<sep>", "<end>")
 
-    kind = "hf"
 
-    def __init__(self, model, *added, **files):
-        self.backend = tokenizers.Tokenizer(model)
-        self.backend.add_special_tokens(["<end>", tokenizers.AddedToken("<sep>", lstrip=True)])
-        self.backend.add_tokens(["\t\t"])
-        self.contents = {"files": {"tokenizer.json": self.backend.to_str(), **files}, "added": [*added]}
-        self.backend.add_special_tokens(["<more>", "<most>"])
-        self.names = ["<most>", "<more>", "<sep>", "<end>"]
-        self.special_ids = {name: self.backend.token_to_id(name) for name in self.names}
-        first = max(self.special_ids.values()) + 1
-        self.special_ids |= {name: number for number, name in enumerate(added, first)}
-        self.special_ids.setdefault("<|endoftext|>", self.special_ids["<end>"])  # the end by its name here
-        self.id_to_bytes = [b""] * (first + len(added))
-
-    def encode_batch(self, texts):
-        return [encoding.ids for encoding in self.backend.encode_batch(texts)]
+def imported(model, *added, **files) -> HfTokenizer:
+    """An imported tokenizer. Its special token <sep> swallows the space before it. Two tabs are an added
+    token, not a special one."""
+    backend = tokenizers.Tokenizer(model)
+    backend.add_special_tokens(["<end>", tokenizers.AddedToken("<sep>", lstrip=True)])
+    backend.add_tokens(["\t\t"])
+    return HfTokenizer({"tokenizer.json": backend.to_str(), **files}, added)
 
 
 LETTERS = {letter: number for number, letter in enumerate(sorted(string.printable))}
-INSIDE = ("<end>", "<sep>", "\t\t", "<more>", "<most>")
+INSIDE = ("<end>", "<sep>", "\t\t")
 MODELS = {  # special tokens beyond the vocabulary; within, after an id that nothing has; a list as vocabulary
     "beyond": tokenizers.models.BPE(vocab=LETTERS, merges=[]),
-    "gap": tokenizers.models.BPE(vocab=LETTERS | dict(zip(INSIDE, range(101, 106))), merges=[]),
+    "gap": tokenizers.models.BPE(vocab=LETTERS | dict(zip(INSIDE, range(101, 104))), merges=[]),
     "list": tokenizers.models.Unigram([(letter, -1.0) for letter in [*LETTERS, "<end>"]]),
 }
 FILES = {
-    "tokenizer_config.json": '{"eos_token": "<end>",  "sep_token": "<more>", "cls_token": "<most>",'
-    ' "chat_template": "{{ 1 }}"}',
+    "tokenizer_config.json": '{"eos_token": "<end>",  "chat_template": "{{ 1 }}"}',
     "chat_template.jinja": "{{ 2 }}",
 }
 
 
 def test_files_of_an_imported_tokenizer_are_what_they_were():
-    tokenizer = Imported(MODELS["gap"], **FILES)
+    tokenizer = imported(MODELS["gap"], **FILES)
     for kind in ("own", *TEMPLATES):  # it has the special tokens of neither
         assert tokenizer_files(tokenizer, kind) == tokenizer.contents["files"]
 
@@ -321,11 +309,12 @@ def test_files_of_an_imported_tokenizer_are_what_they_were():
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_special_tokens_added_to_an_imported_tokenizer_have_their_ids(model, tmp_path):
     """Its own template stays; ours replaces it where a model was trained with ours."""
-    tokenizer = Imported(model, "<|im_start|>", "<|im_end|>", **FILES)
+    tokenizer = imported(model, "<|im_start|>", "<|im_end|>", **FILES)
     talk, kept = [{"role": "user", "content": "hi"}], tokenizer.to_json()
-    special = [tokenizer.special_ids[name] for name in (*tokenizer.names, "<|im_start|>", "<|im_end|>")]
-    written = "\t\ta<most>a<more>a <sep>a<end>a<|im_start|>a<|im_end|>a"
-    letter, tabs = tokenizer.encode("a\t\t")
+    special = [tokenizer.special_ids[name] for name in (*NAMES, "<|im_start|>", "<|im_end|>")]
+    written = "\t\ta <sep>a<end>a<|im_start|>a<|im_end|>a"
+    (letter,) = tokenizer.encode("a")
+    tabs = tokenizers.Tokenizer.from_str(tokenizer.contents["files"]["tokenizer.json"]).token_to_id("\t\t")
     rendered = {"own": "2", "chatml": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"}
     for kind, text in rendered.items():
         twin = load(tmp_path / kind, tokenizer_files(tokenizer, kind))
@@ -339,7 +328,7 @@ def test_special_tokens_added_to_an_imported_tokenizer_have_their_ids(model, tmp
 
 def test_an_id_that_the_format_cannot_express_is_refused():
     """The vocabulary of a Unigram is a list, so it has no gaps."""
-    tokenizer = Imported(MODELS["list"], "<|im_start|>", "<|im_end|>", **FILES)
+    tokenizer = imported(MODELS["list"], "<|im_start|>", "<|im_end|>", **FILES)
     tokenizer.special_ids["<|im_end|>"] += 1
-    with pytest.raises(UserError, match="no place for the special token <.im_end.> with the id 107"):
+    with pytest.raises(UserError, match="no place for the special token <.im_end.> with the id 105"):
         tokenizer_files(tokenizer, "own")
