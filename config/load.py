@@ -99,7 +99,7 @@ def read_json(path: Path) -> dict:
     """Return the JSON object in `path`."""
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
-    except (OSError, ValueError) as error:  # not readable, not UTF-8, or not JSON
+    except (OSError, ValueError, RecursionError) as error:  # not readable, not UTF-8, not JSON, or too deep
         raise UserError(f"{path}: cannot be read as JSON in UTF-8 ({error})") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object with sections, found a {type(data).__name__}")

@@ -65,8 +65,8 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> Non
     switch.use(name)
 
 
-def find_targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Module]:
-    """Return the layers that `target_modules` names, by path. Errors as in `add_lora`."""
+def target_labels(model: nn.Module) -> dict[str, set[str]]:
+    """Return the words that name each layer in `target_modules`, by path; without the layers refused."""
     labels = {}
     for path, layer in model.named_modules():
         *_, parent, name = ["", *path.split(".")]
@@ -74,6 +74,12 @@ def find_targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Module]:
             labels[path] = {"experts"}
         elif isinstance(layer, (nn.Linear, LoraLinear)) and name not in REFUSED:
             labels[path] = {name, name if name == ALONE else GROUPS.get(parent, name)}
+    return labels
+
+
+def find_targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Module]:
+    """Return the layers that `target_modules` names, by path. Errors as in `add_lora`."""
+    labels = target_labels(model)
     there = set().union(*labels.values())
     offer = f"this model has {', '.join(sorted(there)) or 'no linear layer'}"
     for target in wanted:
