@@ -81,9 +81,9 @@ def unflatten(name: str, tensor, shape):
 def peft_targets(layers: set[str], model: TinySeek) -> tuple[list[str], list[str]]:
     """Return `target_modules` and `target_parameters` that name exactly `layers` (paths).
 
-    Our targets do not depend on the layer's number, so the path behind the number is enough.
+    Our targets do not depend on the layer's number, so the path behind the number is enough; and only those
+    of feed-forwards end in a word that experts or another feed-forward share.
     """
-    linear = [path for path in target_labels(model) if path.startswith("model.")]
     mixture = model.config.n_routed_experts or model.config.attention_kind == "mla"  # dense MLA: DeepSeek-V3
     modules, parameters = set(), set()
     for path in layers:
@@ -93,8 +93,7 @@ def peft_targets(layers: set[str], model: TinySeek) -> tuple[list[str], list[str
         elif mixture and leaf in FEED_FORWARD:
             parameters.add(f"{tail}.weight")
         else:
-            same_leaf = {other for other in linear if other.endswith(f".{leaf}")}
-            modules.add(leaf if same_leaf <= layers else tail)
+            modules.add(leaf)
     return sorted(modules), sorted(parameters)
 
 

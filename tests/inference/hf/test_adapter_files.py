@@ -298,6 +298,7 @@ FILES = {
         folder / "adapter_model.bin")),
     "no settings": ("cannot be read", lambda folder: (folder / SETTINGS).unlink()),
     "no JSON": ("cannot be read as JSON", lambda folder: (folder / SETTINGS).write_text("{")),
+    "an empty object": ("peft_type=None", lambda folder: (folder / SETTINGS).write_text("{}")),
     "deep JSON": ("cannot be read as JSON", lambda folder: (folder / SETTINGS).write_text("[" * 99_999)),
     "large JSON": ("more than 1 MB", lambda folder: (folder / SETTINGS).write_text(" " * 1_000_001)),
 }  # fmt: skip
@@ -344,14 +345,34 @@ def test_without_the_package_a_line_says_what_to_install(good, tmp_path, monkeyp
             call()
 
 
+def test_a_base_that_the_adapter_cannot_use(good, tmp_path):
+    """DoRA has no direction for a row of zeros; peft has no DoRA for experts."""
+    base, adapter, _ = good
+    dora = write_adapter(tmp_path / "dora.pkl", base.path, lora={"r": 3, "use_dora": True})
+    folder = export_adapter(dora, base, tmp_path / "dora")
+    with torch.no_grad():
+        weights = {name: part.clone() for name, part in base.own.items()}
+        weights["model.layers.1.mlp.up_proj.weight"][3] = 0
+    zeros = load_full(write_checkpoint(tmp_path / "zeros.pkl", weights=weights, config=base.about["config"]))
+    with pytest.raises(UserError, match="up_proj has a row of zeros"):
+        import_adapter(folder, zeros, tmp_path)
+    mixture = load_full(write_base(tmp_path / "mixture.pkl", **MOE))
+    path = write_adapter(tmp_path / "m.pkl", mixture.path, lora={"target_modules": ["experts"]})
+    refused((mixture, path, export_adapter(path, mixture, tmp_path / "experts")), tmp_path,
+            "use_dora with target_parameters", lambda folder: edit(folder, use_dora=True))  # fmt: skip
+    assert not (tmp_path / "TinySeek_Lora_final.pkl").exists()
+
+
 def test_adapters_that_peft_cannot_hold(good, tmp_path):
     base, adapter, _ = good
+    part = dict([*load_checkpoint(adapter)["weights"].items()][1:])
     other = load_full(write_base(tmp_path / "other.pkl", seed=1))
     mixture = load_full(write_base(tmp_path / "mixture.pkl", **MOE))
     dora = {"use_dora": True, "target_modules": ["shared", "experts"]}
     for path, on, words in (
         (adapter, other, "trained on other weights"),
         (base.path, base, "not an adapter"),
+        (write_adapter(tmp_path / "part.pkl", base.path, weights=part), base, "1 missing"),
         (write_adapter(tmp_path / "prefix.pkl", base.path, like="prefix"), base, "prefix_train.*LoRA only"),
         (write_adapter(tmp_path / "mix.pkl", base.path, like="mixlora"), base, "mixlora_train.*LoRA only"),
         (write_adapter(tmp_path / "dora.pkl", mixture.path, lora=dora), mixture,
