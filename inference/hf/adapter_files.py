@@ -86,7 +86,7 @@ def adapter_to_peft(
         "lora_dropout": 0.0 if parameters else lora.lora_dropout, "use_dora": lora.use_dora,
         "target_modules": modules, "target_parameters": parameters or None,
     }  # fmt: skip
-    return settings, {peft_name(name): flatten(name, part).contiguous() for name, part in kept.items()}
+    return settings, {peft_name(n, model): flatten(n, part).contiguous() for n, part in kept.items()}
 
 
 def export_adapter(
@@ -196,7 +196,7 @@ def peft_to_adapter(folder: str | Path, base: Loaded) -> tuple[dict[str, torch.T
     for name in shapes:
         layer, _, matrix = split_name(name)
         if f"{layer}.{matrix}" in wanted:
-            theirs[name] = peft_name(name, both=f"{layer}.down_proj" in wanted)
+            theirs[name] = peft_name(name, model, both=f"{layer}.down_proj" in wanted)
     flat = {theirs[name]: flatten(name, torch.empty(shapes[name], device="meta")).shape for name in theirs}
     found, weights = read_tensors(Path(folder), flat), {}
     for name, shape in shapes.items():
