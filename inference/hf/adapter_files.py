@@ -77,7 +77,8 @@ def adapter_to_peft(
     modules, parameters = peft_targets({split_name(name)[0] for name in kept}, model)
     if lora.use_dora and parameters:
         raise UserError(
-            f"peft has no DoRA for {', '.join(parameters)} of a model with experts: export it merged instead"
+            f"peft has no DoRA for {', '.join(parameters)} in models with experts or latent attention: "
+            "export the adapter merged instead"
         )
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
@@ -114,7 +115,7 @@ def export_adapter(
 @contextmanager
 def new_folder(folder: str | Path):
     """Give a folder to write into, which becomes `folder` at the end, or vanishes if writing fails."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists already: name a new folder")
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")

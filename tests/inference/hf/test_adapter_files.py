@@ -184,11 +184,13 @@ def test_factors_in_16_bits_become_fp32_bit_for_bit(dtype, tmp_path):
         assert torch.equal(part, tensors[peft_name(name, base.model)].float())
 
 
-def test_the_card_has_the_numbers(tmp_path):
+def test_the_card_has_the_numbers(tmp_path, monkeypatch):
     base = load_full(write_base(tmp_path / "base.pkl"))
     path = write_adapter(tmp_path / "a.pkl", base.path, lora={"r": 3, "use_rslora": True, "use_dora": True})
     (tmp_path / "empty").mkdir()
-    text = (export_adapter(path, base, tmp_path / "empty", "a/base") / "README.md").read_text()
+    monkeypatch.chdir(tmp_path / "empty")
+    export_adapter(path, base, ".", "a/base")
+    text = (tmp_path / "empty" / "README.md").read_text()
     own = sum(part.numel() for part in load_checkpoint(path)["weights"].values())
     beside = sum(part.numel() for part in base.model.parameters())
     words = (f"{own:,} parameters, beside {beside:,}", "rsDoRA of rank 3 with lora_alpha 16", "lora_train",
@@ -362,7 +364,7 @@ def test_adapters_that_peft_cannot_hold(good, tmp_path):
         (write_adapter(tmp_path / "prefix.pkl", base.path, like="prefix"), base, "prefix_train.*LoRA only"),
         (write_adapter(tmp_path / "mix.pkl", base.path, like="mixlora"), base, "mixlora_train.*LoRA only"),
         (write_adapter(tmp_path / "dora.pkl", mixture.path, lora=dora), mixture,
-         "no DoRA for mlp.experts.down_proj, .* export it merged"),
+         "no DoRA for mlp.experts.down_proj, .* export the adapter merged"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=words):
             export_adapter(path, on, tmp_path / "new")
