@@ -10,9 +10,7 @@ model becomes what it was. A setting that no architecture there has is an error 
 of multi-token prediction is left out: it only drafts.
 """
 
-import sys, pathlib
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
 import json
 from collections.abc import Iterator

@@ -7,14 +7,11 @@
 
 FOLDER is one that transformers wrote or that was downloaded: config.json, weights in safetensors files,
 tokenizer.json; ADAPTER is one that peft wrote. Families: Llama, Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, Mistral,
-Mixtral, Dots1, DeepSeek-V2 and DeepSeek-V3. A model with a chat template becomes a result of fine-tuning (SFT)
-and answers; another becomes a result of pre-training. Weights are stored in fp32, which holds bf16 and fp16
-exactly.
+Mixtral, Dots1, DeepSeek-V2 and DeepSeek-V3. A model with a chat template answers, as after fine-tuning (SFT);
+another continues texts. Weights are stored in fp32, which holds bf16 and fp16 exactly.
 """
 
-import sys, pathlib
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
 import time
 from pathlib import Path
@@ -52,7 +49,7 @@ def main():
     if (args.folder / SETTINGS).exists():
         if args.base is None:
             raise UserError(f"{args.folder} holds an adapter: name the model it belongs to with --base FILE")
-        path = import_adapter(args.folder, load_full(args.base), args.out)
+        path = import_adapter(args.folder, load_full(args.base), args.out, args.overwrite)
         tell(f"wrote {path}\nnext: python inference/chat.py --adapter {path}")
         return
     if args.base is not None:

@@ -76,7 +76,7 @@ def adapter_to_peft(
         "lora_dropout": 0.0 if parameters else lora.lora_dropout, "use_dora": lora.use_dora,
         "target_modules": modules, "target_parameters": parameters or None,
     }  # fmt: skip
-    return settings, {peft_name(name): flatten(name, part).contiguous() for name, part in kept.items()}
+    return settings, {peft_name(n, model): flatten(n, part).contiguous() for n, part in kept.items()}
 
 
 def export_adapter(
@@ -122,14 +122,15 @@ def card(checkpoint: dict, settings: dict, tensors: dict, base: Loaded) -> str:
 # --- import ---------------------------------------------------------------------------------------
 
 
-def import_adapter(folder: str | Path, base: Loaded, out: str | Path) -> Path:
+def import_adapter(folder: str | Path, base: Loaded, out: str | Path, overwrite: bool = False) -> Path:
     """Write the adapter in a peft folder as a checkpoint in the folder `out`, and return its path.
 
-    Raises `UserError`, and writes nothing, if there is one already or the folder does not fit the base.
+    Raises `UserError`, and writes nothing, if there is one already that is not to be replaced, or if the
+    folder does not fit the base.
     """
     path, config = Path(out) / final_name("Lora"), copy.deepcopy(base.config)
-    if path.exists():
-        raise UserError(f"{path} exists already: choose another folder")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists: name another --out, or replace it with --overwrite")
     weights, config.lora = peft_to_adapter(folder, base)
     adapted(base.model, "Lora", config, weights, str(folder))  # as in every later use
     save_checkpoint(path, {
@@ -167,7 +168,7 @@ def peft_to_adapter(folder: str | Path, base: Loaded) -> tuple[dict[str, torch.T
     for name in shapes:
         layer, _, matrix = split_name(name)
         if f"{layer}.{matrix}" in wanted:
-            theirs[name] = peft_name(name, both=f"{layer}.down_proj" in wanted)
+            theirs[name] = peft_name(name, model, both=f"{layer}.down_proj" in wanted)
     flat = {theirs[name]: flatten(name, torch.empty(shapes[name], device="meta")).shape for name in theirs}
     found, weights = read_tensors(Path(folder), flat), {}
     for name, shape in shapes.items():

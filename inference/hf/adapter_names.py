@@ -56,9 +56,17 @@ def split_name(name: str) -> tuple[str, str, str]:
     return path, part, matrix[0] if matrix else "weight"
 
 
-def peft_name(name: str, both: bool = True) -> str:
+def hugging_face_path(path: str, model: TinySeek) -> str:
+    """Return the path of a layer or a weight in the model of `transformers`. Qwen2-MoE, the family with a
+    gate, has one shared expert and says so."""
+    gated = model.config.shared_expert_gate
+    return path.replace(".shared_experts.", ".shared_expert.") if gated else path
+
+
+def peft_name(name: str, model: TinySeek, both: bool = True) -> str:
     """Return peft's name of one of our parameters; `both`: both stacks of its layer are adapted."""
     path, part, matrix = split_name(name)
+    path = hugging_face_path(path, model)
     inner = ".base_layer" if matrix == "gate_up_proj" and both else ""
     return f"{PREFIX}{path}{inner}.lora_{part}" + ("" if part == "magnitude_vector" else ".weight")
 
@@ -87,7 +95,7 @@ def peft_targets(layers: set[str], model: TinySeek) -> tuple[list[str], list[str
     mixture = model.config.n_routed_experts or model.config.attention_kind == "mla"  # dense MLA: DeepSeek-V3
     modules, parameters = set(), set()
     for path in layers:
-        tail, leaf = path.split(".", 3)[3], path.rpartition(".")[2]
+        tail, leaf = hugging_face_path(path, model).split(".", 3)[3], path.rpartition(".")[2]
         if leaf == "experts":
             parameters |= {f"{tail}.{matrix}" for matrix in LoraExperts.MATRICES}
         elif mixture and leaf in FEED_FORWARD:
@@ -109,10 +117,11 @@ def named_weights(model: TinySeek, modules, parameters, numbers=()) -> set[str]:
         if not path.startswith("model."):  # a second prediction head, which peft's models have not
             continue
         layer, number = model.get_submodule(path), int(path.split(".")[2])
-        if isinstance(layer, nn.Linear) and ends(path, modules) and (not numbers or number in numbers):
+        theirs, in_range = hugging_face_path(path, model), not numbers or number in numbers
+        if isinstance(layer, nn.Linear) and in_range and ends(theirs, modules):
             found.add(f"{path}.weight")
-        weights = [f"{path}.{matrix}" for matrix in matrices_of(layer)]
-        found.update(weight for weight in weights if ends(weight, parameters))
+        named = [matrix for matrix in matrices_of(layer) if ends(f"{theirs}.{matrix}", parameters)]
+        found.update(f"{path}.{matrix}" for matrix in named)
     return found
 
 

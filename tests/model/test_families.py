@@ -71,9 +71,9 @@ def their_settings(name, config) -> dict:
     return settings | {"rope_parameters": rope, "attn_implementation": "eager"}
 
 
-def twins(name, dtype=torch.float32, seed=1):
+def twins(name, dtype=torch.float32, seed=1, **changes):
     """Our model and Hugging Face's, with the same random weights, gains and biases, loaded strictly."""
-    config, kind = small_config(**SHAPES[name]), name.partition(",")[0]
+    config, kind = small_config(**SHAPES[name], **changes), name.partition(",")[0]
     shape = getattr(transformers, f"{kind}Config")(**their_settings(name, config))
     theirs = getattr(transformers, f"{kind}ForCausalLM")(shape)
     if config.n_routed_experts:

@@ -8,9 +8,7 @@ FLOP counter on its forward pass, which counts all T keys of each query, as ours
 with the cache, on the same prompt, and take turns; times are medians. Needs `transformers` and `safetensors`.
 """
 
-import sys, pathlib
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
+import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
 
 import statistics
 import tempfile

@@ -9,18 +9,15 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from inference.generation.load import load_adapter, load_full
 from inference.hf.adapter_files import SETTINGS, WEIGHTS, export_adapter, import_adapter
 from inference.hf.adapter_names import peft_name
 from modules.adapters.lora_model import find_targets
-from model.tinyseek import TinySeek
 from tests.inference.adapters import MOE, write_adapter, write_base
 from tests.inference.tools import byte_tokenizer, run_config, write_checkpoint
-from tests.model import test_moe_model, test_tinyseek
+from tests.model import test_families, test_moe_model, test_tinyseek
 from tests.modules.adapters.test_lora import shake_adapters
-from tests.modules.tools import shake, small_config
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
@@ -28,28 +25,12 @@ V = byte_tokenizer().vocab_size
 EVERYTHING = ["attention", "dense", "shared", "experts"]
 
 
-def llama(**changes):
-    """A Llama with biases: no norm on queries and keys, which every adapted layer sees."""
-    config = small_config(qk_norm=False, attention_bias=True, tie_word_embeddings=False, **changes)
-    names = (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "intermediate_size rms_norm_eps max_position_embeddings attention_bias tie_word_embeddings"
-    )
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    shape = {name: getattr(config, name) for name in names.split()}
-    ours = shake(TinySeek(config), 1)
-    theirs = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope, attn_implementation="eager"))
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    return ours.eval(), theirs.eval()
-
-
-def models(name, **changes):
+def models(name):
     """Our model and Hugging Face's with the same weights."""
-    if name in test_moe_model.SHAPES:
-        return test_moe_model.twins(name, vocab_size=V, **changes)
-    if name == "Llama":
-        return llama(vocab_size=V, **changes)
-    return test_tinyseek.twins(vocab_size=V, **test_tinyseek.SHAPES[name], **changes)
+    for module in (test_moe_model, test_families):
+        if name in module.SHAPES:
+            return module.twins(name, vocab_size=V)
+    return test_tinyseek.twins(vocab_size=V, **test_tinyseek.SHAPES[name])
 
 
 def base_of(ours, tmp_path):
@@ -88,13 +69,16 @@ EXPORTED = {  # model, settings of the adapter, and the targets in peft's file, 
                        GQA + MLP, []),
     "untied, DoRA": ("untied", {"use_dora": True, "target_modules": ["dense", "v_proj"]}, [*MLP, "v_proj"],
                      []),
-    "biases, rsDoRA": ("Llama", {"r": 2, "use_dora": True, "use_rslora": True}, GQA + MLP, []),
+    "biases, rsDoRA": ("Llama, all biases", {"r": 2, "use_dora": True, "use_rslora": True}, GQA + MLP, []),
     "all of a mixture": ("Dots1, first layer dense",
                          {"r": 3, "use_rslora": True, "target_modules": EVERYTHING}, GQA,
                          [*EXPERTS, *WEIGHTS_OF_MLP, *[f"shared_experts.{one}" for one in WEIGHTS_OF_MLP]]),
     "the dense layer alone": ("Dots1, first layer dense", {"target_modules": ["dense"], "lora_dropout": 0.1},
                               [], WEIGHTS_OF_MLP),
     "DoRA beside experts": ("Dots1", {"use_dora": True, "target_modules": ["attention"]}, GQA, []),
+    "one shared expert": ("Qwen2Moe", {"target_modules": [*EVERYTHING, "shared_expert_gate"]},
+                          [*GQA, "shared_expert_gate"],
+                          [*EXPERTS, *[f"shared_expert.{one}" for one in WEIGHTS_OF_MLP]]),
     "experts alone": ("Qwen3Moe", {"r": 2, "target_modules": ["experts"]}, [], EXPERTS),
     "latent, DoRA": ("DeepseekV3, queries compressed", {"use_dora": True, "target_modules": ["attention"]},
                      [*LATENT, "q_a_proj", "q_b_proj"], []),
@@ -130,13 +114,15 @@ PEFTS = {  # model, and peft's settings
     "all linear layers": ("untied", {"target_modules": "all-linear", "r": 3}),
     "rsLoRA on one layer": ("tied", {"target_modules": ["q_proj", "mlp.up_proj"], "use_rslora": True,
                                      "layers_to_transform": 1, "lora_dropout": 0.1}),
-    "DoRA on one layer": ("Llama", {"target_modules": GQA, "use_dora": True, "layers_to_transform": [0],
-                                    "layers_pattern": "layers"}),
+    "DoRA on one layer": ("Llama, all biases", {"target_modules": [*GQA, "up_proj"], "use_dora": True,
+                                                "layers_to_transform": [0], "layers_pattern": "layers"}),
     "DoRA by path": ("tied", {"target_modules": ["model.layers.0.mlp.down_proj", "layers.1.self_attn.o_proj"],
                               "use_dora": True, "init_lora_weights": "gaussian"}),
     "a mixture": ("Dots1, first layer dense",
                   {"target_modules": GQA, "target_parameters": ["shared_experts.up_proj.weight"] +
                    [f"mlp.{one}" for one in EXPERTS]}),
+    "one shared expert": ("Qwen2Moe", {"target_modules": ["shared_expert_gate", "v_proj"],
+                                       "target_parameters": ["shared_expert.down_proj.weight"]}),
     "one stack": ("Qwen3Moe", {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}),
     "the other stack": ("Qwen3Moe", {"target_modules": [], "target_parameters": ["experts.down_proj"]}),
     "latent": ("DeepseekV3, queries compressed", {"target_modules": ["q_b_proj", "kv_b_proj"],
@@ -195,7 +181,7 @@ def test_factors_in_16_bits_become_fp32_bit_for_bit(dtype, tmp_path):
     found = load_checkpoint(import_adapter(folder, base, tmp_path))["weights"]
     assert {part.dtype for part in found.values()} == {torch.float32} and len(found) == len(tensors)
     for name, part in found.items():
-        assert torch.equal(part, tensors[peft_name(name)].float())
+        assert torch.equal(part, tensors[peft_name(name, base.model)].float())
 
 
 def test_the_card_has_the_numbers(tmp_path, monkeypatch):
@@ -320,7 +306,7 @@ def test_what_is_there_is_not_replaced(good, tmp_path):
         with pytest.raises(UserError, match=f"{name} exists already"):
             export_adapter(adapter, base, tmp_path / name)
     (tmp_path / "TinySeek_Lora_final.pkl").write_text("mine")
-    with pytest.raises(UserError, match="TinySeek_Lora_final.pkl exists already"):
+    with pytest.raises(UserError, match="TinySeek_Lora_final.pkl exists"):
         import_adapter(folder, base, tmp_path)
     assert {one.name for one in tmp_path.iterdir()} == {"full", "file", "TinySeek_Lora_final.pkl"}
     assert [one.read_text() for one in tmp_path.rglob("*") if one.is_file()] == ["mine"] * 3
