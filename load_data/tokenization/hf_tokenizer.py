@@ -30,6 +30,7 @@ TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 FILES = (TOKENIZER, *SETTINGS, TEMPLATE, GENERATION)
 OTHERS = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")  # from which it can be made
 NO_END = "the tokenizer has no end of text: name an eos_token in tokenizer_config.json"
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 LARGEST = 64 * 2**20  # bytes of a file
 MOST_IDS = 2**22
 
@@ -46,6 +47,7 @@ class HfTokenizer(Tokenizer):
         data, whole = json.loads(files[TOKENIZER]), tokenizers.Tokenizer.from_str(files[TOKENIZER])
         named, extra = named_tokens(files)
         whole.no_truncation()
+        whole.no_padding()
         whole.add_special_tokens([name for name in named.values() if whole.token_to_id(name) is not None])
         whole.add_tokens([one for one in extra if whole.token_to_id(one.content) is None])
         tokens = whole.get_added_tokens_decoder()
@@ -165,8 +167,9 @@ def named_tokens(files: dict[str, str]) -> tuple[dict[str, str], list[tokenizers
         contents = [one["content"] if isinstance(one, dict) else one for one in contents]
         extra += [tokenizers.AddedToken(one, normalized=False, special=True) for one in contents]
         listed = sorted((settings.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
-        for one in (dict(one) for _, one in listed):
-            extra.append(tokenizers.AddedToken(one.pop("content"), **one))
+        for _, one in listed:
+            flags = {key: one[key] for key in FLAGS if key in one}
+            extra.append(tokenizers.AddedToken(one["content"], **flags))
     return {key: text for key, text in named.items() if text}, extra
 
 

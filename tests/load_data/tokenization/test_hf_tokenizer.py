@@ -107,6 +107,26 @@ def test_added_tokens_that_are_text_stay_text(tmp_path):
     assert "ü" not in ours.special_ids and "<think>" in ours.special_ids
 
 
+def test_settings_of_batches_are_left_out(folders, tmp_path):
+    """A tokenizer.json may ask for padding and truncation; settings may name tokens that it lacks."""
+    theirs = save(tmp_path, "mistral")
+    backend = theirs.backend_tokenizer
+    backend.enable_padding(direction="left", length=9)
+    backend.enable_truncation(4)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    file = tmp_path / "tokenizer_config.json"
+    flags = {"lstrip": True, "special": True, "__type": "AddedToken"}
+    more = {"added_tokens_decoder": {"999": flags | {"content": "<|new|>"}}, "extra_special_tokens": ["<|x|>"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | more), encoding="utf-8")
+    ours = read_hf_tokenizer(tmp_path, 1000)
+    plain = read_hf_tokenizer(folders["mistral"][0], 1000)
+    for text in TEXTS:
+        assert ours.encode(text) == plain.encode(text)
+    assert ours.begin == plain.begin == [1] and ours.strips["<|new|>"] == (True, False)
+    size = len(save(tmp_path / "again", "mistral"))
+    assert {ours.special_ids["<|new|>"], ours.special_ids["<|x|>"]} == {size, size + 1}
+
+
 def test_special_tokens_of_ours(folders):
     """A new model gets all that are missing; one with weights those of ChatML, if there are rows for them."""
     folder, theirs = folders["llama"]
