@@ -116,7 +116,10 @@ def test_settings_of_batches_are_left_out(folders, tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     file = tmp_path / "tokenizer_config.json"
     flags = {"lstrip": True, "special": True, "__type": "AddedToken"}
-    more = {"added_tokens_decoder": {"999": flags | {"content": "<|new|>"}}, "extra_special_tokens": ["<|x|>"]}
+    more = {
+        "added_tokens_decoder": {"999": flags | {"content": "<|new|>"}},
+        "extra_special_tokens": ["<|x|>"],
+    }
     file.write_text(json.dumps(json.loads(file.read_text()) | more), encoding="utf-8")
     ours = read_hf_tokenizer(tmp_path, 1000)
     plain = read_hf_tokenizer(folders["mistral"][0], 1000)
