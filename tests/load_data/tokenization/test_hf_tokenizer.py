@@ -161,6 +161,20 @@ def test_ends_of_a_text(folders, tmp_path):
     assert ours.eos_ids == [text_end, 5, 6, end] and ours.pad_id == text_end
 
 
+def test_bpe_of_bytes_knows_everything(tmp_path):
+    """GPT-2 names its end of text as the token for unknown text, too."""
+    save(tmp_path, "byte_level", "chatml")
+    file = tmp_path / "tokenizer.json"
+    data = json.loads(file.read_bytes())
+    before = read_hf_tokenizer(tmp_path)
+    data["model"]["unk_token"] = "<|im_end|>"
+    data["model"]["vocab"]["never"] = data["model"]["vocab"].pop("z")
+    data["model"]["merges"] = []
+    file.write_text(json.dumps(data), encoding="utf-8")
+    ours = read_hf_tokenizer(tmp_path)
+    assert ours.encode("z<b") == before.encode("<b") and ours.encode("z") == []
+
+
 def test_by_flags(folders, tmp_path):
     """`tokenizer.kind=hf` reads the folder; a changed file is another tokenizer."""
     save(tmp_path, "llama")
@@ -214,6 +228,30 @@ def same_id(folder):
     (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
 
 
+def unknown_is_the_end(folder):
+    """Any unknown word would end the text."""
+    data = json.loads((folder / "tokenizer.json").read_bytes())
+    data["model"]["unk_token"] = "</s>"
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+
+
+def post_processor_without_its_token(folder):
+    data = json.loads((folder / "tokenizer.json").read_bytes())
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+
+
+def nothing_for_unknown_text(folder):
+    data = json.loads((folder / "tokenizer.json").read_bytes())
+    data["model"]["unk_token"] = ""
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+
+
 def only_sentencepiece(folder):
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
 
@@ -232,6 +270,9 @@ BROKEN = {
     other_model: "not of the format of the library tokenizers",
     huge_id: "an id of 4,294,967,294",
     same_id: "'word' has the id of a special token",
+    unknown_is_the_end: "text that it does not know would become its eos_token, </s>",
+    post_processor_without_its_token: "not of the format of the library tokenizers",
+    nothing_for_unknown_text: "not of the format of the library tokenizers",
     only_sentencepiece: r"a tokenizer.json is needed, and there is only tokenizer.model; .* writes it",
     too_large: "larger than 64 MiB",
     no_end: "{folder}: the tokenizer has no end of text: name an eos_token",
