@@ -128,7 +128,9 @@ class Tokenizer:
             if data["kind"] in KINDS:
                 return KINDS[data["kind"]].from_data(data)
             problem = f"unknown kind {data['kind']!r}"
-        except Exception as error:  # noqa: BLE001 - a bad pattern raises plain Exception
+        except BaseException as error:  # a bad pattern raises plain Exception, and panics are not even that
+            if isinstance(error, KeyboardInterrupt):
+                raise
             problem = f"{type(error).__name__}: {error}"
         raise UserError(f"{where}: not a tokenizer that TinySeek wrote ({problem})")
 

@@ -30,6 +30,8 @@ TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 FILES = (TOKENIZER, *SETTINGS, TEMPLATE, GENERATION)
 OTHERS = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")  # from which it can be made
 NO_END = "the tokenizer has no end of text: name an eos_token in tokenizer_config.json"
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+UNHEARD = "\u2603 \U0001f9ff"  # characters that many tokenizers do not know
 LARGEST = 64 * 2**20  # bytes of a file
 MOST_IDS = 2**22
 
@@ -41,11 +43,13 @@ class HfTokenizer(Tokenizer):
 
     def __init__(self, files: dict[str, str], added: Sequence[str] = (), turns: dict | None = None):
         """`files`: texts by name, of `FILES`; `turns`: what `read_turns` returned, or {"refused": why}.
-        Raises all kinds of exceptions for files that are no tokenizer."""
+        Raises all kinds of exceptions, and panics, for files that are no tokenizer."""
         self.contents = {"files": files, "added": [], "turns": check_turns(turns)}
         data, whole = json.loads(files[TOKENIZER]), tokenizers.Tokenizer.from_str(files[TOKENIZER])
         named, extra = named_tokens(files)
+        check_unknown(data["model"], named)
         whole.no_truncation()
+        whole.no_padding()
         whole.add_special_tokens([name for name in named.values() if whole.token_to_id(name) is not None])
         whole.add_tokens([one for one in extra if whole.token_to_id(one.content) is None])
         tokens = whole.get_added_tokens_decoder()
@@ -86,6 +90,8 @@ class HfTokenizer(Tokenizer):
         steps = parts(data.get("pre_tokenizer"))
         once = bool(steps) and steps[0].get("prepend_scheme") == "first"  # no space after special tokens
         self.section_backend = self.inside_backend if once else self.backend
+        for backend in (self.backend, self.inside_backend):
+            backend.encode(UNHEARD)  # raises if there is nothing for unknown text
         self.begin = beginning(whole, files, special.get(named.get("bos_token")))
 
     @classmethod
@@ -165,9 +171,22 @@ def named_tokens(files: dict[str, str]) -> tuple[dict[str, str], list[tokenizers
         contents = [one["content"] if isinstance(one, dict) else one for one in contents]
         extra += [tokenizers.AddedToken(one, normalized=False, special=True) for one in contents]
         listed = sorted((settings.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
-        for one in (dict(one) for _, one in listed):
-            extra.append(tokenizers.AddedToken(one.pop("content"), **one))
+        for _, one in listed:
+            flags = {key: one[key] for key in FLAGS if key in one}
+            extra.append(tokenizers.AddedToken(one["content"], **flags))
     return {key: text for key, text in named.items() if text}, extra
+
+
+def check_unknown(model: dict, named: dict[str, str]) -> None:
+    """Tell the token for unknown text, which any text can reach, from those with another role. A model may
+    have one for both (GPT-2)."""
+    vocab, place = model["vocab"], model.get("unk_id")
+    unknown = model.get("unk_token") if isinstance(vocab, dict) else place is not None and vocab[place][0]
+    roles = [role for role, name in named.items() if name == unknown and role != "unk_token"]
+    if roles and "merges" not in model:
+        raise ValueError(f"text that it does not know would become its {roles[0]}, {unknown}")
+    if roles:
+        model["unk_token"] = None  # BPE of bytes knows everything
 
 
 def end_ids(files: dict[str, str], eos: int | None, size: int) -> list[int]:
@@ -207,7 +226,9 @@ def read_hf_tokenizer(folder: str | Path, rows: int | None = None) -> HfTokenize
     try:
         tokenizer = HfTokenizer(files)
         source = chat_template(files)
-    except Exception as error:  # noqa: BLE001 - the library raises plain Exception
+    except BaseException as error:  # the library raises plain Exception, and panics are not even that
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise UserError(
             f"{folder / TOKENIZER}: this file, or one beside it, is not of the format of the library "
             f"tokenizers {tokenizers.__version__} ({type(error).__name__}: {error})"

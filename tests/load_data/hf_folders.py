@@ -72,6 +72,12 @@ TEMPLATES = {
     "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+    "llama3.1": "{{ bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' }}"
+    "{{ strftime_now('%Y') + '\\n\\n' }}{% if messages[0].role == 'system' %}"
+    "{{ messages[0].content | trim }}{% set messages = messages[1:] %}{% endif %}{{ '<|eot_id|>' }}"
+    "{% for one in messages %}{% if one.role != 'system' %}{{ '<|start_header_id|>' + one.role + "
+    "'<|end_header_id|>\\n\\n' + one.content | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
     "deepseek": "{% set ns = namespace(system='') %}{% for message in messages %}"
     "{% if message.role == 'system' %}{% set ns.system = message.content %}{% endif %}{% endfor %}"
     "{{ bos_token }}{{ ns.system }}"

@@ -24,6 +24,7 @@ CASES = {  # name -> kind of model, names of special tokens, template
     "mistral, markers as tokens": ("mistral", "mistral", "mistral"),
     "mistral, prefix everywhere": ("llama", "llama2", "mistral"),
     "llama3": ("byte_level", "llama3", "llama3"),
+    "llama3.1": ("byte_level", "llama3", "llama3.1"),
     "deepseek": ("byte_level", "deepseek", "deepseek"),
     "deepseek2": ("byte_level", "deepseek2", "deepseek2"),
     "phi": ("llama", "phi", "phi"),
@@ -119,6 +120,7 @@ def test_markers_of_the_families(opened):
     turns = {name: template.tokenizer.turns for name, (template, _) in opened.items()}
     assert turns["qwen2"]["default_system"] == "You are a helpful model." and turns["qwen2"]["first"] == ""
     assert turns["qwen3"]["default_system"] is None and turns["qwen3"]["prompt"] == "<|im_start|>assistant\n"
+    assert turns["llama3.1"]["default_system"] == "" == turns["llama3.1"]["first"]
     assert turns["llama2"] == {
         "first": "", "prompt": "", "default_system": None,
         "before": {"user": "<s>[INST] ", "assistant": " "},

@@ -107,6 +107,29 @@ def test_added_tokens_that_are_text_stay_text(tmp_path):
     assert "ü" not in ours.special_ids and "<think>" in ours.special_ids
 
 
+def test_settings_of_batches_are_left_out(folders, tmp_path):
+    """A tokenizer.json may ask for padding and truncation; settings may name tokens that it lacks."""
+    theirs = save(tmp_path, "mistral")
+    backend = theirs.backend_tokenizer
+    backend.enable_padding(direction="left", length=9)
+    backend.enable_truncation(4)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    file = tmp_path / "tokenizer_config.json"
+    flags = {"lstrip": True, "special": True, "__type": "AddedToken"}
+    more = {
+        "added_tokens_decoder": {"999": flags | {"content": "<|new|>"}},
+        "extra_special_tokens": ["<|x|>"],
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | more), encoding="utf-8")
+    ours = read_hf_tokenizer(tmp_path, 1000)
+    plain = read_hf_tokenizer(folders["mistral"][0], 1000)
+    for text in TEXTS:
+        assert ours.encode(text) == plain.encode(text)
+    assert ours.begin == plain.begin == [1] and ours.strips["<|new|>"] == (True, False)
+    size = len(save(tmp_path / "again", "mistral"))
+    assert {ours.special_ids["<|new|>"], ours.special_ids["<|x|>"]} == {size, size + 1}
+
+
 def test_special_tokens_of_ours(folders):
     """A new model gets all that are missing; one with weights those of ChatML, if there are rows for them."""
     folder, theirs = folders["llama"]
@@ -136,6 +159,20 @@ def test_ends_of_a_text(folders, tmp_path):
     ours = read_hf_tokenizer(tmp_path, 1000)
     end, text_end = (ours.special_ids[name] for name in ("<|im_end|>", "<|endoftext|>"))
     assert ours.eos_ids == [text_end, 5, 6, end] and ours.pad_id == text_end
+
+
+def test_bpe_of_bytes_knows_everything(tmp_path):
+    """GPT-2 names its end of text as the token for unknown text, too."""
+    save(tmp_path, "byte_level", "chatml")
+    file = tmp_path / "tokenizer.json"
+    data = json.loads(file.read_bytes())
+    before = read_hf_tokenizer(tmp_path)
+    data["model"]["unk_token"] = "<|im_end|>"
+    data["model"]["vocab"]["never"] = data["model"]["vocab"].pop("z")
+    data["model"]["merges"] = []
+    file.write_text(json.dumps(data), encoding="utf-8")
+    ours = read_hf_tokenizer(tmp_path)
+    assert ours.encode("z<b") == before.encode("<b") and ours.encode("z") == []
 
 
 def test_by_flags(folders, tmp_path):
@@ -191,6 +228,30 @@ def same_id(folder):
     (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
 
 
+def unknown_is_the_end(folder):
+    """Any unknown word would end the text."""
+    data = json.loads((folder / "tokenizer.json").read_bytes())
+    data["model"]["unk_token"] = "</s>"
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+
+
+def post_processor_without_its_token(folder):
+    data = json.loads((folder / "tokenizer.json").read_bytes())
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+
+
+def nothing_for_unknown_text(folder):
+    data = json.loads((folder / "tokenizer.json").read_bytes())
+    data["model"]["unk_token"] = ""
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+
+
 def only_sentencepiece(folder):
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
 
@@ -209,6 +270,9 @@ BROKEN = {
     other_model: "not of the format of the library tokenizers",
     huge_id: "an id of 4,294,967,294",
     same_id: "'word' has the id of a special token",
+    unknown_is_the_end: "text that it does not know would become its eos_token, </s>",
+    post_processor_without_its_token: "not of the format of the library tokenizers",
+    nothing_for_unknown_text: "not of the format of the library tokenizers",
     only_sentencepiece: r"a tokenizer.json is needed, and there is only tokenizer.model; .* writes it",
     too_large: "larger than 64 MiB",
     no_end: "{folder}: the tokenizer has no end of text: name an eos_token",
