@@ -21,7 +21,7 @@ import tokenizers
 
 from load_data.tokenization.base import END_OF_TEXT, PAD, PART_TOKENS, SPECIAL_TOKENS, Tokenizer, encoded
 from load_data.tokenization.plain_text import parts, speller, without_prefix, without_specials
-from load_data.tokenization.turns import check_turns, read_turns
+from load_data.tokenization.turns import check_turns
 from utils.errors import UserError
 
 TOKENIZER = "tokenizer.json"
@@ -244,6 +244,8 @@ def read_hf_tokenizer(folder: str | Path, rows: int | None = None) -> HfTokenize
     if rows is None or tokenizer.vocab_size + len(missing) <= rows:
         tokenizer.add_parts(missing)
     if source:
+        from load_data.tokenization.jinja_sandbox import read_turns  # Jinja takes 45 ms to import
+
         tokenizer.contents["turns"] = read_turns(source, named_tokens(files)[0], tokenizer.special_ids)
     if END_OF_TEXT not in tokenizer.special_ids:
         raise UserError(f"{folder}: {NO_END}")

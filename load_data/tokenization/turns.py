@@ -1,7 +1,7 @@
 """The markers of a Hugging Face chat template: the text before and after what each role says.
 
-A chat template is a Jinja program that came with a model. Here it runs once, at import, in Jinja's sandbox,
-on dialogues made up for the purpose, and the markers are read off its output. They must then reproduce its
+A chat template is a Jinja program that came with a model. It runs once, at import (jinja_sandbox.py), on
+dialogues made up for the purpose, and the markers are read off its output. They must then reproduce its
 output for other dialogues, character by character; otherwise the template is refused.
 
     first           text that begins a dialogue (BOS)
@@ -15,17 +15,9 @@ a date in it stays that of the import; and the empty thinking block that Qwen3 w
 (load_data/chat/chat_template.py says why).
 """
 
-import json
 import re
-import sys
 from collections.abc import Callable, Collection
-from datetime import datetime
 
-from jinja2.exceptions import SecurityError, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-LONGEST = 2**17  # characters of a template, and of what it writes
-MOST_LINES = 200_000  # lines of Python that one rendering may run
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 PROBES = ["Probe0Q", "Probe1A", "Probe2Q", "Probe3S"]
 CHECKS = ["First question: 12 or 7?", "An answer.", "第二个问题", "Noch eine Antwort", "?", "42", "Be kind."]
@@ -35,32 +27,6 @@ Render = Callable[[list[dict], bool], str]
 
 class Refused(Exception):
     """The reason why a chat template cannot be used."""
-
-
-class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, without products of texts, which can be of any size."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context, operator, left, right):
-        """Multiply numbers."""
-        if operator == "**" or not all(isinstance(one, int | float) for one in (left, right)):
-            raise SecurityError(f"{operator} is not allowed")
-        return super().call_binop(context, operator, left, right)
-
-
-def read_turns(source: str, names: dict[str, str], special: Collection[str]) -> dict:
-    """Return the markers of the template `source`, or {"refused": why}. `names`: the special tokens by their
-    role (`bos_token`); `special`: all of them, one of which must end an answer."""
-    try:
-        render = renderer(source, names)
-        turns = derived(render)
-        if not any(name in turns["after"]["assistant"] for name in special):
-            raise Refused("no special token ends an answer")
-        check_against(render, turns)
-        return turns
-    except Refused as error:
-        return {"refused": f"its chat template is not understood: {error}"}
 
 
 def check_turns(turns: dict | None) -> dict | None:
@@ -73,60 +39,6 @@ def check_turns(turns: dict | None) -> dict | None:
         if not all(isinstance(text, str) for text in texts) or roles != turns["after"].keys():
             raise ValueError("turns of another form")
     return turns
-
-
-def renderer(source: str, names: dict[str, str]) -> Render:
-    """Return the function (messages, whether to ask for an answer) -> text. It raises `Refused` for all that
-    goes wrong in the template, and for one that does not come to an end."""
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    if len(source) > LONGEST:
-        raise Refused(f"it is longer than {LONGEST:,} characters")
-    # {% generation %} marks the answers for `transformers`, and writes nothing.
-    source = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
-    source = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", source)
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    sandbox.filters["tojson"] = lambda value, **form: json.dumps(value, **{"ensure_ascii": False} | form)
-    sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
-    try:
-        template = sandbox.from_string(source)
-    except Exception as error:
-        raise Refused(f"{type(error).__name__}: {error}") from None
-
-    def render(messages: list[dict], prompt: bool) -> str:
-        given = {"messages": messages, "add_generation_prompt": prompt, "tools": None, "documents": None}
-        text, before = "", sys.gettrace()
-        sys.settrace(line_counter())
-        try:
-            for piece in template.generate(**names, **given):
-                text += piece
-                if len(text) > LONGEST:
-                    raise Refused(f"it writes more than {LONGEST:,} characters")
-        except Exception as error:
-            if isinstance(error, Refused):
-                raise
-            raise Refused(f"{type(error).__name__}: {error}") from None
-        finally:
-            sys.settrace(before)
-        return text
-
-    return render
-
-
-def line_counter() -> Callable:
-    """Return a trace function that stops a program after `MOST_LINES` lines of Python."""
-    left = MOST_LINES
-
-    def count(frame, event, argument):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Refused(f"it does not end within {MOST_LINES:,} steps")
-        return count
-
-    return count
 
 
 def derived(render: Render) -> dict:

@@ -292,7 +292,7 @@ INSIDE = ("<end>", "<sep>", "\t\t")
 MODELS = {  # special tokens beyond the vocabulary; within, after an id that nothing has; a list as vocabulary
     "beyond": tokenizers.models.BPE(vocab=LETTERS, merges=[]),
     "gap": tokenizers.models.BPE(vocab=LETTERS | dict(zip(INSIDE, range(101, 104))), merges=[]),
-    "list": tokenizers.models.Unigram([(letter, -1.0) for letter in [*LETTERS, "<end>"]]),
+    "list": tokenizers.models.Unigram([(letter, -1.0) for letter in [*LETTERS, "<unk>", "<end>"]], 100),
 }
 FILES = {
     "tokenizer_config.json": '{"eos_token": "<end>",  "chat_template": "{{ 1 }}"}',
@@ -330,5 +330,5 @@ def test_an_id_that_the_format_cannot_express_is_refused():
     """The vocabulary of a Unigram is a list, so it has no gaps."""
     tokenizer = imported(MODELS["list"], "<|im_start|>", "<|im_end|>", **FILES)
     tokenizer.special_ids["<|im_end|>"] += 1
-    with pytest.raises(UserError, match="no place for the special token <.im_end.> with the id 105"):
+    with pytest.raises(UserError, match="no place for the special token <.im_end.> with the id 106"):
         tokenizer_files(tokenizer, "own")

@@ -11,7 +11,7 @@ from load_data.chat.chat_template import ChatTemplate, cut_turn, fit_turns
 from load_data.chat.records import message
 from load_data.tokenization.hf_tokenizer import read_hf_tokenizer
 from load_data.tokenization.tokenizer import BpeTokenizer, Tokenizer
-from load_data.tokenization.turns import read_turns
+from load_data.tokenization.jinja_sandbox import read_turns
 from tests.load_data.chat.test_chat_template import AWKWARD, talk
 from tests.load_data.hf_folders import TEMPLATES, save
 from utils.errors import UserError
