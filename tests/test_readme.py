@@ -294,6 +294,8 @@ def small(words: list[str], home: Path) -> list[str]:
 def test_commands_run(command, home, run, monkeypatch):
     """As they are written, but small; with `-k`, name those that make what a command needs, too."""
     words = small(shlex.split(command), home)
+    if "export_gguf" in command:
+        pytest.importorskip("gguf")
     if command != TRAINING[0]:  # pictures take longer than two steps
         monkeypatch.setattr("train.engine.trainer.plot_curves", lambda log, png: None)
         for name in ("load", "tokens"):
