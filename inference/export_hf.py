@@ -69,10 +69,12 @@ def export_model(loaded: Loaded, folder: Path, dtype: torch.dtype = torch.float3
     tokenizer = loaded.tokenizer
     stop = sorted(loaded.template.stop_ids) if loaded.answers else [tokenizer.eos_id]
     ends = {"eos_token_id": stop if stop[1:] else stop[0], "pad_token_id": tokenizer.pad_id}
+    ends["bos_token_id"] = next(iter(tokenizer.begin), None)
     config |= ends | {"torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True}
     texts = {"config.json": as_json(config), "generation_config.json": as_json(ends)}
     texts["README.md"] = model_card(loaded, config)
-    texts |= tokenizer_files(tokenizer, loaded.template.kind if loaded.answers else None)
+    kind, longest = loaded.template.kind if loaded.answers else None, config["max_position_embeddings"]
+    texts |= tokenizer_files(tokenizer, kind, longest)
     with new_folder(folder) as place:
         for name, text in texts.items():
             (place / name).write_text(text, encoding="utf-8")
