@@ -63,7 +63,7 @@ def import_model(folder: Path, out: Path, overwrite: bool) -> Path:
     start, where = time.perf_counter(), str(folder / "config.json")
     settings = read_json_file(folder, "config.json")
     model = read_settings(settings, where)
-    tokenizer = read_hf_tokenizer(folder, model.vocab_size)
+    tokenizer = read_hf_tokenizer(folder, model.vocab_size, settings.get("eos_token_id"))
     short = "SFT" if tokenizer.turns else "Pre"
     path = out / final_name(short)
     if path.exists() and not overwrite:

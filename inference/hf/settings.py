@@ -14,6 +14,7 @@ from modules.attention.latent import softmax_scale
 from modules.rope_scaling import read_scaling, rope_frequencies
 from utils.errors import UserError
 
+NULLS = ("q_lora_rank", "num_key_value_heads")  # settings whose null is a value, and not their default
 LENGTHS = (None, 1000, 10**6)  # of rows, to compare rules that depend on it
 HEAD = ("num_key_value_heads", "head_dim", "qk_norm", "attention_bias", "partial_rotary_factor")
 LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
@@ -45,6 +46,8 @@ def read_settings(config: dict, where: str) -> ModelConfig:
     for name, default in family.settings.items():
         spellings = family.renamed.get(name, (name,))
         model[name] = next((given[one] for one in spellings if one in given), default)
+        if name in NULLS and name in config:
+            model[name] = config[name]
         if model[name] is REQUIRED:
             raise UserError(f"{where}: {' or '.join(spellings)} is missing")
     model["num_key_value_heads"] = model["num_key_value_heads"] or model["num_attention_heads"]
@@ -57,7 +60,7 @@ def read_settings(config: dict, where: str) -> ModelConfig:
     layers = model["num_hidden_layers"]
     if not isinstance(layers, int) or not 0 < layers < 10**5:
         raise UserError(f"{where}: num_hidden_layers={layers!r} is not a number of layers")
-    model |= windows(family, given, layers, where) | dense_layers(family, given, layers)
+    model |= windows(family, config, layers, where) | dense_layers(family, given, layers)
     if model.get("first_k_dense_replace", 0) >= layers or model.get("mlp_only_layers") == [*range(layers)]:
         model |= {"n_routed_experts": 0, "first_k_dense_replace": 0, "mlp_only_layers": None}
     found = ModelConfig(**model | family.fixed)
@@ -68,18 +71,19 @@ def read_settings(config: dict, where: str) -> ModelConfig:
     return found
 
 
-def windows(family: Family, given: dict, layers: int, where: str) -> dict:
-    """Return our settings of windows."""
-    window = given.get("sliding_window")
+def windows(family: Family, config: dict, layers: int, where: str) -> dict:
+    """Return our settings of windows. A null for sliding_window is no window."""
+    given = {name: value for name, value in config.items() if value is not None}
+    window = config.get("sliding_window", family.window)
     on = given.get("use_sliding_window", False) if family.window_switch else True
     if family.windows == "none" or not on or not window:
         return {}
     types = ["sliding_attention"] * layers
     if family.windows == "listed":
         types = given.get("layer_types")
-        if types is None and "max_window_layers" not in given:
+        full = given.get("max_window_layers", family.max_window_layers)
+        if types is None and family.max_window_layers is None:  # its rule changed between versions
             raise UserError(f"{where}: layer_types is missing: it says which layers have the sliding_window")
-        full = given.get("max_window_layers", 0)
         types = types or ["full_attention" if n < full else "sliding_attention" for n in range(layers)]
     if "sliding_attention" not in types:
         return {}

@@ -205,17 +205,20 @@ def beginning(whole: tokenizers.Tokenizer, files: dict[str, str], bos: int | Non
     return ids or [bos] * (asked and bos is not None)
 
 
-def read_hf_tokenizer(folder: str | Path, rows: int | None = None) -> HfTokenizer:
+def read_hf_tokenizer(folder: str | Path, rows: int | None = None, ends=None) -> HfTokenizer:
     """Return the tokenizer in `folder`, which may also be the path of its tokenizer.json.
 
     `rows`: of the model's embedding. A new model can have any number (None), so the tokenizer gets all
     special tokens of ours that it lacks. A model with weights gets those of ChatML only if it has no chat
-    template and rows to spare. Raises `UserError` for files that are no tokenizer, or one of more ids than
+    template and rows to spare. `ends`: the `eos_token_id` of the model, in place of a missing
+    generation_config.json. Raises `UserError` for files that are no tokenizer, or one of more ids than
     `rows`.
     """
     folder = Path(folder)
     folder = folder.parent if folder.name == TOKENIZER and not folder.is_dir() else folder
     files = {name: read_text(folder / name) for name in FILES if (folder / name).is_file()}
+    if GENERATION not in files and ends is not None:
+        files[GENERATION] = json.dumps({"eos_token_id": ends})
     if TOKENIZER not in files:
         others = [name for name in OTHERS if (folder / name).is_file()]
         found = f"only {others[0]}" if others else "none" if folder.is_dir() else "no such folder"

@@ -15,7 +15,7 @@ from inference import import_hf
 from inference.generation.generator import Generator
 from inference.generation.load import load_full
 from inference.generation.sampling import SamplingParams
-from inference.hf.families import FAMILIES
+from inference.hf.families import FAMILIES, REQUIRED
 from inference.hf.settings import behaviour, read_settings, write_settings
 from tests.inference.hf.models import CASES, LLAMA3, SMALL, make_model, save, write_tokenizer
 from tests.modules.tools import small_config
@@ -122,13 +122,44 @@ def test_old_spellings():
     assert read_settings(moe | {"num_experts": 4}, "") == read_settings(moe | {"num_local_experts": 4}, "")
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_absent_settings_are_those_of_transformers(name):
+    """A config.json that has only what it must have, and one with windows switched on besides."""
+    family = FAMILIES[name]
+    needed = {
+        family.renamed.get(one, (one,))[0] for one, default in family.settings.items() if default is REQUIRED
+    }
+    values = SMALL | {
+        "num_hidden_layers": 70, "hidden_size": 96, "n_routed_experts": 16, "num_local_experts": 4,
+        "num_experts": 4, "n_shared_experts": 1, "kv_lora_rank": 8, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8,
+        "shared_expert_intermediate_size": 8,
+    }  # fmt: skip
+    least = {one: values[one] for one in needed}
+    for more in ({}, {"use_sliding_window": True}, {"sliding_window": None}):
+        if family.window_switch and family.max_window_layers is None and name != "qwen3_moe":
+            more = {key: value for key, value in more.items() if key != "use_sliding_window"}
+        full = AutoConfig.for_model(name, **least | more).to_dict()
+        given = {"model_type": name} | least | more
+        assert behaviour(read_settings(given, "")) == behaviour(read_settings(full, "")), more
+
+
+@pytest.mark.parametrize("changes", [{"mlp_bias": True}, {"scoring_func": "sigmoid"}, {"moe_layer_freq": 2}])
+def test_settings_of_a_family_that_nothing_here_computes_are_refused(changes):
+    """DeepSeek-V2's biases would be in shared experts too."""
+    settings = make_model("DeepseekV2, greedy").config.to_dict()
+    read_settings(settings, "")
+    with pytest.raises(UserError, match=next(iter(changes))):
+        read_settings(settings | changes, "")
+
+
 @pytest.mark.parametrize(
     "settings, word",
     [
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"sliding_window": 8, "attention_sinks": 2}, "attention_sinks"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"n_routed_experts": 4, "scoring_func": "softmax"}, "scoring_func"),
+        ({"n_routed_experts": 16, "scoring_func": "softmax"}, "scoring_func"),
         ({"qk_norm": False, "mlp_bias": True, "attention_bias": True, "attention_out_bias": False}, "o_proj"),
     ],
 )
@@ -256,6 +287,17 @@ def test_tables_and_extra_prediction_layers_are_ignored(tmp_path, monkeypatch):
              torch.ones(3)}  # fmt: skip
     rewrite(tmp_path / "hf", lambda weights: weights.update(extra))
     check_same(imported(monkeypatch, tmp_path / "hf", tmp_path / "out").model, theirs)
+
+
+@pytest.mark.parametrize("ends", [299, [299, 7]])
+def test_the_end_of_a_text_may_be_named_by_the_model(ends, tmp_path, monkeypatch):
+    """config.json stands in for a missing generation_config.json, as in transformers."""
+    save("Qwen3, head_dim", tmp_path / "hf")
+    (tmp_path / "hf" / "generation_config.json").unlink()
+    edit_json(tmp_path / "hf" / "tokenizer_config.json", eos_token=None)
+    edit_json(tmp_path / "hf" / "config.json", eos_token_id=ends)
+    loaded = imported(monkeypatch, tmp_path / "hf", tmp_path / "out")
+    assert loaded.tokenizer.eos_ids == [299, 7][: 1 + isinstance(ends, list)]
 
 
 def test_an_import_is_not_replaced_unasked(tmp_path, monkeypatch):
