@@ -1,6 +1,7 @@
 """Imported models against transformers with the same weights, and folders that must be refused."""
 
 import json
+import os
 import pickle
 import re
 import sys
@@ -101,6 +102,8 @@ def test_files_in_other_forms(case, tmp_path, monkeypatch):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
     check_same(imported(monkeypatch, tmp_path / "half", tmp_path / "b").model, again)
     if case in ("Qwen2Moe", "Mixtral", "DeepseekV3, groups"):
+        if case == "Qwen2Moe":  # more experts than tensors
+            theirs = make_model(case, num_experts=64)
         theirs.save_pretrained(tmp_path / "stacked", save_original_format=False)
         names = load_file(tmp_path / "stacked" / "model.safetensors").keys()
         assert any(name.endswith("mlp.experts.gate_up_proj") for name in names)
@@ -146,6 +149,27 @@ def test_a_base_that_was_enlarged_is_written_as_one():
     assert written["rope_theta"] == pytest.approx(10000 * 4 ** (8 / 6))
 
 
+def test_a_ramp_that_is_not_rounded_stays_so():
+    """`truncate` is false, which is a value of its own and not one that is missing."""
+    rule = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "truncate": False}
+    assert write_settings(small_config(rope_scaling=rule, head_dim=8))["rope_scaling"]["truncate"] is False
+
+
+def test_a_family_is_not_chosen_for_a_width_that_it_refuses():
+    """transformers loads no Llama, and no DeepSeek-V2, of 4 heads and width 30."""
+    settings = make_model("Mistral, no window, head_dim", hidden_size=30).config.to_dict()
+    model = read_settings(settings, "config.json")
+    assert AutoConfig.for_model(**write_settings(model)).model_type == "mistral"
+
+
+@pytest.mark.parametrize("step", (0, "2"))
+def test_steps_between_layers_with_experts_are_checked(step):
+    """The number is a divisor."""
+    settings = make_model("Qwen3Moe, one expert").config.to_dict() | {"decoder_sparse_step": step}
+    with pytest.raises(UserError, match="decoder_sparse_step"):
+        read_settings(settings, "config.json")
+
+
 def edit_json(path, **changes):
     """Change entries of a JSON file; None removes one."""
     data = json.loads(path.read_text(encoding="utf-8")) | changes
@@ -189,6 +213,10 @@ BAD = {
         lambda f: rewrite(f, lambda w: w.update({"odd.bias": torch.ones(2)})),
         "left over: odd.bias",
     ),
+    "left over, with an odd name": (
+        lambda f: rewrite(f, lambda w: w.update({"\x1b[31m" + "a" * 5000: torch.ones(2)})),
+        r"left over: '\\x1b\[31ma{80,100}$",  # no code for the terminal, and not the whole of it
+    ),
     "quantized": (lambda f: rewrite(f, lambda w: w.update({GATE: w[GATE].to(torch.int8)})), "I8"),
     "unknown family": (lambda f: edit_json(f / "config.json", model_type="gpt2"), "model_type 'gpt2'.*qwen3"),
     "no family": (lambda f: edit_json(f / "config.json", model_type=None), "model_type None"),
@@ -213,6 +241,27 @@ BAD = {
         "where config.json says",
     ),
     "another rule": (lambda f: edit_json(f / "config.json", rope_parameters={"rope_type": "odd"}), "'odd'"),
+    "a rule that is a text": (
+        lambda f: edit_json(f / "config.json", rope_parameters="yarn"),
+        "rope_parameters must be dict",
+    ),
+    "types that are a number": (
+        lambda f: edit_json(f / "config.json", layer_types=3),
+        "layer_types must be list",
+    ),
+    "a huge head": (lambda f: edit_json(f / "config.json", head_dim=10**12), "channels that rotate"),
+    "a size of 100 bits": (
+        lambda f: edit_json(f / "config.json", intermediate_size=10**30),
+        "tensors of impossible sizes",
+    ),
+    "a pipe": (
+        lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")),
+        "config.json: no such file",
+    ),
+    "weights that are a folder": (
+        lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()),
+        "model.safetensors: no such file",
+    ),
     "quantization": (lambda f: edit_json(f / "config.json", quantization_config={}), "quantized"),
     "a pickle": (replace_by_pickle, "pytorch_model.bin, a pickle"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
