@@ -32,7 +32,8 @@ def family_of(config: dict, where: str) -> Family:
     """Return the family of a config.json, or raise a `UserError` that lists the known ones."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"{where}: model_type {repr(name)[:60]} is not supported; known: {', '.join(FAMILIES)}")
+        known = ", ".join(FAMILIES)
+        raise UserError(f"{where}: model_type {repr(name)[:60]} is not supported; known: {known}")
     if "quantization_config" in config:
         raise UserError(
             f"{where}: the weights are quantized (quantization_config); take an fp32 or bf16 model"

@@ -115,6 +115,8 @@ def inherited_sections(init: dict, path: str) -> dict:
     if not all(str(path).lower().endswith(".txt") for path in data.get("paths") or [""]):
         names.append("val_fraction")  # plain text shares no held-out question with a later stage
     old = {"same_question": "exact"}  # the split of checkpoints that do not name theirs
+    if init.get("stage") == "import_hf":  # no training here has held anything out
+        names, old = ["template"], {}
     return sections | {"data": old | {name: data[name] for name in names if name in data}}
 
 

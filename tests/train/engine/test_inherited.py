@@ -23,3 +23,11 @@ def test_the_split_is_inherited(short, data, expected):
     """The fraction and the rule of the split (D1); a checkpoint without a rule has the first one."""
     init = {"config": SECTIONS | {"data": data}, "weights": {}, "tokenizer": "", "short": short}
     assert inherited_sections(init, "a.pkl") == SECTIONS | {"data": expected}
+
+
+def test_an_imported_model_has_held_nothing_out():
+    """Its fraction is nobody's choice, so that of a first stage may be larger."""
+    data = NEW | {"paths": ["skills"], "template": "own"}
+    init = {"config": SECTIONS | {"data": data}, "weights": {}, "tokenizer": "", "short": "SFT"}
+    found = inherited_sections(init | {"stage": "import_hf"}, "a.pkl")
+    assert found == SECTIONS | {"data": {"template": "own"}}
