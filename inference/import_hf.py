@@ -28,7 +28,7 @@ from inference.hf.settings import family_of, read_settings
 from inference.hf.weights import read_weights
 from load_data.tokenization.hf_tokenizer import HfTokenizer, read_hf_tokenizer
 from utils.checkpoint import final_name, save_checkpoint
-from utils.errors import Parser, UserError, run_main
+from utils.errors import Parser, UserError, end_cleanly, run_main
 
 LONGEST_ROW = 512  # of later training, unless it is set: the model's own maximum is for much larger machines
 
@@ -47,6 +47,9 @@ def parse_command():
 def main():
     """Import a model, or an adapter if the folder holds one."""
     args = parse_command()
+    end_cleanly()
+    if os.path.isfile(args.out):
+        raise UserError(f"--out {args.out} is a file: name a folder")
     if os.path.isfile(args.folder / SETTINGS):
         if args.base is None:
             raise UserError(f"{args.folder} holds an adapter: name the model it belongs to with --base FILE")

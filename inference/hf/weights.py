@@ -129,5 +129,6 @@ def written_weights(weights: dict, config: ModelConfig, family: Family) -> Itera
                 yield theirs, part
         elif name != HEAD and weights[name].any():
             raise UserError(
-                f"{name} is not zero, and no architecture of Hugging Face has it beside a softmax"
+                f"{name} is not zero, and no architecture of Hugging Face has it beside a softmax: train "
+                "with balance.bias_rate=0"
             )

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import sys
 
 import pytest
@@ -305,6 +306,26 @@ def test_tables_and_extra_prediction_layers_are_ignored(tmp_path, monkeypatch):
              torch.ones(3)}  # fmt: skip
     rewrite(tmp_path / "hf", lambda weights: weights.update(extra))
     check_same(imported(monkeypatch, tmp_path / "hf", tmp_path / "out").model, theirs)
+
+
+def test_a_stopped_import_leaves_no_file(tmp_path, monkeypatch):
+    """SIGTERM comes while the checkpoint is being written."""
+    save("Qwen3, head_dim", tmp_path / "hf")
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(torch, "save", lambda data, file: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit):
+            run(monkeypatch, tmp_path / "hf", "--out", tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not [*(tmp_path / "out").iterdir()]
+
+
+def test_out_is_a_folder(tmp_path, monkeypatch):
+    """It is checked before the weights are read."""
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match="is a file: name a folder"):
+        run(monkeypatch, tmp_path, "--out", tmp_path / "out")
 
 
 def test_an_import_is_not_replaced_unasked(tmp_path, monkeypatch):
