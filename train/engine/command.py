@@ -120,7 +120,7 @@ def inherited_sections(init: dict, path: str) -> dict:
     biases = [part for key, part in init["weights"].items() if key.endswith("e_score_correction_bias")]
     softmax = sections["model"].get("scoring_func") == "softmax"
     if softmax and biases and not any(part.any() for part in biases):
-        sections["balance"] = {"bias_rate": 0.0}  # as in the families of Hugging Face, which have no such bias
+        sections["balance"] = {"bias_rate": 0.0}  # as in Hugging Face, where none has such a bias
     return sections | {"data": old | {name: data[name] for name in names if name in data}}
 
 
