@@ -150,7 +150,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         if folder.exists():
             folder.rmdir()  # empty; Windows renames to new names only
         temporary.replace(folder)
-    except OSError as error:
-        raise UserError(f"could not write {folder}: {error.strerror or error}") from error
+    except (OSError, safetensors_package().SafetensorError) as error:  # the latter for a full disk too
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"could not write {folder}: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
