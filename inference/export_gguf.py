@@ -24,7 +24,7 @@ from inference.generation.terminal import closed_pipe_ends, open_streams, tell
 from inference.gguf_files.architectures import architecture_of, settings_of, tensors_of
 from inference.gguf_files.rotation import rotation
 from inference.gguf_files.vocabulary import vocabulary_of
-from utils.errors import Parser, UserError, run_main
+from utils.errors import Parser, UserError, end_cleanly, run_main
 
 DTYPES = {"f32": (torch.float32, 0), "f16": (torch.float16, 1), "bf16": (torch.bfloat16, 32)}  # file_type
 EXACT = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # routers
@@ -109,6 +109,7 @@ def main():
     """Load the model, convert it, write the file."""
     open_streams()
     args = parse_command()
+    end_cleanly()
     gguf_package()
     loaded = load_full(args.checkpoint)
     name, keys, tensors = contents(loaded, args.dtype)

@@ -26,7 +26,7 @@ from inference.hf.folder import INDEX, SINGLE, new_folder, safetensors_package
 from inference.hf.settings import write_settings
 from inference.hf.tokenizer_files import tokenizer_files
 from inference.hf.weights import BIAS, HEAD, shapes_of, written_weights
-from utils.errors import Parser, UserError, run_main
+from utils.errors import Parser, UserError, end_cleanly, run_main
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD = 4 * 10**9  # bytes in one file, at most; half of what small machines have as memory
@@ -49,6 +49,7 @@ def parse_command():
 def main():
     """Open the model, and write it, or its adapter alone."""
     args = parse_command()
+    end_cleanly()
     if args.merge and not args.adapter:
         raise UserError("--merge needs --adapter FILE, the adapter to merge")
     model = load_base(args.checkpoint, "cpu", args.out, args.adapter, tell=tell)

@@ -13,6 +13,7 @@ another continues texts. Weights are stored in fp32, which holds bf16 and fp16 e
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
+import os
 import time
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from inference.hf.settings import family_of, read_settings
 from inference.hf.weights import read_weights
 from load_data.tokenization.hf_tokenizer import HfTokenizer, read_hf_tokenizer
 from utils.checkpoint import final_name, save_checkpoint
-from utils.errors import Parser, UserError, run_main
+from utils.errors import Parser, UserError, end_cleanly, run_main
 
 LONGEST_ROW = 512  # of later training, unless it is set: the model's own maximum is for much larger machines
 
@@ -46,7 +47,10 @@ def parse_command():
 def main():
     """Import a model, or an adapter if the folder holds one."""
     args = parse_command()
-    if (args.folder / SETTINGS).exists():
+    end_cleanly()
+    if os.path.isfile(args.out):
+        raise UserError(f"--out {args.out} is a file: name a folder")
+    if os.path.isfile(args.folder / SETTINGS):
         if args.base is None:
             raise UserError(f"{args.folder} holds an adapter: name the model it belongs to with --base FILE")
         path = import_adapter(args.folder, load_full(args.base), args.out, args.overwrite)
@@ -66,7 +70,7 @@ def import_model(folder: Path, out: Path, overwrite: bool) -> Path:
     tokenizer = read_hf_tokenizer(folder, model.vocab_size, settings.get("eos_token_id"))
     short = "SFT" if tokenizer.turns else "Pre"
     path = out / final_name(short)
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise UserError(f"{path} exists: name another --out, or replace it with --overwrite")
     weights = read_weights(model, family_of(settings, where), stored_tensors(folder), str(folder))
     entries = {"stage": "import_hf", "short": short, "step": 0, "tokenizer": tokenizer.to_json()}

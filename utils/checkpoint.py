@@ -95,7 +95,7 @@ def save_checkpoint(path: str | Path, data: dict) -> None:
         if isinstance(cause, OSError) and isinstance(error, (OSError, RuntimeError)):
             raise UserError(
                 f"could not write {path}: {cause.strerror or cause}. Earlier checkpoints are intact: "
-                "free some space and continue with --resume"
+                "free some space, and run the command again (a training with --resume)"
             ) from error
         raise
 

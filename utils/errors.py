@@ -7,6 +7,7 @@ traceback.
 
 import argparse
 import re
+import signal
 import sys
 
 
@@ -23,6 +24,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Instead of argparse's two lines."""
         raise UserError(f"{message}; --help lists the flags")
+
+
+def end_cleanly() -> None:
+    """Let SIGTERM end the program as an exception does, so that a half-written file does not stay."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def run_main(main) -> None:

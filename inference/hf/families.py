@@ -44,6 +44,7 @@ class Family:
     max_window_layers: int | None = None  # where it has none; None: layer_types must say
     window_switch: bool = False  # windows count only with use_sliding_window
     dense_layers: bool = False  # mlp_only_layers and decoder_sparse_step say which layers have no experts
+    divisible: bool = False  # transformers refuses a hidden_size that num_attention_heads does not divide
     weights: dict = field(default_factory=dict)  # part of our weight's name -> of theirs
     expert: tuple = ("gate_proj", "up_proj", "down_proj")  # the matrices of one expert
 
@@ -56,7 +57,7 @@ FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
         DECODER | {"num_key_value_heads": None, "head_dim": None, "attention_bias": False, "mlp_bias": False},
-        {"qk_norm": False},
+        {"qk_norm": False}, divisible=True,
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM", DECODER, QWEN_BIAS,
@@ -110,6 +111,6 @@ FAMILIES = {
         # transformers neither reads norm_topk_prob here nor the pairing, which is interleaved
         {"attention_kind": "mla", "scoring_func": "softmax", "norm_topk_prob": False,
          "rope_interleaved": True, "qk_norm": False},
-        needs={"scoring_func": "softmax", "moe_layer_freq": 1, "mlp_bias": False},
+        needs={"scoring_func": "softmax", "moe_layer_freq": 1, "mlp_bias": False}, divisible=True,
     ),
 }  # fmt: skip

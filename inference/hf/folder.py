@@ -26,12 +26,12 @@ MAPPED = 2**24  # bytes that are read from one opening of a file, or one tensor
 def read_json_file(folder: Path, name: str) -> dict:
     """Return the JSON object in `folder / name`."""
     path = folder / name
+    if not os.path.isfile(path):  # a pipe or a device may never end
+        raise UserError(f"{path}: no such file; a Hugging Face folder has one")
     try:
         if path.stat().st_size > MOST_JSON:
             raise UserError(f"{path}: larger than {MOST_JSON:,} bytes: not a file of settings")
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a Hugging Face folder has one") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); download it again") from None
     if not isinstance(data, dict):
@@ -49,7 +49,7 @@ class Stored(NamedTuple):
 
 def tensor_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model: those of its index, or the only one."""
-    if (folder / INDEX).exists():
+    if os.path.exists(folder / INDEX):
         files = read_json_file(folder, INDEX).get("weight_map")
         if (
             not isinstance(files, dict)
@@ -66,7 +66,7 @@ def tensor_files(folder: Path) -> list[Path]:
                     f"{folder / INDEX}: {name!r} is not a .safetensors file of this folder: refused"
                 )
         return [folder / name for name in names]
-    if (folder / SINGLE).exists():
+    if os.path.exists(folder / SINGLE):
         return [folder / SINGLE]
     pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in folder.glob(kind))
     found = f"only {pickles[0]}, a pickle, which could run code" if pickles else "no weights"
@@ -107,10 +107,10 @@ def safetensors_package():
 def open_tensors(path: Path):
     """Open a safetensors file, mapped into memory; its table is checked against the length of the file."""
     package = safetensors_package()
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file; download it again")
     try:
         return package.safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; download it again") from None
     except (OSError, package.SafetensorError) as error:
         raise UserError(f"{path}: damaged or cut short ({error}); download it again") from None
 
@@ -131,8 +131,8 @@ def read_into(places: list[tuple[torch.Tensor, str]], stored: dict[str, Stored])
 
 
 def listed(names, most: int = 6) -> str:
-    """Return names as text, the first `most` of them."""
-    names = list(names)
+    """Return names as text, the first `most` of them. A stranger's may be long, or codes for a terminal."""
+    names = [(name if name.isprintable() else repr(name))[:100] for name in names]
     more = f", .. ({len(names)} in all)" if names[most:] else ""
     return ", ".join(names[:most]) + more
 
@@ -150,7 +150,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         if folder.exists():
             folder.rmdir()  # empty; Windows renames to new names only
         temporary.replace(folder)
-    except OSError as error:
-        raise UserError(f"could not write {folder}: {error.strerror or error}") from error
+    except (OSError, safetensors_package().SafetensorError) as error:  # the latter for a full disk too
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"could not write {folder}: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

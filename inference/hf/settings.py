@@ -23,12 +23,18 @@ EXPERTS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "
            "norm_topk_prob", "routed_scaling_factor", "shared_width", "shared_expert_gate",
            "n_group")  # fmt: skip
 
+# entries of config.json that are used as they are; all others are checked as settings of ours
+TYPES = {"rope_parameters": dict, "rope_scaling": dict, "layer_types": list, "mlp_only_layers": list,
+         "max_window_layers": int, "decoder_sparse_step": int, "first_k_dense_replace": int,
+         "num_hidden_layers": int}  # fmt: skip
+
 
 def family_of(config: dict, where: str) -> Family:
     """Return the family of a config.json, or raise a `UserError` that lists the known ones."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"{where}: model_type {name!r} is not supported; known: {', '.join(FAMILIES)}")
+        known = ", ".join(FAMILIES)
+        raise UserError(f"{where}: model_type {repr(name)[:60]} is not supported; known: {known}")
     if "quantization_config" in config:
         raise UserError(
             f"{where}: the weights are quantized (quantization_config); take an fp32 or bf16 model"
@@ -40,6 +46,9 @@ def read_settings(config: dict, where: str) -> ModelConfig:
     """Return the settings of a TinySeek model that computes what the model of this config.json does."""
     family, model = family_of(config, where), {}
     given = {name: value for name, value in config.items() if value is not None}
+    for name in TYPES.keys() & given:
+        if type(given[name]) is not TYPES[name]:
+            raise UserError(f"{where}: {name} must be {TYPES[name].__name__}, not {given[name]!r}")
     for name, only in ({"hidden_act": "silu"} | family.needs).items():
         if given.get(name, only) != only:
             raise UserError(f"{where}: {name}={given[name]!r} is not supported, only {only!r}")
@@ -58,9 +67,9 @@ def read_settings(config: dict, where: str) -> ModelConfig:
     rule = rope.get("rope_type", rope.get("type", "default"))
     model["rope_scaling"] = None if rule == "default" else rope
     layers = model["num_hidden_layers"]
-    if not isinstance(layers, int) or not 0 < layers < 10**5:
+    if not 0 < layers < 10**5:
         raise UserError(f"{where}: num_hidden_layers={layers!r} is not a number of layers")
-    model |= windows(family, config, layers, where) | dense_layers(family, given, layers)
+    model |= windows(family, config, layers, where) | dense_layers(family, given, layers, where)
     if model.get("first_k_dense_replace", 0) >= layers or model.get("mlp_only_layers") == [*range(layers)]:
         model |= {"n_routed_experts": 0, "first_k_dense_replace": 0, "mlp_only_layers": None}
     found = ModelConfig(**model | family.fixed)
@@ -85,17 +94,19 @@ def windows(family: Family, config: dict, layers: int, where: str) -> dict:
         if types is None and family.max_window_layers is None:  # its rule changed between versions
             raise UserError(f"{where}: layer_types is missing: it says which layers have the sliding_window")
         types = types or ["full_attention" if n < full else "sliding_attention" for n in range(layers)]
-    if "sliding_attention" not in types:
+    if all(one == "full_attention" for one in types):
         return {}
-    every = set(types) == {"sliding_attention"}
+    every = types == ["sliding_attention"] * layers
     return {"sliding_window": window, "layer_types": None if every else types}
 
 
-def dense_layers(family: Family, given: dict, layers: int) -> dict:
+def dense_layers(family: Family, given: dict, layers: int, where: str) -> dict:
     """Return our settings of layers without experts."""
     if not family.dense_layers:
         return {}
     only, step = given.get("mlp_only_layers", ()), given.get("decoder_sparse_step", 1)
+    if step < 1:
+        raise UserError(f"{where}: decoder_sparse_step={step} must be at least 1")
     dense = [n for n in range(layers) if n in only or (n + 1) % step]
     if dense == [*range(len(dense))]:
         return {"first_k_dense_replace": len(dense)}
@@ -132,14 +143,15 @@ def in_family(name: str, model: ModelConfig) -> dict:
         config[family.renamed.get(setting, (setting,))[0]] = getattr(model, setting)
     if model.attention_kind == "mla":  # which has no groups
         config["num_key_value_heads"] = model.num_attention_heads
+    if family.divisible and model.hidden_size % model.num_attention_heads:
+        raise UserError(f"model.hidden_size={model.hidden_size} is not divisible by "
+                        f"model.num_attention_heads={model.num_attention_heads}")  # fmt: skip
     config |= written_rope(model)
     sparse = [model.is_moe_layer(n) for n in layers]
     if "first_k_dense_replace" in family.settings:
         config["first_k_dense_replace"] = (sparse + [True]).index(True)
     if not any(sparse) and "n_routed_experts" in config:
         config |= {"n_routed_experts": 1, "num_experts_per_tok": 1, "norm_topk_prob": False}  # of no layer
-    if config.get("topk_method") == "group_limited_greedy" and model.n_group == 1:
-        config["topk_method"] = "greedy"
     if family.dense_layers:
         config |= {"mlp_only_layers": [n for n in layers if not sparse[n]], "decoder_sparse_step": 1}
     if "shared_expert_intermediate_size" in family.settings:
@@ -163,7 +175,7 @@ def written_rope(model: ModelConfig) -> dict:
         return {"rope_theta": theta * values["factor"] ** (D / (D - 2)), "rope_scaling": None}
     if rule == "dynamic" and values["original_max_position_embeddings"]:
         raise UserError("rope_scaling: dynamic with original_max_position_embeddings")
-    scaling = {key: value for key, value in values.items() if value != 0}
+    scaling = {key: value for key, value in values.items() if value is False or value != 0}
     return {"rope_theta": theta, "rope_scaling": {"rope_type": rule} | scaling if rule != "default" else None}
 
 

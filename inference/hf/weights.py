@@ -7,6 +7,7 @@ matrix of each expert; newer files may have them stacked too.
     theirs  model.layers.0.mlp.experts.7.gate_proj.weight    and so on
 """
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -65,11 +66,18 @@ def read_weights(config: ModelConfig, family: Family, stored: dict[str, Stored],
     another shape.
     """
     experts = config.n_routed_experts if any(map(config.is_moe_layer, range(config.num_hidden_layers))) else 0
-    if max(config.num_hidden_layers, experts) > len(stored):  # before they cost time
+    sizes = [one.shape for one in stored.values() if 0 not in one.shape]
+    routers = not experts or any(shape[:1] == (experts,) for shape in sizes)  # of each, a row in a router
+    rotates = config.rotary_dim <= sum(map(math.prod, sizes))
+    if config.num_hidden_layers > len(stored) or not (routers and rotates):  # before they cost time or memory
         raise UserError(
-            f"{where}: {config.num_hidden_layers} layers, {experts} experts, {len(stored)} tensors"
+            f"{where}: {len(stored)} tensors cannot be those of config.json, which has "
+            f"{config.num_hidden_layers} layers, {experts} experts, {config.rotary_dim} channels that rotate"
         )
-    shapes = shapes_of(config)
+    try:
+        shapes = shapes_of(config)
+    except (TypeError, RuntimeError):  # more than 2^63 numbers
+        raise UserError(f"{where}: config.json describes tensors of impossible sizes") from None
     plan = {name: pieces(name, tensor, family, stored) for name, tensor in shapes.items()}
     plan = {name: sources for name, sources in plan.items()
             if sources[0][1] in stored or not has_no_twin(name, config)}  # fmt: skip
@@ -121,5 +129,6 @@ def written_weights(weights: dict, config: ModelConfig, family: Family) -> Itera
                 yield theirs, part
         elif name != HEAD and weights[name].any():
             raise UserError(
-                f"{name} is not zero, and no architecture of Hugging Face has it beside a softmax"
+                f"{name} is not zero, and no architecture of Hugging Face has it beside a softmax: train "
+                "with balance.bias_rate=0"
             )

@@ -155,6 +155,8 @@ def chat_template(files: dict[str, str]) -> str | None:
     found = files.get(TEMPLATE) or json.loads(files.get(SETTINGS[1], "{}")).get("chat_template")
     if isinstance(found, list):
         found = next((one["template"] for one in found if one["name"] == "default"), None)
+    if not isinstance(found, str | None):
+        raise ValueError("chat_template is not a text")
     return found
 
 

@@ -1,14 +1,18 @@
 """Run a Hugging Face chat template in Jinja's sandbox, and read off its markers (turns.py).
 
-The template came with a model, perhaps from a stranger: its size, its output and its steps are bounded, and
-it sees nothing but the messages and the names of special tokens.
+The template came with a model, perhaps from a stranger: its size, its output, its steps and its time are
+bounded, its memory too where the system can do that (Linux), and it sees nothing but the messages and the
+names of special tokens.
 """
 
 import json
 import re
 import sys
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -17,6 +21,8 @@ from load_data.tokenization.turns import Refused, Render, check_against, derived
 
 LONGEST = 2**17  # characters of a template, and of what it writes
 MOST_LINES = 200_000  # lines of Python that one rendering may run
+MOST_SECONDS = 5  # of one rendering, which takes a thousandth of one
+MEMORY = 2**26  # bytes; one line can ask for any number of them
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -35,11 +41,12 @@ def read_turns(source: str, names: dict[str, str], special: Collection[str]) -> 
     """Return the markers of the template `source`, or {"refused": why}. `names`: the special tokens by their
     role (`bos_token`); `special`: all of them, one of which must end an answer."""
     try:
-        render = renderer(source, names)
-        turns = derived(render)
-        if not any(name in turns["after"]["assistant"] for name in special):
-            raise Refused("no special token ends an answer")
-        check_against(render, turns)
+        with little_memory():
+            render = renderer(source, names)
+            turns = derived(render)
+            if not any(name in turns["after"]["assistant"] for name in special):
+                raise Refused("no special token ends an answer")
+            check_against(render, turns)
         return turns
     except Refused as error:
         return {"refused": f"its chat template is not understood: {error}"}
@@ -85,15 +92,34 @@ def renderer(source: str, names: dict[str, str]) -> Render:
     return render
 
 
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Within this context more than `MEMORY` beside what is in use is a `MemoryError`, where that can be."""
+    try:
+        import resource  # Unix only
+
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY
+    except (ImportError, OSError):
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    smallest = min(one for one in (size, *before) if one != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_AS, (smallest, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def line_counter() -> Callable:
-    """Return a trace function that stops a program after `MOST_LINES` lines of Python."""
-    left = MOST_LINES
+    """Return a trace function that stops a program after `MOST_LINES` lines of Python, or `MOST_SECONDS`."""
+    left, end = MOST_LINES, time.monotonic() + MOST_SECONDS
 
     def count(frame, event, argument):
         nonlocal left
         left -= 1
-        if left < 0:
-            raise Refused(f"it does not end within {MOST_LINES:,} steps")
+        if left < 0 or time.monotonic() > end:
+            raise Refused(f"it does not end within {MOST_LINES:,} steps and {MOST_SECONDS} seconds")
         return count
 
     return count

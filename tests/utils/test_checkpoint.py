@@ -252,7 +252,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so_in_one_line(tmp_path
     path = tmp_path / "a.pkl"
     process = fork(fill_the_disk, path, numbers)
     assert process.returncode == 2, process.stderr
-    assert re.fullmatch(r"error: could not write .*a\.pkl: File too large\..*--resume\n", process.stderr)
+    assert re.fullmatch(r"error: could not write .*a\.pkl: File too large\..*--resume\)\n", process.stderr)
     assert load_checkpoint(path)["weights"].eq(1).all()
     assert os.listdir(tmp_path) == ["a.pkl"]
 

@@ -96,8 +96,8 @@ def default_base(stage: str, bases: tuple, out: Path) -> Path | None:
 
 def inherited_sections(init: dict, path: str) -> dict:
     """Return the settings that a checkpoint decides: its model and tokenizer; the held-out fraction, since a
-    later stage must not score what this one trained on; and after dialogues, or with a tokenizer that brought
-    its own markers along, the template."""
+    later stage must not score what this one trained on; after dialogues, or with a tokenizer that brought its
+    own markers along, the template; and that a router without a bias gets none."""
     if init.get("base"):
         raise UserError(
             f"--init {path} holds an adapter, not a whole model: name its base ({init['base'].get('path')})"
@@ -115,6 +115,12 @@ def inherited_sections(init: dict, path: str) -> dict:
     if not all(str(path).lower().endswith(".txt") for path in data.get("paths") or [""]):
         names.append("val_fraction")  # plain text shares no held-out question with a later stage
     old = {"same_question": "exact"}  # the split of checkpoints that do not name theirs
+    if init.get("stage") == "import_hf":  # no training here has held anything out
+        names, old = ["template"], {}
+    biases = [part for key, part in init["weights"].items() if key.endswith("e_score_correction_bias")]
+    softmax = sections["model"].get("scoring_func") == "softmax"
+    if softmax and biases and not any(part.any() for part in biases):
+        sections["balance"] = {"bias_rate": 0.0}  # as in Hugging Face, where none has such a bias
     return sections | {"data": old | {name: data[name] for name in names if name in data}}
 
 

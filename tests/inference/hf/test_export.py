@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from inference import export_hf, import_hf
@@ -162,6 +163,19 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="exists already"):
         run(monkeypatch, export_hf, tmp_path, "--checkpoint", plain)
     assert {one.name for one in tmp_path.iterdir()} == {path.name, "plain.pkl"}
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    """The package safetensors has an exception of its own for it."""
+
+    def full(*args, **options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    path = checkpoint(tmp_path)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(UserError, match="could not write .*No space left"):
+        run(monkeypatch, export_hf, tmp_path / "hf", "--checkpoint", path)
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_softmax_router_with_a_bias_has_no_twin(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """Imported models against transformers with the same weights, and folders that must be refused."""
 
 import json
+import os
 import pickle
 import re
+import signal
 import sys
 
 import pytest
@@ -101,6 +103,8 @@ def test_files_in_other_forms(case, tmp_path, monkeypatch):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
     check_same(imported(monkeypatch, tmp_path / "half", tmp_path / "b").model, again)
     if case in ("Qwen2Moe", "Mixtral", "DeepseekV3, groups"):
+        if case == "Qwen2Moe":  # more experts than tensors
+            theirs = make_model(case, num_experts=64)
         theirs.save_pretrained(tmp_path / "stacked", save_original_format=False)
         names = load_file(tmp_path / "stacked" / "model.safetensors").keys()
         assert any(name.endswith("mlp.experts.gate_up_proj") for name in names)
@@ -159,6 +163,8 @@ def test_settings_of_a_family_that_nothing_here_computes_are_refused(changes):
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"sliding_window": 8, "attention_sinks": 2}, "attention_sinks"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9}},
+         "dynamic"),
         ({"n_routed_experts": 16, "scoring_func": "softmax"}, "scoring_func"),
         ({"qk_norm": False, "mlp_bias": True, "attention_bias": True, "attention_out_bias": False}, "o_proj"),
     ],
@@ -175,6 +181,27 @@ def test_a_base_that_was_enlarged_is_written_as_one():
     written = write_settings(model)
     assert written["rope_scaling"] is None
     assert written["rope_theta"] == pytest.approx(10000 * 4 ** (8 / 6))
+
+
+def test_a_ramp_that_is_not_rounded_stays_so():
+    """`truncate` is false, which is a value of its own and not one that is missing."""
+    rule = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "truncate": False}
+    assert write_settings(small_config(rope_scaling=rule, head_dim=8))["rope_scaling"]["truncate"] is False
+
+
+def test_a_family_is_not_chosen_for_a_width_that_it_refuses():
+    """transformers loads no Llama, and no DeepSeek-V2, of 4 heads and width 30."""
+    settings = make_model("Mistral, no window, head_dim", hidden_size=30).config.to_dict()
+    model = read_settings(settings, "config.json")
+    assert AutoConfig.for_model(**write_settings(model)).model_type == "mistral"
+
+
+@pytest.mark.parametrize("step", (0, "2"))
+def test_steps_between_layers_with_experts_are_checked(step):
+    """The number is a divisor."""
+    settings = make_model("Qwen3Moe, one expert").config.to_dict() | {"decoder_sparse_step": step}
+    with pytest.raises(UserError, match="decoder_sparse_step"):
+        read_settings(settings, "config.json")
 
 
 def edit_json(path, **changes):
@@ -220,6 +247,10 @@ BAD = {
         lambda f: rewrite(f, lambda w: w.update({"odd.bias": torch.ones(2)})),
         "left over: odd.bias",
     ),
+    "left over, with an odd name": (
+        lambda f: rewrite(f, lambda w: w.update({"\x1b[31m" + "a" * 5000: torch.ones(2)})),
+        r"left over: '\\x1b\[31ma{80,100}$",  # no code for the terminal, and not the whole of it
+    ),
     "quantized": (lambda f: rewrite(f, lambda w: w.update({GATE: w[GATE].to(torch.int8)})), "I8"),
     "unknown family": (lambda f: edit_json(f / "config.json", model_type="gpt2"), "model_type 'gpt2'.*qwen3"),
     "no family": (lambda f: edit_json(f / "config.json", model_type=None), "model_type None"),
@@ -244,6 +275,27 @@ BAD = {
         "where config.json says",
     ),
     "another rule": (lambda f: edit_json(f / "config.json", rope_parameters={"rope_type": "odd"}), "'odd'"),
+    "a rule that is a text": (
+        lambda f: edit_json(f / "config.json", rope_parameters="yarn"),
+        "rope_parameters must be dict",
+    ),
+    "types that are a number": (
+        lambda f: edit_json(f / "config.json", layer_types=3),
+        "layer_types must be list",
+    ),
+    "a huge head": (lambda f: edit_json(f / "config.json", head_dim=10**12), "channels that rotate"),
+    "a size of 100 bits": (
+        lambda f: edit_json(f / "config.json", intermediate_size=10**30),
+        "tensors of impossible sizes",
+    ),
+    "a pipe": (
+        lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")),
+        "config.json: no such file",
+    ),
+    "weights that are a folder": (
+        lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()),
+        "model.safetensors: no such file",
+    ),
     "quantization": (lambda f: edit_json(f / "config.json", quantization_config={}), "quantized"),
     "a pickle": (replace_by_pickle, "pytorch_model.bin, a pickle"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
@@ -298,6 +350,26 @@ def test_the_end_of_a_text_may_be_named_by_the_model(ends, tmp_path, monkeypatch
     edit_json(tmp_path / "hf" / "config.json", eos_token_id=ends)
     loaded = imported(monkeypatch, tmp_path / "hf", tmp_path / "out")
     assert loaded.tokenizer.eos_ids == [299, 7][: 1 + isinstance(ends, list)]
+
+
+def test_a_stopped_import_leaves_no_file(tmp_path, monkeypatch):
+    """SIGTERM comes while the checkpoint is being written."""
+    save("Qwen3, head_dim", tmp_path / "hf")
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(torch, "save", lambda data, file: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit):
+            run(monkeypatch, tmp_path / "hf", "--out", tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not [*(tmp_path / "out").iterdir()]
+
+
+def test_out_is_a_folder(tmp_path, monkeypatch):
+    """It is checked before the weights are read."""
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match="is a file: name a folder"):
+        run(monkeypatch, tmp_path, "--out", tmp_path / "out")
 
 
 def test_an_import_is_not_replaced_unasked(tmp_path, monkeypatch):

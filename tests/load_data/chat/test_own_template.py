@@ -3,6 +3,7 @@ templates that are refused."""
 
 import json
 import re
+import sys
 from functools import partial
 
 import pytest
@@ -15,6 +16,9 @@ from load_data.tokenization.jinja_sandbox import read_turns
 from tests.load_data.chat.test_chat_template import AWKWARD, talk
 from tests.load_data.hf_folders import TEMPLATES, save
 from utils.errors import UserError
+
+if sys.platform == "linux":
+    import resource
 
 CASES = {  # name -> kind of model, names of special tokens, template
     "qwen2": ("byte_level", "chatml", "chatml"),
@@ -217,6 +221,21 @@ REFUSED = {
 def test_refused_templates(source):
     found = read_turns(source, {"eos_token": "</s>"}, ["</s>", "<|end|>"])
     assert found.keys() == {"refused"} and re.search(REFUSED[source], found["refused"]), found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory cannot be limited")
+def test_a_template_has_little_memory():
+    """One line of it can ask for any amount, also when it is compiled. The limit is gone afterwards."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    for size in ("'%100000000d' % 3", "'a' | center(100000000)", "range(9999) | join('a' | center(100000))"):
+        assert "MemoryError" in read_turns(f"{{{{ ({size}) | length }}}}", {}, [])["refused"]
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_a_template_that_is_no_text(tmp_path):
+    save(tmp_path, "byte_level", "chatml", 5)
+    with pytest.raises(UserError, match="chat_template is not a text"):
+        read_hf_tokenizer(tmp_path)
 
 
 def test_turns_of_a_stranger_are_checked(opened):

@@ -1,6 +1,7 @@
 """What a stage inherits from the checkpoint it starts from, so that no held-out text is trained on."""
 
 import pytest
+import torch
 
 from train.engine.command import inherited_sections
 
@@ -23,3 +24,23 @@ def test_the_split_is_inherited(short, data, expected):
     """The fraction and the rule of the split (D1); a checkpoint without a rule has the first one."""
     init = {"config": SECTIONS | {"data": data}, "weights": {}, "tokenizer": "", "short": short}
     assert inherited_sections(init, "a.pkl") == SECTIONS | {"data": expected}
+
+
+def test_an_imported_model_has_held_nothing_out():
+    """Its fraction is nobody's choice, so that of a first stage may be larger."""
+    data = NEW | {"paths": ["skills"], "template": "own"}
+    init = {"config": SECTIONS | {"data": data}, "weights": {}, "tokenizer": "", "short": "SFT"}
+    found = inherited_sections(init | {"stage": "import_hf"}, "a.pkl")
+    assert found == SECTIONS | {"data": {"template": "own"}}
+
+
+@pytest.mark.parametrize(
+    "scoring, bias, kept", [("softmax", 0, True), ("softmax", 1, False), ("sigmoid", 0, False)]
+)
+def test_a_router_without_a_bias_gets_none(scoring, bias, kept):
+    """Mixtral and Qwen's mixtures have none, so a model that got one could not be exported again."""
+    sections = {"model": {"scoring_func": scoring}, "tokenizer": {}}
+    name = "model.layers.0.mlp.gate.e_score_correction_bias"
+    init = {"config": sections, "weights": {name: torch.full((4,), float(bias))}, "tokenizer": ""}
+    found = inherited_sections(init, "a.pkl")
+    assert found.get("balance") == ({"bias_rate": 0.0} if kept else None)
