@@ -61,7 +61,7 @@ CASES = {
         "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5},
     "Dots1, one expert, windows": DEEP | {
         "num_experts_per_tok": 1, "n_shared_experts": 1, "sliding_window": 4, "max_window_layers": 1},
-    "DeepseekV2, greedy": MLA | {"n_group": 3, "topk_group": 2, "first_k_dense_replace": 1},  # no groups
+    "DeepseekV2, greedy": MLA | {"n_group": 3, "topk_group": 1, "first_k_dense_replace": 1},  # no groups
     "DeepseekV2, groups, whole queries": MLA | {
         "n_group": 3, "topk_group": 2, "topk_method": "group_limited_greedy", "q_lora_rank": None,
         "routed_scaling_factor": 3.0, "norm_topk_prob": True},  # which transformers does not read

@@ -128,6 +128,9 @@ def test_a_pretrained_model_has_no_chat_template(tmp_path, monkeypatch):
     run(monkeypatch, import_hf, tmp_path / "hf", "--out", tmp_path / "back")
     back = load_full(tmp_path / "back" / "TinySeek_Pre_final.pkl")
     assert not back.answers and back.tokenizer.begin == [ours.eos_id]
+    assert back.config.data.template == "tinyseek"  # for fine-tuning, as before
+    ends = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert ends["eos_token_id"] == ends["bos_token_id"] == ours.eos_id
 
 
 def test_adapters_alone_and_merged(tmp_path, monkeypatch):

@@ -234,6 +234,13 @@ def leave(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
 
 
+def store_twice(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({GATE: weights[GATE]}, folder / "more.safetensors")
+    places = dict.fromkeys(weights, "model.safetensors") | {"more": "more.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
 GATE = "model.layers.0.mlp.gate_proj.weight"
 BAD = {
     "cut": (cut, "damaged or cut short"),
@@ -303,6 +310,7 @@ BAD = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "config is a list": (lambda f: (f / "config.json").write_text("[1]"), "JSON object"),
     "config is cut": (lambda f: (f / "config.json").write_text('{"a": '), "cannot be read as JSON"),
+    "a weight twice": (store_twice, "gate_proj.weight is in model.safetensors too"),
     "leads out of the folder": (leave, "not a .safetensors file of this folder"),
 }
 
