@@ -58,6 +58,7 @@ def test_transformers_computes_the_same(name, tmp_path, monkeypatch):
     run(monkeypatch, export_hf, folder, "--checkpoint", path)
     theirs, loaded = AutoModelForCausalLM.from_pretrained(folder).eval(), load_full(path)
     assert type(theirs).__name__ == name.partition(",")[0]
+    assert theirs.generation_config.eos_token_id == sorted(loaded.template.stop_ids)
     check_same(loaded.model, theirs)
     check_same_continuation(loaded.model, theirs, count=50)
     tokenizer = AutoTokenizer.from_pretrained(folder)
