@@ -6,8 +6,8 @@
     python inference/export_hf.py FOLDER --adapter out/TinySeek_Lora_final.pkl --merge    both in one model
 
 A dense model becomes a Qwen3, one with experts a Dots1, one with latent attention a DeepSeek-V3; an imported
-model becomes what it was. A setting that no architecture there has is an error that names it. The head
-of multi-token prediction is left out: it only drafts.
+model becomes what it was, or a plainer family that computes the same. A setting that no architecture there
+has is an error that names it. The head of multi-token prediction is left out: it only drafts.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
@@ -26,6 +26,7 @@ from inference.hf.folder import INDEX, SINGLE, new_folder, safetensors_package
 from inference.hf.settings import write_settings
 from inference.hf.tokenizer_files import tokenizer_files
 from inference.hf.weights import BIAS, HEAD, shapes_of, written_weights
+from load_data.tokenization.hf_tokenizer import GENERATION
 from utils.errors import Parser, UserError, end_cleanly, run_main
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,14 +69,16 @@ def export_model(loaded: Loaded, folder: Path, dtype: torch.dtype = torch.float3
     """Write a whole model to `folder`, all or nothing, and return the name of its architecture."""
     config = write_settings(loaded.model.config)
     tokenizer = loaded.tokenizer
-    stop = sorted(loaded.template.stop_ids) if loaded.answers else [tokenizer.eos_id]
+    stop = sorted(loaded.template.stop_ids) if loaded.answers else tokenizer.eos_ids
     ends = {"eos_token_id": stop if stop[1:] else stop[0], "pad_token_id": tokenizer.pad_id}
     ends["bos_token_id"] = next(iter(tokenizer.begin), None)
     config |= ends | {"torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True}
-    texts = {"config.json": as_json(config), "generation_config.json": as_json(ends)}
-    texts["README.md"] = model_card(loaded, config)
+    texts = {"config.json": as_json(config), "README.md": model_card(loaded, config)}
     kind, longest = loaded.template.kind if loaded.answers else None, config["max_position_embeddings"]
     texts |= tokenizer_files(tokenizer, kind, longest)
+    # An imported model keeps its sampling settings, but fine-tuning may have given its answers another end.
+    kept = json.loads(texts.get(GENERATION, "{}"))
+    texts[GENERATION] = as_json(ends | kept | {"eos_token_id": ends["eos_token_id"]})
     with new_folder(folder) as place:
         for name, text in texts.items():
             (place / name).write_text(text, encoding="utf-8")
@@ -137,7 +140,9 @@ def model_card(loaded: Loaded, config: dict) -> str:
     figures["context"] = f"{loaded.model.config.max_position_embeddings:,} tokens"
     figures |= {name: f"{value:.4g}" for name, value in (about.get("evaluation") or {}).items() if value}
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    begins = f"A text begins with the id {loaded.tokenizer.eos_id} (`<|endoftext|>`), as in training.\n"
+    names = {one: name for name, one in loaded.tokenizer.special_ids.items()}
+    begin = "".join(names.get(one, str(one)) for one in loaded.tokenizer.begin)
+    begins = f"A text begins with `{begin}`, which the tokenizer adds.\n" if begin else ""
     chat = (
         "`apply_chat_template` writes the dialogues that it was trained on. transformers turns the text of a "
         "special token into that token wherever it occurs, so remove such texts from what users write.\n"

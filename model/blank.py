@@ -27,7 +27,10 @@ class Blank(TorchFunctionMode):
 
 
 def blank(kind: Callable, config, device: str = "cpu") -> torch.nn.Module:
-    """Return `kind(config)` with arbitrary weights, which on the device `meta` have shapes alone.
+    """Return `kind(config)` with arbitrary weights, which on the device `meta` are shapes alone.
+
+    Gains of norms, biases of routers and RoPE's tables do not come from `torch.empty`: they are computed on
+    the CPU as usual.
 
     Trap: `with torch.device("meta")` computes everything there, and the first such computation imports a
     thousand modules, which take a second and 150 MB.

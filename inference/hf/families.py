@@ -49,6 +49,7 @@ class Family:
     expert: tuple = ("gate_proj", "up_proj", "down_proj")  # the matrices of one expert
 
 
+# The order counts: export takes the first family that can hold a model.
 FAMILIES = {
     "qwen3": Family(
         "Qwen3ForCausalLM", DECODER | {"head_dim": 128, "attention_bias": False}, {"qk_norm": True},

@@ -20,7 +20,7 @@ from utils.errors import UserError
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = ("F64", "F32", "F16", "BF16")
 MOST_JSON = 64 * 2**20  # bytes
-MAPPED = 2**24  # bytes that are read from one opening of a file, or one tensor
+MAPPED = 2**24  # bytes to read before a file is closed and opened again; a larger tensor is read whole
 
 
 def read_json_file(folder: Path, name: str) -> dict:

@@ -3,8 +3,8 @@
 Old and new spellings are read: `rope_theta` and `rope_scaling` or `rope_parameters`, `num_experts` or
 `num_local_experts`. The old ones are written, which all versions of transformers read.
 
-A family can hold a model if what it writes is read back as a model that computes the same: `same_model`
-compares all that the logits depend on, and nothing else.
+A family can hold a model if what it writes is read back as a model that computes the same: `behaviour`
+returns all that the logits depend on, and nothing else.
 """
 
 from config.checks import validate_section
@@ -16,12 +16,14 @@ from utils.errors import UserError
 
 NULLS = ("q_lora_rank", "num_key_value_heads")  # settings whose null is a value, and not their default
 LENGTHS = (None, 1000, 10**6)  # of rows, to compare rules that depend on it
-HEAD = ("num_key_value_heads", "head_dim", "qk_norm", "attention_bias", "partial_rotary_factor")
-LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-          "attention_bias", "rope_interleaved")  # fmt: skip
-EXPERTS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "scoring_func",
-           "norm_topk_prob", "routed_scaling_factor", "shared_width", "shared_expert_gate",
-           "n_group")  # fmt: skip
+# settings that the logits depend on in layers of one kind, for `behaviour`; GQA_SETTINGS have no
+# rope_interleaved, because export gives such weights the other pairing
+GQA_SETTINGS = ("num_key_value_heads", "head_dim", "qk_norm", "attention_bias", "partial_rotary_factor")
+MLA_SETTINGS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+                "attention_bias", "rope_interleaved")  # fmt: skip
+EXPERT_SETTINGS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "scoring_func",
+                   "norm_topk_prob", "routed_scaling_factor", "shared_width", "shared_expert_gate",
+                   "n_group")  # fmt: skip
 
 # entries of config.json that are used as they are; all others are checked as settings of ours
 TYPES = {"rope_parameters": dict, "rope_scaling": dict, "layer_types": list, "mlp_only_layers": list,
@@ -81,7 +83,7 @@ def read_settings(config: dict, where: str) -> ModelConfig:
 
 
 def windows(family: Family, config: dict, layers: int, where: str) -> dict:
-    """Return our settings of windows. A null for sliding_window is no window."""
+    """Return our settings of windows. A sliding_window of null means none; an absent one, the default."""
     given = {name: value for name, value in config.items() if value is not None}
     window = config.get("sliding_window", family.window)
     on = given.get("use_sliding_window", False) if family.window_switch else True
@@ -150,8 +152,8 @@ def in_family(name: str, model: ModelConfig) -> dict:
     sparse = [model.is_moe_layer(n) for n in layers]
     if "first_k_dense_replace" in family.settings:
         config["first_k_dense_replace"] = (sparse + [True]).index(True)
-    if not any(sparse) and "n_routed_experts" in config:
-        config |= {"n_routed_experts": 1, "num_experts_per_tok": 1, "norm_topk_prob": False}  # of no layer
+    if not any(sparse) and "n_routed_experts" in config:  # no layer reads them, but they must be valid
+        config |= {"n_routed_experts": 1, "num_experts_per_tok": 1, "norm_topk_prob": False}
     if family.dense_layers:
         config |= {"mlp_only_layers": [n for n in layers if not sparse[n]], "decoder_sparse_step": 1}
     if "shared_expert_intermediate_size" in family.settings:
@@ -175,6 +177,7 @@ def written_rope(model: ModelConfig) -> dict:
         return {"rope_theta": theta * values["factor"] ** (D / (D - 2)), "rope_scaling": None}
     if rule == "dynamic" and values["original_max_position_embeddings"]:
         raise UserError("rope_scaling: dynamic with original_max_position_embeddings")
+    # 0: not given; False is a value, of truncate
     scaling = {key: value for key, value in values.items() if value is False or value != 0}
     return {"rope_theta": theta, "rope_scaling": {"rope_type": rule} | scaling if rule != "default" else None}
 
@@ -191,13 +194,13 @@ def behaviour(model: ModelConfig) -> dict:
     found["attention_sinks"] = model.attention_sinks if any(found["windows"]) else 0
     found["layers with experts"] = sparse
     mla = model.attention_kind == "mla"
-    found |= {name: getattr(model, name) if mla else None for name in LATENT}
-    found |= {name: getattr(model, name) for name in HEAD if not mla}
+    found |= {name: getattr(model, name) if mla else None for name in MLA_SETTINGS}
+    found |= {name: getattr(model, name) for name in GQA_SETTINGS if not mla}
     found["bias of o_proj"] = model.out_bias
     if not all(sparse):
         found |= {"intermediate_size": model.intermediate_size, "mlp_bias": model.mlp_bias}
     if any(sparse):
-        found |= {name: getattr(model, name) for name in EXPERTS}
+        found |= {name: getattr(model, name) for name in EXPERT_SETTINGS}
         grouped = model.n_group > 1
         found |= {name: getattr(model, name) if grouped else None for name in ("topk_group", "topk_method")}
     rule, *_ = read_scaling(model.rope_scaling, model.rope_theta)

@@ -33,7 +33,7 @@ def shapes_of(config: ModelConfig) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.startswith("mtp.")}
 
 
-def has_no_twin(name: str, config: ModelConfig) -> bool:
+def may_be_absent(name: str, config: ModelConfig) -> bool:
     """Return True for a weight of ours that files may lack: a tied head, the bias of a softmax router."""
     return (name == HEAD and config.tie_word_embeddings) or (
         name.endswith(BIAS) and config.scoring_func == "softmax"
@@ -67,7 +67,7 @@ def read_weights(config: ModelConfig, family: Family, stored: dict[str, Stored],
     """
     experts = config.n_routed_experts if any(map(config.is_moe_layer, range(config.num_hidden_layers))) else 0
     sizes = [one.shape for one in stored.values() if 0 not in one.shape]
-    routers = not experts or any(shape[:1] == (experts,) for shape in sizes)  # of each, a row in a router
+    routers = not experts or any(shape[:1] == (experts,) for shape in sizes)  # which has a row for each
     rotates = config.rotary_dim <= sum(map(math.prod, sizes))
     if config.num_hidden_layers > len(stored) or not (routers and rotates):  # before they cost time or memory
         raise UserError(
@@ -80,7 +80,7 @@ def read_weights(config: ModelConfig, family: Family, stored: dict[str, Stored],
         raise UserError(f"{where}: config.json describes tensors of impossible sizes") from None
     plan = {name: pieces(name, tensor, family, stored) for name, tensor in shapes.items()}
     plan = {name: sources for name, sources in plan.items()
-            if sources[0][1] in stored or not has_no_twin(name, config)}  # fmt: skip
+            if sources[0][1] in stored or not may_be_absent(name, config)}  # fmt: skip
     needed = {theirs: tuple(part.shape) for sources in plan.values() for part, theirs in sources}
     faults = {
         "missing": [name for name in needed if name not in stored],
@@ -124,7 +124,7 @@ def written_weights(weights: dict, config: ModelConfig, family: Family) -> Itera
     if config.attention_kind == "gqa" and config.rope_interleaved:  # Hugging Face has the other pairing
         weights = other_pairing(weights, config)
     for name in shapes_of(config):
-        if not has_no_twin(name, config):
+        if not may_be_absent(name, config):
             for part, theirs in pieces(name, weights[name], family):
                 yield theirs, part
         elif name != HEAD and weights[name].any():

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from inference import export_hf, import_hf
 from inference.generation.generator import Generator
@@ -16,6 +16,7 @@ from tests.inference.adapters import write_adapter
 from tests.inference.hf.models import randomized, save, write_tokenizer
 from tests.inference.hf.test_import import check_same, check_same_continuation
 from tests.inference.tools import byte_tokenizer, run_config, tiny_model, write_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError, run_main
 
 MOE = {"n_routed_experts": 6, "num_experts_per_tok": 3, "n_shared_experts": 2, "moe_intermediate_size": 20}
@@ -132,6 +133,19 @@ def test_a_pretrained_model_has_no_chat_template(tmp_path, monkeypatch):
     assert back.config.data.template == "tinyseek"  # for fine-tuning, as before
     ends = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert ends["eos_token_id"] == ends["bos_token_id"] == ours.eos_id
+
+
+def test_fine_tuning_an_imported_base_moves_the_end_of_its_answers(tmp_path, monkeypatch):
+    """The base's generation_config.json keeps the rest. Without the new end, transformers would not stop."""
+    path, hf = checkpoint(tmp_path, "Pre"), tmp_path / "hf"
+    run(monkeypatch, export_hf, hf, "--checkpoint", path)
+    (hf / "generation_config.json").write_text('{"eos_token_id": 0, "top_k": 7}', encoding="utf-8")
+    run(monkeypatch, import_hf, hf, "--out", tmp_path / "in")
+    base = load_checkpoint(tmp_path / "in" / "TinySeek_Pre_final.pkl")
+    save_checkpoint(tuned := tmp_path / "TinySeek_SFT_final.pkl", base | {"short": "SFT"})
+    run(monkeypatch, export_hf, tmp_path / "out", "--checkpoint", tuned)
+    config, stop = GenerationConfig.from_pretrained(tmp_path / "out"), load_full(tuned).template.stop_ids
+    assert set(config.eos_token_id) == stop and len(stop) > 1 and config.top_k == 7
 
 
 def test_adapters_alone_and_merged(tmp_path, monkeypatch):
