@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from inference import export_hf, import_hf
@@ -79,3 +79,23 @@ def test_a_stage_trains_an_imported_model(imported, stage, name, tmp_path, monke
         theirs = AutoModelForCausalLM.from_pretrained(folder / "hf")
         theirs = PeftModel.from_pretrained(theirs, tmp_path / "again").eval()
     check_same(trained.model, theirs)
+
+
+def test_an_adapter_of_peft_for_an_imported_model(imported, tmp_path, monkeypatch):
+    """peft made it on the folder that was imported; with --base it gives the same logits here."""
+    folder, base = imported
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "hf")
+    targets = ["q_proj", "v_proj", "down_proj"]
+    settings = LoraConfig(r=3, lora_alpha=5, target_modules=targets, use_rslora=True)
+    theirs = get_peft_model(theirs, settings).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in theirs.named_parameters():
+        if "lora_" in name:
+            weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
+    theirs.save_pretrained(tmp_path / "lora")
+    run(monkeypatch, import_hf, tmp_path / "lora", "--base", base, "--out", tmp_path)
+    ours = load_adapter(tmp_path / "TinySeek_Lora_final.pkl", load_full(base))
+    check_same(ours.model, theirs)
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        assert (ours.model(ids).logits - load_full(base).model(ids).logits).abs().max() > 0.1
