@@ -203,7 +203,6 @@ def behaviour(model: ModelConfig) -> dict:
         found |= {name: getattr(model, name) for name in EXPERT_SETTINGS}
         grouped = model.n_group > 1
         found |= {name: getattr(model, name) if grouped else None for name in ("topk_group", "topk_method")}
-    rule, *_ = read_scaling(model.rope_scaling, model.rope_theta)
     angles = model.rotary_dim, model.rope_theta, model.rope_scaling, model.max_position_embeddings
     tables = [rope_frequencies(*angles, length=length) for length in LENGTHS]
     found["rope_scaling"] = [(frequencies.tolist(), factor) for frequencies, factor in tables]

@@ -52,6 +52,7 @@ def pieces(name: str, tensor, family: Family, stored=()) -> list[tuple[torch.Ten
     if not stem.endswith(".experts") or name in stored:
         return [(tensor, name if name in stored else theirs)]
     stem, matrices = theirs.rpartition(".")[0], family.expert[STACKS[last]]
+    # of each expert: gate_up (2F, C) -> gate (F, C), up (F, C); or down (C, F) as it is
     return [
         (part, f"{stem}.{expert}.{matrix}.weight")
         for expert, both in enumerate(tensor)

@@ -209,47 +209,43 @@ def cut(folder):
     (folder / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes()[:1000])
 
 
-def other_model(folder):
+def edit(folder, change):
+    """Change tokenizer.json by `change(data)`."""
     data = json.loads((folder / "tokenizer.json").read_bytes())
-    data["model"]["type"] = "Hieroglyphs"
+    change(data)
     (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+
+
+def other_model(folder):
+    edit(folder, lambda data: data["model"].update(type="Hieroglyphs"))
 
 
 def huge_id(folder):
-    data = json.loads((folder / "tokenizer.json").read_bytes())
-    data["model"]["vocab"]["giant"] = 2**32 - 2
-    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    edit(folder, lambda data: data["model"]["vocab"].update(giant=2**32 - 2))
 
 
 def same_id(folder):
     """A word with the id of a special token would reach it."""
-    data = json.loads((folder / "tokenizer.json").read_bytes())
-    data["model"]["vocab"]["word"] = data["added_tokens"][-1]["id"]
-    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    edit(folder, lambda data: data["model"]["vocab"].update(word=data["added_tokens"][-1]["id"]))
 
 
 def unknown_is_the_end(folder):
     """Any unknown word would end the text."""
-    data = json.loads((folder / "tokenizer.json").read_bytes())
-    data["model"]["unk_token"] = "</s>"
-    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    edit(folder, lambda data: data["model"].update(unk_token="</s>"))
+
+
+def nothing_for_unknown_text(folder):
+    edit(folder, lambda data: data["model"].update(unk_token=""))
 
 
 def post_processor_without_its_token(folder):
-    data = json.loads((folder / "tokenizer.json").read_bytes())
-    data["post_processor"] = {
+    processor = {
         "type": "TemplateProcessing",
         "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
         "special_tokens": {},
     }
-    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
-
-
-def nothing_for_unknown_text(folder):
-    data = json.loads((folder / "tokenizer.json").read_bytes())
-    data["model"]["unk_token"] = ""
-    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    edit(folder, lambda data: data.update(post_processor=processor))
 
 
 def only_sentencepiece(folder):
