@@ -214,6 +214,9 @@ REFUSED = {
     "{% for one in messages %}{{ (loop.index0 if one.role == 'user' else '') ~ one.content + '</s>' }}"
     "{% endfor %}": "the first question follows",
     TEMPLATES["phi"].replace("<|assistant|>\\n", "<|assistant|>\\n<think>"): "it asks for an answer with",
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% if m.role == 'assistant' %}"
+    "{{ '</s>!' if loop.last else '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}": "what follows an answer depends on its",
 }  # fmt: skip
 
 
