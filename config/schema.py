@@ -2,18 +2,23 @@
 
 A run has one `RunConfig` with the sections `model` (config/model.py), `tokenizer`, `data`, `optim`, `train`
 and `balance`, and one per stage that has its own settings: `lora`, `mixlora`, `prefix` and `gate`
-(config/adapters.py), `extend`, `dpo` and `pairs` (config/preference.py), and `rl` (config/rl.py). Presets
-(JSON files in config/presets/) and the command line set them (config/load.py).
+(config/adapters.py), `extend`, `dpo` and `pairs` (config/preference.py), `rl` (config/rl.py), and `mlm`,
+`span` and `embed` (config/objectives.py). Where the model is no decoder, its section is `encoder`
+(config/encoder.py) or `seq2seq` (config/seq2seq.py). Presets (JSON files in config/presets/) and the command
+line set them (config/load.py).
 """
 
 from dataclasses import dataclass, field, fields
 
 from config.adapters import LoraConfig, MixLoraConfig, PrefixConfig, SelectorConfig
 from config.checks import option, validate_section
+from config.encoder import EncoderConfig
 from config.extension import METHODS
 from config.model import ModelConfig
+from config.objectives import EmbedConfig, MLMConfig, SpanConfig
 from config.preference import DPOConfig, PairsConfig
 from config.rl import RLConfig
+from config.seq2seq import Seq2SeqConfig
 from utils.errors import UserError
 
 
@@ -142,6 +147,11 @@ class RunConfig:
     dpo: DPOConfig = field(default_factory=DPOConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
     rl: RLConfig = field(default_factory=RLConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    seq2seq: Seq2SeqConfig = field(default_factory=Seq2SeqConfig)
+    mlm: MLMConfig = field(default_factory=MLMConfig)
+    span: SpanConfig = field(default_factory=SpanConfig)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
 
     def validate(self) -> "RunConfig":
         """Check every field of every section and return self. Raises `UserError` for the first violation."""
