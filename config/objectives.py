@@ -1,4 +1,4 @@
-"""What the stages beyond the decoder learn: masked tokens, spans, and embeddings of texts."""
+"""The objectives of the stages beyond the decoder: masked tokens, spans, and embeddings of texts."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class MLMConfig:
 
 @dataclass
 class SpanConfig:
-    """What an encoder-decoder learns."""
+    """The task of an encoder-decoder: spans of plain text, or pairs of a question and an answer."""
 
     task: str = option("spans", choices=("spans", "docstrings", "lists"))
     noise_density: float = option(0.15, above=0, below=1)  # spans: the share of tokens that are taken out

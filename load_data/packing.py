@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,15 +37,18 @@ class PretrainData:
     digest: str  # identifies the tokens: a resumed run requires the same
 
 
-def prepare_pretraining(config: RunConfig, tokenizer: Tokenizer | None = None) -> PretrainData:
+def prepare_pretraining(
+    config: RunConfig, tokenizer: Tokenizer | None = None, special: Sequence[str] = ()
+) -> PretrainData:
     """Return the token rows that `config.data` names, prepared now or cached. Without a `tokenizer`, one is
-    trained on the training side, never on held-out text. Raises `UserError` for text that cannot be read and
-    for a split that leaves a side empty."""
+    trained on the training side, never on held-out text; it gets the tokens `special` that it lacks. Raises
+    `UserError` for text that cannot be read and for a split that leaves a side empty."""
     cache_dir = REPOSITORY / config.data.cache_dir  # an absolute path stays as it is
     sources = Sources(config.data)
     if tokenizer is None:
         texts = (piece for side, pieces in sources.documents() if side == TRAIN for piece in pieces)
         tokenizer = train_tokenizer(config.tokenizer, texts, cache_dir, sources.fingerprint, sources.size)
+    tokenizer = tokenizer.with_special(special)
     decides = [sources.fingerprint, tokenizer.digest]
     folder = prepared_folder(cache_dir, "tokens", decides, write_folder, sources, tokenizer)
     return open_folder(folder, sources, tokenizer)

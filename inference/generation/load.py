@@ -32,13 +32,21 @@ DEFAULT_OUT = Path(__file__).resolve().parents[2] / "out"
 ENTRIES = {"stage": str, "short": str, "config": dict, "tokenizer": str, "step": int}  # of any checkpoint
 RECORD = {"path": str, "digest": str}  # what a checkpoint says about another file
 REWARD = "--set rl.reward="  # of train/grpo_train.py
+FILL = "python inference/fill_mask.py --checkpoint"
+SEQ2SEQ = "python inference/seq2seq.py --checkpoint"
+SEARCH = "python inference/search.py --model"
 KINDS = {  # flag -> the name of the kind, and the required form of its entry `base`
     "--checkpoint": ("a full model", {}),
     "--adapter": ("an adapter", {"base": RECORD}),
     "--gate": ("a gate", {"base": RECORD | {"candidates": [RECORD]}}),
     REWARD: ("a reward model", {}),
+    FILL: ("an encoder", {}),
+    SEQ2SEQ: ("an encoder-decoder", {}),
+    SEARCH: ("a model of embeddings", {}),
 }
 SPECIAL = dict.fromkeys(ADAPTERS, "--adapter") | {"Gate": "--gate", "Reward": REWARD}  # the flags of stages
+SPECIAL |= {"MLM": FILL, "Span": SEQ2SEQ, "Embed": SEARCH}
+SECTIONS = {"MLM": "encoder", "Span": "seq2seq"}  # of the configuration, where it is not `model`
 
 
 @dataclass
@@ -96,11 +104,19 @@ def load_full(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
     return Loaded(model, tokenizer, config, Path(path), answers, template, about, model.state_dict())
 
 
+def model_section(about: dict) -> str:
+    """Return the section of the configuration that is the model's of a checkpoint."""
+    if about.get("short") == "Embed":  # an encoder, or the body of a decoder
+        embed = (about.get("config") or {}).get("embed") or {}
+        return "model" if embed.get("base") == "decoder" else "encoder"
+    return SECTIONS.get(about.get("short"), "model")
+
+
 def build(kind: Callable, about: dict, path: str | Path) -> tuple[torch.nn.Module, Tokenizer, RunConfig]:
     """Return the model `kind(config)`, the tokenizer and the settings of a checkpoint, taking its weights."""
     tokenizer = Tokenizer.from_json(about["tokenizer"], str(path))
     config, weights = from_dict(about["config"], str(path)), about.pop("weights")
-    shape = config.model
+    shape = getattr(config, model_section(about))
     shape.vocab_size = shape.vocab_size or tokenizer.vocab_size
     if shape.vocab_size < tokenizer.vocab_size:
         raise UserError(

@@ -14,6 +14,8 @@ END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", "User：", "Assistant：", "System：", PAD)
 PART_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+MASK = "<|mask|>"  # in the place of a token that an encoder predicts
+SENTINELS = tuple(f"<extra_id_{n}>" for n in range(32))  # in the place of spans; the names of T5's
 KINDS: dict[str, type["Tokenizer"]] = {}
 
 
@@ -52,6 +54,11 @@ class Tokenizer:
         """The ids that begin a text: here it follows another one."""
         return [self.eos_id]
 
+    @cached_property
+    def finish(self) -> list[int]:
+        """The ids that an encoder reads after a text: here none."""
+        return []
+
     @property
     def separator(self) -> list[int]:
         """The ids between two documents."""
@@ -79,6 +86,10 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text."""
         raise NotImplementedError
+
+    def framed(self, ids: list[int]) -> list[int]:
+        """Return the ids of a text as an encoder reads it ([CLS] and [SEP] around it in BERT)."""
+        return [*self.begin, *ids, *self.finish]
 
     def encode_section(self, text: str) -> list[int]:
         """Return the ids of a text that follows a special token."""
@@ -109,7 +120,16 @@ class Tokenizer:
         self.special_ids |= {name: one for one, name in enumerate(names, start=self.vocab_size)}
         self.id_to_bytes += [b""] * len(names)
         if names:
-            self.contents[self.parts_key] = list(names)
+            self.contents[self.parts_key] = [*self.contents.get(self.parts_key, ()), *names]
+
+    def with_special(self, names: Sequence[str]) -> "Tokenizer":
+        """Return a tokenizer that has the special tokens `names` too: itself, or a copy with more ids."""
+        missing = [name for name in names if name not in self.special_ids]
+        if not missing:
+            return self
+        more = Tokenizer.from_json(self.to_json())
+        more.add_parts(missing)
+        return more
 
     def to_json(self) -> str:
         """Return the whole tokenizer as JSON text."""

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import tokenizers
 
-from load_data.tokenization.base import END_OF_TEXT, PAD, PART_TOKENS, SPECIAL_TOKENS, Tokenizer, encoded
+from load_data.tokenization.base import END_OF_TEXT, MASK, PAD, PART_TOKENS, SPECIAL_TOKENS
+from load_data.tokenization.base import Tokenizer, encoded
 from load_data.tokenization.plain_text import parts, speller, without_prefix, without_specials
 from load_data.tokenization.turns import check_turns
 from utils.errors import UserError
@@ -73,10 +74,12 @@ class HfTokenizer(Tokenizer):
             self.id_to_bytes[one] = b""
         self.strips = {token.content: (token.lstrip, token.rstrip) for token in tokens.values()}
 
-        self.ends = end_ids(files, special.get(named.get("eos_token")), size)
+        end = named.get("eos_token") or named.get("sep_token")  # BERT has only the second
+        self.ends = end_ids(files, special.get(end), size)
         aliases = dict.fromkeys((END_OF_TEXT, PAD), self.ends[0]) if self.ends else {PAD: 0}
-        if named.get("pad_token") in special:
-            aliases[PAD] = special[named["pad_token"]]
+        for name, role in ((PAD, "pad_token"), (MASK, "mask_token")):
+            if named.get(role) in special:
+                aliases[name] = special[named[role]]
         self.names = set(special)  # without aliases
         aliases = {name: one for name, one in aliases.items() if name not in special}
         self.special_ids = aliases | special  # `decode` spells an id by its last name
@@ -92,7 +95,7 @@ class HfTokenizer(Tokenizer):
         self.section_backend = self.inside_backend if once else self.backend
         for backend in (self.backend, self.inside_backend):
             backend.encode(UNHEARD)  # raises if there is nothing for unknown text
-        self.begin = beginning(whole, files, special.get(named.get("bos_token")))
+        self.begin, self.finish = frame(whole, files, special.get(named.get("bos_token")))
 
     @classmethod
     def from_data(cls, data: dict) -> "HfTokenizer":
@@ -198,13 +201,15 @@ def end_ids(files: dict[str, str], eos: int | None, size: int) -> list[int]:
     return list(dict.fromkeys(one for one in found if type(one) is int and 0 <= one < size))
 
 
-def beginning(whole: tokenizers.Tokenizer, files: dict[str, str], bos: int | None) -> list[int]:
-    """Return the ids that begin a text: those that the post-processor puts before it, or BOS if the settings
-    ask for it in another way."""
+def frame(whole: tokenizers.Tokenizer, files: dict[str, str], bos: int | None) -> tuple[list[int], list[int]]:
+    """Return the ids that the post-processor puts before a text, or BOS if the settings ask for it in another
+    way, and those that it puts after it."""
     encoding = whole.encode("a")
-    ids = [one for one, _ in takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask))]
+    pairs = [*zip(encoding.ids, encoding.special_tokens_mask)]
+    before = [one for one, _ in takewhile(lambda pair: pair[1], pairs)]
+    after = [one for one, _ in takewhile(lambda pair: pair[1], reversed(pairs[len(before) :]))]
     asked = json.loads(files.get(SETTINGS[1], "{}")).get("add_bos_token") is True
-    return ids or [bos] * (asked and bos is not None)
+    return before or [bos] * (asked and bos is not None), after[::-1]
 
 
 def read_hf_tokenizer(folder: str | Path, rows: int | None = None, ends=None) -> HfTokenizer:

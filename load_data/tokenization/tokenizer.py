@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from load_data.tokenization.base import PART_TOKENS, SPECIAL_TOKENS, Tokenizer, byte_characters, encoded
-from load_data.tokenization.base import END_OF_TEXT, PAD  # noqa: F401 - for those who import the kinds
+from load_data.tokenization.base import END_OF_TEXT, MASK, PAD, SENTINELS  # noqa: F401 - as of this file
 from load_data.tokenization.hf_tokenizer import HfTokenizer  # noqa: F401 - the third kind
 
 UNKNOWN = "<unk>"

@@ -10,7 +10,7 @@ from shlex import quote
 
 from config.load import default_preset, load_config, preset_names
 from config.schema import RunConfig
-from inference.generation.load import FULL_MODELS
+from inference.generation.load import FULL_MODELS, REWARD, SPECIAL, model_section
 from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint
 from utils.errors import Parser, UserError
 
@@ -33,13 +33,14 @@ class Command:
 
 def parse_command(
     stage: str, short: str, description: str, argv=None, bases: tuple = (),
-    lora: Callable[[RunConfig], bool] = lambda config: False,
+    lora: Callable[[RunConfig], bool] = lambda config: False, sections: tuple[str, ...] = ("model",),
 ) -> Command:  # fmt: skip
     """Read the flags of stage `stage` (checkpoints named `short`). Raises `UserError`; writes nothing.
 
     A stage that needs a trained model lists in `bases` the stages whose results it starts from without
     `--init`, in order of preference. A policy says by `lora` whether an adapter is to be trained: such a run
-    has names of its own, since both results may be in one folder.
+    has names of its own, since both results may be in one folder. `sections`: those of the configuration
+    that can be the model's; the one of `--init` is inherited.
     """
     parser = Parser(description)
     add = parser.add_argument
@@ -72,7 +73,7 @@ def parse_command(
         raise UserError(f"--out {out} is a file; name a folder")
     init_path = Path(args.init) if args.init else default_base(stage, bases, out)
     init = load_checkpoint(init_path) if init_path else None
-    inherited = inherited_sections(init, str(init_path)) if init else {}
+    inherited = inherited_sections(init, str(init_path), sections) if init else {}
     config = load_config(args.config, args.settings, inherited, flag_settings(args), stage)
     if adapted := lora(config):
         stage, short = f"{stage}_lora", f"{short}Lora"
@@ -94,7 +95,7 @@ def default_base(stage: str, bases: tuple, out: Path) -> Path | None:
     )
 
 
-def inherited_sections(init: dict, path: str) -> dict:
+def inherited_sections(init: dict, path: str, accepted: tuple[str, ...] = ("model",)) -> dict:
     """Return the settings that a checkpoint decides: its model and tokenizer; the held-out fraction, since a
     later stage must not score what this one trained on; after dialogues, or with a tokenizer that brought its
     own markers along, the template; and that a router without a bias gets none."""
@@ -104,11 +105,17 @@ def inherited_sections(init: dict, path: str) -> dict:
         )
     kinds = {"config": dict, "weights": dict, "tokenizer": str}
     missing = [key for key, kind in kinds.items() if not isinstance(init.get(key), kind)]
-    sections = {} if missing else {name: init["config"].get(name) for name in ("model", "tokenizer")}
+    section = model_section(init)
+    sections = {} if missing else {name: init["config"].get(name) for name in (section, "tokenizer")}
     missing += [f"config.{name}" for name, values in sections.items() if not isinstance(values, dict)]
     if missing:
         what = f"a checkpoint without {', '.join(missing)}"
         raise UserError(f"--init {path}: {what}; name one of a training run")
+    if section not in accepted:
+        raise UserError(
+            f"--init {path}: the model of {init.get('stage')} has the settings of section {section}, and "
+            f"this stage trains one of section {' or '.join(accepted)}: name another checkpoint"
+        )
     data = init["config"].get("data") or {}
     own = (sections["tokenizer"] or {}).get("kind") == "hf"
     names = ["same_question"] + ["template"] * (own or init.get("short") not in ("Pre", "Long"))
@@ -118,7 +125,7 @@ def inherited_sections(init: dict, path: str) -> dict:
     if init.get("stage") == "import_hf":  # no training here has held anything out
         names, old = ["template"], {}
     biases = [part for key, part in init["weights"].items() if key.endswith("e_score_correction_bias")]
-    softmax = sections["model"].get("scoring_func") == "softmax"
+    softmax = sections[section].get("scoring_func") == "softmax"
     if softmax and biases and not any(part.any() for part in biases):
         sections["balance"] = {"bias_rate": 0.0}  # as in Hugging Face, where none has such a bias
     return sections | {"data": old | {name: data[name] for name in names if name in data}}
@@ -152,11 +159,11 @@ def refuse_to_overwrite(out: Path, stage: str, short: str, resume: bool) -> None
 
 
 def chat_command(short: str, out: Path) -> str:
-    """Return the command that talks to the result of a stage in folder `out`, or learns from its rewards."""
-    if short == "Reward":
-        return f"python train/grpo_train.py --set rl.reward={quote(str(out / final_name(short)))}"
+    """Return the command that uses the result of a stage in folder `out`."""
+    path = quote(str(out / final_name(short)))
     if short in FULL_MODELS:
         flag = "" if out.resolve() == (ROOT / "out").resolve() else f" --out {quote(str(out))}"
-    else:
-        flag = f" --{'gate' if short == 'Gate' else 'adapter'} {quote(str(out / final_name(short)))}"
-    return "python inference/chat.py" + flag
+        return "python inference/chat.py" + flag
+    if (use := SPECIAL[short]) == REWARD:
+        return f"python train/grpo_train.py {use}{path}"
+    return f"{use} {path}" if use.startswith("python ") else f"python inference/chat.py {use} {path}"

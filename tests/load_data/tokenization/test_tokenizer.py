@@ -11,7 +11,9 @@ import regex
 from config.schema import TokenizerConfig
 from inference.generation.text_stream import TextStream
 from load_data.tokenization.tokenizer import (
+    MASK,
     PART_TOKENS,
+    SENTINELS,
     SPECIAL_TOKENS,
     UNKNOWN,
     BpeTokenizer,
@@ -118,6 +120,19 @@ def test_a_tokenizer_from_before_part_tokens_is_what_it_was(bpe):
                                    if name not in PART_TOKENS}  # fmt: skip
         for text in (*ODD_TEXTS, "".join(PART_TOKENS)):
             assert old.encode(text) == tokenizer.encode(text) and old.digest != tokenizer.digest
+
+
+def test_more_special_tokens_take_ids_of_their_own(bpe, source_text):
+    more = bpe.with_special((MASK, *SENTINELS[:3]))
+    first = bpe.vocab_size
+    assert [more.special_ids[name] for name in (MASK, *SENTINELS[:3])] == [first + n for n in range(4)]
+    assert more.vocab_size == first + 4 and bpe.vocab_size == first and MASK not in bpe.special_ids
+    assert more.encode(source_text + MASK) == bpe.encode(source_text + MASK)
+    assert more.decode([first, first + 1], skip_special=False) == MASK + SENTINELS[0]
+    again = Tokenizer.from_json(more.to_json())
+    assert again.special_ids == more.special_ids and again.digest == more.digest != bpe.digest
+    assert more.with_special((MASK,)) is more
+    assert more.framed([5, 6]) == [more.eos_id, 5, 6]
 
 
 def test_no_text_makes_a_special_id():
