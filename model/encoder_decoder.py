@@ -1,8 +1,9 @@
 """T5 v1.1: an encoder reads a text in both directions, a decoder writes another and looks at what was read.
 
-    s = norm(encoder layers(embed(source)))            h = h + attention(norm(h));  h = h + feed_forward(norm(h))
-    h = norm(decoder layers(embed(written), s))        between the two:  h = h + cross_attention(norm(h), s)
-    logits = lm_head(h), or lm_head(h / sqrt(C)) where it is the embedding
+    each layer       h = h + attention(norm(h));   h = h + feed_forward(norm(h))
+    of the decoder   between the two:   h = h + cross_attention(norm(h), s)
+
+    s = norm(encoder(embed(source)))     h = norm(decoder(embed(written), s))     logits = lm_head(h)
 
 Pre-norm with RMSNorm, gated GELU, no biases, positions only in the attention (modules/attention/relative.py).
 The same weights give the same logits in Hugging Face's `T5ForConditionalGeneration` with `gated-gelu`, such
@@ -118,8 +119,11 @@ class EncoderDecoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw every matrix from N(0, initializer_range), but queries from one sqrt(D) times narrower: nothing
-        divides the scores by sqrt(D), and without it the first softmax would be almost one-hot."""
+        """Draw matrices from N(0, initializer_range), and those of queries sqrt(D) times narrower.
+
+        Nothing else divides the scores by sqrt(D). With large scores the softmax picks one key, and its
+        gradient vanishes.
+        """
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
                 narrow = self.config.head_dim**-0.5 if "q_proj" in name else 1.0

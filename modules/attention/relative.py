@@ -32,8 +32,8 @@ from modules.attention.grouped_query import scores_of, weighted_sum
 def bucket(distance, both_ways: bool, buckets: int, far: int):
     """distance (...) of int, key minus query -> the number of its bucket (...), below `buckets`.
 
-    Trap: log(16 / 8) / log(128 / 8) * 8 is 2, a limit between buckets. Published weights follow from its value
-    in fp32, so neither fp64 nor another order of operations will do.
+    Trap: log(16 / 8) / log(128 / 8) * 8 is 2, a limit between buckets, or a little less after rounding.
+    Published weights were trained with the value in fp32: keep the order of operations.
     """
     buckets = buckets // 2 if both_ways else buckets
     side = (distance > 0) * buckets if both_ways else 0  # the second half is for keys that follow

@@ -41,7 +41,7 @@ class Source:
 
 
 def source_bias(padding_mask, dtype):
-    """padding_mask (B, S), True for real tokens -> (B, 1, 1, S), 0 for what may be seen, -inf for the rest."""
+    """padding_mask (B, S), True for real tokens -> (B, 1, 1, S), 0 for what may be seen, -inf elsewhere."""
     if padding_mask is None:
         return None
     real = padding_mask.bool()
@@ -91,7 +91,8 @@ def lesson():
     cache = SourceCache(Source([(keys, values)] * layers, source_bias(mask, torch.float32)), capacity=T)
     print(f"  memory of two rows, own tokens and source: {cache.bytes / 1024:.0f} KiB")
     out = attention(torch.randn(2, 1, 64), keys, values, cache.source.bias)
-    print("  mean size of what is read:", *[f"{row.abs().mean():.3f}" for row in out], "(the second is empty)")
+    sizes = [f"{row.abs().mean():.3f}" for row in out]
+    print("  mean size of what is read:", *sizes, "(the second is empty)")
     cache.select([1, 0, 0])
     print("  after select([1, 0, 0]) the cache has", cache.source.bias.shape[0], "rows of the source")
 
