@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from model.encoder_decoder import Reading
 from modules.attention.cache import KVCache
 from modules.attention.hybrid_cache import HybridCache
 from modules.attention.rolling_cache import RollingKVCache
@@ -13,8 +14,10 @@ def make_cache(model, batch_size: int, capacity: int, planned: list[int] | None 
 
     `planned` is the length that each row is meant to reach, by default `capacity`: rotary embeddings that
     depend on the length are computed for it from the first token on. The cache holds the model's prefix, if
-    there is one, for which it has extra room.
+    there is one, for which it has extra room. A `Reading` makes its own, with its sources.
     """
+    if isinstance(model, Reading):
+        return model.make_cache(batch_size, capacity)
     layers = range(model.config.num_hidden_layers)
     cache = empty_cache(model, layers, batch_size, capacity + model.prefix_length)
     cache.planned = [length + model.prefix_length for length in planned or [capacity] * batch_size]

@@ -46,7 +46,8 @@ class Generator:
     """Continue rows of tokens with `model`.
 
     Args:
-        model: a `TinySeek`, or a module with the same `forward` and `config`.
+        model: a `TinySeek`, or a module with the same `forward` and `config`, as `EncoderDecoder.reading`
+            returns it for its sources.
         start_id: the token that replaces an empty prompt; 0 is the end-of-text token of every tokenizer here.
         fast: True if `FastDecoder` may be used.
 
