@@ -85,11 +85,11 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, context: AttentionContext, rotary, cache=None):
-        """x (B, T, C); rotary = (cos, sin), each (B or 1, T, D); cache: a `KVCache` or None."""
+        """x (B, T, C); rotary = (cos, sin), each (B or 1, T, D), or None; cache: a `KVCache` or None."""
         B, T, _ = x.shape
         q, k, v = self.project(x)
-        q = apply_rotary(q, *rotary, self.interleaved)
-        k = apply_rotary(k, *rotary, self.interleaved)
+        if rotary is not None:
+            q, k = [apply_rotary(part, *rotary, self.interleaved) for part in (q, k)]
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, D)
         out = attend(self.implementation, q, k, v, context, self.scale, self.dropout)  # (B, H, T, D)
