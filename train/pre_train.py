@@ -14,17 +14,15 @@ import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().par
 import utils  # noqa: F401  sets how threads wait; must precede torch
 from inference.generation.generator import Generator
 from inference.generation.sampling import SamplingParams
-from load_data.packing import prepare_pretraining
-from load_data.tokenization.tokenizer import Tokenizer
 from model.tinyseek import TinySeek
 from modules.experts.balance import max_vio
 from train.engine.command import chat_command, parse_command
 from train.engine.trainer import Trainer
 from train.engine.machine import start_machine
-from train.engine.text_stage import text_stage
-from utils.checkpoint import latest_checkpoint, load_checkpoint, load_weights
+from train.engine.text_stage import open_text, text_stage
+from utils.checkpoint import load_weights
 from utils.distributed import finish
-from utils.errors import UserError, run_main
+from utils.errors import run_main
 from utils.plot_experts import plot_expert_load, plot_expert_tokens
 
 STAGE, SHORT = "pre_train", "Pre"
@@ -35,19 +33,7 @@ def main():
     """Train a model on plain text, then print samples."""
     command = parse_command(STAGE, SHORT, __doc__)
     config, machine = command.config, start_machine(command.config)
-    newest = latest_checkpoint(command.out, SHORT) if command.resume else None
-    begun = load_checkpoint(newest) if newest else command.init or {}
-    # A run goes on with the tokenizer it began with: one trained today may have other special tokens.
-    tokenizer = Tokenizer.from_json(begun["tokenizer"], str(newest)) if begun.get("tokenizer") else None
-    data = machine.read(prepare_pretraining, config, tokenizer)
-    machine.say("\n".join(data.summary))
-
-    config.model.vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
-    if config.model.vocab_size < data.tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size} is less than the {data.tokenizer.vocab_size} "
-            "tokens of the tokenizer: leave it out, or set it to at least that"
-        )
+    data = open_text(command, machine)
     model = TinySeek(config.model)
     if command.init:
         load_weights(model, command.init["weights"], "--init")
