@@ -1,7 +1,7 @@
 """Fill masks: the most likely tokens in the place of each `[MASK]` of a text.
 
     python inference/fill_mask.py "import [MASK]"
-    python inference/fill_mask.py "for [MASK] in range([MASK]):" --top 3 --checkpoint out/TinySeek_MLM_final.pkl
+    python inference/fill_mask.py "for [MASK] in range([MASK]):" --top 3 --out out/bert
 
 The model is one of train/mlm_train.py, or an imported BERT. It reads the text on both sides of a mask, and
 guesses each of several masks without the others. A space before a mask is part of its word where the
@@ -39,8 +39,8 @@ def fill(model: MaskedLM, tokenizer: Tokenizer, text: str, top: int = 5) -> list
     row = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T)
     hidden = model.model(row)[row == tokenizer.special_ids[MASK]]  # (N, C), N masks
     found = model.logits(hidden).double().softmax(dim=-1)[:, : tokenizer.vocab_size].topk(top)
-    pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
-    return [[(tokenizer.decode([one], skip_special=False), share) for one, share in zip(*pair)] for pair in pairs]
+    words = [[tokenizer.decode([one], skip_special=False) for one in ids] for ids in found.indices]
+    return [[*zip(*pair)] for pair in zip(words, found.values.tolist(), strict=True)]
 
 
 def report(text: str, masks: list[Candidates]) -> str:
@@ -68,7 +68,8 @@ def parse_command():
 def main():
     """Load the model and print its candidates."""
     open_streams()
-    args, device = (args := parse_command()), pick_device(args.device)
+    args = parse_command()
+    device = pick_device(args.device)
     set_threads()
     model, tokenizer, _ = load_encoder(args.checkpoint)
     if not 1 <= args.top <= tokenizer.vocab_size:

@@ -25,7 +25,7 @@ WRITTEN = "[MASK]"  # in the text of a user
 
 
 class Masking:
-    """Hides tokens of framed rows. Special tokens are neither hidden nor put in the place of another token."""
+    """Hides tokens of framed rows. Special tokens are neither hidden nor put in another's place."""
 
     def __init__(self, tokenizer: Tokenizer, settings: MLMConfig):
         self.begin, self.finish, self.pad_id = tokenizer.begin, tokenizer.finish, tokenizer.pad_id

@@ -148,12 +148,16 @@ class MaskedLM(nn.Module):
         )  # fmt: skip
         output = CausalLMOutput(hidden)
         if labels is None:
-            output.logits = self.lm_head(self.head(hidden))
+            output.logits = self.logits(hidden)
             return output
         keep = labels != -100
         rows = self.head(hidden[keep])  # (N, C)
         output.loss_sum, output.nll = biased_cross_entropy(rows, *self.lm_head.parameters(), labels[keep])
         return output
+
+    def logits(self, hidden):
+        """(..., C) -> (..., V)."""
+        return self.lm_head(self.head(hidden))
 
 
 def positions_of(input_ids, document_ids=None):

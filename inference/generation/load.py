@@ -20,6 +20,7 @@ from config.schema import RunConfig
 from load_data.chat.chat_template import ChatTemplate
 from load_data.tokenization.tokenizer import Tokenizer
 from model.blank import blank
+from model.encoder import MaskedLM
 from model.adapters import ADAPTERS, adapted, soft_tokens
 from model.tinyseek import TinySeek
 from modules.adapters.lora_model import fold
@@ -102,6 +103,12 @@ def load_full(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
     template = ChatTemplate(tokenizer, config.data.template)
     answers = about["short"] in CHAT_STAGES
     return Loaded(model, tokenizer, config, Path(path), answers, template, about, model.state_dict())
+
+
+def load_encoder(path: str | Path) -> tuple[MaskedLM, Tokenizer, RunConfig]:
+    """Return an encoder with its head for masked tokens. Raises `UserError` as `load_full` does."""
+    model, tokenizer, config = build(MaskedLM, open_as(FILL, path), path)
+    return model.eval(), tokenizer, config
 
 
 def model_section(about: dict) -> str:

@@ -1,4 +1,4 @@
-"""Masked rows: the shares of BERT, special tokens left alone, and the same masks however a step is divided."""
+"""Masked rows: the shares of BERT, special tokens left alone, the same masks however a step is divided."""
 
 import numpy as np
 import pytest

@@ -63,7 +63,9 @@ class MaskedEvaluation:
         return {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0)), "val_acc": right / max(count, 1.0)}
 
 
-def masked_stage(name: str, short: str, model: MaskedLM, data: PretrainData, config, machine: Machine) -> Stage:
+def masked_stage(
+    name: str, short: str, model: MaskedLM, data: PretrainData, config, machine: Machine
+) -> Stage:
     """Return a stage that trains `model` on the masked tokens of `data`."""
     train, world, length = config.train, machine.world, config.data.sequence_length
     if length > config.encoder.max_position_embeddings:

@@ -12,8 +12,8 @@ import torch
 from config.schema import OptimConfig
 from modules.muon import Muon
 
-TABLES = ("embed_tokens.weight", "lm_head.weight", ".gate.weight", "shared_expert_gate.weight",
-          "embed_tokens.prompt")  # fmt: skip
+TABLES = ("embed_tokens.weight", "embed_positions.weight", "embed_token_types.weight", "lm_head.weight",
+          ".gate.weight", "shared_expert_gate.weight", "embed_tokens.prompt")  # fmt: skip
 LENGTHS = "lora_magnitude_vector"  # those of experts form a table (E, out)
 
 
