@@ -74,8 +74,9 @@ def main():
     model, tokenizer, _ = load_encoder(args.checkpoint)
     if not 1 <= args.top <= tokenizer.vocab_size:
         raise UserError(f"--top {args.top} must be from 1 to the {tokenizer.vocab_size} tokens of the model")
+    masks = fill(model.to(device), tokenizer, args.text, args.top)
     tell(f"{args.checkpoint} ({device})")
-    print(report(args.text, fill(model.to(device), tokenizer, args.text, args.top)))
+    print(report(args.text, masks))
 
 
 if __name__ == "__main__":

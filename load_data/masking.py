@@ -74,9 +74,16 @@ class MaskedLoader(TokenLoader):
     """A `TokenLoader` of rows with hidden tokens. What is hidden in a window follows from the seed, the epoch
     and the window alone: however a step is divided, and in a resumed run, it is the same."""
 
-    def __init__(self, tokens: np.ndarray, masking: Masking, sequence_length: int, *sizes, **settings):
+    def __init__(
+        self, tokens: np.ndarray, masking: Masking, sequence_length: int, *sizes,
+        start_length: int | None = None, seed: int = 0,
+    ):  # fmt: skip
+        """`sizes`: batch size, accumulation steps, rank, world size. Lengths are those of framed rows."""
         self.masking = masking
-        super().__init__(tokens, masking.room(sequence_length), *sizes, **settings)
+        start_length = start_length and masking.room(start_length)
+        super().__init__(
+            tokens, masking.room(sequence_length), *sizes, seed=seed, start_length=start_length
+        )
 
     def start_epoch(self, epoch: int) -> None:
         """Draw the order of an epoch's windows. A step may take windows of several epochs, so the number of a

@@ -87,11 +87,12 @@ def test_masks_are_drawn_anew_in_each_epoch_and_a_resumed_run_goes_on_with_them(
     (batch,) = short.next_step()
     assert short.epoch == 2 and len({tuple(row) for row in originals(batch).tolist()}) == 1
     assert len({tuple(row) for row in (batch["labels"] >= 0).tolist()}) == 3
-    one, other = loader(start_length=4, seed=1), loader(start_length=4, seed=1)
-    for progress in (0.0, 0.3, 0.6):
-        one.next_step(progress)
+    one, other = loader(start_length=5, seed=1), loader(start_length=5, seed=1)
+    sizes = [one.next_step(progress)[0]["input_ids"].shape for progress in (0.0, 0.4, 0.7)]
+    assert sizes == [(8 * 4, 5), (8 * 2, 9), (8, 17)]  # with the token before the text
+    one.start_epoch(one.epoch)
     other.load_state_dict(one.state_dict())
-    for progress in (0.6, 0.9, 0.9):
+    for progress in (0.7, 0.9, 0.9):
         (mine,), (again,) = one.next_step(progress), other.next_step(progress)
         assert all(torch.equal(mine[key], again[key]) for key in mine)
 

@@ -75,7 +75,7 @@ def masked_stage(
         )
     loader = MaskedLoader(
         data.train, Masking(data.tokenizer, config.mlm), length, train.batch_size, train.accumulation_steps,
-        world.rank, world.size, train.seed, config.data.start_length,
+        world.rank, world.size, seed=train.seed, start_length=config.data.start_length,
     )  # fmt: skip
     freeze_key_biases(model)
     machine.say(f"parameters  {sum(part.numel() for part in model.parameters()):,}")
