@@ -25,7 +25,9 @@ class Seq2SeqConfig:
     relative_attention_max_distance: int = option(128, at_least=2)
     rms_norm_eps: float = option(1e-6, above=0)
     tie_word_embeddings: bool = True  # the output layer is the embedding; T5 v1.1 has two matrices
-    scale_decoder_outputs: bool = True  # by hidden_size^-0.5 before a tied output layer; T5 v1.1: false
+    # The input of the output layer times hidden_size^-0.5. T5 does so where it is tied, and draws embeddings
+    # from N(0, 1); with `initializer_range` the logits start too small, and learning takes twice as long.
+    scale_decoder_outputs: bool = False
     max_position_embeddings: int = option(512, at_least=1)  # tokens to write; the buckets know no limit
     decoder_start_token_id: int = option(0, at_least=0)
     initializer_range: float = option(0.02, above=0)

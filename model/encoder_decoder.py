@@ -24,24 +24,8 @@ from modules.attention.relative import RelativeAttention, RelativeBias
 from modules.attention.source import Source, SourceCache, source_bias
 from modules.checkpointing import CheckpointedLayer
 from modules.cross_entropy import linear_cross_entropy
+from modules.encoder.feed_forward import FeedForward
 from modules.norm import RMSNorm
-
-
-class GatedGELU(nn.Module):
-    """down( gelu(gate(x)) * up(x) ), gelu in its tanh form: (B, T, C) -> (B, T, C) through F channels."""
-
-    def __init__(self, config: Seq2SeqConfig):
-        super().__init__()
-        C, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(C, inner, bias=False)
-        self.up_proj = nn.Linear(C, inner, bias=False)
-        self.down_proj = nn.Linear(inner, C, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x):
-        """(B, T, C) -> (B, T, C)."""
-        gate = nn.functional.gelu(self.gate_proj(x), approximate="tanh")
-        return self.down_proj(self.dropout(gate * self.up_proj(x)))
 
 
 class Layer(CheckpointedLayer):
@@ -54,7 +38,9 @@ class Layer(CheckpointedLayer):
         self.self_attn, self.attention_norm = RelativeAttention(config), RMSNorm(*norm)
         self.cross_attn = RelativeAttention(config) if crosses else None
         self.cross_norm = RMSNorm(*norm) if crosses else None
-        self.mlp, self.mlp_norm = GatedGELU(config), RMSNorm(*norm)
+        sizes, act = (config.hidden_size, config.intermediate_size), "gelu_new"
+        self.mlp = FeedForward(*sizes, act, gated=True, bias=False, dropout=config.dropout)
+        self.mlp_norm = RMSNorm(*norm)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden, bias, source: Source | None = None, cache: SourceCache | None = None):

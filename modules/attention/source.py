@@ -24,7 +24,7 @@ from modules.attention.cache import KVCache
 
 @dataclass
 class Source:
-    """What cross attention reads.
+    """Keys and values that cross attention reads.
 
     Attributes:
         keys_values: for each layer, keys and values, each (B, H, S, D).

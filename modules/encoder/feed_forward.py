@@ -1,7 +1,7 @@
 """Feed-forward of an encoder: GELU between two matrices, or a gate beside the first.
 
     plain   y = down( act(up(x)) )                  BERT: act = gelu, with biases
-    gated   y = down( act(gate(x)) * up(x) )        ModernBERT: gelu (GeGLU); with silu it is SwiGLU
+    gated   y = down( act(gate(x)) * up(x) )        ModernBERT, T5: gelu (GeGLU); with silu it is SwiGLU
 
     gelu(a) = a * P(Z <= a) = a/2 * (1 + erf(a / sqrt(2))),   Z from a standard normal distribution
 
@@ -12,31 +12,35 @@ is smaller with it: 4 C in BERT, 1.5 C in ModernBERT.
 
 Papers: Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv 1606.08415; Shazeer, arXiv 2002.05202.
 Trap: GPT-2 and T5 approximate erf by tanh (`gelu_new`). The two differ by up to 5e-4, too little to break a
-model and enough to fail a comparison.
+model and enough to fail a comparison. In training, T5 also drops some of the F channels.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), "silu": F.silu}
 
 
 class FeedForward(nn.Module):
     """`forward(x)`: (B, T, C) -> (B, T, C) through F hidden channels."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, act: str, gated: bool, bias: bool):
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, act: str, gated: bool, bias: bool, dropout=0.0
+    ):
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias) if gated else None
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
-        self.act = ACTIVATIONS[act]
+        self.act, self.dropout = ACTIVATIONS[act], nn.Dropout(dropout)
 
     def forward(self, x):
         """(B, T, C) -> (B, T, C)."""
         if self.gate_proj is None:
-            return self.down_proj(self.act(self.up_proj(x)))
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(self.dropout(self.act(self.up_proj(x))))
+        return self.down_proj(self.dropout(self.act(self.gate_proj(x)) * self.up_proj(x)))
 
 
 def lesson():

@@ -14,7 +14,8 @@ from tests.modules.tools import shake
 
 SHAPES = {
     "usual": {},
-    "untied, not scaled": {"tie_word_embeddings": False, "scale_decoder_outputs": False},
+    "tied and scaled, T5": {"scale_decoder_outputs": True},
+    "untied, T5 v1.1": {"tie_word_embeddings": False},
     "one head, one layer to read": {"num_attention_heads": 1, "num_hidden_layers": 1},
     "three layers to write, few buckets": {"num_decoder_layers": 3, "relative_attention_num_buckets": 8,
                                            "relative_attention_max_distance": 9},
@@ -148,7 +149,8 @@ def test_states_logits_gradients_of_transformers(shape, lengths, dtype=torch.flo
 
 
 def test_the_same_in_fp32():
-    test_states_logits_gradients_of_transformers(SHAPES["usual"], LENGTHS["usual"], torch.float32, 1e-5)
+    shape = SHAPES["tied and scaled, T5"]
+    test_states_logits_gradients_of_transformers(shape, LENGTHS["usual"], torch.float32, 1e-5)
 
 
 def test_padding_changes_nothing():
@@ -203,19 +205,15 @@ def test_dropout_and_gradient_checkpointing():
 
 
 def test_it_learns_from_its_own_start():
-    """Copying backwards needs the source; a guess from the row so far costs log(29)."""
+    """To write a row backwards: without the source, 11 equally likely tokens cost log(11) = 2.4."""
     torch.manual_seed(0)
-    model = EncoderDecoder(build(vocab_size=30).config)
+    model = EncoderDecoder(build(vocab_size=12).config)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for step in range(STEPS):
-        ids = torch.randint(1, 30, (32, 4))
+    for _ in range(80):
+        ids = torch.randint(1, 12, (32, 3))
         written = nn.functional.pad(ids.flip(1)[:, :-1], (1, 0))
         output = model(ids, ids.flip(1), decoder_input_ids=written)
         optimizer.zero_grad()
         (output.loss_sum / output.nll.numel()).backward()
         optimizer.step()
-        print(step, output.nll.mean().item()) if step % 50 == 0 else 0
-    assert output.nll.mean() < 1
-
-
-STEPS = 400
+    assert output.nll.mean() < 1.2

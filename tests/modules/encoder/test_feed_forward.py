@@ -10,6 +10,7 @@ from tests.modules.tools import shake
 
 FORMULA = {
     "gelu": lambda a: a / 2 * (1 + math.erf(a / math.sqrt(2))),
+    "gelu_new": lambda a: a / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3))),
     "silu": lambda a: a / (1 + math.exp(-a)),
 }
 
