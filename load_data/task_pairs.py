@@ -53,12 +53,13 @@ def prepare_task(config: RunConfig, tokenizer: Tokenizer) -> TaskPairs:
                 total.update(repr(sides[side][-1]).encode())
         if not sides[side]:
             raise UserError(
-                f"span.task={config.span.task} has no {side} pair: raise data.val_fraction or span.target_length"
+                f"span.task={config.span.task} has no {side} pair: raise data.val_fraction, or "
+                "span.target_length"
             )
         supervised = sum(len(pair.target) for pair in sides[side])
         summary.append(
-            f"{side}: {len(sides[side]):,} pairs, {supervised:,} tokens to write; {cut[side]:,} sources cut to "
-            f"{source_room} tokens, {left_out[side]:,} pairs with longer targets left out"
+            f"{side}: {len(sides[side]):,} pairs, {supervised:,} tokens to write; {cut[side]:,} sources cut "
+            f"to {source_room} tokens, {left_out[side]:,} pairs with longer targets left out"
         )
     return TaskPairs(tokenizer, sides, summary, total.hexdigest()[:16])
 

@@ -14,18 +14,20 @@ parameters are trainable; it saves the last weights, or for a task those that di
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
 import utils  # noqa: F401  sets how threads wait; must precede torch
+from inference.generation.sampling import SamplingParams
+from inference.seq2seq import written
 from load_data.packing import prepare_pretraining
 from load_data.seq2seq import Seq2SeqLoader
 from load_data.skills.common import TEST, TRAIN, VAL
-from load_data.spans import SpanLoader, SpanPairs, filled
+from load_data.spans import SpanLoader, SpanPairs
 from load_data.task_pairs import prepare_task
 from load_data.tokenization.tokenizer import SENTINELS, Tokenizer
 from model.encoder_decoder import EncoderDecoder
 from train.engine.command import parse_command
 from train.engine.machine import start_machine
-from train.engine.seq2seq_stage import greedy, score, seq2seq_stage
+from train.engine.seq2seq_stage import score, seq2seq_stage
 from train.engine.trainer import Trainer
-from utils.checkpoint import latest_checkpoint, load_checkpoint, load_weights
+from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint, load_weights
 from utils.distributed import finish
 from utils.errors import UserError, run_main
 
@@ -88,20 +90,20 @@ def task_data(task, config, machine):
 
 def show(model, pairs, tokenizer, command, scored: bool):
     """Print what the model writes about some held-out sources; of a task, the scores of all of them."""
-    written = greedy(model, tokenizer, [pair.source for pair in pairs], command.config.span.target_length)
-    targets = [[one for one in pair.target if one not in {*tokenizer.eos_ids}] for pair in pairs]
-    spelled = [tokenizer.decode(ids, skip_special=False) for ids in written]
-    right = [tokenizer.decode(ids, skip_special=False) for ids in targets]
-    for pair, answer, target in list(zip(pairs, spelled, right, strict=True))[:SHOWN]:
-        print(f"\n--- source ---\n{tokenizer.decode(pair.source, skip_special=False)}")
+    params = SamplingParams(temperature=0, max_new_tokens=command.config.span.target_length)
+    ends = {*tokenizer.eos_ids, *tokenizer.finish}
+    answers = written(model, tokenizer, [pair.source for pair in pairs], params)
+    targets = [[one for one in pair.target if one not in ends] for pair in pairs]
+    spelled = lambda ids: tokenizer.decode(ids, skip_special=False)  # noqa: E731
+    answers, targets = [*map(spelled, answers)], [*map(spelled, targets)]
+    for pair, answer, target in list(zip(pairs, answers, targets, strict=True))[:SHOWN]:
+        print(f"\n--- source ---\n{spelled(pair.source)}")
         print(f"--- target ---\n{target}\n--- written ---\n{answer}")
     if scored:
-        scores = score(spelled, right)
-        line = "  ".join(f"{name}={value:.2f}" for name, value in scores.items())
+        line = "  ".join(f"{name}={value:.2f}" for name, value in score(answers, targets).items())
         print(f"\n{len(pairs)} held-out sources, in percent: {line}")
         (command.out / STAGE / "scores.txt").write_text(line + "\n", encoding="utf-8")
-    where = f' --checkpoint {command.out / "TinySeek_Span_final.pkl"}'
-    print(f"\nnext: python inference/seq2seq.py{where} --prompt TEXT")
+    print(f"\nnext: python inference/seq2seq.py --checkpoint {command.out / final_name(SHORT)} --prompt TEXT")
 
 
 if __name__ == "__main__":

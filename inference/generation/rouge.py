@@ -1,4 +1,4 @@
-"""ROUGE-L: how much of a text a model has reproduced, in the right order (Lin 2004, aclanthology.org/W04-1013).
+"""ROUGE-L: how much of a text a model has reproduced, in the right order (Lin, aclanthology.org/W04-1013).
 
     precision = LCS / words of the answer      recall = LCS / words of the reference      F1 of both
 

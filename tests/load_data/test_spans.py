@@ -1,4 +1,4 @@
-"""Span corruption: source and target restore the text, lengths and draws are T5's, a step has one division."""
+"""Span corruption: source and target restore the text, lengths and draws are T5's, divisions do not matter."""
 
 from collections import Counter
 from dataclasses import replace
@@ -53,7 +53,8 @@ def test_source_and_target_restore_the_window(length, density, mean):
     many = [*range(spans + 1)]
     source, target = corrupt(window, many, taken, spans, rng)
     assert sorted(one for one in source + target if one >= 1000) == window.tolist()  # each once, on one side
-    assert [one for one in source if one < 1000] == many[:-1] and [one for one in target if one < 1000] == many
+    assert [one for one in source if one < 1000] == many[:-1]
+    assert [one for one in target if one < 1000] == many
     assert filled(source, target, many) == window.tolist()
     # Text on both sides of every span: no two sentinels are neighbours, none is at an end.
     at = [place for place, one in enumerate(source) if one < 1000]
@@ -160,8 +161,8 @@ def test_decoder_inputs_are_those_of_transformers():
     from transformers.models.t5.modeling_t5 import T5PreTrainedModel
 
     batch = next(eval_pairs(pairs(), 4, pad_id=0, start_id=0))
-    theirs = T5PreTrainedModel(T5Config(decoder_start_token_id=0, pad_token_id=0))._shift_right(batch["labels"])
-    assert torch.equal(batch["decoder_input_ids"], theirs)
+    theirs = T5PreTrainedModel(T5Config(decoder_start_token_id=0, pad_token_id=0))
+    assert torch.equal(batch["decoder_input_ids"], theirs._shift_right(batch["labels"]))
 
 
 def test_held_out_pairs_are_read_once_and_shared_by_ranks():

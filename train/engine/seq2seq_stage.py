@@ -1,11 +1,9 @@
-"""Shared by the uses of an encoder-decoder: its loss, its stage, and greedy answers to held-out sources."""
+"""Shared by the runs of an encoder-decoder: its loss, its stage, and the score of what it writes."""
 
 from collections.abc import Sequence
 from functools import partial
 
-from inference.generation.generator import Generator
 from inference.generation.rouge import rouge_l
-from inference.generation.sampling import SamplingParams
 from load_data.loader import TokenLoader
 from load_data.seq2seq import Pair, eval_pairs
 from load_data.tokenization.tokenizer import Tokenizer
@@ -13,8 +11,6 @@ from model.encoder_decoder import EncoderDecoder
 from train.engine.evaluation import Evaluation
 from train.engine.machine import Machine
 from train.engine.stage import LoaderSource, Loss, Stage
-
-BATCH = 50  # sources that are answered together
 
 
 class Seq2SeqLoss(Loss):
@@ -44,18 +40,6 @@ def seq2seq_stage(
         name=name, short=short, model=model, source=LoaderSource(loader), loss=Seq2SeqLoss(),
         evaluate=Evaluation(batches, len(held_out), size, tokenizer, machine), tokenizer=tokenizer, **more,
     )  # fmt: skip
-
-
-def greedy(model: EncoderDecoder, tokenizer: Tokenizer, sources: list[list[int]], longest: int) -> list[list]:
-    """Return the target that the model writes for each source, ends of text left out."""
-    params, stops = SamplingParams(temperature=0, max_new_tokens=longest), tokenizer.eos_ids
-    stops = {*stops, *tokenizer.finish}
-    answers = []
-    for first in range(0, len(sources), BATCH):
-        part = sources[first : first + BATCH]
-        start = [[model.config.decoder_start_token_id]] * len(part)
-        answers += Generator(model.reading(part)).generate(start, params, stops)
-    return [[one for one in answer if one not in stops] for answer in answers]
 
 
 def score(answers: list[str], expected: list[str]) -> dict[str, float]:
