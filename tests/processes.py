@@ -19,7 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KIND = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-STAGES = ("pre_train", "sft_train", "lora_train", "mixlora_train", "prefix_train", "gate_train", "dpo_train")
+STAGES = ("pre_train", "sft_train", "lora_train", "mixlora_train", "prefix_train", "gate_train", "dpo_train",
+          "span_train")
 context = multiprocessing.get_context(KIND)
 folder = tempfile.TemporaryDirectory(prefix="processes")  # what they print
 if KIND == "forkserver":

@@ -1,4 +1,4 @@
-"""Span corruption: source and target restore the text, lengths and draws are T5's, divisions do not matter."""
+"""Span corruption: source and target restore the text, lengths are T5's, divisions do not matter."""
 
 from collections import Counter
 from dataclasses import replace
