@@ -22,6 +22,7 @@ from load_data.tokenization.tokenizer import Tokenizer
 from model.blank import blank
 from model.encoder import MaskedLM
 from model.adapters import ADAPTERS, adapted, soft_tokens
+from model.encoder_decoder import EncoderDecoder
 from model.tinyseek import TinySeek
 from modules.adapters.lora_model import fold
 from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint, load_weights, weights_digest
@@ -111,6 +112,12 @@ def load_encoder(path: str | Path) -> tuple[MaskedLM, Tokenizer, RunConfig]:
     return model.eval(), tokenizer, config
 
 
+def load_seq2seq(path: str | Path) -> tuple[EncoderDecoder, Tokenizer, RunConfig]:
+    """Return an encoder-decoder. Raises `UserError` as `load_full` does."""
+    model, tokenizer, config = build(EncoderDecoder, open_as(SEQ2SEQ, path), path)
+    return model.eval(), tokenizer, config
+
+
 def model_section(about: dict) -> str:
     """Return the section of the configuration that is the model's of a checkpoint."""
     if about.get("short") == "Embed":  # an encoder, or the body of a decoder
@@ -129,8 +136,9 @@ def build(kind: Callable, about: dict, path: str | Path) -> tuple[torch.nn.Modul
         raise UserError(
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {shape.vocab_size}"
         )
-    if shape.num_hidden_layers > len(weights):
-        raise UserError(f"{path}: it names {shape.num_hidden_layers} layers and has {len(weights)} weights")
+    layers = shape.num_hidden_layers + getattr(shape, "num_decoder_layers", 0)
+    if layers > len(weights):
+        raise UserError(f"{path}: it names {layers} layers and has {len(weights)} weights")
     with warnings.catch_warnings(action="ignore"):
         load_weights(blank(kind, shape, "meta"), weights, str(path))  # compares shapes, without memory
     model = blank(kind, shape)

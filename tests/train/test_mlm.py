@@ -110,7 +110,8 @@ def test_two_processes_equal_one(trained, call):
         results[rows] = load_checkpoint(out / FINAL), without_timing(read_log(out / "mlm_train" / "log.txt"))
     whole, log = results.pop(8)
     for other, rows in results.values():
-        assert largest_difference(whole["weights"], other["weights"]) < 2e-5  # lr 0.001, and Adam enlarges rounding
+        # The rate is 0.001, and Adam enlarges rounding.
+        assert largest_difference(whole["weights"], other["weights"]) < 2e-5
         assert len(rows) == len(log)
         for row, expected in zip(rows, log, strict=True):
             assert row == pytest.approx(expected, rel=1e-4)

@@ -3,7 +3,8 @@
 AdamW (Loshchilov and Hutter, arXiv 1711.05101) gives each number its own sign-like step; Muon
 (`modules/muon.py`) moves each matrix as a whole. Muon is for matrices that map between layers. The embedding
 and the output head are tables of vectors and stay with AdamW, as do routers (a vector per expert), the gate
-of shared experts (a vector), gains, biases and DoRA's magnitudes. A stack of E experts counts as E matrices.
+of shared experts (a vector), gains, biases, DoRA's magnitudes and the numbers that T5 gives to distances. A
+stack of E experts counts as E matrices.
 Weight decay is for matrices only: pulling a gain towards zero has no use.
 """
 
@@ -13,7 +14,7 @@ from config.schema import OptimConfig
 from modules.muon import Muon
 
 TABLES = ("embed_tokens.weight", "embed_positions.weight", "embed_token_types.weight", "lm_head.weight",
-          ".gate.weight", "shared_expert_gate.weight", "embed_tokens.prompt")  # fmt: skip
+          ".gate.weight", "shared_expert_gate.weight", "embed_tokens.prompt", "relative_bias.weight")
 LENGTHS = "lora_magnitude_vector"  # those of experts form a table (E, out)
 
 

@@ -21,7 +21,8 @@ from utils.errors import UserError
 
 CONFIRMING = 4  # passes with other dropout
 NOISE = 0.02  # standard deviation of the numbers that replace zeros in the copy
-TABLE = re.compile(r"(^|\.)(embed_tokens|lm_head|gate)\.\w+$")  # a row per token, or per expert of a router
+# A row per token, per expert of a router, or per distance between tokens.
+TABLE = re.compile(r"(^|\.)(embed_tokens|lm_head|gate|relative_bias)\.\w+$")
 
 
 class Trial:
@@ -192,7 +193,7 @@ class Trial:
         return dead, idle
 
     def without_gradient(self) -> tuple[list[str], list[str]]:
-        """Return the current result of `dead_slices`. Rows of vocabulary tables and routers may be idle."""
+        """Return the current result of `dead_slices`. Rows of tables may be idle."""
         dead, idle = [], []
         for name, dims in self.alive.items():
             module = self.model.get_submodule(name.rpartition(".")[0])
