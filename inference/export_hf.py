@@ -104,8 +104,9 @@ def export_other(path: str | Path, short: str, folder: Path, dtype: torch.dtype 
     config = by_table.write_settings(model.config)
     family = OTHER_FAMILIES[config["model_type"]]
     first, last = next(iter(tokenizer.begin), None), [*tokenizer.begin, *tokenizer.finish][-1]
-    config |= {"pad_token_id": tokenizer.pad_id, "bos_token_id": first, "eos_token_id": last}
-    config |= {"cls_token_id": first, "sep_token_id": last, "torch_dtype": str(dtype).removeprefix("torch.")}
+    ids = {"pad": tokenizer.pad_id, "bos": first, "cls": first, "eos": last, "sep": last}
+    config |= {f"{role}_token_id": ids[role] for role in family.roles}
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
     parts = [*by_table.written_weights(model.state_dict(), WHOLE[short], model.config, family)]
     texts = {"config.json": as_json(config)}
     texts |= tokenizer_files(tokenizer, None, model.config.max_position_embeddings)

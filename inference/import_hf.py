@@ -40,6 +40,7 @@ from model.encoder import Encoder
 from utils.checkpoint import final_name, save_checkpoint
 from utils.errors import Parser, UserError, end_cleanly, run_main
 
+CHAT = "python inference/chat.py --checkpoint"
 LONGEST_ROW = 512  # of later training, unless it is set: the model's own maximum is for much larger machines
 
 
@@ -95,9 +96,10 @@ def import_model(folder: Path, out: Path, overwrite: bool) -> Path:
     if os.path.exists(path) and not overwrite:
         raise UserError(f"{path} exists: name another --out, or replace it with --overwrite")
     weights = source.weights()
-    entries = {"stage": "import_hf", "short": source.short, "step": 0, "tokenizer": source.tokenizer.to_json()}
-    config = to_dict(source.config)
-    save_checkpoint(path, entries | {"config": config, "weights": weights})
+    save_checkpoint(path, {
+        "stage": "import_hf", "short": source.short, "step": 0, "tokenizer": source.tokenizer.to_json(),
+        "config": to_dict(source.config), "weights": weights,
+    })  # fmt: skip
     numbers = sum({id(tensor): tensor.numel() for tensor in weights.values()}.values())  # tied ones once
     tell(f"{source.what}: {numbers:,} numbers, {source.tokenizer.vocab_size:,} tokens, "
          f"{time.perf_counter() - start:.1f} s\nwrote {path}\nnext: {source.following} {path}")  # fmt: skip
@@ -115,7 +117,7 @@ def decoder(folder: Path, settings: dict) -> Source:
     does = "answers" if tokenizer.turns else f"continues texts ({tokenizer.refused})"
     return Source("SFT" if tokenizer.turns else "Pre", config, tokenizer,
                   lambda: read_weights(model, family, stored_tensors(folder), str(folder)),
-                  f"{settings['model_type']}, which {does}", "python inference/chat.py --checkpoint")  # fmt: skip
+                  f"{settings['model_type']}, which {does}", CHAT)  # fmt: skip
 
 
 def other_model(folder: Path, settings: dict) -> Source:
@@ -140,7 +142,7 @@ def embedding_model(folder: Path) -> Source:
     settings, stored = read_json_file(body, "config.json"), stored_tensors(body)
     family = family_of(settings, where, OTHER_FAMILIES)
     if family.section != "encoder":
-        raise UserError(f"{where}: model_type {settings['model_type']!r} is no encoder, the body of embeddings")
+        raise UserError(f"{where}: model_type {settings['model_type']!r} is no encoder")
     model = by_table.read_settings(settings, by_table.table_names(family, stored), where)
     tokenizer = read_hf_tokenizer(body, model.vocab_size, settings.get("eos_token_id"), chat=False)
     config = run_config(body, "encoder", model)

@@ -58,7 +58,7 @@ def read_settings(config: dict, names, where: str) -> EncoderConfig | Seq2SeqCon
 def write_settings(model: EncoderConfig | Seq2SeqConfig) -> dict:
     """Return the config.json of the first family that can hold the model; without any, raise a `UserError`
     that names what the nearest one lacks."""
-    wanted, nearest = behaviour(model), None
+    wanted, nearest = behaviour(model), (math.inf, "~")
     for name, family in OTHER_FAMILIES.items():
         if not isinstance(model, type(getattr(RunConfig(), family.section))):
             continue
@@ -70,15 +70,13 @@ def write_settings(model: EncoderConfig | Seq2SeqConfig) -> dict:
             found = behaviour(read_settings(config, names, name))
             lacks = [key for key in wanted if wanted[key] != found[key]]
         except UserError as error:
-            lacks = [str(error)]
-        if not lacks:
+            rank, words = math.inf, str(error)
+        else:
+            rank, words = len(lacks), ", ".join(f"{key}={wanted[key]!r}" for key in lacks)
+        if not rank:
             return config
-        if nearest is None or len(lacks) < len(nearest[1]):
-            nearest = name, [f"{key}={wanted[key]!r}" if key in wanted else key for key in lacks]
-    raise UserError(
-        f"no architecture of Hugging Face that TinySeek knows has this model: {nearest[0]} comes nearest, "
-        f"but not in {', '.join(nearest[1])}"
-    )
+        nearest = min(nearest, (rank, f"{name} comes nearest, but not in {words}"))
+    raise UserError(f"no architecture of Hugging Face that TinySeek knows has this model: {nearest[1]}")
 
 
 def behaviour(model: EncoderConfig | Seq2SeqConfig) -> dict:
@@ -170,7 +168,7 @@ def read_weights(
     read_into([(tensor, names[name]) for name, tensor in tensors.items()], stored)
     for copy, original in copies.items():
         if not torch.equal(tensors[copy], tensors[original]):
-            raise UserError(f"{where}: {copy} differs from {original}, and both are one tensor in this family")
+            raise UserError(f"{where}: {copy} differs from {original}, which this family ties to it")
     weights = {}
     for theirs, ours in parts.items():
         rows = tensors[theirs].split([shape[0] for _, shape in ours])

@@ -106,6 +106,7 @@ class TableFamily:
     endings: dict = field(default_factory=dict)  # old names of parameters
     copies: dict = field(default_factory=dict)  # tied tensor -> that which it equals; files may have either
     ignored: tuple[str, ...] = ()  # beginnings of names that transformers does not load either
+    roles: tuple[str, ...] = ("pad",)  # of the tokens that config.json names
     task: str = ""  # as the Hub calls it
 
 
@@ -175,7 +176,8 @@ OTHER_FAMILIES = {
             "lm_head": "decoder",
         },
         read=modern_settings, write=modern_config, prefix="model.",
-        copies={"decoder.weight": "model.embeddings.tok_embeddings.weight"}, task="fill-mask",
+        copies={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
+        roles=("pad", "bos", "eos", "cls", "sep"), task="fill-mask",
     ),
     "t5": TableFamily(
         "T5ForConditionalGeneration", "Span", "seq2seq",
@@ -196,6 +198,6 @@ OTHER_FAMILIES = {
         copies={"encoder.embed_tokens.weight": "shared.weight",
                 "decoder.embed_tokens.weight": "shared.weight"},
         ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
-        task="text2text-generation",
+        roles=("pad", "eos"), task="text2text-generation",
     ),
 }  # fmt: skip

@@ -35,11 +35,12 @@ def read_sentence_folder(folder: Path) -> SentenceFolder:
     modules = [one if isinstance(one, dict) else {} for one in modules]
     kinds = [str(one.get("type")).rpartition(".")[2] for one in modules]
     if kinds not in (CHAIN, CHAIN[:2]):
-        raise UserError(f"{where}: modules {', '.join(kinds)[:200]} are not supported, only {', '.join(CHAIN)}")
+        found = ", ".join(kinds)[:200]
+        raise UserError(f"{where}: the modules {found} are not supported, only {', '.join(CHAIN)}")
     body, place = (inside(folder, one.get("path"), where) for one in modules[:2])
     prompts = optional(folder, PROMPTS).get("prompts") or {}
     if not isinstance(prompts, dict) or any(prompts.values()):
-        raise UserError(f"{folder / PROMPTS}: prompts={prompts!r} are not supported: texts are read as they are")
+        raise UserError(f"{folder / PROMPTS}: prompts={prompts!r} before texts are not supported")
     settings = optional(body, LENGTH)
     if settings.get("do_lower_case"):
         raise UserError(f"{body / LENGTH}: do_lower_case is not supported: only the tokenizer changes texts")
