@@ -18,6 +18,7 @@ import torch
 from utils.errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+COUNT = "embeddings.position_ids"  # 0, 1, 2, ..: a buffer that old versions of transformers stored
 DTYPES = ("F64", "F32", "F16", "BF16")
 MOST_JSON = 64 * 2**20  # bytes
 MAPPED = 2**24  # bytes to read before a file is closed and opened again; a larger tensor is read whole
@@ -80,6 +81,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     for path in tensor_files(folder):
         with open_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118  not a dictionary
+                if name.endswith(COUNT):
+                    continue
                 part = file.get_slice(name)
                 if name in found:
                     raise UserError(

@@ -143,7 +143,7 @@ OTHER_FAMILIES = {
         read=bert_settings, prefix="bert.", endings={".gamma": ".weight", ".beta": ".bias"},
         copies={"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
                 "cls.predictions.decoder.bias": "cls.predictions.bias"},
-        ignored=("bert.embeddings.position_ids", "bert.pooler.", "cls.seq_relationship."), task="fill-mask",
+        ignored=("bert.pooler.", "cls.seq_relationship."), task="fill-mask",
     ),
     "modernbert": TableFamily(
         "ModernBertForMaskedLM", "MLM", "encoder",

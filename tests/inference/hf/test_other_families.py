@@ -116,7 +116,7 @@ FILES = {  # what files of other versions look like -> (case, changes of the ten
     "both tied heads": ("BertForMaskedLM", [lambda w: w.update({
         "cls.predictions.decoder.weight": w["bert.embeddings.word_embeddings.weight"].clone(),
         "cls.predictions.decoder.bias": w["cls.predictions.bias"].clone(),
-        "bert.embeddings.position_ids": torch.zeros(1, 48)})]),
+        "bert.embeddings.position_ids": torch.arange(48)[None]})]),
     "the bias under its other name": ("BertForMaskedLM", [
         rename("cls.predictions.bias", "cls.predictions.decoder.bias")]),
     "an embedding for each half": ("T5ForConditionalGeneration", [lambda w: w.update({
