@@ -7,26 +7,31 @@
 
 A dense model becomes a Qwen3, one with experts a Dots1, one with latent attention a DeepSeek-V3; an imported
 model becomes what it was, or a plainer family that computes the same. A setting that no architecture there
-has is an error that names it. The head of multi-token prediction is left out: it only drafts.
+has is an error that names it. The head of multi-token prediction is left out: it only drafts. An encoder
+becomes a BERT or a ModernBERT, an encoder-decoder a T5.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-from inference.generation.load import DEFAULT_OUT, Loaded, load_adapter, load_base
+from inference.generation.load import DEFAULT_OUT, SPECIAL, Loaded, build, load_adapter, load_base, open_as
 from inference.generation.terminal import tell
+from inference.hf import by_table
 from inference.hf.adapter_files import export_adapter
+from inference.hf.by_table import WHOLE
 from inference.hf.families import FAMILIES
 from inference.hf.folder import INDEX, SINGLE, new_folder, safetensors_package
+from inference.hf.other_families import OTHER_FAMILIES
 from inference.hf.settings import write_settings
 from inference.hf.tokenizer_files import tokenizer_files
 from inference.hf.weights import BIAS, HEAD, shapes_of, written_weights
 from load_data.tokenization.hf_tokenizer import GENERATION
+from utils.checkpoint import load_checkpoint
 from utils.errors import Parser, UserError, end_cleanly, run_main
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,6 +58,11 @@ def main():
     end_cleanly()
     if args.merge and not args.adapter:
         raise UserError("--merge needs --adapter FILE, the adapter to merge")
+    if args.checkpoint and (short := load_checkpoint(args.checkpoint).get("short")) in WHOLE:
+        written = export_other(args.checkpoint, short, args.folder, DTYPES[args.dtype])
+        tell(f"wrote {args.folder}: {written}, {args.dtype}; load it with "
+             f"transformers.{written}.from_pretrained({str(args.folder)!r})")  # fmt: skip
+        return
     model = load_base(args.checkpoint, "cpu", args.out, args.adapter, tell=tell)
     if args.adapter and not args.merge:
         export_adapter(args.adapter, model, args.folder)
@@ -82,15 +92,40 @@ def export_model(loaded: Loaded, folder: Path, dtype: torch.dtype = torch.float3
     with new_folder(folder) as place:
         for name, text in texts.items():
             (place / name).write_text(text, encoding="utf-8")
-        write_tensors(loaded, config["model_type"], place, dtype)
+        family, model = FAMILIES[config["model_type"]], loaded.model
+        write_tensors(written_weights(model.state_dict(), model.config, family), place, dtype)
     return config["architectures"][0]
 
 
-def write_tensors(loaded: Loaded, family: str, folder: Path, dtype: torch.dtype) -> None:
+def export_other(path: str | Path, short: str, folder: Path, dtype: torch.dtype = torch.float32) -> str:
+    """Write an encoder or an encoder-decoder to `folder`, and return the name of its architecture."""
+    about = open_as(SPECIAL[short], path)
+    model, tokenizer, _ = build(WHOLE[short], about, path)
+    config = by_table.write_settings(model.config)
+    family = OTHER_FAMILIES[config["model_type"]]
+    first, last = next(iter(tokenizer.begin), None), [*tokenizer.begin, *tokenizer.finish][-1]
+    ids = {"pad": tokenizer.pad_id, "bos": first, "cls": first, "eos": last, "sep": last}
+    config |= {f"{role}_token_id": ids[role] for role in family.roles}
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    parts = [*by_table.written_weights(model.state_dict(), WHOLE[short], model.config, family)]
+    texts = {"config.json": as_json(config)}
+    texts |= tokenizer_files(tokenizer, None, model.config.max_position_embeddings)
+    texts["README.md"] = (
+        f"---\nlibrary_name: transformers\npipeline_tag: {family.task}\n---\n\n# {Path(path).stem}\n\n"
+        f"A {family.architecture} with {sum(part.numel() for _, part in parts):,} parameters, written by "
+        f"TinySeek after {about['step']:,} steps of {about['stage']}.\n"
+    )
+    with new_folder(folder) as place:
+        for name, text in texts.items():
+            (place / name).write_text(text, encoding="utf-8")
+        write_tensors(parts, place, dtype)
+    return family.architecture
+
+
+def write_tensors(parts: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype) -> None:
     """Write all weights to `folder`, as one file, or as several with an index."""
     save_file = safetensors_package().torch.save_file
-    config, weights = loaded.model.config, loaded.model.state_dict()
-    files = [*in_files(written_weights(weights, config, FAMILIES[family]), dtype)]
+    files = [*in_files(parts, dtype)]
     places, total = {}, 0
     for number, names in enumerate(files, start=1):
         name = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"

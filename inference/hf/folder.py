@@ -18,13 +18,14 @@ import torch
 from utils.errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+COUNT = "embeddings.position_ids"  # 0, 1, 2, ..: a buffer that old versions of transformers stored
 DTYPES = ("F64", "F32", "F16", "BF16")
 MOST_JSON = 64 * 2**20  # bytes
 MAPPED = 2**24  # bytes to read before a file is closed and opened again; a larger tensor is read whole
 
 
-def read_json_file(folder: Path, name: str) -> dict:
-    """Return the JSON object in `folder / name`."""
+def read_json_file(folder: Path, name: str, kind: type = dict):
+    """Return the JSON object in `folder / name`, or of another `kind` (list)."""
     path = folder / name
     if not os.path.isfile(path):  # a pipe or a device may never end
         raise UserError(f"{path}: no such file; a Hugging Face folder has one")
@@ -34,8 +35,9 @@ def read_json_file(folder: Path, name: str) -> dict:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); download it again") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(data).__name__}")
+    if not isinstance(data, kind):
+        wanted = "object" if kind is dict else kind.__name__
+        raise UserError(f"{path}: expected a JSON {wanted}, found a {type(data).__name__}")
     return data
 
 
@@ -79,6 +81,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     for path in tensor_files(folder):
         with open_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118  not a dictionary
+                if name.endswith(COUNT):
+                    continue
                 part = file.get_slice(name)
                 if name in found:
                     raise UserError(

@@ -10,6 +10,7 @@ returns all that the logits depend on, and nothing else.
 from config.checks import validate_section
 from config.model import ModelConfig
 from inference.hf.families import FAMILIES, REQUIRED, Family
+from inference.hf.other_families import OTHER_FAMILIES
 from modules.attention.latent import softmax_scale
 from modules.rope_scaling import read_scaling, rope_frequencies
 from utils.errors import UserError
@@ -31,17 +32,17 @@ TYPES = {"rope_parameters": dict, "rope_scaling": dict, "layer_types": list, "ml
          "num_hidden_layers": int}  # fmt: skip
 
 
-def family_of(config: dict, where: str) -> Family:
+def family_of(config: dict, where: str, families: dict = FAMILIES):
     """Return the family of a config.json, or raise a `UserError` that lists the known ones."""
     name = config.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
-        known = ", ".join(FAMILIES)
+    if not isinstance(name, str) or name not in families:
+        known = ", ".join((*FAMILIES, *OTHER_FAMILIES))
         raise UserError(f"{where}: model_type {repr(name)[:60]} is not supported; known: {known}")
     if "quantization_config" in config:
         raise UserError(
             f"{where}: the weights are quantized (quantization_config); take an fp32 or bf16 model"
         )
-    return FAMILIES[name]
+    return families[name]
 
 
 def read_settings(config: dict, where: str) -> ModelConfig:

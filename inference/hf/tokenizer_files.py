@@ -24,7 +24,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from load_data.chat.chat_template import RESULT, ChatTemplate
-from load_data.tokenization.tokenizer import END_OF_TEXT, PAD, PART_TOKENS, UNKNOWN, BpeTokenizer
+from load_data.tokenization.tokenizer import END_OF_TEXT, MASK, PAD, PART_TOKENS, UNKNOWN, BpeTokenizer
 from load_data.tokenization.tokenizer import CharTokenizer, Tokenizer
 from utils.errors import UserError
 
@@ -88,6 +88,7 @@ def tokenizer_files(
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
         } | ({"model_max_length": max_length} if max_length else {})
+        config |= {"mask_token": MASK} if MASK in ids else {}
         files = {"tokenizer.json": with_special(backend.to_str(), ids), CONFIG: as_json(config)}
     if OPENING.get(template_kind) in tokenizer.special_ids:
         files.pop("chat_template.jinja", None)  # it would take precedence

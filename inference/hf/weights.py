@@ -9,7 +9,7 @@ matrix of each expert; newer files may have them stacked too.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from tqdm import tqdm
@@ -83,18 +83,7 @@ def read_weights(config: ModelConfig, family: Family, stored: dict[str, Stored],
     plan = {name: sources for name, sources in plan.items()
             if sources[0][1] in stored or not may_be_absent(name, config)}  # fmt: skip
     needed = {theirs: tuple(part.shape) for sources in plan.values() for part, theirs in sources}
-    faults = {
-        "missing": [name for name in needed if name not in stored],
-        "left over": [name for name in stored if name not in needed and not is_ignored(name, config)],
-        "of another shape": [
-            f"{name} {stored[name].shape} where config.json says {shape}"
-            for name, shape in needed.items()
-            if name in stored and stored[name].shape != shape
-        ],
-    }
-    if any(faults.values()):
-        words = "; ".join(f"{fault}: {listed(names)}" for fault, names in faults.items() if names)
-        raise UserError(f"{where}: config.json and the weights contradict each other; {words}")
+    compare(needed, stored, lambda name: is_ignored(name, config), where)
     weights = {}
     total = sum(4 * shapes[name].numel() for name in plan)
     with tqdm(total=total, unit="B", unit_scale=True, desc="reading") as bar:
@@ -110,6 +99,24 @@ def read_weights(config: ModelConfig, family: Family, stored: dict[str, Stored],
     for name in shapes.keys() - weights.keys():
         weights[name] = torch.zeros(shapes[name].shape)  # the bias of a router with softmax
     return {name: weights[name] for name in shapes}
+
+
+def compare(
+    needed: dict[str, tuple], stored: dict[str, Stored], ignored: Callable[[str], bool], where: str
+) -> None:
+    """Raise a `UserError` that lists what is missing, left over, or of another shape."""
+    faults = {
+        "missing": [name for name in needed if name not in stored],
+        "left over": [name for name in stored if name not in needed and not ignored(name)],
+        "of another shape": [
+            f"{name} {stored[name].shape} where config.json says {shape}"
+            for name, shape in needed.items()
+            if name in stored and stored[name].shape != shape
+        ],
+    }
+    if any(faults.values()):
+        words = "; ".join(f"{fault}: {listed(names)}" for fault, names in faults.items() if names)
+        raise UserError(f"{where}: config.json and the weights contradict each other; {words}")
 
 
 def is_ignored(name: str, config: ModelConfig) -> bool:

@@ -212,14 +212,16 @@ def frame(whole: tokenizers.Tokenizer, files: dict[str, str], bos: int | None) -
     return before or [bos] * (asked and bos is not None), after[::-1]
 
 
-def read_hf_tokenizer(folder: str | Path, rows: int | None = None, ends=None) -> HfTokenizer:
+def read_hf_tokenizer(
+    folder: str | Path, rows: int | None = None, ends=None, chat: bool = True
+) -> HfTokenizer:
     """Return the tokenizer in `folder`, which may also be the path of its tokenizer.json.
 
     `rows`: of the model's embedding. A new model can have any number (None), so the tokenizer gets all
     special tokens of ours that it lacks. A model with weights gets those of ChatML only if it has no chat
-    template and rows to spare. `ends`: the `eos_token_id` of the model, in place of a missing
-    generation_config.json. Raises `UserError` for files that are no tokenizer, or one of more ids than
-    `rows`.
+    template and rows to spare, and is one for dialogues (`chat`). `ends`: the `eos_token_id` of the model, in
+    place of a missing generation_config.json. Raises `UserError` for files that are no tokenizer, or one of
+    more ids than `rows`.
     """
     folder = Path(folder)
     folder = folder.parent if folder.name == TOKENIZER and not folder.is_dir() else folder
@@ -248,7 +250,7 @@ def read_hf_tokenizer(folder: str | Path, rows: int | None = None, ends=None) ->
             f"{folder / TOKENIZER}: its ids go up to {tokenizer.vocab_size - 1:,}, and the model has only "
             f"{rows:,} rows of embeddings: this is the tokenizer of another model"
         )
-    ours = () if source else ("<|im_start|>", "<|im_end|>")
+    ours = () if source or not chat else ("<|im_start|>", "<|im_end|>")
     ours = (*SPECIAL_TOKENS, *PART_TOKENS) if rows is None else ours
     missing = [name for name in ours if name not in tokenizer.names]
     if rows is None or tokenizer.vocab_size + len(missing) <= rows:
