@@ -46,7 +46,10 @@ QUESTIONS = {
         "inference/generation/speculative.py",
         "modules/mtp.py",
     ),
-    "run my trained model in llama.cpp": ("inference/export_gguf.py", "inference/gguf_files/architectures.py"),
+    "run my trained model in llama.cpp": (
+        "inference/export_gguf.py",
+        "inference/gguf_files/architectures.py",
+    ),
     "is it safe when the model computes with a calculator": ("inference/tools/calculator.py",),
     "when does the learning rate start to fall": ("train/engine/schedule.py",),
     "what happens when I press Ctrl-C during training": ("train/engine/stopping.py",),
