@@ -107,7 +107,8 @@ def open_index(folder: Path, reader: TextReader, width: int, out: Path, place: P
         lock = FolderLock(place, "search")
         write_index(place / NAME, index)
         lock.release()
-        tell(f"{summary(index, skipped)}\nembedded {embedded:,} of them in {time.perf_counter() - start:.1f} s")
+        took = f"embedded {embedded:,} of them in {time.perf_counter() - start:.1f} s"
+        tell(f"{summary(index, skipped)}\n{took}")
     return index
 
 

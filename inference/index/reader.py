@@ -26,8 +26,8 @@ class TextReader:
     @cached_property
     def identity(self) -> str:
         """A hash of all that decides the vector of a passage."""
-        settings = (self.tokenizer.digest, str(self.config.embed), str(self.config.encoder))
-        parts = (weights_digest(self.model.state_dict()), *settings)
+        sections = (self.config.embed, self.config.encoder, self.config.model)
+        parts = (weights_digest(self.model.state_dict()), self.tokenizer.digest, *map(str, sections))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     @property
