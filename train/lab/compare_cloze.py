@@ -47,7 +47,7 @@ class Line(NamedTuple):
 
 
 class Counts:
-    """Counts of each token between given neighbours, which stand at `offsets` from it: (-2, -1) in a trigram."""
+    """Counts of each token between given neighbours, at `offsets` from it: (-2, -1) in a trigram."""
 
     def __init__(self, tokens: np.ndarray, offsets: tuple[int, ...], vocab_size: int):
         before, after = max(0, -min(offsets, default=0)), max(0, max(offsets, default=0))
