@@ -9,6 +9,7 @@ import torch
 from config.load import load_config, preset_names, to_dict
 from inference import fill_mask
 from inference.generation.load import load_encoder
+from inference.import_hf import import_model
 from load_data.tokenization.tokenizer import MASK
 from tests.inference.tools import write_checkpoint
 from tests.processes import fork, without_pictures
@@ -190,3 +191,33 @@ def test_what_cannot_be_trained_is_one_line(trained, call, tmp_path):
         code, _, error = call(mlm_train, *flags(trained, out, *more, **settings))
         assert code == 2 and expected in error.splitlines()[-1] and "Traceback" not in error, error
         assert not out.exists()
+
+
+@pytest.mark.slow
+def test_an_imported_bert_fills_masks_as_transformers_does_and_learns_on(call, tmp_path):
+    """From the text to the candidates, with BERT's own tokenizer; then two steps of training. Rows of the
+    model beyond the tokenizer's ids are no candidates here."""
+    import transformers
+
+    from tests.inference.hf.others import save_other
+
+    theirs = save_other("BertForMaskedLM", tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "bert", False)
+    model, tokenizer, _ = load_encoder(tmp_path / "bert" / FINAL)
+    text = "The quick [MASK] jumps over a [MASK] dog!"
+    pipeline = transformers.FillMaskPipeline(
+        model=theirs, tokenizer=transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    )
+    found = fill_mask.fill(model, tokenizer, text, 4)
+    for ours, candidates in zip(found, pipeline(text, top_k=60), strict=True):
+        expected = [one for one in candidates if one["token"] < tokenizer.vocab_size][:4]
+        assert [share for _, share in ours] == pytest.approx([one["score"] for one in expected], rel=1e-4)
+        words = [one["token_str"].removeprefix("##") for one in expected]
+        assert [word.strip() for word, _ in ours] == words
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog ! " * 60, encoding="utf-8")
+    rows = {"data.sequence_length": 16, "data.start_length": 8, "data.cache_dir": tmp_path / "cache"}
+    words = ["--init", tmp_path / "bert" / FINAL, "--data", tmp_path / "text.txt", "--out", tmp_path / "more"]
+    code, _, error = call(mlm_train, *words, "--max-steps", 2, "--device", "cpu", *sets(rows))
+    assert code == 0, error
+    saved = load_checkpoint(tmp_path / "more" / FINAL)
+    assert saved["config"]["encoder"]["norm_order"] == "post" and saved["config"]["tokenizer"]["kind"] == "hf"
