@@ -17,12 +17,12 @@ from inference.fill_mask import fill, report
 from load_data.masking import WRITTEN
 from load_data.tokenization.tokenizer import MASK
 from model.encoder import MaskedLM
-from train.engine.command import parse_command
+from train.engine.command import chat_command, parse_command
 from train.engine.machine import start_machine
 from train.engine.masked_stage import masked_stage
 from train.engine.text_stage import open_text
 from train.engine.trainer import Trainer
-from utils.checkpoint import final_name, load_weights
+from utils.checkpoint import load_weights
 from utils.distributed import finish
 from utils.errors import run_main
 
@@ -48,8 +48,7 @@ def main():
     machine.say(f"{found['val_acc']:.1%} of the masked tokens of held-out text are found")
     if machine.world.is_first:
         show_fills(model.eval(), data, config)
-        print(f'\nnext: python inference/fill_mask.py "import [MASK]" --checkpoint '
-              f"{command.out / final_name(SHORT)}")  # fmt: skip
+        print(f'\nnext: {chat_command(SHORT, command.out)} "import [MASK]"')
     finish()
 
 

@@ -1,4 +1,4 @@
-"""Does the cloze work? One token of a held-out line is masked: who finds it, the model or a table of counts?
+"""The cloze, in numbers: one token of a held-out line is masked, and a model and tables of counts guess it.
 
     python train/lab/compare_cloze.py
     python train/lab/compare_cloze.py --checkpoint out/bert/TinySeek_MLM_final.pkl --count 500
@@ -47,7 +47,7 @@ class Line(NamedTuple):
 
 
 class Counts:
-    """How often each token stands between given neighbours, at `offsets` from it: (-2, -1) for a trigram."""
+    """Counts of each token between given neighbours, at `offsets` from it: (-2, -1) in a trigram."""
 
     def __init__(self, tokens: np.ndarray, offsets: tuple[int, ...], vocab_size: int):
         before, after = max(0, -min(offsets, default=0)), max(0, max(offsets, default=0))
