@@ -27,8 +27,8 @@ def write_model(folder, **changes):
     config = RunConfig()
     config.train.max_steps = 1
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_decoder_layers": 1, "head_dim": 8,
-                        "num_attention_heads": 2, "intermediate_size": 24, "initializer_range": 1.0,
-                        "vocab_size": TOKENIZER.vocab_size, "max_position_embeddings": 40}  # fmt: skip
+             "num_attention_heads": 2, "intermediate_size": 24, "initializer_range": 1.0,
+             "vocab_size": TOKENIZER.vocab_size, "max_position_embeddings": 40}  # fmt: skip
     for name, value in shape.items():
         setattr(config.seq2seq, name, value)
     torch.manual_seed(0)
