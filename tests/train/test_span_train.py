@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from config.load import load_config
 from config.objectives import SpanConfig
 from inference.generation.sampling import SamplingParams
+from inference.import_hf import import_model
 from inference.seq2seq import written
 from load_data.seq2seq import Seq2SeqLoader, collate, framed_pair
 from load_data.spans import SpanLoader, SpanPairs
 from load_data.tokenization.tokenizer import SENTINELS
 from model.encoder_decoder import EncoderDecoder
+from tests.inference.hf.others import write_other_tokenizer
 from tests.processes import fork
 from tests.train.tools import TOKENIZER as LETTERS
 from tests.train.tools import largest_difference, machine, same_bits, weights_of, without_timing
@@ -227,3 +229,30 @@ def test_lists_from_spans_and_their_score(tmp_path, monkeypatch, capsys):
     assert "5 held-out sources, in percent: exact=0.00  rouge_l=" in said and "train: 40 pairs" in said
     scores = (tmp_path / "b" / "span_train" / "scores.txt").read_text(encoding="utf-8")
     assert scores.startswith("exact=0.00")
+
+
+def test_an_imported_t5_goes_on_with_spans_and_lists(tmp_path, monkeypatch, capsys):
+    """Its own sentinels, its end of text, its start token; the settings are the imported ones."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    shape = {"vocab_size": 120, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    torch.manual_seed(0)
+    theirs = T5ForConditionalGeneration(T5Config(**shape, feed_forward_proj="gated-gelu", pad_token_id=0,
+                                                 decoder_start_token_id=0))  # fmt: skip
+    theirs.save_pretrained(tmp_path / "hf")
+    write_other_tokenizer(tmp_path / "hf", "t5")
+    import_model(tmp_path / "hf", tmp_path / "t5", overwrite=False)
+    base = load_checkpoint(tmp_path / "t5" / "TinySeek_Span_final.pkl")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox\n" * 400, encoding="utf-8")
+    small = [*PLAIN, "train.batch_size=2", "data.sequence_length=40", f"data.cache_dir={tmp_path / 'cache'}",
+             "train.eval_batches=1", "span.target_length=100", "data.skill_samples=20"]  # fmt: skip
+    sets = [part for setting in small for part in ("--set", setting)]
+    monkeypatch.setattr("load_data.task_pairs.SCORED", 2)
+    for name, words in (("a", ["--data", str(text)]), ("b", ["--data", str(text), "--config", "lists"])):
+        init = ["--init", str(tmp_path / "t5" / "TinySeek_Span_final.pkl"), "--max-steps", "2"]
+        found = run(monkeypatch, "--out", str(tmp_path / name), *init, *sets, *words)
+        assert found["config"]["seq2seq"] == base["config"]["seq2seq"] and found["step"] == 2
+        assert not same_bits(found["weights"], base["weights"])
+    said = capsys.readouterr().out
+    assert "<extra_id_0>" in said and "</s>" in said and "percent: exact=0.00" in said
