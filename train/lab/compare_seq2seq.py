@@ -74,10 +74,9 @@ def main():
     machine.say("\n".join(data.summary))
     config.seq2seq.vocab_size = tokenizer.vocab_size
     config.model = decoder_like(config.seq2seq, config)
-    runs = {"encoder-decoder": encoder_decoder, "decoder": decoder}
-    found = {name: [] for name in runs}
+    found = {name: [] for name in RUNS}
     for seed in args.seeds:
-        for name, make in runs.items():
+        for name, make in RUNS.items():
             config.train.seed = seed
             seed_everything(seed)
             stage, write = make(data, config, machine)
@@ -155,6 +154,9 @@ def decoder(data: TaskPairs, config: RunConfig, machine: Machine):
         return [[one for one in answer if one not in ends] for answer in answers]
 
     return stage, write
+
+
+RUNS = {"encoder-decoder": encoder_decoder, "decoder": decoder}
 
 
 def as_row(pair: Pair, separator: int) -> Sample:
