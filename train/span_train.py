@@ -40,6 +40,7 @@ def main():
     command = parse_command(STAGE, SHORT, __doc__, sections=("seq2seq",))
     config, machine = command.config, start_machine(command.config)
     text, task = open_text(command, machine, "seq2seq", SENTINELS), None
+    config.seq2seq.check()  # once more, now that the size of the vocabulary is known
     if config.span.task != "spans":
         task = machine.read(prepare_task, config, text.tokenizer)
         machine.say("\n".join(task.summary))

@@ -113,6 +113,15 @@ def test_checkpoints_of_other_kinds_say_what_opens_them(tmp_path):
         load_seq2seq(write_checkpoint(tmp_path / "TinySeek_Pre_final.pkl"))
 
 
+def test_a_start_token_beyond_the_vocabulary_is_one_line(tmp_path):
+    path = write_model(tmp_path)
+    about = torch.load(path, weights_only=True)
+    about["config"]["seq2seq"] |= {"decoder_start_token_id": 10**4, "vocab_size": 0}
+    save_checkpoint(path, about)
+    with pytest.raises(UserError, match="decoder_start_token_id=10000 must be below"):
+        load_seq2seq(path)
+
+
 def test_a_file_that_names_a_million_layers_is_refused_before_they_are_built(tmp_path):
     path = write_model(tmp_path)
     about = torch.load(path, weights_only=True)

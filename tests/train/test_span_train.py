@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config.load import load_config
+from config.load import load_config, preset_names, to_dict
 from config.objectives import SpanConfig
 from inference.generation.sampling import SamplingParams
 from inference.import_hf import import_model
@@ -127,6 +127,7 @@ def train_in(out):
         torch.save({"weights": weights_of(run.model), "found": found}, out / "seen.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -206,6 +207,21 @@ def run(monkeypatch, *words):
     return load_checkpoint(f"{words[1]}/TinySeek_Span_final.pkl")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", preset_names("span_train"))
+def test_a_preset_is_built_and_stepped(name, tmp_path, monkeypatch, capsys):
+    """As it is, but for two short steps on few characters. The run says itself that every weight moved."""
+    monkeypatch.setattr("load_data.task_pairs.SCORED", 2)
+    small = ["tokenizer.kind=char", "data.skill_samples=20", "data.worked_examples=20", "train.batch_size=1",
+             "train.eval_batches=1", "train.dtype=fp32", f"data.cache_dir={tmp_path / 'cache'}"]  # fmt: skip
+    sets = [part for setting in small for part in ("--set", setting)]
+    words = ["--out", str(tmp_path / "out"), "--config", name, "--max-steps", "2", "--limit", "8"]
+    found = run(monkeypatch, *words, *sets)
+    preset = to_dict(load_config(name, stage="span_train"))
+    assert found["config"]["span"] == preset["span"] and found["config"]["optim"] == preset["optim"]
+    assert found["step"] == 2 and "weights proven" in capsys.readouterr().out
+
+
 def test_a_run_on_spans_is_resumed_with_more_steps(tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {n} of some text that repeats\n" for n in range(400)), encoding="utf-8")
@@ -231,6 +247,7 @@ def test_lists_from_spans_and_their_score(tmp_path, monkeypatch, capsys):
     assert scores.startswith("exact=0.00")
 
 
+@pytest.mark.slow
 def test_an_imported_t5_goes_on_with_spans_and_lists(tmp_path, monkeypatch, capsys):
     """Its own sentinels, its end of text, its start token; the settings are the imported ones."""
     from transformers import T5Config, T5ForConditionalGeneration
