@@ -46,3 +46,8 @@ class Seq2SeqConfig:
                 f"seq2seq.relative_attention_max_distance={far} must be above {buckets // 2}, the distances "
                 "with a bucket of their own"
             )
+        if self.vocab_size and self.decoder_start_token_id >= self.vocab_size:
+            raise UserError(
+                f"seq2seq.decoder_start_token_id={self.decoder_start_token_id} must be below "
+                f"seq2seq.vocab_size={self.vocab_size}: change it"
+            )

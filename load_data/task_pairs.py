@@ -8,15 +8,18 @@ docstrings by file, with the held-out files of pre-training. `val` decides which
 what a result is scored on.
 """
 
+import ast
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 from config.schema import RunConfig
+from load_data.corpora.python_corpus import SourceFile, read_python_corpus
 from load_data.seq2seq import Pair, framed_pair
 from load_data.skills import scored_items, training_items
-from load_data.skills.common import SIDES, TEST, TRAIN, VAL
+from load_data.skills.common import SIDES, TEST, TRAIN, VAL, held_out_side
+from load_data.skills.docstrings import first_sentence
 from load_data.tokenization.tokenizer import Tokenizer
 from utils.errors import UserError
 
@@ -73,4 +76,27 @@ def lists(config: RunConfig) -> Iterator[tuple[str, str, str]]:
             yield side, item.messages[0]["content"], item.expected
 
 
-TASKS = {"lists": lists}
+def docstrings(config: RunConfig) -> Iterator[tuple[str, str, str]]:
+    """Yield (side, function without its docstring, first sentence of the docstring)."""
+    corpus = read_python_corpus(config.data.val_fraction)
+    for file in corpus.train:
+        yield from ((TRAIN, code, sentence) for code, sentence in documented(file))
+    for file in corpus.val:
+        yield from ((held_out_side(code), code, sentence) for code, sentence in documented(file))
+
+
+def documented(file: SourceFile) -> Iterator[tuple[str, str]]:
+    """Yield every function of a file whose docstring begins with a sentence, without it, and the sentence.
+    Comments are lost: nothing that describes a function remains but its code."""
+    try:
+        tree = ast.parse(file.text)
+    except (SyntaxError, ValueError):
+        return  # a template rather than a module
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (text := ast.get_docstring(node)):
+            node.body = node.body[1:] or [ast.Pass()]
+            if sentence := first_sentence(text):
+                yield ast.unparse(node), sentence
+
+
+TASKS = {"lists": lists, "docstrings": docstrings}

@@ -16,20 +16,20 @@ import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().par
 import utils  # noqa: F401  sets how threads wait; must precede torch
 from inference.generation.sampling import SamplingParams
 from inference.seq2seq import written
-from load_data.packing import prepare_pretraining
 from load_data.seq2seq import Seq2SeqLoader
 from load_data.skills.common import TEST, TRAIN, VAL
 from load_data.spans import SpanLoader, SpanPairs
 from load_data.task_pairs import prepare_task
-from load_data.tokenization.tokenizer import SENTINELS, Tokenizer
+from load_data.tokenization.tokenizer import SENTINELS
 from model.encoder_decoder import EncoderDecoder
 from train.engine.command import parse_command
 from train.engine.machine import start_machine
 from train.engine.seq2seq_stage import score, seq2seq_stage
+from train.engine.text_stage import open_text
 from train.engine.trainer import Trainer
-from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint, load_weights
+from utils.checkpoint import final_name, load_weights
 from utils.distributed import finish
-from utils.errors import UserError, run_main
+from utils.errors import run_main
 
 STAGE, SHORT = "span_train", "Span"
 SHOWN = 3  # held-out answers, printed after training
@@ -39,19 +39,11 @@ def main():
     """Train a model on spans or on a task, then show what it writes."""
     command = parse_command(STAGE, SHORT, __doc__, sections=("seq2seq",))
     config, machine = command.config, start_machine(command.config)
-    newest = latest_checkpoint(command.out, SHORT) if command.resume else None
-    begun = load_checkpoint(newest) if newest else command.init or {}
-    tokenizer = Tokenizer.from_json(begun["tokenizer"], str(newest)) if begun.get("tokenizer") else None
-    text = machine.read(prepare_pretraining, config, tokenizer, SENTINELS)
-    task = None if config.span.task == "spans" else machine.read(prepare_task, config, text.tokenizer)
-    machine.say("\n".join((task or text).summary))
-
-    config.seq2seq.vocab_size = config.seq2seq.vocab_size or text.tokenizer.vocab_size
-    if config.seq2seq.vocab_size < text.tokenizer.vocab_size:
-        raise UserError(
-            f"seq2seq.vocab_size={config.seq2seq.vocab_size} is less than the {text.tokenizer.vocab_size} "
-            "tokens of the tokenizer: leave it out, or set it to at least that"
-        )
+    text, task = open_text(command, machine, "seq2seq", SENTINELS), None
+    config.seq2seq.check()  # once more, now that the size of the vocabulary is known
+    if config.span.task != "spans":
+        task = machine.read(prepare_task, config, text.tokenizer)
+        machine.say("\n".join(task.summary))
     model = EncoderDecoder(config.seq2seq)
     if command.init:
         load_weights(model, command.init["weights"], "--init")

@@ -115,6 +115,7 @@ def load_encoder(path: str | Path) -> tuple[MaskedLM, Tokenizer, RunConfig]:
 def load_seq2seq(path: str | Path) -> tuple[EncoderDecoder, Tokenizer, RunConfig]:
     """Return an encoder-decoder. Raises `UserError` as `load_full` does."""
     model, tokenizer, config = build(EncoderDecoder, open_as(SEQ2SEQ, path), path)
+    config.seq2seq.check()  # once more, now that the size of the vocabulary is known
     return model.eval(), tokenizer, config
 
 

@@ -9,14 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config.load import load_config
+from config.load import load_config, preset_names, to_dict
 from config.objectives import SpanConfig
 from inference.generation.sampling import SamplingParams
+from inference.import_hf import import_model
 from inference.seq2seq import written
 from load_data.seq2seq import Seq2SeqLoader, collate, framed_pair
 from load_data.spans import SpanLoader, SpanPairs
 from load_data.tokenization.tokenizer import SENTINELS
 from model.encoder_decoder import EncoderDecoder
+from tests.inference.hf.others import write_other_tokenizer
 from tests.processes import fork
 from tests.train.tools import TOKENIZER as LETTERS
 from tests.train.tools import largest_difference, machine, same_bits, weights_of, without_timing
@@ -125,6 +127,7 @@ def train_in(out):
         torch.save({"weights": weights_of(run.model), "found": found}, out / "seen.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -204,6 +207,21 @@ def run(monkeypatch, *words):
     return load_checkpoint(f"{words[1]}/TinySeek_Span_final.pkl")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", preset_names("span_train"))
+def test_a_preset_is_built_and_stepped(name, tmp_path, monkeypatch, capsys):
+    """As it is, but for two short steps on few characters. The run says itself that every weight moved."""
+    monkeypatch.setattr("load_data.task_pairs.SCORED", 2)
+    small = ["tokenizer.kind=char", "data.skill_samples=20", "data.worked_examples=20", "train.batch_size=1",
+             "train.eval_batches=1", "train.dtype=fp32", f"data.cache_dir={tmp_path / 'cache'}"]  # fmt: skip
+    sets = [part for setting in small for part in ("--set", setting)]
+    words = ["--out", str(tmp_path / "out"), "--config", name, "--max-steps", "2", "--limit", "8"]
+    found = run(monkeypatch, *words, *sets)
+    preset = to_dict(load_config(name, stage="span_train"))
+    assert found["config"]["span"] == preset["span"] and found["config"]["optim"] == preset["optim"]
+    assert found["step"] == 2 and "weights proven" in capsys.readouterr().out
+
+
 def test_a_run_on_spans_is_resumed_with_more_steps(tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {n} of some text that repeats\n" for n in range(400)), encoding="utf-8")
@@ -227,3 +245,31 @@ def test_lists_from_spans_and_their_score(tmp_path, monkeypatch, capsys):
     assert "5 held-out sources, in percent: exact=0.00  rouge_l=" in said and "train: 40 pairs" in said
     scores = (tmp_path / "b" / "span_train" / "scores.txt").read_text(encoding="utf-8")
     assert scores.startswith("exact=0.00")
+
+
+@pytest.mark.slow
+def test_an_imported_t5_goes_on_with_spans_and_lists(tmp_path, monkeypatch, capsys):
+    """Its own sentinels, its end of text, its start token; the settings are the imported ones."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    shape = {"vocab_size": 120, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    torch.manual_seed(0)
+    theirs = T5ForConditionalGeneration(T5Config(**shape, feed_forward_proj="gated-gelu", pad_token_id=0,
+                                                 decoder_start_token_id=0))  # fmt: skip
+    theirs.save_pretrained(tmp_path / "hf")
+    write_other_tokenizer(tmp_path / "hf", "t5")
+    import_model(tmp_path / "hf", tmp_path / "t5", overwrite=False)
+    base = load_checkpoint(tmp_path / "t5" / "TinySeek_Span_final.pkl")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox\n" * 400, encoding="utf-8")
+    small = [*PLAIN, "train.batch_size=2", "data.sequence_length=40", f"data.cache_dir={tmp_path / 'cache'}",
+             "train.eval_batches=1", "span.target_length=100", "data.skill_samples=20"]  # fmt: skip
+    sets = [part for setting in small for part in ("--set", setting)]
+    monkeypatch.setattr("load_data.task_pairs.SCORED", 2)
+    for name, words in (("a", ["--data", str(text)]), ("b", ["--data", str(text), "--config", "lists"])):
+        init = ["--init", str(tmp_path / "t5" / "TinySeek_Span_final.pkl"), "--max-steps", "2"]
+        found = run(monkeypatch, "--out", str(tmp_path / name), *init, *sets, *words)
+        assert found["config"]["seq2seq"] == base["config"]["seq2seq"] and found["step"] == 2
+        assert not same_bits(found["weights"], base["weights"])
+    said = capsys.readouterr().out
+    assert "<extra_id_0>" in said and "</s>" in said and "percent: exact=0.00" in said
