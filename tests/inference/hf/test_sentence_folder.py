@@ -121,6 +121,7 @@ BAD = {
     "a text before": (lambda f: write_json(
         f / "config_sentence_transformers.json", {"prompts": {"query": "query: "}}), "prompts="),
     "lower case": (change("sentence_bert_config.json", do_lower_case=True), "do_lower_case"),
+    "no room": (change("sentence_bert_config.json", max_seq_length=1), "embed.query_length=1 must be"),
     "another place": (move("../elsewhere"), "'../elsewhere' is not a folder in this one"),
     "no place": (move(None), "None is not a folder in this one"),
     "an object": (lambda f: (f / "modules.json").write_text("{}"), "expected a JSON list, found a dict"),
