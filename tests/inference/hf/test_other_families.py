@@ -208,6 +208,9 @@ def test_absent_settings_are_those_of_transformers(name):
     assert behaviour(read_settings(given, (), "")) == behaviour(read_settings(full, (), ""))
 
 
+CLASSIC = {"norm_order": "post", "norm": "layer_norm", "norm_bias": True, "gated": False, "mlp_bias": True,
+           "position_embedding_type": "absolute", "hidden_act": "gelu", "attention_bias": True,
+           "type_vocab_size": 2, "head_bias": True}  # fmt: skip
 SETTINGS = {
     "bert": {"hidden_act": "relu", "position_embedding_type": "relative_key", "is_decoder": True,
              "add_cross_attention": True, "tie_word_embeddings": False, "type_vocab_size": 0,
@@ -254,9 +257,8 @@ def test_no_feed_forward_named_is_that_of_the_first_t5():
     [
         ({}, "modernbert comes nearest, but not in norm='rms_norm', hidden_act='silu'"),
         ({"norm": "layer_norm", "hidden_act": "gelu", "type_vocab_size": 2}, "type_vocab_size=2"),
-        ({"norm_order": "post", "norm": "layer_norm", "norm_bias": True, "gated": False, "mlp_bias": True,
-          "position_embedding_type": "absolute", "hidden_act": "gelu", "attention_bias": True,
-          "type_vocab_size": 2}, "bert comes nearest, but not in head_bias=False"),
+        (CLASSIC | {"head_bias": False}, "bert comes nearest, but not in head_bias=False"),
+        (CLASSIC | {"local_attention": 8}, "windows of layers=[None, 5, 5, None]"),
     ],
 )  # fmt: skip
 def test_models_without_a_twin_are_not_written(settings, words):
@@ -265,10 +267,12 @@ def test_models_without_a_twin_are_not_written(settings, words):
         write_settings(EncoderConfig(vocab_size=9, **settings))
 
 
-def test_windows_without_effect_do_not_matter():
-    """All layers see all, whatever is said about windows and the bases of local layers."""
+def test_settings_without_effect_do_not_matter():
+    """All layers see all, and nothing rotates; the buckets of a T5 have no last one."""
     modern = EncoderConfig(vocab_size=9, norm="layer_norm", hidden_act="gelu", local_rope_theta=7.0)
     assert set(write_settings(modern)["layer_types"]) == {"full_attention"}
+    classic = EncoderConfig(vocab_size=9, **CLASSIC, local_rope_theta=7.0, global_rope_theta=8.0)
+    assert write_settings(classic)["model_type"] == "bert"
     assert write_settings(Seq2SeqConfig(vocab_size=9, max_position_embeddings=7))["d_model"] == 192
 
 
