@@ -92,6 +92,7 @@ def import_model(folder: Path, out: Path, overwrite: bool) -> Path:
         settings = read_json_file(folder, "config.json")
         other = settings.get("model_type") in [*OTHER_FAMILIES]
         source = other_model(folder, settings) if other else decoder(folder, settings)
+    source.config.validate()
     path = out / final_name(source.short)
     if os.path.exists(path) and not overwrite:
         raise UserError(f"{path} exists: name another --out, or replace it with --overwrite")

@@ -84,13 +84,9 @@ def behaviour(model: EncoderConfig | Seq2SeqConfig) -> dict:
     found = {one.name: getattr(model, one.name) for one in fields(model) if one.name not in UNSEEN}
     if isinstance(model, Seq2SeqConfig):
         return found | {"max_position_embeddings": None}  # buckets know no limit
-    windows = [model.layer_window(n) for n in range(model.num_hidden_layers)]
-    rotates = model.position_embedding_type == "rope"
-    if not (rotates and None in windows):
-        found["global_rope_theta"] = None
-    if not (rotates and any(windows)):
-        found["local_rope_theta"] = None
-    return found | {"windows of layers": windows}
+    if model.position_embedding_type != "rope":
+        found |= {"global_rope_theta": None, "local_rope_theta": None}
+    return found | {"windows of layers": [model.layer_window(n) for n in range(model.num_hidden_layers)]}
 
 
 # --- weights --------------------------------------------------------------------------------------

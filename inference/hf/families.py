@@ -1,4 +1,5 @@
-"""The differences between families of Hugging Face decoders: names of settings and weights, as data.
+"""The differences between families of Hugging Face decoders: names of settings and weights, as data. Encoders
+and encoder-decoders are in other_families.py.
 
 All of them are one decoder, and TinySeek's names are Hugging Face's, so a family is a few exceptions. The
 same table serves import_hf.py, which reads `config.json` and weights, and export_hf.py, which writes them.

@@ -10,7 +10,7 @@ returns all that the logits depend on, and nothing else.
 from config.checks import validate_section
 from config.model import ModelConfig
 from inference.hf.families import FAMILIES, REQUIRED, Family
-from inference.hf.other_families import OTHER_FAMILIES
+from inference.hf.other_families import OTHER_FAMILIES, TableFamily
 from modules.attention.latent import softmax_scale
 from modules.rope_scaling import read_scaling, rope_frequencies
 from utils.errors import UserError
@@ -32,7 +32,7 @@ TYPES = {"rope_parameters": dict, "rope_scaling": dict, "layer_types": list, "ml
          "num_hidden_layers": int}  # fmt: skip
 
 
-def family_of(config: dict, where: str, families: dict = FAMILIES):
+def family_of(config: dict, where: str, families: dict = FAMILIES) -> Family | TableFamily:
     """Return the family of a config.json, or raise a `UserError` that lists the known ones."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in families:

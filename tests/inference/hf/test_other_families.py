@@ -15,12 +15,15 @@ from config.load import to_dict
 from config.schema import RunConfig
 from config.seq2seq import Seq2SeqConfig
 from inference import export_hf, import_hf
-from inference.generation.load import SPECIAL, build, open_as
+from inference.fill_mask import fill
+from inference.generation.load import SPECIAL, build, load_encoder, load_seq2seq, open_as
+from inference.generation.sampling import SamplingParams
 from inference.hf import by_table
 from inference.hf.by_table import WHOLE, behaviour, read_settings, write_settings
 from inference.hf.families import REQUIRED
 from inference.hf.other_families import OTHER_FAMILIES
-from load_data.tokenization.tokenizer import MASK, BpeTokenizer
+from inference.seq2seq import written
+from load_data.tokenization.tokenizer import MASK, SENTINELS, BpeTokenizer
 from tests.inference.hf.others import OTHERS, SIZES, save_other
 from tests.inference.hf.test_import import edit_json, rewrite
 from utils.checkpoint import save_checkpoint
@@ -87,6 +90,41 @@ def test_there_and_back(case, tmp_path, monkeypatch):
                "T5ForConditionalGeneration, two matrices, longer decoder": {
                    "tie_word_embeddings": False}}  # as older versions read it  # fmt: skip
     assert changed == allowed.get(case, {})
+
+
+@torch.inference_mode()
+def test_masks_are_filled_as_by_transformers(tmp_path, monkeypatch):
+    """The whole way of a user: a folder, a text with two masks, the same words and probabilities."""
+    theirs = save_other("BertForMaskedLM", tmp_path / "hf")
+    run(monkeypatch, import_hf, tmp_path / "hf", "--out", tmp_path / "out")
+    model, tokenizer, _ = load_encoder(tmp_path / "out" / "TinySeek_MLM_final.pkl")
+    text = "The quick [MASK] jumped over 你 [MASK]!"
+    row = AutoTokenizer.from_pretrained(tmp_path / "hf")(text, return_tensors="pt")
+    shares = theirs(**row).logits[row["input_ids"] == 4].softmax(dim=-1)  # (2, V)
+    for found, expected in zip(fill(model, tokenizer, text, top=28), shares, strict=True):
+        words = {tokenizer.decode([one], skip_special=False): share for one, share in enumerate(
+            expected[: tokenizer.vocab_size].tolist())}  # fmt: skip
+        assert dict(found).keys() == words.keys()
+        assert all(abs(share - words[word]) < 1e-6 for word, share in found)
+        assert found[0][1] > 2 * found[9][1]
+
+
+@torch.inference_mode()
+def test_a_t5_writes_what_it_writes_in_transformers(tmp_path, monkeypatch):
+    """The first token and the last are those of the folder; sources of different lengths in one batch."""
+    theirs = save_other("T5ForConditionalGeneration", tmp_path / "hf")
+    run(monkeypatch, import_hf, tmp_path / "hf", "--out", tmp_path / "out")
+    edit_json(tmp_path / "hf" / "config.json", decoder_start_token_id=None)  # newer files have it elsewhere
+    run(monkeypatch, import_hf, tmp_path / "hf", "--out", tmp_path / "out", "--overwrite")
+    model, tokenizer, config = load_seq2seq(tmp_path / "out" / "TinySeek_Span_final.pkl")
+    assert config.seq2seq.decoder_start_token_id == 3
+    ids = IDS * REAL  # the token for padding is 0
+    expected = theirs.generate(ids, attention_mask=REAL.long(), max_new_tokens=12, do_sample=False)[:, 1:]
+    sources = [row[mask].tolist() for row, mask in zip(ids, REAL)]
+    found = written(model, tokenizer, sources, SamplingParams(0.0, max_new_tokens=12))
+    assert found == [row[(row == 1).cumsum(0) == 0].tolist() for row in expected]
+    assert len({one for answer in found for one in answer}) > 3
+    assert tokenizer.finish == [1] and SENTINELS[0] in tokenizer.special_ids
 
 
 def test_several_files_and_bf16(tmp_path, monkeypatch):
@@ -170,6 +208,9 @@ def test_absent_settings_are_those_of_transformers(name):
     assert behaviour(read_settings(given, (), "")) == behaviour(read_settings(full, (), ""))
 
 
+CLASSIC = {"norm_order": "post", "norm": "layer_norm", "norm_bias": True, "gated": False, "mlp_bias": True,
+           "position_embedding_type": "absolute", "hidden_act": "gelu", "attention_bias": True,
+           "type_vocab_size": 2, "head_bias": True}  # fmt: skip
 SETTINGS = {
     "bert": {"hidden_act": "relu", "position_embedding_type": "relative_key", "is_decoder": True,
              "add_cross_attention": True, "tie_word_embeddings": False, "type_vocab_size": 0,
@@ -216,9 +257,8 @@ def test_no_feed_forward_named_is_that_of_the_first_t5():
     [
         ({}, "modernbert comes nearest, but not in norm='rms_norm', hidden_act='silu'"),
         ({"norm": "layer_norm", "hidden_act": "gelu", "type_vocab_size": 2}, "type_vocab_size=2"),
-        ({"norm_order": "post", "norm": "layer_norm", "norm_bias": True, "gated": False, "mlp_bias": True,
-          "position_embedding_type": "absolute", "hidden_act": "gelu", "attention_bias": True,
-          "type_vocab_size": 2}, "bert comes nearest, but not in head_bias=False"),
+        (CLASSIC | {"head_bias": False}, "bert comes nearest, but not in head_bias=False"),
+        (CLASSIC | {"local_attention": 8}, "windows of layers=[None, 5, 5, None]"),
     ],
 )  # fmt: skip
 def test_models_without_a_twin_are_not_written(settings, words):
@@ -227,10 +267,12 @@ def test_models_without_a_twin_are_not_written(settings, words):
         write_settings(EncoderConfig(vocab_size=9, **settings))
 
 
-def test_windows_without_effect_do_not_matter():
-    """All layers see all, whatever is said about windows and the bases of local layers."""
+def test_settings_without_effect_do_not_matter():
+    """All layers see all, and nothing rotates; the buckets of a T5 have no last one."""
     modern = EncoderConfig(vocab_size=9, norm="layer_norm", hidden_act="gelu", local_rope_theta=7.0)
     assert set(write_settings(modern)["layer_types"]) == {"full_attention"}
+    classic = EncoderConfig(vocab_size=9, **CLASSIC, local_rope_theta=7.0, global_rope_theta=8.0)
+    assert write_settings(classic)["model_type"] == "bert"
     assert write_settings(Seq2SeqConfig(vocab_size=9, max_position_embeddings=7))["d_model"] == 192
 
 

@@ -72,7 +72,7 @@ def test_bodies_with_every_pooling(case, pooling, expected, chain, tmp_path, mon
     run(monkeypatch, import_hf, tmp_path / "hf", "--out", tmp_path / "out")
     ours, tokenizer, config = opened(tmp_path / "out" / "TinySeek_Embed_final.pkl")
     assert (config.embed.query_length, config.embed.document_length) == (12, 12)
-    assert (config.embed.base, config.embed.pooling) == ("encoder", expected)
+    assert config.embed.pooling == expected
     assert tokenizer.framed([7]) == [2, 7, 3]
     theirs = body.eval()(IDS, attention_mask=REAL.long()).last_hidden_state
     hidden = ours(IDS, padding_mask=REAL)
@@ -121,6 +121,7 @@ BAD = {
     "a text before": (lambda f: write_json(
         f / "config_sentence_transformers.json", {"prompts": {"query": "query: "}}), "prompts="),
     "lower case": (change("sentence_bert_config.json", do_lower_case=True), "do_lower_case"),
+    "no room": (change("sentence_bert_config.json", max_seq_length=1), "embed.query_length=1 must be"),
     "another place": (move("../elsewhere"), "'../elsewhere' is not a folder in this one"),
     "no place": (move(None), "None is not a folder in this one"),
     "an object": (lambda f: (f / "modules.json").write_text("{}"), "expected a JSON list, found a dict"),
