@@ -32,6 +32,7 @@ from load_data.tokenization.train_tokenizer import train_tokenizer
 from utils.errors import UserError
 
 KEYS = ("query", "positive")  # of a record
+FORM = '{"query": text, "positive": text}, or with "negatives": [texts] besides'
 KINDS = (docstring_pairs, further_pairs)  # of pairs to train on
 
 
@@ -107,6 +108,8 @@ def read_pairs(data: DataConfig) -> tuple[dict[str, list[Pair]], list[str]]:
         summary.append(corpus.summary)
         sources.append(library_pairs(corpus, data))
     files = find_files([path for path in data.paths if path != PYTHON])
+    if others := [str(file) for file in files if file.suffix.lower() != ".jsonl"]:
+        raise UserError(f"--data {others[0]}: pairs are read from .jsonl: {FORM}")
     sources += [read_records(file, partial(as_pair, data=data), skipped) for file in files]
     found = {VAL: [], TRAIN: []}
     for side, pair in limited(sources, data.limit):
@@ -135,7 +138,7 @@ def library_pairs(corpus: PythonCorpus, data: DataConfig) -> Iterator[tuple[str,
 def as_pair(record: dict, where: str, data: DataConfig) -> tuple[str, Pair]:
     """Return a record as a pair with its side. Raises `UserError` that begins with `where`."""
     if missing := [key for key in KEYS if key not in record]:
-        raise UserError(f'{where}: a pair has "query" and "positive"; no {" and no ".join(missing)}')
+        raise UserError(f"{where}: no {' and no '.join(missing)}; a pair is {FORM}")
     query, positive = (string(record, key, where) for key in KEYS)
     negatives = record.get("negatives") or []
     if not isinstance(negatives, list) or not all(isinstance(one, str) for one in negatives):

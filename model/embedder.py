@@ -12,7 +12,7 @@ from torch import nn
 
 from config.encoder import EncoderConfig
 from config.model import ModelConfig
-from config.schema import RunConfig
+from config.objectives import EmbedConfig
 from model.encoder import Encoder
 from model.tinyseek import TinySeek
 from modules.pooling import pool
@@ -28,11 +28,10 @@ class Embedder(nn.Module):
         self.body, self.pooling, self.config = body, pooling, config
 
     @classmethod
-    def from_config(cls, config: RunConfig) -> "Embedder":
-        """Return the model that `embed.base` and the section of its body describe, with random weights."""
-        if config.embed.base == "encoder":
-            return cls(Encoder(config.encoder), config.embed.pooling, config.encoder)
-        return cls(TinySeek(config.model).model, config.embed.pooling, config.model)
+    def from_config(cls, embed: EmbedConfig, config: EncoderConfig | ModelConfig) -> "Embedder":
+        """Return the model that `embed.base` and the settings of its body describe, with random weights."""
+        body = Encoder(config) if embed.base == "encoder" else TinySeek(config).model
+        return cls(body, embed.pooling, config)
 
     def forward(self, input_ids, padding_mask=None):
         """Embed each row; `padding_mask` (B, T) is True for real tokens, by default everywhere."""
@@ -50,6 +49,6 @@ def embed_by_length(model, input_ids, padding_mask):
     parts = []
     for rows in order.split(ROWS):
         mask = padding_mask[rows]
-        width = max(1, int(mask.any(0).nonzero().max(initial=0) + 1))
+        width = mask.shape[1] - int(mask.any(0).flip(0).int().argmax()) if mask.any() else 1
         parts.append(model(input_ids[rows, :width], mask[:, :width]))
     return torch.cat(parts)[order.argsort()]
