@@ -10,7 +10,7 @@ is allocated, and the paths in it are not trusted.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PureWindowsPath
 
 import torch
@@ -20,6 +20,7 @@ from config.schema import RunConfig
 from load_data.chat.chat_template import ChatTemplate
 from load_data.tokenization.tokenizer import Tokenizer
 from model.blank import blank
+from model.embedder import Embedder
 from model.encoder import MaskedLM
 from model.adapters import ADAPTERS, adapted, soft_tokens
 from model.encoder_decoder import EncoderDecoder
@@ -116,6 +117,14 @@ def load_seq2seq(path: str | Path) -> tuple[EncoderDecoder, Tokenizer, RunConfig
     """Return an encoder-decoder. Raises `UserError` as `load_full` does."""
     model, tokenizer, config = build(EncoderDecoder, open_as(SEQ2SEQ, path), path)
     config.seq2seq.check()  # once more, now that the size of the vocabulary is known
+    return model.eval(), tokenizer, config
+
+
+def load_embedder(path: str | Path) -> tuple[Embedder, Tokenizer, RunConfig]:
+    """Return a model of embeddings. Raises `UserError` as `load_full` does."""
+    about = open_as(SEARCH, path)
+    embed = from_dict(about["config"], str(path)).embed
+    model, tokenizer, config = build(partial(Embedder.from_config, embed), about, path)
     return model.eval(), tokenizer, config
 
 

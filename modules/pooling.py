@@ -1,0 +1,66 @@
+"""Pooling: one vector of unit length for a whole text, from the hidden states of its tokens.
+
+    mean    the average over real tokens
+    last    the last real token, which in a causal model has seen all others
+    cls     the first real token, which an encoder fills with the whole text
+
+    y = p / |p|     so that the product of two vectors is the cosine of the angle between them
+
+A row of padding only has no direction: it gives zeros, and passes no gradient on. Padding may stand on
+either side of a text, and what it contains never counts.
+
+    hidden: (B, T, C), padding_mask: (B, T) True for real tokens  ->  (B, C)
+
+Papers: Sentence-BERT, arXiv 1908.10084 (mean against cls); arXiv 2401.00368 (last token of a decoder).
+"""
+
+import torch
+
+
+def pool(hidden, padding_mask, kind: str):
+    """Return the vector of each row, in fp32 or wider: (B, T, C) and (B, T) -> (B, C)."""
+    real = padding_mask.bool()
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    hidden = hidden.masked_fill(~real[..., None], 0)  # not a product: padding may hold NaN
+    if kind == "mean":
+        return unit(hidden.sum(1) / real.sum(1, keepdim=True).clamp(min=1))
+    first = real.int().argmax(1)  # (B,), of equal values the first; 0 if there is none
+    last = real.shape[1] - 1 - real.flip(1).int().argmax(1)
+    place = {"cls": first, "last": last}[kind]
+    return unit(hidden[torch.arange(len(hidden), device=hidden.device), place])
+
+
+def unit(vectors):
+    """Return vectors (..., C) of length one, zeros as zeros.
+
+    Trap: `F.normalize` divides zeros by 1e-12, which multiplies their gradient by 1e12.
+    """
+    lengths = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / torch.where(lengths > 0, lengths, 1)
+
+
+def lesson():
+    """Pool tokens of known meaning, and see what each kind keeps of them."""
+    generator = torch.Generator().manual_seed(0)
+    meaning = {word: torch.randn(64, generator=generator) for word in "the parse reads json file".split()}
+
+    def text(words, padded=0):
+        """Hidden states of words and of rubbish in the place of padding, and the mask."""
+        states = [meaning[word] for word in words.split()] + [torch.full((64,), 9.0)] * padded
+        return torch.stack(states)[None], torch.tensor([[1] * len(words.split()) + [0] * padded])
+
+    question = "parse the json file"
+    print(f"cosines with {question!r}, each word a random vector of 64 channels")
+    for other, padded in ((question, 3), ("json file the parse", 0), ("the file", 0), ("reads", 0)):
+        scores = [f"{kind} {float((pool(*text(question), kind) * pool(*text(other, padded), kind)).sum()):5.2f}"
+                  for kind in ("mean", "last", "cls")]  # fmt: skip
+        print(f"  {other:20} {padded} of padding   {'   '.join(scores)}")
+    hidden = torch.zeros(1, 3, 64, requires_grad=True)
+    empty = pool(hidden, torch.zeros(1, 3), "mean")
+    empty.sum().backward()
+    print(f"padding only: length {float(empty.detach().norm())}, gradient {float(hidden.grad.norm())}")
+    print("The mean is a bag of words; one token is as good as what attention has collected in it.")
+
+
+if __name__ == "__main__":
+    lesson()
