@@ -96,8 +96,8 @@ def test_only_what_changed_is_embedded(folder, index):
     write(folder, {"a.py": CODE.replace("2", "3")}, when=OLD + 2)
     again(1)
     assert "3" in index.passages[2].text
-    write(folder, {"a.py": "# a line above\n" + CODE}, when=OLD + 3)  # all lines move: the first passage is new
-    again(2)  # `two` is the one of the beginning, which the index had forgotten
+    write(folder, {"a.py": "# a line above\n" + CODE}, when=OLD + 3)  # all lines move
+    again(2)  # the first passage, and `two` as it was at the beginning, which the index has forgotten
     assert index.passages[1].first == 5
     write(folder, {"sub/new.md": "# A\nb\n# C\nd\n"})
     again(2)
@@ -217,7 +217,7 @@ def test_a_damaged_index_is_made_anew(tmp_path, index, damage, capsys):
 
 
 def test_another_model_or_folder_has_another_key(tmp_path):
-    keys = {index_key(tmp_path, READER), index_key(tmp_path / "a", READER), index_key(tmp_path, tiny_reader(1))}
-    assert index_key(tmp_path, tiny_reader()) in keys
-    keys.add(index_key(tmp_path, tiny_reader(document_length=66)))
-    assert len(keys) == 4
+    key = index_key(tmp_path, READER)
+    assert index_key(tmp_path, tiny_reader()) == key
+    others = [tiny_reader(1), tiny_reader(document_length=66)]
+    assert len({key, index_key(tmp_path / "a", READER), *(index_key(tmp_path, one) for one in others)}) == 4
