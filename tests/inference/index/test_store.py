@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from inference.index import store
-from inference.index.store import Index, index_key, read_index, update, write_index
+from inference.index.store import Index, embed, index_key, read_index, scan, write_index
 from tests.inference.index.tools import WIDTH, tiny_reader
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
@@ -30,6 +30,12 @@ def write(folder, files, when=OLD):
 def same(one, other):
     parts = [(index.key, index.files, index.passages) for index in (one, other)]
     return parts[0] == parts[1] and torch.equal(one.vectors, other.vectors)
+
+
+def update(old, folder, reader):
+    """The index of `folder` as it is now, what was left out, and the number of passages embedded."""
+    new, skipped = scan(old, folder, reader)
+    return new, skipped, embed(old, new, reader, keep=lambda index: None)
 
 
 def equal(one, other):
@@ -146,6 +152,19 @@ def test_a_file_that_changes_or_vanishes_while_it_is_read(folder, monkeypatch):
     monkeypatch.undo()
     index, _, embedded = update(index, folder, READER)
     assert embedded == 0 and equal(index, update(Index("key"), folder, READER)[0])
+
+
+def test_what_is_ready_is_kept(folder, monkeypatch):
+    """An interrupted run leaves whole files, and the next one goes on from there."""
+    monkeypatch.setattr(store, "ROUND", 3)
+    monkeypatch.setattr(store, "KEEP_EVERY", 0)
+    new, _ = scan(Index("key"), folder, READER)
+    kept = []
+    total = embed(Index("key"), new, READER, kept.append)
+    assert len(kept) == -(-total // 3) and {"a.py", "empty.txt"} <= kept[0].files.keys() < set(FILES)
+    assert {one.file for one in kept[0].passages} == {"a.py"}
+    rest, _, embedded = update(kept[1], folder, READER)
+    assert total - 6 <= embedded < total and equal(rest, new) and same(kept[-1], new)
 
 
 def test_written_and_read(tmp_path, index):
