@@ -15,6 +15,7 @@ import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().par
 
 import time
 from collections import Counter
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from inference.generation.terminal import closed_pipe_ends, harmless, open_strea
 from inference.import_hf import import_model
 from inference.index.passages import Passage
 from inference.index.reader import TextReader
-from inference.index.store import NAME, Index, index_key, read_index, update, write_index
+from inference.index.store import NAME, Index, embed, index_key, read_index, scan, write_index
 from utils.checkpoint import final_name
 from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, end_cleanly, run_main
@@ -63,9 +64,8 @@ def main():
     args = parse_command()
     set_threads()
     reader = open_reader(args.model, args.out, args.device)
-    query = reader.query(args.query)
-    index = open_index(args.folder.resolve(), reader, len(query), args.out, args.index)
-    for score, passage in index.search(query, args.top):
+    index = open_index(args.folder.resolve(), reader, args.out, args.index)
+    for score, passage in index.search(reader.query(args.query), args.top):
         print("\n".join(lines_of(score, passage)))
 
 
@@ -95,20 +95,22 @@ def import_minilm(folder: Path) -> Path:
     return import_model(Path(package.origin).parent / "model", folder, overwrite=False)
 
 
-def open_index(folder: Path, reader: TextReader, width: int, out: Path, place: Path | None = None) -> Index:
+def open_index(folder: Path, reader: TextReader, out: Path, place: Path | None = None) -> Index:
     """Return the index of `folder`, up to date. It is kept in `place`, by default in the cache of `out`."""
     start, key = time.perf_counter(), index_key(folder, reader)
     place = place or out / "cache" / "search" / key
-    old = read_index(place / NAME, key, width, tell)
-    index, skipped, embedded = update(old, folder, reader)
+    old = read_index(place / NAME, key, reader.width, tell)
+    index, skipped = scan(old, folder, reader)
     if not index.passages:
         raise UserError(f"{folder}: no text to search in; {summary(index, skipped)}")
-    if index.files != old.files:
-        lock = FolderLock(place, "search")
-        write_index(place / NAME, index)
-        lock.release()
-        took = f"embedded {embedded:,} of them in {time.perf_counter() - start:.1f} s"
-        tell(f"{summary(index, skipped)}\n{took}")
+    if index.files == old.files:
+        return old
+    lock = FolderLock(place, "search")
+    embedded = embed(old, index, reader, keep=partial(write_index, place / NAME))
+    write_index(place / NAME, index)
+    lock.release()
+    took = f"embedded {embedded:,} of them in {time.perf_counter() - start:.1f} s"
+    tell(f"{summary(index, skipped)}\n{took}")
     return index
 
 

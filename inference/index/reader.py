@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from tqdm import tqdm
 
 from config.schema import RunConfig
 from inference.index.passages import Passage
@@ -29,6 +28,11 @@ class TextReader:
         sections = (self.config.embed, self.config.encoder, self.config.model)
         parts = (weights_digest(self.model.state_dict()), self.tokenizer.digest, *map(str, sections))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    @cached_property
+    def width(self) -> int:
+        """The channels of a vector."""
+        return len(self.query("width"))
 
     @property
     def limit(self) -> int:
@@ -58,17 +62,14 @@ class TextReader:
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
         device = next(self.model.parameters()).device
         vectors, first = [], 0
-        with tqdm(total=sum(map(len, rows)), desc="embedding", unit=" tokens", unit_scale=True,
-                  leave=False, disable=None if len(rows) > 1 else True) as bar:  # fmt: skip
-            while first < len(order):
-                longest = len(rows[order[first]])
-                batch = [rows[number] for number in order[first : first + max(1, BATCH // longest)]]
-                ids = torch.full((len(batch), longest), self.tokenizer.pad_id)
-                real = torch.zeros(ids.shape, dtype=torch.bool)
-                for place, row in enumerate(batch):
-                    ids[place, : len(row)] = torch.tensor(row)
-                    real[place, : len(row)] = True
-                vectors.append(self.model(ids.to(device), padding_mask=real.to(device)).float().cpu())
-                first += len(batch)
-                bar.update(sum(map(len, batch)))
+        while first < len(order):
+            longest = len(rows[order[first]])
+            batch = [rows[number] for number in order[first : first + max(1, BATCH // longest)]]
+            ids = torch.full((len(batch), longest), self.tokenizer.pad_id)
+            real = torch.zeros(ids.shape, dtype=torch.bool)
+            for place, row in enumerate(batch):
+                ids[place, : len(row)] = torch.tensor(row)
+                real[place, : len(row)] = True
+            vectors.append(self.model(ids.to(device), padding_mask=real.to(device)).float().cpu())
+            first += len(batch)
         return torch.cat(vectors)[torch.tensor(order).argsort()]

@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from inference.generation.load import has_form
 from inference.index.files import find_files, read_file, text_of
@@ -28,6 +29,8 @@ from utils.errors import UserError
 NAME = "index.pkl"
 FORMAT = 1  # of passages: how they are cut, and what of them is embedded
 SETTLED = 2 * 10**9  # nanoseconds; a file that changed later may change again without another time
+ROUND = 128  # passages that are embedded before the bar moves
+KEEP_EVERY = 60  # seconds
 
 
 class State(NamedTuple):
@@ -63,9 +66,8 @@ def index_key(folder: Path, reader: TextReader) -> str:
     return hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def update(old: Index, folder: Path, reader: TextReader) -> tuple[Index, Counter, int]:
-    """Return the index of `folder` as it is now, what was left out and why, and how many passages were
-    embedded."""
+def scan(old: Index, folder: Path, reader: TextReader) -> tuple[Index, Counter]:
+    """Return the files and passages of `folder` as they are now, without vectors, and what was left out."""
     found, skipped = find_files(folder)
     before = {file: [*group] for file, group in groupby(old.passages, key=lambda passage: passage.file)}
     new = Index(old.key)
@@ -86,14 +88,38 @@ def update(old: Index, folder: Path, reader: TextReader) -> tuple[Index, Counter
         elif text is not None:
             new.passages += passages_of(file, text, reader.limit, reader.sizes)
     skipped["binary files"] += sum(state.binary for state in new.files.values())
+    return new, +skipped
+
+
+def embed(old: Index, new: Index, reader: TextReader, keep: Callable[[Index], None]) -> int:
+    """Give `new` its vectors, those of `old` where it has them; return how many passages were embedded.
+
+    On the way `keep` gets what is ready, so that a long run may be interrupted.
+    """
     known = {(one.heading, one.text): vector for one, vector in zip(old.passages, old.vectors, strict=True)}
     missing = {(one.heading, one.text): one for one in new.passages}
-    missing = {key: one for key, one in missing.items() if key not in known}
-    if missing:
-        known |= zip(missing, reader.passages([*missing.values()]), strict=True)
-    if new.passages:
-        new.vectors = torch.stack([known[one.heading, one.text] for one in new.passages])
-    return new, +skipped, len(missing)
+    missing = [one for key, one in missing.items() if key not in known]
+    kept = time.monotonic()
+    with tqdm(total=len(missing), desc="embedding", unit=" passages", leave=False, disable=None) as bar:
+        for first in range(0, len(missing), ROUND):
+            part = missing[first : first + ROUND]
+            keys = [(one.heading, one.text) for one in part]
+            known |= zip(keys, reader.passages(part), strict=True)
+            bar.update(len(part))
+            if time.monotonic() - kept > KEEP_EVERY:
+                keep(ready(new, known))
+                kept = time.monotonic()
+    new.vectors = ready(new, known).vectors
+    return len(missing)
+
+
+def ready(index: Index, known: dict[tuple[str, str], torch.Tensor]) -> Index:
+    """Return the part of an index with the files all of whose passages have vectors in `known`."""
+    waiting = {one.file for one in index.passages if (one.heading, one.text) not in known}
+    files = {file: state for file, state in index.files.items() if file not in waiting}
+    passages = [one for one in index.passages if one.file in files]
+    vectors = [known[one.heading, one.text] for one in passages]
+    return Index(index.key, files, passages, torch.stack(vectors) if vectors else torch.empty(0, 0))
 
 
 def write_index(path: Path, index: Index) -> None:

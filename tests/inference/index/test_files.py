@@ -8,32 +8,33 @@ from inference.index import files
 from inference.index.files import find_files, read_file, text_of
 
 
-def write(folder, **content):
-    for name, data in content.items():
-        path = folder / name.replace("__", "/").replace("_DOT_", ".")
+def write(folder, files):
+    for name, text in files.items():
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        path.write_text(text, encoding="utf-8")
 
 
 def test_what_is_found_and_why_the_rest_is_not(tmp_path, monkeypatch):
-    folder = tmp_path / "folder"
     monkeypatch.setattr(files, "LARGEST_BY_KIND", {".py": 20, ".md": 20})
-    write(folder, a_DOT_py="x = 1\n", sub__deeper__B_DOT_MD="# B", out__a_DOT_py="", many_DOT_py="x" * 21,
-          sub__build__a_DOT_py="", x_DOT_egg_DASH="", picture_DOT_png=b"\x89PNG", _DOT_env_DOT_py="secret",
-          _DOT_git__a_DOT_py="", sub___DOT_venv__a_DOT_py="", virtual__pyvenv_DOT_cfg="", virtual__a_DOT_py="",
-          just_DOT_py="y" * 20)  # fmt: skip
-    found, skipped = find_files(folder)
-    assert [*found] == ["a.py", "just.py", "sub/deeper/B.MD"]
-    assert found["just.py"].st_size == 20
-    assert skipped == {"built folders": 2, "large files": 1, "files of other kinds": 2, "hidden files": 1,
-                       "hidden folders": 2, "virtual environments": 1}  # fmt: skip
+    read = {"a.py": "x = 1\n", "just.py": "y" * 20, "sub/deeper/B.MD": "# B"}
+    left_out = {
+        "many.py": "x" * 21, "picture.png": "", "py": "", ".env.py": "secret", ".git/a.py": "",
+        "sub/.venv/a.py": "", "virtual/pyvenv.cfg": "", "virtual/a.py": "", "out/a.py": "",
+        "sub/build/a.py": "", "a.egg-info/a.py": "",
+    }  # fmt: skip
+    write(tmp_path, left_out | read)
+    found, skipped = find_files(tmp_path)
+    assert [*found] == [*read] and found["just.py"].st_size == 20
+    assert skipped == {"large files": 1, "files of other kinds": 2, "hidden files": 1, "hidden folders": 2,
+                       "virtual environments": 1, "built folders": 3}  # fmt: skip
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a right there")
 def test_links_are_never_followed(tmp_path):
     folder, outside = tmp_path / "folder", tmp_path / "outside"
-    write(folder, a_DOT_py="x = 1\n")
-    write(outside, secret_DOT_txt="secret\n")
+    write(folder, {"a.py": "x = 1\n"})
+    write(outside, {"secret.txt": "secret\n"})
     (folder / "file.txt").symlink_to(outside / "secret.txt")
     (folder / "outside").symlink_to(outside)
     (folder / "loop").symlink_to(folder)
@@ -51,7 +52,7 @@ def test_a_pipe_is_not_opened(tmp_path):
 
 
 def test_a_file_that_is_deleted_while_the_folder_is_read(tmp_path, monkeypatch):
-    write(tmp_path, a_DOT_py="x = 1\n", b_DOT_py="y = 1\n")
+    write(tmp_path, {"a.py": "x = 1\n", "b.py": "y = 1\n"})
     walk = os.walk
 
     def deleting(*arguments, **options):
@@ -66,8 +67,8 @@ def test_a_file_that_is_deleted_while_the_folder_is_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("data, text", [
-    (b"", ""), (b"a\r\nb\rc\n", "a\nb\nc\n"), ("\ufeffgr\u00fcn".encode(), "gr\u00fcn"), (b"gr\xfcn", "gr\u00fcn"),
-    (b"a\0b", None), ("gr\u00fcn".encode("utf-16"), None),
+    (b"", ""), (b"a\r\nb\rc\n", "a\nb\nc\n"), ("\ufeffgr\u00fcn".encode(), "gr\u00fcn"),
+    (b"gr\xfcn", "gr\u00fcn"), (b"a\0b", None), ("gr\u00fcn".encode("utf-16"), None),
 ])  # fmt: skip
 def test_bytes_to_text(data, text):
     assert text_of(data) == text

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from inference.index import store
-from inference.index.store import Index, index_key, read_index, update, write_index
+from inference.index.store import Index, embed, index_key, read_index, scan, write_index
 from tests.inference.index.tools import WIDTH, tiny_reader
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
@@ -30,6 +30,12 @@ def write(folder, files, when=OLD):
 def same(one, other):
     parts = [(index.key, index.files, index.passages) for index in (one, other)]
     return parts[0] == parts[1] and torch.equal(one.vectors, other.vectors)
+
+
+def update(old, folder, reader):
+    """The index of `folder` as it is now, what was left out, and the number of passages embedded."""
+    new, skipped = scan(old, folder, reader)
+    return new, skipped, embed(old, new, reader, keep=lambda index: None)
 
 
 def equal(one, other):
@@ -96,8 +102,8 @@ def test_only_what_changed_is_embedded(folder, index):
     write(folder, {"a.py": CODE.replace("2", "3")}, when=OLD + 2)
     again(1)
     assert "3" in index.passages[2].text
-    write(folder, {"a.py": "# a line above\n" + CODE}, when=OLD + 3)  # all lines move: the first passage is new
-    again(2)  # `two` is the one of the beginning, which the index had forgotten
+    write(folder, {"a.py": "# a line above\n" + CODE}, when=OLD + 3)  # all lines move
+    again(2)  # the first passage, and `two` as it was at the beginning, which the index has forgotten
     assert index.passages[1].first == 5
     write(folder, {"sub/new.md": "# A\nb\n# C\nd\n"})
     again(2)
@@ -146,6 +152,19 @@ def test_a_file_that_changes_or_vanishes_while_it_is_read(folder, monkeypatch):
     monkeypatch.undo()
     index, _, embedded = update(index, folder, READER)
     assert embedded == 0 and equal(index, update(Index("key"), folder, READER)[0])
+
+
+def test_what_is_ready_is_kept(folder, monkeypatch):
+    """An interrupted run leaves whole files, and the next one goes on from there."""
+    monkeypatch.setattr(store, "ROUND", 3)
+    monkeypatch.setattr(store, "KEEP_EVERY", 0)
+    new, _ = scan(Index("key"), folder, READER)
+    kept = []
+    total = embed(Index("key"), new, READER, kept.append)
+    assert len(kept) == -(-total // 3) and {"a.py", "empty.txt"} <= kept[0].files.keys() < set(FILES)
+    assert {one.file for one in kept[0].passages} == {"a.py"}
+    rest, _, embedded = update(kept[1], folder, READER)
+    assert total - 6 <= embedded < total and equal(rest, new) and same(kept[-1], new)
 
 
 def test_written_and_read(tmp_path, index):
@@ -217,7 +236,7 @@ def test_a_damaged_index_is_made_anew(tmp_path, index, damage, capsys):
 
 
 def test_another_model_or_folder_has_another_key(tmp_path):
-    keys = {index_key(tmp_path, READER), index_key(tmp_path / "a", READER), index_key(tmp_path, tiny_reader(1))}
-    assert index_key(tmp_path, tiny_reader()) in keys
-    keys.add(index_key(tmp_path, tiny_reader(document_length=66)))
-    assert len(keys) == 4
+    key = index_key(tmp_path, READER)
+    assert index_key(tmp_path, tiny_reader()) == key
+    others = [tiny_reader(1), tiny_reader(document_length=66)]
+    assert len({key, index_key(tmp_path / "a", READER), *(index_key(tmp_path, one) for one in others)}) == 4
