@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config.load import load_config
+from config.load import load_config, preset_names, to_dict
 from inference.generation.load import load_embedder
 from load_data.embed_data import EncodedPairs, Texts
 from load_data.embed_loader import EmbedLoader, eval_pairs
@@ -243,10 +243,12 @@ def pairs(tmp_path_factory):
     return path
 
 
-def run(monkeypatch, pairs, out, *words, steps=3):
+SMALL = [*(f"encoder.{one}" for one in SHAPE if "vocab" not in one), *PLAIN, "train.batch_size=8"]
+
+
+def run(monkeypatch, pairs, out, *words, steps=3, small=SMALL):
     """Run the script, and return the checkpoint that it leaves."""
-    small = [*(f"encoder.{one}" for one in SHAPE if "vocab" not in one), *PLAIN, "tokenizer.kind=char",
-             "train.batch_size=8", "data.val_fraction=0.3",
+    small = [*small, "tokenizer.kind=char", "data.val_fraction=0.3", "train.dtype=fp32", "train.device=cpu",
              f"data.cache_dir={out.parent / 'cache'}"]  # fmt: skip
     sets = [part for setting in small for part in ("--set", setting)]
     words = ["embed_train", "--data", str(pairs), "--out", str(out), "--max-steps", str(steps), *sets, *words]
@@ -270,6 +272,19 @@ def test_a_run_from_nothing_is_resumed_and_continued(pairs, tmp_path, monkeypatc
     later = run(monkeypatch, pairs, tmp_path / "b", "--init", path, "--set", "optim.lr=1e-4", steps=1)
     assert later["tokenizer"] == more["tokenizer"] and later["config"]["embed"] == more["config"]["embed"]
     assert largest_difference(later["weights"], more["weights"]) < 2e-4  # a step of Adam
+
+
+@pytest.mark.parametrize("name", preset_names("embed_train"))
+def test_a_preset_is_built_and_stepped(name, pairs, tmp_path, monkeypatch):
+    """As it is, apart from the tokenizer and the base of the decoder."""
+    base = tiny_model(seed=5, max_position_embeddings=256)
+    path = write_checkpoint(tmp_path / "base.pkl", "Pre", weights=base.state_dict(), config=run_config(base))
+    words = ["--config", name, *(["--init", path] if name == "decoder" else [])]
+    saved = run(monkeypatch, pairs, tmp_path / "a", *words, steps=1, small=["train.batch_size=8"])
+    preset = to_dict(load_config(name, stage="embed_train"))
+    changed = {"base": "decoder"} if name == "decoder" else {}
+    assert saved["config"]["embed"] == preset["embed"] | changed
+    assert saved["config"]["optim"] == preset["optim"] and saved["step"] == 1
 
 
 def test_a_decoder_becomes_a_model_of_embeddings(pairs, tmp_path, monkeypatch):
