@@ -11,6 +11,7 @@ import ast
 import re
 import textwrap
 from collections.abc import Iterator
+from functools import lru_cache
 
 from load_data.corpora.python_corpus import SHORTEST_DOCSTRING, SourceFile
 
@@ -78,12 +79,17 @@ def depth(line: str) -> int:
 
 def definitions(file: SourceFile, kinds: tuple) -> Iterator[tuple[ast.AST, list[str]]]:
     """Yield each definition of these kinds, at any depth, and the lines of the file."""
-    try:
-        tree = ast.parse(file.text)
-    except (SyntaxError, ValueError):
-        return  # a template rather than a module
     lines = file.text.split("\n")  # not `splitlines`, which also cuts at form feeds
-    yield from ((node, lines) for node in ast.walk(tree) if isinstance(node, kinds))
+    yield from ((node, lines) for node in all_definitions(file.text) if isinstance(node, kinds))
+
+
+@lru_cache(maxsize=1)  # both kinds of pairs are asked for, one file after the other
+def all_definitions(text: str) -> list[ast.AST]:
+    """Return the functions and classes of a source; none of a template, which cannot be parsed."""
+    try:
+        return [node for node in ast.walk(ast.parse(text)) if isinstance(node, (*FUNCTIONS, ast.ClassDef))]
+    except (SyntaxError, ValueError):
+        return []
 
 
 def useful_docstring(node: ast.AST) -> str:
@@ -106,5 +112,6 @@ def source_of(node: ast.AST, lines: list[str]) -> str:
         # The offsets that `ast` gives count bytes.
         before = lines[text.lineno - 1].encode()[: text.col_offset].decode()
         after = lines[text.end_lineno - 1].encode()[text.end_col_offset :].decode()
-        kept = [*lines[first - 1 : text.lineno - 1], before, after, *lines[text.end_lineno : node.end_lineno]]
+        beside = before + after.lstrip("; ")  # "def f(self): 'docstring'; return 1"
+        kept = [*lines[first - 1 : text.lineno - 1], beside, *lines[text.end_lineno : node.end_lineno]]
     return textwrap.dedent("\n".join(line for line in kept if line.strip()))

@@ -85,7 +85,8 @@ def prepare_embedding(config: RunConfig, tokenizer: Tokenizer | None = None) -> 
     Raises `UserError` for data without pairs and for a split that leaves a side empty."""
     pairs, summary = read_pairs(config.data)
     if tokenizer is None:
-        texts = [read_as(text, config.embed) for pair in pairs[TRAIN] for text in (*pair[:2], *pair.negatives)]
+        texts = (text for pair in pairs[TRAIN] for text in (*pair[:2], *pair.negatives))
+        texts = [read_as(text, config.embed) for text in texts]
         key = hashlib.sha256("\0".join([code_hash(), *texts]).encode("utf-8", "surrogatepass")).hexdigest()
         size = sum(map(len, texts))
         tokenizer = train_tokenizer(config.tokenizer, texts, REPOSITORY / config.data.cache_dir, key, size)
@@ -95,8 +96,8 @@ def prepare_embedding(config: RunConfig, tokenizer: Tokenizer | None = None) -> 
         tokens = len(queries.ids) + len(documents.ids)
         summary.append(f"{side}: {len(queries):,} queries, {len(documents):,} documents, {tokens:,} tokens")
     content = hashlib.sha256(tokenizer.digest.encode())
-    for array in (array for side in sides.values() for texts in side[:2] for array in (texts.ids, texts.bounds)):
-        content.update(array.tobytes())
+    for texts in (texts for side in sides.values() for texts in side[:2]):
+        content.update(texts.ids.tobytes() + texts.bounds.tobytes())
     return EmbedData(tokenizer, sides[TRAIN], sides[VAL], summary, content.hexdigest()[:16])
 
 
@@ -153,7 +154,7 @@ def held_out_once(pairs: list[Pair], known: tuple[set, set]) -> list[Pair]:
     """Return the pairs whose query and document are new, and add those to `known`."""
     kept = []
     for pair in pairs:
-        keys = [words(text) or text for text in pair[:2]]
+        keys = [*map(folded, pair[:2])]
         if not any(key in texts for key, texts in zip(keys, known)):
             kept.append(pair)
             for key, texts in zip(keys, known):
@@ -164,8 +165,13 @@ def held_out_once(pairs: list[Pair], known: tuple[set, set]) -> list[Pair]:
 def unseen(pairs: list[Pair], known: tuple[set, set]) -> Iterator[Pair]:
     """Yield the pairs of which neither query nor document is in `known`."""
     for pair in pairs:
-        if not any((words(text) or text) in texts for text, texts in zip(pair[:2], known)):
+        if not any(folded(text) in texts for text, texts in zip(pair[:2], known)):
             yield pair
+
+
+def folded(text: str) -> str:
+    """Return a text without case and white space, to find repetitions."""
+    return "".join(text.split()).casefold()
 
 
 def encode_pairs(pairs: list[Pair], tokenizer: Tokenizer, settings: EmbedConfig) -> EncodedPairs:

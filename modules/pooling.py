@@ -42,19 +42,21 @@ def unit(vectors):
 def lesson():
     """Pool tokens of known meaning, and see what each kind keeps of them."""
     generator = torch.Generator().manual_seed(0)
-    meaning = {word: torch.randn(64, generator=generator) for word in "the parse reads json file".split()}
+    words = ("the", "parse", "reads", "json", "file")
+    meaning = {word: torch.randn(64, generator=generator) for word in words}
 
-    def text(words, padded=0):
+    def text(sentence, padded=0):
         """Hidden states of words and of rubbish in the place of padding, and the mask."""
-        states = [meaning[word] for word in words.split()] + [torch.full((64,), 9.0)] * padded
-        return torch.stack(states)[None], torch.tensor([[1] * len(words.split()) + [0] * padded])
+        states = [meaning[word] for word in sentence.split()] + [torch.full((64,), 9.0)] * padded
+        return torch.stack(states)[None], torch.tensor([[1] * (len(states) - padded) + [0] * padded])
 
     question = "parse the json file"
     print(f"cosines with {question!r}, each word a random vector of 64 channels")
     for other, padded in ((question, 3), ("json file the parse", 0), ("the file", 0), ("reads", 0)):
-        scores = [f"{kind} {float((pool(*text(question), kind) * pool(*text(other, padded), kind)).sum()):5.2f}"
-                  for kind in ("mean", "last", "cls")]  # fmt: skip
-        print(f"  {other:20} {padded} of padding   {'   '.join(scores)}")
+        scores = {kind: float((pool(*text(question), kind) * pool(*text(other, padded), kind)).sum())
+                  for kind in ("mean", "last", "cls")}  # fmt: skip
+        shown = "   ".join(f"{kind} {score:5.2f}" for kind, score in scores.items())
+        print(f"  {other:20} {padded} of padding   {shown}")
     hidden = torch.zeros(1, 3, 64, requires_grad=True)
     empty = pool(hidden, torch.zeros(1, 3), "mean")
     empty.sum().backward()

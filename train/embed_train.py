@@ -74,11 +74,12 @@ def build_model(command, tokenizer: Tokenizer) -> Embedder:
                         "set embed.pooling=last or mean")  # fmt: skip
     shape.vocab_size = shape.vocab_size or tokenizer.vocab_size
     longest = max(config.embed.query_length, config.embed.document_length)
-    for name, needs, given in (("vocab_size", tokenizer.vocab_size, shape.vocab_size),
-                               ("max_position_embeddings", longest, shape.max_position_embeddings)):  # fmt: skip
-        if needs > given:
-            raise UserError(f"{section}.{name}={given} is less than the {needs} that the texts need: raise it, "
-                            "or lower embed.query_length and embed.document_length")  # fmt: skip
+    if shape.max_position_embeddings < longest:
+        raise UserError(f"{section}.max_position_embeddings={shape.max_position_embeddings} is less than the "
+                        f"{longest} tokens of a text: lower embed.query_length and embed.document_length")
+    if shape.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"{section}.vocab_size={shape.vocab_size} is less than the {tokenizer.vocab_size} "
+                        "tokens of the tokenizer: leave it out")  # fmt: skip
     model = Embedder.from_config(config.embed, shape)
     if init:
         names = ((name.removeprefix("body.").removeprefix("model."), name) for name in init["weights"])

@@ -8,6 +8,7 @@ import torch
 
 from config.schema import RunConfig
 from inference.index.passages import Passage
+from load_data.embed_data import read_as
 from load_data.tokenization.tokenizer import Tokenizer
 from utils.checkpoint import weights_digest
 
@@ -41,17 +42,21 @@ class TextReader:
 
     def sizes(self, texts: list[str]) -> list[int]:
         """Return the number of tokens of each text."""
-        return [len(ids) for ids in self.tokenizer.encode_batch(texts)]
+        return [len(ids) for ids in self.encode(texts)]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of each text, in the form that the model was trained on."""
+        return self.tokenizer.encode_batch([read_as(text, self.config.embed) for text in texts])
 
     def query(self, text: str) -> torch.Tensor:
         """Return the vector of a question, (C,)."""
         room = self.config.embed.query_length - len(self.tokenizer.framed([]))
-        return self.vectors([self.tokenizer.encode(text)[:room]])[0]
+        return self.vectors([self.encode([text])[0][:room]])[0]
 
     def passages(self, passages: list[Passage]) -> torch.Tensor:
         """Return the vector of each passage, (N, C). A long heading gives way to the text."""
-        headings = self.tokenizer.encode_batch([f"{one.heading}\n" for one in passages])
-        texts = self.tokenizer.encode_batch([one.text for one in passages])
+        headings = self.encode([f"{one.heading}\n" for one in passages])
+        texts = self.encode([one.text for one in passages])
         pairs = zip(headings, texts, strict=True)
         return self.vectors([(head[: self.limit // 2] + text)[: self.limit] for head, text in pairs])
 

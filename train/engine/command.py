@@ -116,6 +116,8 @@ def inherited_sections(init: dict, path: str, accepted: tuple[str, ...] = ("mode
             f"--init {path}: the model of {init.get('stage')} has the settings of section {section}, and "
             f"this stage trains one of section {' or '.join(accepted)}: name another checkpoint"
         )
+    if init.get("short") == "Embed" and isinstance(init["config"].get("embed"), dict):
+        sections["embed"] = init["config"]["embed"]  # how it reads texts
     data = init["config"].get("data") or {}
     own = (sections["tokenizer"] or {}).get("kind") == "hf"
     names = ["same_question"] + ["template"] * (own or init.get("short") not in ("Pre", "Long"))

@@ -22,6 +22,8 @@ from modules.alignment.contrastive import info_nce, same_texts
 from train.engine.stage import Batch, LoaderSource, Loss, Step
 from utils import distributed
 
+NAMES = ("query", "document")
+
 
 class Vectors(NamedTuple):
     """The vectors of one micro-batch, and the numbers that identify its texts."""
@@ -32,7 +34,7 @@ class Vectors(NamedTuple):
 
 
 class Cached(NamedTuple):
-    """What the first pass found out about one micro-batch."""
+    """Results of the first pass for one micro-batch."""
 
     losses: torch.Tensor  # (N,)
     queries: torch.Tensor  # (N, C) gradients
@@ -56,9 +58,6 @@ class EmbedSource(LoaderSource):
         step = self.next_step()
         self.load_state_dict(state)
         return step
-
-
-NAMES = ("query", "document")
 
 
 class ContrastiveLoss(Loss):
@@ -98,7 +97,7 @@ class ContrastiveLoss(Loss):
             return {"nce": self.losses([part]).sum() / weight}, measures
         cached = next(one for one, known in zip(self.cached, self.batches) if known is batch)
         slope = (part.queries * cached.queries).sum() + (part.documents * cached.documents).sum()
-        share = slope - slope.detach() + cached.losses.sum()  # the value of the loss, the gradient of the slope
+        share = slope - slope.detach() + cached.losses.sum()  # the loss, with the gradient of the slope
         return {"nce": share / weight}, measures
 
     def losses(self, parts: list[Vectors]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How well a model of embeddings finds the right document among all held-out ones.
+"""Evaluation of a model of embeddings: the rank of the right document among all held-out ones.
 
     val_mrr         the mean of 1 / rank of the right document
     val_recall1     the share of queries whose right document comes first; val_recall10: among the first ten

@@ -1,0 +1,58 @@
+"""Pooling against an obvious loop, with padding on either side, full of NaN, and rows of nothing else."""
+
+import pytest
+import torch
+
+from modules.pooling import pool, unit
+
+KINDS = ("mean", "last", "cls")
+MASKS = [[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
+
+
+def material():
+    """Hidden states (6, 4, 5) with NaN at padding, and the mask."""
+    hidden = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.tensor(MASKS)
+    return hidden.masked_fill(mask[..., None] == 0, torch.nan), mask
+
+
+def obvious(row, mask, kind):
+    """One row at a time, with the real tokens alone."""
+    real = [token for token, one in zip(row, mask) if one]
+    if not real:
+        return torch.zeros_like(row[0])
+    one = {"mean": sum(real) / len(real), "last": real[-1], "cls": real[0]}[kind]
+    return one / one.pow(2).sum().sqrt()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pooling_equals_the_obvious_loop(kind):
+    hidden, mask = material()
+    expected = torch.stack([obvious(row, one, kind) for row, one in zip(hidden, mask)])
+    torch.testing.assert_close(pool(hidden, mask, kind), expected)
+    torch.testing.assert_close(pool(hidden[:, :1], mask[:, :1], kind)[0], unit(hidden[0, 0]))  # one token
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_gets_no_gradient_and_no_row_a_nan(kind):
+    hidden, mask = material()
+    hidden = hidden.nan_to_num(3.0).requires_grad_()
+    weights = torch.randn(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (pool(hidden, mask, kind) * weights).sum().backward()
+    assert hidden.grad.isfinite().all() and not hidden.grad[mask == 0].any()
+    assert hidden.grad[:5].flatten(1).any(1).all()
+    rows = hidden.detach()[:5].requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: pool(x, mask[:5], kind), rows)
+
+
+def test_zeros_stay_zeros_and_pass_on_no_huge_gradient():
+    vectors = torch.zeros(2, 3, requires_grad=True)
+    unit(vectors).sum().backward()
+    assert not unit(vectors).any() and vectors.grad.abs().max() <= 1
+
+
+def test_half_precision_is_widened():
+    hidden, mask = torch.randn(2, 300, 4).bfloat16(), torch.ones(2, 300)
+    expected = torch.nn.functional.normalize(hidden.double().mean(1), dim=-1)
+    assert pool(hidden, mask, "mean").dtype == torch.float32
+    torch.testing.assert_close(pool(hidden, mask, "mean").double(), expected, atol=1e-5, rtol=0)
