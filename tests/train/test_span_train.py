@@ -19,6 +19,7 @@ from load_data.spans import SpanLoader, SpanPairs
 from load_data.tokenization.tokenizer import SENTINELS
 from model.encoder_decoder import EncoderDecoder
 from tests.inference.hf.others import write_other_tokenizer
+from tests.inference.tools import write_checkpoint
 from tests.processes import fork
 from tests.train.tools import TOKENIZER as LETTERS
 from tests.train.tools import largest_difference, machine, same_bits, weights_of, without_timing
@@ -27,6 +28,7 @@ from train.engine.trainer import Trainer
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.distributed import World
+from utils.errors import UserError
 from utils.log import read_log
 
 TOKENIZER = LETTERS.with_special(SENTINELS)
@@ -273,3 +275,24 @@ def test_an_imported_t5_goes_on_with_spans_and_lists(tmp_path, monkeypatch, caps
         assert not same_bits(found["weights"], base["weights"])
     said = capsys.readouterr().out
     assert "<extra_id_0>" in said and "</s>" in said and "percent: exact=0.00" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--init", "PRE"], "section model, and this stage trains one of section seq2seq"),
+        (["--set", "span.task=sums"], "span.task='sums' must be one of spans, docstrings, lists"),
+        (["--set", "data.sequence_length=700"], "gives 35 spans, and the tokenizer has sentinels for 31"),
+        (["--set", "data.sequence_length=2"], "data.sequence_length=2 must be at least 3"),
+        (["--set", "seq2seq.decoder_start_token_id=900"], "decoder_start_token_id=900 must be below"),
+        (["--set", "seq2seq.vocab_size=20"], "seq2seq.vocab_size=20 is less than"),
+        (["--config", "lists", "--set", "span.target_length=2"], "span.task=lists has no train pair"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, words, error):
+    text = tmp_path / "text.txt"
+    text.write_text("some text that repeats\n" * 2000, encoding="utf-8")
+    words = [str(write_checkpoint(tmp_path / "pre.pkl")) if word == "PRE" else word for word in words]
+    with pytest.raises(UserError, match=error):
+        run(monkeypatch, *command(tmp_path / "out", "--data", text, *words))
+    assert not (tmp_path / "out").exists()
