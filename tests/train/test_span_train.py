@@ -23,7 +23,8 @@ from tests.inference.tools import write_checkpoint
 from tests.processes import fork
 from tests.train.tools import TOKENIZER as LETTERS
 from tests.train.tools import largest_difference, machine, same_bits, weights_of, without_timing
-from train.engine.seq2seq_stage import Seq2SeqLoss, score, seq2seq_stage
+from train.engine.seq2seq_stage import score, seq2seq_stage
+from train.engine.token_loss import TokenLoss
 from train.engine.trainer import Trainer
 from utils import distributed
 from utils.checkpoint import load_checkpoint
@@ -92,7 +93,7 @@ def test_the_loss_is_that_of_every_token_by_itself():
     total, count = obvious_loss(model, pairs)
     batch = collate(pairs, TOKENIZER.pad_id, 0)
     assert (batch["labels"] != -100).sum() == count and not batch["padding_mask"].all()
-    terms, measures = Seq2SeqLoss()(model, batch, count)
+    terms, measures = TokenLoss()(model, batch, count)
     torch.testing.assert_close(terms["ce"], total / count, rtol=1e-12, atol=0)
     expected = torch.autograd.grad(total / count, [*model.parameters()])
     found = torch.autograd.grad(terms["ce"], [*model.parameters()])
@@ -105,7 +106,7 @@ def test_a_target_depends_on_its_source():
     model = small_model(small_config()).double()
     batch = collate(some_pairs()[:6], TOKENIZER.pad_id, 0)
     other = batch | {key: batch[key].roll(1, 0) for key in ("input_ids", "padding_mask")}
-    losses = [Seq2SeqLoss()(model, one, 1.0)[0]["ce"].item() for one in (batch, other)]
+    losses = [TokenLoss()(model, one, 1.0)[0]["ce"].item() for one in (batch, other)]
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
@@ -174,7 +175,7 @@ def test_a_task_is_learned_and_written():
     model = small_model(config)
     optimizer, batch = torch.optim.Adam(model.parameters(), lr=0.01), collate(pairs, TOKENIZER.pad_id, 0)
     for _ in range(150):
-        loss = Seq2SeqLoss()(model, batch, float((batch["labels"] != -100).sum()))[0]["ce"]
+        loss = TokenLoss()(model, batch, float((batch["labels"] != -100).sum()))[0]["ce"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
