@@ -8,14 +8,14 @@ docstrings by file, with the held-out files of pre-training. `val` decides which
 what a result is scored on.
 """
 
-import ast
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 from config.schema import RunConfig
-from load_data.corpora.python_corpus import SourceFile, read_python_corpus
+from load_data.code_pairs import docstring_pairs
+from load_data.corpora.python_corpus import read_python_corpus
 from load_data.seq2seq import Pair, framed_pair
 from load_data.skills import scored_items, training_items
 from load_data.skills.common import SIDES, TEST, TRAIN, VAL, held_out_side
@@ -79,24 +79,10 @@ def lists(config: RunConfig) -> Iterator[tuple[str, str, str]]:
 def docstrings(config: RunConfig) -> Iterator[tuple[str, str, str]]:
     """Yield (side, function without its docstring, first sentence of the docstring)."""
     corpus = read_python_corpus(config.data.val_fraction)
-    for file in corpus.train:
-        yield from ((TRAIN, code, sentence) for code, sentence in documented(file))
-    for file in corpus.val:
-        yield from ((held_out_side(code), code, sentence) for code, sentence in documented(file))
-
-
-def documented(file: SourceFile) -> Iterator[tuple[str, str]]:
-    """Yield every function of a file whose docstring begins with a sentence, without it, and the sentence.
-    Comments are lost: nothing that describes a function remains but its code."""
-    try:
-        tree = ast.parse(file.text)
-    except (SyntaxError, ValueError):
-        return  # a template rather than a module
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (text := ast.get_docstring(node)):
-            node.body = node.body[1:] or [ast.Pass()]
-            if sentence := first_sentence(text):
-                yield ast.unparse(node), sentence
+    for held_out, files in ((False, corpus.train), (True, corpus.val)):
+        for paragraph, code in chain.from_iterable(map(docstring_pairs, files)):
+            if sentence := first_sentence(paragraph):
+                yield held_out_side(code) if held_out else TRAIN, code, sentence
 
 
 TASKS = {"lists": lists, "docstrings": docstrings}

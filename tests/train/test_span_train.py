@@ -19,14 +19,17 @@ from load_data.spans import SpanLoader, SpanPairs
 from load_data.tokenization.tokenizer import SENTINELS
 from model.encoder_decoder import EncoderDecoder
 from tests.inference.hf.others import write_other_tokenizer
+from tests.inference.tools import write_checkpoint
 from tests.processes import fork
 from tests.train.tools import TOKENIZER as LETTERS
 from tests.train.tools import largest_difference, machine, same_bits, weights_of, without_timing
-from train.engine.seq2seq_stage import Seq2SeqLoss, score, seq2seq_stage
+from train.engine.seq2seq_stage import score, seq2seq_stage
+from train.engine.token_loss import TokenLoss
 from train.engine.trainer import Trainer
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.distributed import World
+from utils.errors import UserError
 from utils.log import read_log
 
 TOKENIZER = LETTERS.with_special(SENTINELS)
@@ -90,7 +93,7 @@ def test_the_loss_is_that_of_every_token_by_itself():
     total, count = obvious_loss(model, pairs)
     batch = collate(pairs, TOKENIZER.pad_id, 0)
     assert (batch["labels"] != -100).sum() == count and not batch["padding_mask"].all()
-    terms, measures = Seq2SeqLoss()(model, batch, count)
+    terms, measures = TokenLoss()(model, batch, count)
     torch.testing.assert_close(terms["ce"], total / count, rtol=1e-12, atol=0)
     expected = torch.autograd.grad(total / count, [*model.parameters()])
     found = torch.autograd.grad(terms["ce"], [*model.parameters()])
@@ -103,7 +106,7 @@ def test_a_target_depends_on_its_source():
     model = small_model(small_config()).double()
     batch = collate(some_pairs()[:6], TOKENIZER.pad_id, 0)
     other = batch | {key: batch[key].roll(1, 0) for key in ("input_ids", "padding_mask")}
-    losses = [Seq2SeqLoss()(model, one, 1.0)[0]["ce"].item() for one in (batch, other)]
+    losses = [TokenLoss()(model, one, 1.0)[0]["ce"].item() for one in (batch, other)]
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
@@ -172,7 +175,7 @@ def test_a_task_is_learned_and_written():
     model = small_model(config)
     optimizer, batch = torch.optim.Adam(model.parameters(), lr=0.01), collate(pairs, TOKENIZER.pad_id, 0)
     for _ in range(150):
-        loss = Seq2SeqLoss()(model, batch, float((batch["labels"] != -100).sum()))[0]["ce"]
+        loss = TokenLoss()(model, batch, float((batch["labels"] != -100).sum()))[0]["ce"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -273,3 +276,24 @@ def test_an_imported_t5_goes_on_with_spans_and_lists(tmp_path, monkeypatch, caps
         assert not same_bits(found["weights"], base["weights"])
     said = capsys.readouterr().out
     assert "<extra_id_0>" in said and "</s>" in said and "percent: exact=0.00" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--init", "PRE"], "section model, and this stage trains one of section seq2seq"),
+        (["--set", "span.task=sums"], "span.task='sums' must be one of spans, docstrings, lists"),
+        (["--set", "data.sequence_length=700"], "gives 35 spans, and the tokenizer has sentinels for 31"),
+        (["--set", "data.sequence_length=2"], "data.sequence_length=2 must be at least 3"),
+        (["--set", "seq2seq.decoder_start_token_id=900"], "decoder_start_token_id=900 must be below"),
+        (["--set", "seq2seq.vocab_size=20"], "seq2seq.vocab_size=20 is less than"),
+        (["--config", "lists", "--set", "span.target_length=2"], "span.task=lists has no train pair"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, words, error):
+    text = tmp_path / "text.txt"
+    text.write_text("some text that repeats\n" * 2000, encoding="utf-8")
+    words = [str(write_checkpoint(tmp_path / "pre.pkl")) if word == "PRE" else word for word in words]
+    with pytest.raises(UserError, match=error):
+        run(monkeypatch, *command(tmp_path / "out", "--data", text, *words))
+    assert not (tmp_path / "out").exists()

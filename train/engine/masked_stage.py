@@ -1,4 +1,4 @@
-"""Masked language modelling: its loss, its evaluation on held-out text, and the parts of its stage.
+"""Masked language modelling: its evaluation on held-out text, and the parts of its stage.
 
     val_loss  nats per masked token     val_ppl  exp(val_loss)     val_acc  share of masked tokens found
 
@@ -18,22 +18,10 @@ from load_data.packing import PretrainData
 from load_data.tokenization.tokenizer import Tokenizer
 from model.encoder import MaskedLM
 from train.engine.machine import Machine
-from train.engine.stage import LoaderSource, Loss, Stage
+from train.engine.stage import LoaderSource, Stage
+from train.engine.token_loss import TokenLoss
 from utils.distributed import sum_scalars
 from utils.errors import UserError
-
-
-class MaskedLoss(Loss):
-    """The cross-entropy of the tokens that have a label, and the mean probability of the right ones."""
-
-    def __call__(self, model, batch: dict, step_tokens: float):
-        """Return one micro-batch's share of the loss of the step."""
-        output = model(**batch)
-        return {"ce": output.loss_sum / step_tokens}, {"conf": (-output.nll).exp().sum() / step_tokens}
-
-    def claims(self) -> dict:
-        """The one term must reach every parameter that is trained."""
-        return {"ce": lambda name: True}
 
 
 class MaskedEvaluation:
@@ -80,7 +68,7 @@ def masked_stage(
     freeze_key_biases(model)
     machine.say(f"parameters  {sum(part.numel() for part in model.parameters()):,}")
     return Stage(
-        name=name, short=short, model=model, source=LoaderSource(loader), loss=MaskedLoss(),
+        name=name, short=short, model=model, source=LoaderSource(loader), loss=TokenLoss(),
         evaluate=MaskedEvaluation(data.val, data.tokenizer, length, train.batch_size, machine),
         tokenizer=data.tokenizer, data_digest=data.digest,
         trains=lambda one: model.get_parameter(one).requires_grad,

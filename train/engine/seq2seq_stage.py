@@ -1,4 +1,4 @@
-"""Shared by the runs of an encoder-decoder: its loss, its stage, and the score of what it writes."""
+"""Shared by the runs of encoder-decoders: their stage, and the score of what they write."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -10,16 +10,8 @@ from load_data.tokenization.tokenizer import Tokenizer
 from model.encoder_decoder import EncoderDecoder
 from train.engine.evaluation import Evaluation
 from train.engine.machine import Machine
-from train.engine.stage import LoaderSource, Loss, Stage
-
-
-class Seq2SeqLoss(Loss):
-    """The cross-entropy of the targets, a mean over all their tokens in the step."""
-
-    def __call__(self, model, batch: dict, weight: float):
-        """Return one micro-batch's share of the loss of the step."""
-        output = model(**batch)
-        return {"ce": output.loss_sum / weight}, {"conf": (-output.nll).exp().sum() / weight}
+from train.engine.stage import LoaderSource, Stage
+from train.engine.token_loss import TokenLoss
 
 
 def seq2seq_stage(
@@ -30,14 +22,14 @@ def seq2seq_stage(
     size, world = config.train.batch_size, machine.world
     ids = {"pad_id": tokenizer.pad_id, "start_id": config.seq2seq.decoder_start_token_id}
     batches = partial(eval_pairs, held_out, size, rank=world.rank, world_size=world.size, **ids)
-    parts = {"embeddings": "embed", "encoder": "encoder.", "decoder": "decoder."}
+    parts = {"embeddings": ("embed_tokens.", "lm_head."), "encoder": "encoder.", "decoder": "decoder."}
     counts = {part: sum(p.numel() for one, p in model.named_parameters() if one.startswith(prefix))
               for part, prefix in parts.items()}  # fmt: skip
     total = sum(p.numel() for p in model.parameters())
     shown = ", ".join(f"{part} {count:,}" for part, count in counts.items())
     machine.say(f"parameters  {total:,} ({shown})")
     return Stage(
-        name=name, short=short, model=model, source=LoaderSource(loader), loss=Seq2SeqLoss(),
+        name=name, short=short, model=model, source=LoaderSource(loader), loss=TokenLoss(),
         evaluate=Evaluation(batches, len(held_out), size, tokenizer, machine), tokenizer=tokenizer, **more,
     )  # fmt: skip
 

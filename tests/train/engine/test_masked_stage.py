@@ -13,7 +13,8 @@ from load_data.tokenization.tokenizer import MASK, CharTokenizer
 from model.encoder import MaskedLM
 from tests.modules.tools import shake
 from tests.train.tools import machine, make_trainer, small_config, weights_of
-from train.engine.masked_stage import MaskedEvaluation, MaskedLoss, freeze_key_biases
+from train.engine.masked_stage import MaskedEvaluation, freeze_key_biases
+from train.engine.token_loss import TokenLoss
 from train.engine.optimizers import build_optimizers
 from train.engine.stage import LoaderSource
 
@@ -63,7 +64,7 @@ def test_the_loss_is_that_of_the_masked_tokens_alone(recipe):
     assert 5 < count < 4 * LENGTH / 2  # not all tokens have a label
     parts = [{key: value[some] for key, value in batch.items()} for some in ([0, 2], [1], [3])]
     for batches in ([batch], parts):
-        results = [MaskedLoss()(model, one, count) for one in batches]
+        results = [TokenLoss()(model, one, count) for one in batches]
         loss, sure = (sum(sum(part.values()).item() for part in side) for side in zip(*results))
         assert loss == pytest.approx(sum(nll for nll, _ in found) / count, rel=1e-9)
         assert sure == pytest.approx(sum(math.exp(-nll) for nll, _ in found) / count, rel=1e-9)
@@ -104,7 +105,7 @@ def test_a_step_without_any_mask_is_skipped(tmp_path):
     config = small_config("optim.warmup_steps=0", steps=12)
     model = tiny().float().train()
     source = loader(0.025, rows=1)
-    trainer = make_trainer(tmp_path, config, model=model, loader=source, loss=MaskedLoss())
+    trainer = make_trainer(tmp_path, config, model=model, loader=source, loss=TokenLoss())
     trainer.run()
     assert 0 < trainer.skipped < 12 and all(part.isfinite().all() for part in weights_of(model).values())
 
@@ -112,7 +113,7 @@ def test_a_step_without_any_mask_is_skipped(tmp_path):
 def test_biases_of_keys_are_frozen_where_nothing_rotates_them(tmp_path):
     """They change no score but by the same number: the proof of training would find rounding noise."""
     model, (batch,) = tiny(**BERT), loader().next_step()
-    MaskedLoss()(model, batch, 1.0)[0]["ce"].backward()
+    TokenLoss()(model, batch, 1.0)[0]["ce"].backward()
     norms = {name: part.grad.norm().item() for name, part in model.named_parameters()}
     idle = [name for name in norms if name.endswith("k_proj.bias")]
     assert len(idle) == 2 and max(norms[name] for name in idle) < 1e-12 < 1e-6 < min(
