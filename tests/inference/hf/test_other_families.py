@@ -90,6 +90,7 @@ def test_there_and_back(case, tmp_path, monkeypatch):
                "T5ForConditionalGeneration, two matrices, longer decoder": {
                    "tie_word_embeddings": False}}  # as older versions read it  # fmt: skip
     assert changed == allowed.get(case, {})
+    assert all(key in new for key, one in old.items() if key.endswith("_token_id") and one is not None)
 
 
 @torch.inference_mode()
@@ -270,7 +271,8 @@ def test_models_without_a_twin_are_not_written(settings, words):
 def test_settings_without_effect_do_not_matter():
     """All layers see all, and nothing rotates; the buckets of a T5 have no last one."""
     modern = EncoderConfig(vocab_size=9, norm="layer_norm", hidden_act="gelu", local_rope_theta=7.0)
-    assert set(write_settings(modern)["layer_types"]) == {"full_attention"}
+    written = AutoConfig.for_model(**write_settings(modern))
+    assert set(written.layer_types) == {"full_attention"} and written.local_attention == 128
     classic = EncoderConfig(vocab_size=9, **CLASSIC, local_rope_theta=7.0, global_rope_theta=8.0)
     assert write_settings(classic)["model_type"] == "bert"
     assert write_settings(Seq2SeqConfig(vocab_size=9, max_position_embeddings=7))["d_model"] == 192

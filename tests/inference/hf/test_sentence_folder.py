@@ -81,9 +81,9 @@ def test_a_model_with_its_head(tmp_path, monkeypatch):
 def test_the_length_is_what_the_model_allows(tmp_path, monkeypatch):
     """Without max_seq_length the tokenizer says it, and without that the positions are the bound."""
     save_sentence_folder(tmp_path / "hf")
-    for said, expected in (({"model_max_length": 20}, 20), ({"model_max_length": 1e30}, 48), ({}, 48)):
+    for said, expected in ((20, 20), (99, 48), (1e30, 48), ("long", 48), (None, 48)):
         write_json(tmp_path / "hf" / "sentence_bert_config.json", {"transformer_task": "feature-extraction"})
-        edit_json(tmp_path / "hf" / "tokenizer_config.json", model_max_length=said.get("model_max_length"))
+        edit_json(tmp_path / "hf" / "tokenizer_config.json", model_max_length=said)
         run(monkeypatch, import_hf, tmp_path / "hf", "--out", tmp_path / "out", "--overwrite")
         config = load_embedder(tmp_path / "out" / "TinySeek_Embed_final.pkl")[2]
         assert config.embed.document_length == expected
