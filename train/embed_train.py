@@ -73,6 +73,9 @@ def build_model(command, tokenizer: Tokenizer) -> Embedder:
         raise UserError("embed.pooling=cls takes the first token, and that of a decoder has seen no other: "
                         "set embed.pooling=last or mean")  # fmt: skip
     shape.vocab_size = shape.vocab_size or tokenizer.vocab_size
+    if max(config.embed.matryoshka or [0]) > shape.hidden_size:
+        raise UserError(f"embed.matryoshka={config.embed.matryoshka} goes beyond {section}.hidden_size="
+                        f"{shape.hidden_size}, the width of the vectors: leave the larger ones out")
     longest = max(config.embed.query_length, config.embed.document_length)
     if shape.max_position_embeddings < longest:
         raise UserError(f"{section}.max_position_embeddings={shape.max_position_embeddings} is less than the "

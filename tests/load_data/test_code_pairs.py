@@ -26,7 +26,7 @@ class Reader(object):
         # É before the next string
         value = "é"; return value
 
-    async def skip(self): "Skip a line: the docstring stands beside the code."; return 1
+    async def weitergehört(self): "Skip a line: the docstring stands beside the code."; return 1
 
     def __len__(self):
         """Short."""
@@ -48,7 +48,7 @@ def test_the_pairs_of_a_file():
     assert found == [
         ("Return the last line read, without its end.",
          '@property\ndef lastLine(self):\n    # É before the next string\n    value = "é"; return value'),
-        ("Skip a line: the docstring stands beside the code.", "async def skip(self): return 1"),
+        ("Skip a line: the docstring stands beside the code.", "async def weitergehört(self): return 1"),
     ]  # fmt: skip
 
 
@@ -60,7 +60,8 @@ def test_the_further_pairs_of_a_file():
     assert found.pop("The rest of it, long enough to say something.") == reader
     assert found.pop("Reader") == reader.replace("Reader", "_")
     assert found.pop("lastLine").startswith("@property\ndef _(self):")
-    assert found.pop("open_it").startswith("def _(path):\n    # look for the file")
+    opens = found.pop("open_it")
+    assert opens.startswith("def _(path):\n    # look for") and opens.endswith("\n    return Reader(path)")
     code = "for place in os.environ:\n    print(place)"
     assert found == {"look for the file in the usual places of this system": code,
                      "É before the next string": 'value = "é"; return value'}  # fmt: skip

@@ -66,6 +66,9 @@ def test_texts_become_ids(encoded, run_config):
     settings = run_config().embed
     (short,) = encode_texts(["question 12"], encoded.tokenizer, settings, 5)
     assert len(short) == 5 and decode(short) == "question"[: 5 - len(frame)]
+    encoded.tokenizer.finish = [7, 8]  # as the [SEP] of BERT
+    (short,) = encode_texts(["question 12"], encoded.tokenizer, settings, 6)
+    assert len(short) == 6 and short[-2:] == [7, 8] and short[: len(frame)] == frame
     settings.words = True
     (ids,) = encode_texts(["QuestionOne"], encoded.tokenizer, settings, 50)
     assert decode(ids) == " question one"

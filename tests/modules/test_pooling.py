@@ -25,6 +25,31 @@ def obvious(row, mask, kind):
     return one / one.pow(2).sum().sqrt()
 
 
+def check(pool, kind):
+    """Compare with the obvious loop; no NaN at padding, which would give every mistake away."""
+    hidden, mask = material()
+    hidden = hidden.nan_to_num(3.0)
+    expected = torch.stack([obvious(row, one, kind) for row, one in zip(hidden, mask)])
+    torch.testing.assert_close(pool(hidden, mask, kind), expected)
+
+
+def counting_padding(hidden, mask, kind):
+    places = {"mean": hidden.mean(1), "last": hidden[:, -1], "cls": hidden[:, 0]}
+    return torch.where(mask.any(1, keepdim=True), unit(places[kind]), 0)
+
+
+def dividing_by_all(hidden, mask, kind):
+    return pool(hidden, mask, kind) * mask.double().mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saboteur_is_noticed(kind):
+    check(pool, kind)
+    for mistake in (counting_padding, dividing_by_all):
+        with pytest.raises(AssertionError):
+            check(mistake, kind)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_pooling_equals_the_obvious_loop(kind):
     hidden, mask = material()

@@ -302,4 +302,6 @@ def test_a_decoder_becomes_a_model_of_embeddings(pairs, tmp_path, monkeypatch):
         run(monkeypatch, pairs, tmp_path / "b", *words, "--set", "embed.pooling=cls")
     with pytest.raises(UserError, match="model.max_position_embeddings=256 is less than the 300 tokens"):
         run(monkeypatch, pairs, tmp_path / "b", *words, "--set", "embed.document_length=300")
+    with pytest.raises(UserError, match=r"embed.matryoshka=\[8, 99\] goes beyond model.hidden_size=24"):
+        run(monkeypatch, pairs, tmp_path / "b", *words, "--set", "embed.matryoshka=[8, 99]")
     assert not (tmp_path / "b").exists()
