@@ -98,6 +98,11 @@ def test_markdown_by_headings():
 BROKEN = ["def f(:\n\n  x\n", "x = '\0'", "(" * 5000, "-" * 100_000 + "1", "\ud800 = 1"]
 
 
+def test_neighbours_of_the_same_name_are_two():
+    assert table("a.py", "def f(): return 1\ndef f(): return 2\n") == [(1, 1, "f"), (2, 2, "f")]
+    assert table("a.md", "# One\na\n# One\nb\n") == [(1, 2, "One"), (3, 4, "One")]
+
+
 @pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
 def test_python_that_does_not_parse_becomes_blocks(text):
     found = passages_of("a.py", text, 1000, lambda texts: [len(one) for one in texts])
@@ -145,6 +150,12 @@ def test_neighbours_overlap_a_little():
             assert starts == sorted(starts) and ends == sorted(ends)
             shared = sum(len(one.text.encode()) for one in found) - len("".join(text.split()).encode())
             assert shared <= len(text.encode()) * 0.5  # an eighth of each, and the white space
+
+
+def test_no_passage_repeats_the_end_of_another():
+    """The next line would not fit behind what the two would share, so they share nothing."""
+    file = "a" * 40 + ".txt"  # takes half of the limit
+    assert table(file, "\n".join(("a" * 20, "bb", "c" * 28)), limit=60) == [(1, 2, ""), (3, 3, "")]
 
 
 def test_a_long_line_is_cut_where_tokens_are_dense():

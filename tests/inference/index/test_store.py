@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from inference.index import store
+from inference.index.passages import Passage
 from inference.index.store import Index, embed, index_key, read_index, scan, write_index
 from tests.inference.index.tools import WIDTH, tiny_reader
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -67,6 +68,11 @@ def test_a_new_index(folder):
         assert len(ids) <= 65
         alone = READER.model(torch.tensor([ids]), padding_mask=torch.ones(1, len(ids), dtype=torch.bool))[0]
         torch.testing.assert_close(vector, alone, rtol=0, atol=1e-6)
+
+
+def test_a_long_heading_leaves_room_for_the_text():
+    texts = [Passage("a", 1, 1, "a" * 200, text) for text in ("one", "two")]
+    assert (READER.passages(texts)[0] - READER.passages(texts)[1]).abs().max() > 0.01
 
 
 def test_ranks_equal_those_of_a_loop(index):
