@@ -7,36 +7,24 @@
 How a step is divided does not change which pairs are in it, see `TokenLoader`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from load_data.embed_data import EncodedPairs
-from load_data.loader import TokenLoader, eval_batches
+from load_data.items import ItemLoader, padded
+from load_data.loader import eval_batches
 
 NO_OWNER = -1  # of a wrong document; keys are not negative
 
 
-class EmbedLoader(TokenLoader):
-    """Endless training batches of `batch_size` pairs. An epoch visits every pair once, in an order drawn from
-    (seed, epoch)."""
+class EmbedLoader(ItemLoader):
+    """Endless training batches of pairs. `steps`: batch size, accumulation steps, rank, world size, seed."""
 
-    def __init__(
-        self, pairs: EncodedPairs, batch_size: int, accumulation_steps: int, rank: int, world_size: int,
-        seed: int, pad_id: int,
-    ):  # fmt: skip
-        self.pairs, self.pad_id, self.seed = pairs, pad_id, seed
-        self.batch_size, self.accumulation_steps = batch_size, accumulation_steps
-        self.rank, self.world_size = rank, world_size
-        self.sequence_length, self.doublings = 1, 0  # a row is a pair
-        self.length = self.sequence_length
-        self.start_epoch(0)
-
-    def start_epoch(self, epoch: int) -> None:
-        """Draw the order of an epoch and move to its beginning."""
-        self.starts = np.random.default_rng((self.seed, epoch)).permutation(len(self.pairs.queries))
-        self.epoch, self.index_in_epoch = epoch, 0
+    def __init__(self, pairs: EncodedPairs, *steps: int, pad_id: int):
+        self.pairs, self.pad_id = pairs, pad_id
+        super().__init__(len(pairs.queries), *steps)
 
     def batch(self, chosen: np.ndarray) -> dict[str, torch.Tensor]:
         """Return the tensors of some pairs."""
@@ -56,17 +44,6 @@ def pair_batch(pairs: EncodedPairs, chosen: np.ndarray, pad_id: int) -> dict[str
     no_owner = torch.full((len(wrong),), NO_OWNER)
     batch["owner_keys"] = torch.cat([batch["query_keys"], no_owner])
     return batch
-
-
-def padded(rows: Sequence, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows of ids as one tensor, padded on the right, and its mask, True for ids: (B, T) each."""
-    width = max(1, *map(len, rows))
-    ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for place, row in enumerate(rows):
-        ids[place, : len(row)] = torch.as_tensor(row)
-        mask[place, : len(row)] = True
-    return ids, mask
 
 
 def eval_pairs(

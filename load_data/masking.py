@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from config.objectives import MLMConfig
+from load_data.items import padded
 from load_data.loader import IGNORED, TokenLoader, eval_batches
 from load_data.tokenization.tokenizer import MASK, Tokenizer
 from utils.errors import UserError
@@ -57,17 +58,10 @@ class Masking:
 
     def batch(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
         """Stack rows: `input_ids` and `labels` (B, T), and a `padding_mask` where they differ in length."""
-        sizes = [len(ids) for ids, _ in rows]
-        batch = {
-            "input_ids": torch.full((len(rows), max(sizes)), self.pad_id),
-            "labels": torch.full((len(rows), max(sizes)), IGNORED),
-        }
-        for number, pair in enumerate(rows):
-            for part, values in zip(batch.values(), pair, strict=True):
-                part[number, : len(values)] = torch.from_numpy(values)
-        if min(sizes) < max(sizes):
-            batch["padding_mask"] = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
-        return batch
+        ids, labels = zip(*rows, strict=True)
+        input_ids, real = padded(ids, self.pad_id)
+        batch = {"input_ids": input_ids, "labels": padded(labels, IGNORED)[0]}
+        return batch if real.all() else batch | {"padding_mask": real}
 
 
 class MaskedLoader(TokenLoader):

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from load_data.loader import IGNORED, TokenLoader, eval_batches
+from load_data.items import ItemLoader, padded
+from load_data.loader import IGNORED, eval_batches
 from load_data.tokenization.tokenizer import Tokenizer
 
 Batch = dict[str, torch.Tensor]
@@ -46,36 +47,12 @@ def collate(pairs: Sequence[Pair], pad_id: int, start_id: int) -> Batch:
             "decoder_input_ids": shifted.where(written, pad_id), "decoder_padding_mask": written}  # fmt: skip
 
 
-def padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows (B, longest) filled up on the right, and the mask of what was there."""
-    lengths = np.array([len(row) for row in rows])
-    there = np.arange(lengths.max()) < lengths[:, None]
-    table = np.full(there.shape, fill, dtype=np.int64)
-    table[there] = np.concatenate(rows)
-    return torch.from_numpy(table), torch.from_numpy(there)
+class Seq2SeqLoader(ItemLoader):
+    """Endless training batches of pairs. `steps`: batch size, accumulation steps, rank, world size, seed."""
 
-
-class Seq2SeqLoader(TokenLoader):
-    """Endless training batches of pairs.
-
-    An epoch visits every pair once, in an order drawn from (seed, epoch). Steps, their division and resuming
-    work as in `TokenLoader`; `starts` holds indices of pairs.
-    """
-
-    def __init__(
-        self, pairs: Sequence[Pair], batch_size: int, accumulation_steps: int = 1, rank: int = 0,
-        world_size: int = 1, seed: int = 0, *, pad_id: int, start_id: int,
-    ):  # fmt: skip
+    def __init__(self, pairs: Sequence[Pair], *steps: int, pad_id: int, start_id: int):
         self.pairs, self.pad_id, self.start_id = pairs, pad_id, start_id
-        self.sequence_length = self.length = 1  # of an item of `starts`
-        self.batch_size, self.seed, self.doublings = batch_size, seed, 0
-        self.accumulation_steps, self.rank, self.world_size = accumulation_steps, rank, world_size
-        self.start_epoch(0)
-
-    def start_epoch(self, epoch: int) -> None:
-        """Draw the order of an epoch and move to its beginning."""
-        self.starts = np.random.default_rng((self.seed, epoch)).permutation(len(self.pairs))
-        self.epoch, self.index_in_epoch = epoch, 0
+        super().__init__(len(pairs), *steps)
 
     def batch(self, chosen: np.ndarray) -> Batch:
         """Return the tensors of some pairs."""

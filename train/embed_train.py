@@ -46,7 +46,7 @@ def main():
     model = build_model(command, data.tokenizer)
     train, world, pad_id = config.train, machine.world, data.tokenizer.pad_id
     loader = EmbedLoader(data.train, train.batch_size, train.accumulation_steps, world.rank, world.size,
-                         train.seed, pad_id)  # fmt: skip
+                         train.seed, pad_id=pad_id)  # fmt: skip
     held_out = partial(eval_pairs, data.val, train.batch_size, rank=world.rank, world_size=world.size,
                        pad_id=pad_id)  # fmt: skip
     loss = ContrastiveLoss(config.embed, machine)

@@ -9,6 +9,7 @@ import torch
 from config.schema import RunConfig
 from inference.index.passages import Passage
 from load_data.embed_data import read_as
+from load_data.items import padded
 from load_data.tokenization.tokenizer import Tokenizer
 from utils.checkpoint import weights_digest
 
@@ -70,11 +71,7 @@ class TextReader:
         while first < len(order):
             longest = len(rows[order[first]])
             batch = [rows[number] for number in order[first : first + max(1, BATCH // longest)]]
-            ids = torch.full((len(batch), longest), self.tokenizer.pad_id)
-            real = torch.zeros(ids.shape, dtype=torch.bool)
-            for place, row in enumerate(batch):
-                ids[place, : len(row)] = torch.tensor(row)
-                real[place, : len(row)] = True
+            ids, real = padded(batch, self.tokenizer.pad_id)
             vectors.append(self.model(ids.to(device), padding_mask=real.to(device)).float().cpu())
             first += len(batch)
         return torch.cat(vectors)[torch.tensor(order).argsort()]

@@ -92,13 +92,14 @@ def test_a_batch(encoded):
 
 def test_a_step_has_the_same_pairs_however_it_is_divided(encoded):
     def queries_of(size, accumulation, world):
-        loaders = [EmbedLoader(encoded.train, size, accumulation, rank, world, 0, 2) for rank in range(world)]
+        loaders = [EmbedLoader(encoded.train, size, accumulation, rank, world, 0, pad_id=2)
+                   for rank in range(world)]  # fmt: skip
         steps = [[batch for loader in loaders for batch in loader.next_step()] for _ in range(5)]
         return [sorted(key for batch in step for key in batch["query_keys"].tolist()) for step in steps]
 
     whole = queries_of(12, 1, 1)
     assert whole == queries_of(3, 2, 2) == queries_of(1, 12, 1)
-    loader = EmbedLoader(encoded.train, 4, 1, 0, 1, 0, 2)
+    loader = EmbedLoader(encoded.train, 4, 1, 0, 1, 0, pad_id=2)
     seen = torch.cat([loader.next_step()[0]["query_keys"] for _ in range(len(encoded.train.queries) // 4)])
     assert len(set(seen.tolist())) == len(seen)
     state = loader.state_dict()

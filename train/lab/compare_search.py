@@ -25,7 +25,7 @@ from inference.search import MINILM, open_reader
 from load_data.code_pairs import words
 from load_data.corpora.sources import VAL
 from load_data.embed_data import encode_texts, read_pairs
-from load_data.embed_loader import padded
+from load_data.items import padded
 from model.embedder import embed_by_length
 from train.engine.retrieval import measures
 from utils.checkpoint import final_name
