@@ -32,8 +32,10 @@ STAGES = {
     "mixlora_train": ("MixLora", ("SFT", "Pre")), "prefix_train": ("Prefix", ("SFT", "Pre")),
     "gate_train": ("Gate", ("SFT", "Pre")), "extend_context": ("Long", ("Pre",)),
     "grpo_train": ("GRPO", ("SFT",)), "ppo_train": ("PPO", ("SFT",)), "dpo_train": ("DPO", ("SFT",)),
-    "reward_train": ("Reward", ("SFT",)),
+    "reward_train": ("Reward", ("SFT",)), "mlm_train": ("MLM", ()), "span_train": ("Span", ()),
+    "embed_train": ("Embed", ()),
 }  # fmt: skip
+SECTIONS = {"mlm_train": ("encoder",), "span_train": ("seq2seq",), "embed_train": ("encoder", "model")}
 TEXT = "\n".join(f"To be or not to be, that is question {number}." for number in range(400))
 COMMON = ["train.batch_size=2", "train.accumulation_steps=1", "train.eval_batches=1"]
 SMALL_MODEL = [
@@ -41,6 +43,14 @@ SMALL_MODEL = [
     "model.num_key_value_heads=1", "model.intermediate_size=32", "model.head_dim=16",
     "tokenizer.vocab_size=400", "tokenizer.train_bytes=100000", "data.limit=60",
     "data.worked_examples=20", "data.sequence_length=32", "data.val_fraction=0.2",
+]  # fmt: skip
+SMALL_ENCODER = [
+    "encoder.hidden_size=32", "encoder.num_hidden_layers=1", "encoder.num_attention_heads=2",
+    "encoder.intermediate_size=32", "embed.document_length=64", "embed.query_length=32", *SMALL_MODEL[6:],
+]  # fmt: skip
+SMALL_SEQ2SEQ = [
+    "seq2seq.hidden_size=32", "seq2seq.num_hidden_layers=1", "seq2seq.num_decoder_layers=1",
+    "seq2seq.num_attention_heads=2", "seq2seq.intermediate_size=32", "data.skill_samples=40", *SMALL_MODEL[6:],
 ]  # fmt: skip
 FEW_DIALOGUES = ["data.skill_samples=40", "data.val_fraction=0.2"]
 FEW_SAMPLES = ["rl.prompts=2", "rl.group_size=3", "rl.max_new_tokens=4", "rl.updates=1"]
@@ -193,7 +203,7 @@ def test_training_commands_are_parsed(command, tmp_path):
     flags = [*without(arguments, "--out", "--init"), "--out", str(tmp_path / "new")]
     if bases:
         flags += ["--init", str(write_checkpoint(tmp_path / "base.pkl"))]
-    parse_command(stage, short, "", flags, bases)
+    parse_command(stage, short, "", flags, bases, sections=SECTIONS.get(stage, ("model",)))
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +275,7 @@ def small(words: list[str], home: Path) -> list[str]:
         own = {"pre_train": SMALL_MODEL, "extend_context": LITTLE_TEXT}
         own |= dict.fromkeys(("grpo_train", "ppo_train"), FEW_SAMPLES)
         own["reward_train"] = ["train.dtype=fp32"]  # bf16 rounds away what two steps of training changed
+        own |= {"mlm_train": SMALL_ENCODER, "embed_train": SMALL_ENCODER, "span_train": SMALL_SEQ2SEQ}
         settings = [*COMMON, *own.get(stage, FEW_DIALOGUES)]
         settings += [f"data.cache_dir={home / 'cache'}"]
         words += ["--max-steps", "2", "--device", "cpu", *(f"--set={setting}" for setting in settings)]
