@@ -22,7 +22,7 @@ POOLINGS = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "c
 
 
 class SentenceFolder(NamedTuple):
-    """What a folder says about its model."""
+    """The facts of a folder, but for the model itself."""
 
     body: Path  # the folder of the encoder and its tokenizer
     pooling: str

@@ -170,4 +170,3 @@ def test_minilm_gives_the_vectors_of_sentence_transformers(tmp_path, monkeypatch
     gap = (vectors - torch.from_numpy(theirs.encode(SENTENCES))).abs().max().item()
     assert gap < 1e-5, f"vectors differ by {gap:.1e}"
     assert (vectors @ vectors.T).std() > 0.1, "the comparison needs texts that differ"
-
