@@ -69,6 +69,7 @@ def test_texts_become_ids(encoded, run_config):
     encoded.tokenizer.finish = [7, 8]  # as the [SEP] of BERT
     (short,) = encode_texts(["question 12"], encoded.tokenizer, settings, 6)
     assert len(short) == 6 and short[-2:] == [7, 8] and short[: len(frame)] == frame
+    encoded.tokenizer.finish = []
     settings.words = True
     (ids,) = encode_texts(["QuestionOne"], encoded.tokenizer, settings, 50)
     assert decode(ids) == " question one"
