@@ -116,7 +116,7 @@ def open_index(folder: Path, reader: TextReader, out: Path, place: Path | None =
 
 def summary(index: Index, skipped: Counter) -> str:
     """Return what is in an index and what was left out, on one line."""
-    left_out = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items())) or "nothing"
+    left_out = ", ".join(f"{reason} ({count:,})" for reason, count in sorted(skipped.items())) or "nothing"
     return f"{len(index.files):,} files, {len(index.passages):,} passages; left out: {left_out}"
 
 

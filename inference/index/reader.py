@@ -1,4 +1,4 @@
-"""Turn texts into vectors: a text-embedding model, its tokenizer, and batches with little padding."""
+"""Turn texts into vectors: a text-embedding model with its tokenizer."""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,16 +11,15 @@ from inference.index.passages import Passage
 from load_data.embed_data import read_as
 from load_data.items import padded
 from load_data.tokenization.tokenizer import Tokenizer
+from model.embedder import Embedder, embed_by_length
 from utils.checkpoint import weights_digest
-
-BATCH = 4096  # tokens, padding included
 
 
 @dataclass
 class TextReader:
     """A text-embedding model that is ready to read."""
 
-    model: torch.nn.Module  # ids (B, T) and padding mask -> unit vectors (B, C)
+    model: Embedder
     tokenizer: Tokenizer
     config: RunConfig
 
@@ -63,15 +62,7 @@ class TextReader:
 
     @torch.inference_mode()
     def vectors(self, rows: list[list[int]]) -> torch.Tensor:
-        """Return the vectors of rows of ids, (N, C) fp32 on the CPU. Rows of similar length share a batch."""
-        rows = [self.tokenizer.framed(row) for row in rows]
-        order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
+        """Return the vectors of rows of ids, (N, C) in fp32 on the CPU."""
+        ids, real = padded([self.tokenizer.framed(row) for row in rows], self.tokenizer.pad_id)
         device = next(self.model.parameters()).device
-        vectors, first = [], 0
-        while first < len(order):
-            longest = len(rows[order[first]])
-            batch = [rows[number] for number in order[first : first + max(1, BATCH // longest)]]
-            ids, real = padded(batch, self.tokenizer.pad_id)
-            vectors.append(self.model(ids.to(device), padding_mask=real.to(device)).float().cpu())
-            first += len(batch)
-        return torch.cat(vectors)[torch.tensor(order).argsort()]
+        return embed_by_length(self.model, ids.to(device), real.to(device)).float().cpu()

@@ -124,6 +124,12 @@ def test_only_what_changed_is_embedded(folder, index):
     assert not {"a.py", "sub/b.md", "c.txt"} & {one.file for one in index.passages}
 
 
+def test_a_touched_file_is_not_cut_again(folder, index, monkeypatch):
+    write(folder, FILES, when=OLD + 1)
+    monkeypatch.setattr(store, "passages_of", None)
+    assert equal(update(index, folder, READER)[0], index)
+
+
 def test_a_file_with_the_same_size_and_time_is_not_read(folder, index, monkeypatch):
     reads = []
     monkeypatch.setattr(store, "read_file", lambda path: reads.append(path))
