@@ -50,7 +50,8 @@ SMALL_ENCODER = [
 ]  # fmt: skip
 SMALL_SEQ2SEQ = [
     "seq2seq.hidden_size=32", "seq2seq.num_hidden_layers=1", "seq2seq.num_decoder_layers=1",
-    "seq2seq.num_attention_heads=2", "seq2seq.intermediate_size=32", "data.skill_samples=40", *SMALL_MODEL[6:],
+    "seq2seq.num_attention_heads=2", "seq2seq.intermediate_size=32", "data.skill_samples=40",
+    *SMALL_MODEL[6:],
 ]  # fmt: skip
 FEW_DIALOGUES = ["data.skill_samples=40", "data.val_fraction=0.2"]
 FEW_SAMPLES = ["rl.prompts=2", "rl.group_size=3", "rl.max_new_tokens=4", "rl.updates=1"]
