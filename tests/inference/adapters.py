@@ -56,6 +56,7 @@ def write_adapter(path, base, /, like="lora", seed=1, **changes):
     model, tokenizer = full.model, full.tokenizer
     digest = weights_digest(model.state_dict())
     config = run_settings(model.config, sections | changes)
+    torch.manual_seed(seed)  # LoRA's A is drawn
     added = attach(model, short, config)
     shake_added(model, added, seed)
     data = {
