@@ -10,7 +10,7 @@ from config.model import ModelConfig
 from config.schema import RunConfig
 from inference.generation.load import load_embedder
 from model.embedder import Embedder, embed_by_length
-from tests.inference.tools import byte_tokenizer
+from tests.inference.tools import byte_tokenizer, write_checkpoint
 from tests.modules.tools import shake
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError
@@ -108,4 +108,10 @@ def test_a_file_gives_the_model_back(base, tmp_path):
     content["weights"].pop("body.norm.weight")
     save_checkpoint(path, content)
     with pytest.raises(UserError, match=r"body\.norm\.weight"):
+        load_embedder(path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    path = write_checkpoint(tmp_path / "TinySeek_Pre_final.pkl")
+    with pytest.raises(UserError, match="a full model of pre_train, not a model of embeddings; use --checkpoint"):
         load_embedder(path)
