@@ -113,5 +113,5 @@ def test_a_file_gives_the_model_back(base, tmp_path):
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     path = write_checkpoint(tmp_path / "TinySeek_Pre_final.pkl")
-    with pytest.raises(UserError, match="a full model of pre_train, not a model of embeddings; use --checkpoint"):
+    with pytest.raises(UserError, match="a full model of pre_train, not a model of embeddings; use"):
         load_embedder(path)
