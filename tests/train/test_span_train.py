@@ -273,7 +273,8 @@ def test_an_imported_t5_goes_on_with_spans_and_lists(tmp_path, monkeypatch, caps
         init = ["--init", str(tmp_path / "t5" / "TinySeek_Span_final.pkl"), "--max-steps", "2"]
         found = run(monkeypatch, "--out", str(tmp_path / name), *init, *sets, *words)
         assert found["config"]["seq2seq"] == base["config"]["seq2seq"] and found["step"] == 2
-        assert not same_bits(found["weights"], base["weights"])
+        # Two steps of Adam move no weight by more than two rates of 0.01, and decay by a little.
+        assert 0 < largest_difference(found["weights"], base["weights"]) < 0.03
     said = capsys.readouterr().out
     assert "<extra_id_0>" in said and "</s>" in said and "percent: exact=0.00" in said
 
