@@ -6,6 +6,9 @@ and the output head are tables of vectors and stay with AdamW, as do routers (a 
 of shared experts (a vector), gains, biases, DoRA's magnitudes and the numbers that T5 gives to distances. A
 stack of E experts counts as E matrices.
 Weight decay is for matrices only: pulling a gain towards zero has no use.
+
+What T5 gives to distances is added to attention scores as it is, and to look at one place alone takes
+differences of 5 and more. Adam moves a number by about `lr` per step, so these get a multiple of it.
 """
 
 import torch
@@ -15,6 +18,7 @@ from modules.muon import Muon
 
 TABLES = ("embed_tokens.weight", "embed_positions.weight", "embed_token_types.weight", "lm_head.weight",
           ".gate.weight", "shared_expert_gate.weight", "embed_tokens.prompt", "relative_bias.weight")
+DISTANCES, DISTANCE_RATE = "relative_bias.weight", 20
 LENGTHS = "lora_magnitude_vector"  # those of experts form a table (E, out)
 
 
@@ -25,7 +29,8 @@ def build_optimizers(model: torch.nn.Module, optim: OptimConfig) -> list[torch.o
     hidden = {name: p for name, p in matrices.items() if p.dim() < 4 and not name.endswith(TABLES)}
     muon = hidden if optim.optimizer == "muon" else {}
     rest = {name: p for name, p in trainable.items() if name not in muon}
-    decayed = [p for name, p in rest.items() if name in matrices]
+    distances = [p for name, p in rest.items() if name.endswith(DISTANCES)]
+    decayed = [p for name, p in rest.items() if name in matrices and not name.endswith(DISTANCES)]
     plain = [p for name, p in rest.items() if name not in matrices]
 
     optimizers = []
@@ -38,7 +43,8 @@ def build_optimizers(model: torch.nn.Module, optim: OptimConfig) -> list[torch.o
         optimizers.append(Muon(groups, lr=optim.muon_lr, **settings))
     adam = torch.optim.Adam if optim.optimizer == "adam" else torch.optim.AdamW
     decay = 0.0 if optim.optimizer == "adam" else optim.weight_decay  # Adam's own is L2, not decoupled decay
-    groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0},
+              {"params": distances, "weight_decay": 0.0, "lr": DISTANCE_RATE * optim.lr}]
     fused = {p.device.type for p in rest.values()} <= {"cpu", "cuda"}
     if groups := [group for group in groups if group["params"]]:
         betas = (optim.beta1, optim.beta2)

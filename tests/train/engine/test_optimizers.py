@@ -8,7 +8,9 @@ from torch import nn
 
 from config.adapters import LoraConfig
 from config.schema import OptimConfig, RunConfig
+from config.seq2seq import Seq2SeqConfig
 from model.adapters import attach
+from model.encoder_decoder import EncoderDecoder
 from model.tinyseek import TinySeek
 from modules.muon import Muon, orthogonalize, through_gram
 from tests.modules.tools import shake
@@ -198,6 +200,20 @@ def test_tied_tables_are_one_parameter_and_stay_with_adamw():
     tables = [p for group in adam.param_groups for p in group["params"] if p is model.lm_head.weight]
     assert len(tables) == 1 and tables[0] is model.model.embed_tokens.weight
     assert all(p.dim() == 2 for p in muon.param_groups[0]["params"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_t5_gives_to_distances_moves_faster_and_does_not_decay(optimizer):
+    """It is compared with attention scores, and Adam would move it by `lr` per step."""
+    model = EncoderDecoder(Seq2SeqConfig(vocab_size=40, hidden_size=16))
+    optimizers = build_optimizers(model, OptimConfig(optimizer=optimizer, weight_decay=0.1, lr=0.003))
+    groups = [group for made in optimizers if not isinstance(made, Muon) for group in made.param_groups]
+    table = model.decoder.relative_bias.weight
+    (fast,) = [group for group in groups if any(p is table for p in group["params"])]
+    assert (fast["lr"], fast["weight_decay"], len(fast["params"])) == (0.06, 0.0, 2)
+    assert {group["lr"] for group in groups if group is not fast} == {0.003}
+    listed = [p for made in optimizers for group in made.param_groups for p in group["params"]]
+    assert len(listed) == len({*map(id, listed)}) == len([*model.parameters()])
 
 
 def test_parameters_of_adapters():
