@@ -48,11 +48,11 @@ def collate(pairs: Sequence[Pair], pad_id: int, start_id: int) -> Batch:
 
 
 class Seq2SeqLoader(ItemLoader):
-    """Endless training batches of pairs. `steps`: batch size, accumulation steps, rank, world size, seed."""
+    """Endless training batches of pairs. `steps` and `settings` are those of `ItemLoader`."""
 
-    def __init__(self, pairs: Sequence[Pair], *steps: int, pad_id: int, start_id: int):
+    def __init__(self, pairs: Sequence[Pair], *steps: int, pad_id: int, start_id: int, **settings: int):
         self.pairs, self.pad_id, self.start_id = pairs, pad_id, start_id
-        super().__init__(len(pairs), *steps)
+        super().__init__(len(pairs), *steps, **settings)
 
     def batch(self, chosen: np.ndarray) -> Batch:
         """Return the tensors of some pairs."""
