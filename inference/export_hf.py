@@ -103,7 +103,8 @@ def export_other(path: str | Path, short: str, folder: Path, dtype: torch.dtype 
     model, tokenizer, _ = build(WHOLE[short], about, path)
     config = by_table.write_settings(model.config)
     family = OTHER_FAMILIES[config["model_type"]]
-    first, last = next(iter(tokenizer.begin), None), [*tokenizer.begin, *tokenizer.finish][-1]
+    first = next(iter(tokenizer.begin), None)
+    last = [tokenizer.eos_id, *tokenizer.begin, *tokenizer.finish][-1]  # some tokenizers frame nothing
     ids = {"pad": tokenizer.pad_id, "bos": first, "cls": first, "eos": last, "sep": last}
     config |= {f"{role}_token_id": ids[role] for role in family.roles}
     config["torch_dtype"] = str(dtype).removeprefix("torch.")

@@ -29,6 +29,7 @@ from load_data.tokenization.tokenizer import SENTINELS, Tokenizer
 from utils.errors import UserError
 
 GAP = re.compile(r"<extra_id_(\d+)>")  # in a user's text
+SHORTEST = 3  # tokens of a window: a span, and text on both sides
 EVALUATION = -1  # in the place of an epoch
 
 
@@ -48,8 +49,8 @@ def segments(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def span_counts(length: int, density: float, mean: float) -> tuple[int, int]:
-    """Return how many of `length` tokens, at least 3, are taken out, and in how many spans. The text that
-    remains must reach around each of them."""
+    """Return how many of `length` tokens, at least `SHORTEST`, are taken out, and in how many spans. The text
+    that remains must reach around each of them."""
     taken = min(max(round(length * density), 1), length - 2)
     return taken, min(max(round(taken / mean), 1), length - taken - 1)
 
@@ -77,10 +78,10 @@ class SpanPairs(Sequence):
         """`tokens`: (N,) ids. Raises `UserError` if a window is too short, or too long for the sentinels."""
         self.tokens, self.length, self.tokenizer, self.seed = tokens, length, tokenizer, seed
         self.settings, self.sentinels = settings, sentinel_ids(tokenizer)
-        if not 3 <= length <= len(tokens):
+        if not SHORTEST <= length <= len(tokens):
             raise UserError(
-                f"data.sequence_length={length} must be at least 3, to take a span out, and at most the "
-                f"{len(tokens)} tokens of the text: change it"
+                f"data.sequence_length={length} must be at least {SHORTEST}, to take a span out, and at most "
+                f"the {len(tokens)} tokens of the text: change it"
             )
         spans = span_counts(length, settings.noise_density, settings.mean_span_length)[1]
         if spans >= len(self.sentinels):
@@ -110,6 +111,10 @@ class SpanLoader(TokenLoader):
         """`steps`: batch size, accumulation steps, rank, world size, seed."""
         self.pairs, self.start_id = pairs, start_id
         super().__init__(pairs.tokens, pairs.length, *steps, start_length)
+        if self.length < SHORTEST:
+            raise UserError(
+                f"data.start_length={start_length} must be at least {SHORTEST}, to take a span out of a window"
+            )
 
     def batch(self, starts: np.ndarray) -> Batch:
         """Return the windows that begin at `starts` (B,), see load_data/seq2seq.py."""

@@ -4,8 +4,8 @@
     docstrings    a function of Python's standard library       the first sentence of its docstring
 
 The split is that of the rest of the project: lists by the combination of things (load_data/skills/lists.py),
-docstrings by file, with the held-out files of pre-training. `val` decides which weights are kept, `test` is
-what a result is scored on.
+docstrings by file, with the held-out files of pre-training, whose pairs are left out where they stand in a
+training file too. `val` decides which weights are kept, `test` is what a result is scored on.
 """
 
 import hashlib
@@ -79,9 +79,11 @@ def lists(config: RunConfig) -> Iterator[tuple[str, str, str]]:
 def docstrings(config: RunConfig) -> Iterator[tuple[str, str, str]]:
     """Yield (side, function without its docstring, first sentence of the docstring)."""
     corpus = read_python_corpus(config.data.val_fraction)
+    scored = {*chain.from_iterable(map(docstring_pairs, corpus.val))}
     for held_out, files in ((False, corpus.train), (True, corpus.val)):
         for paragraph, code in chain.from_iterable(map(docstring_pairs, files)):
-            if sentence := first_sentence(paragraph):
+            sentence = first_sentence(paragraph)
+            if sentence and (held_out or (paragraph, code) not in scored):  # some stand in several files
                 yield held_out_side(code) if held_out else TRAIN, code, sentence
 
 

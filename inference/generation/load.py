@@ -171,6 +171,8 @@ def open_as(flag: str, path: str | Path) -> dict:
     kind = SPECIAL.get(short, "--checkpoint")
     if short is not None and kind != flag:
         stage, use = checkpoint.get("stage"), f"{kind}{path}" if kind == REWARD else f"{kind} {path}"
+        if flag.startswith("python ") and not kind.startswith("python "):  # whose own flags mean other things
+            use = f"python {'train/grpo_train.py' if kind == REWARD else 'inference/chat.py'} {use}"
         raise UserError(f"{path}: {KINDS[kind][0]} of {stage}, not {name}; use {use}")
     forms = ENTRIES | {"weights": are_weights} | base
     if missing := [key for key in forms if checkpoint.get(key) is None]:

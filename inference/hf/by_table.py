@@ -139,10 +139,11 @@ def read_weights(
     shapes are checked first. Raises `UserError` that lists what is missing, left over, or of another shape.
     """
     sizes = sum(math.prod(one.shape) for one in stored.values())
-    if config.num_hidden_layers > len(stored) or config.head_dim > sizes:  # before they cost time or memory
+    layers = config.num_hidden_layers + getattr(config, "num_decoder_layers", 0)
+    if layers > len(stored) or max(config.head_dim, config.hidden_size) > sizes:  # before they cost memory
         raise UserError(
-            f"{where}: {len(stored)} tensors cannot be those of config.json, which has "
-            f"{config.num_hidden_layers} layers, and heads of {config.head_dim} channels"
+            f"{where}: {len(stored)} tensors cannot be those of config.json, which has {layers} layers of "
+            f"{config.hidden_size} channels, and heads of {config.head_dim} channels"
         )
     try:
         parts, tied = plan(kind, config, family, "model." if body else "")

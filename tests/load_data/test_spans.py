@@ -186,6 +186,12 @@ def test_windows_that_cannot_be_corrupted_are_one_line(changes, words):
         pairs(**changes)
 
 
+def test_windows_that_begin_too_short_are_one_line():
+    with pytest.raises(UserError, match="data.start_length=2 must be at least 3"):
+        SpanLoader(pairs(), 2, 1, 0, 1, 0, start_length=2, start_id=0)
+    SpanLoader(pairs(), 2, 1, 0, 1, 0, start_length=3, start_id=0).next_step()
+
+
 def test_a_tokenizer_without_sentinels_is_one_line():
     with pytest.raises(UserError, match="the tokenizer has no <extra_id_0>"):
         SpanPairs(TOKENS, 40, SpanConfig(), CharTokenizer("abc"))

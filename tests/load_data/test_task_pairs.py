@@ -27,6 +27,7 @@ def corpus(monkeypatch):
            SourceFile("template.py", "def {name}():\n")]  # fmt: skip
     found = PythonCorpus([source("train", n) for n in range(10)] + odd, [source("val", n) for n in range(10)])
     monkeypatch.setattr(task_pairs, "read_python_corpus", lambda fraction: found)
+    return found
 
 
 def prepare(*settings, task="docstrings"):
@@ -46,6 +47,13 @@ def test_docstrings_are_held_out_by_file(corpus):
     assert all("val" in target for side in (VAL, TEST) for _, target in texts[side])
     assert not any("Return" in code for side in SIDES for code, _ in texts[side])  # the answer is not given
     assert data.digest == prepare()[0].digest != prepare("data.sequence_length=20")[0].digest
+
+
+def test_a_held_out_pair_is_not_trained_where_another_file_has_it_too(corpus):
+    corpus.train.append(SourceFile("copy.py", "import this\n" + source("val", 3).text))
+    _, texts = prepare()
+    assert len(texts[TRAIN]) == 10 and len(texts[VAL]) + len(texts[TEST]) == 10
+    assert not any("val" in target for _, target in texts[TRAIN])
 
 
 def test_sources_are_cut_and_long_targets_left_out(corpus):

@@ -19,6 +19,8 @@ from model.embedder import Embedder
 from tests.inference.tools import run_config, tiny_model, write_checkpoint
 from tests.processes import fork
 from tests.train.tools import TOKENIZER, largest_difference, machine, same_bits, weights_of, without_timing
+from train.embed_train import STAGE
+from train.engine.command import inherited_sections
 from train.engine.contrastive_loss import ContrastiveLoss, EmbedSource, vectors_of
 from train.engine.retrieval import RetrievalEvaluation, measures, ranks_of
 from train.engine.stage import Stage
@@ -285,6 +287,26 @@ def test_a_preset_is_built_and_stepped(name, pairs, tmp_path, monkeypatch):
     changed = {"base": "decoder"} if name == "decoder" else {}
     assert saved["config"]["embed"] == preset["embed"] | changed
     assert saved["config"]["optim"] == preset["optim"] and saved["step"] == 1
+
+
+def test_an_encoder_with_idle_biases_is_trained(pairs, tmp_path, monkeypatch):
+    """BERT's recipe, also of MiniLM: nothing rotates the keys, so their biases change nothing, and the proof
+    of training would refuse them."""
+    recipe = ["encoder.position_embedding_type=absolute", "encoder.attention_bias=true",
+              "encoder.norm_order=post", "encoder.norm=layer_norm"]  # fmt: skip
+    saved = run(monkeypatch, pairs, tmp_path / "a", steps=1, small=[*SMALL, *recipe])
+    biases = {name: part for name, part in saved["weights"].items() if name.endswith("_proj.bias")}
+    assert {name.split(".")[-2] for name, part in biases.items() if not part.any()} == {"k_proj"}
+
+
+def test_other_stages_refuse_a_model_of_embeddings(tmp_path):
+    """Its settings are those of an encoder or of a decoder, but its head is gone."""
+    for section in ("encoder", "model"):
+        config = {"embed": {"base": {"model": "decoder"}.get(section, section)}, section: {}, "tokenizer": {}}
+        found = {"stage": STAGE, "short": "Embed", "config": config, "weights": {}, "tokenizer": "{}"}
+        assert section in inherited_sections(found, "a.pkl", ("encoder", "model"))
+        with pytest.raises(UserError, match="--init a.pkl: a model of embeddings, without the head"):
+            inherited_sections(found, "a.pkl", (section,))
 
 
 def test_a_decoder_becomes_a_model_of_embeddings(pairs, tmp_path, monkeypatch):

@@ -172,7 +172,7 @@ def test_what_cannot_be_filled_is_one_line(trained, call, tmp_path):
         (["no mask", "--checkpoint", path], "no [MASK] in the text"),
         (["[MASK] " * 40, "--checkpoint", path], "and the model reads 32: shorten it"),
         (["[MASK]", "--checkpoint", path, "--top", 0], "--top 0 must be from 1 to the 289"),
-        (["[MASK]", "--checkpoint", decoder], "TinySeek_Pre_final.pkl: a full model of pre_train, not an"),
+        (["[MASK]", "--checkpoint", decoder], f"use python inference/chat.py --checkpoint {decoder}"),
         (["[MASK]", "--out", tmp_path], "TinySeek_MLM_final.pkl: no such checkpoint"),
     ]:
         code, _, error = call(fill_mask, *words)

@@ -116,6 +116,11 @@ def inherited_sections(init: dict, path: str, accepted: tuple[str, ...] = ("mode
             f"--init {path}: the model of {init.get('stage')} has the settings of section {section}, and "
             f"this stage trains one of section {' or '.join(accepted)}: name another checkpoint"
         )
+    if init.get("short") == "Embed" and len(accepted) == 1:  # not the stage that takes a body of either kind
+        raise UserError(
+            f"--init {path}: a model of embeddings, without the head that this stage trains: name the model "
+            "it was made from, or another checkpoint"
+        )
     if init.get("short") == "Embed" and isinstance(init["config"].get("embed"), dict):
         sections["embed"] = init["config"]["embed"]  # how it reads texts
     data = init["config"].get("data") or {}

@@ -340,6 +340,28 @@ def test_bad_folders_are_refused(name, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["num_decoder_layers", "d_model"])
+def test_the_sizes_of_a_t5_are_checked_before_they_cost_memory(name, tmp_path, monkeypatch):
+    save_other("T5ForConditionalGeneration", tmp_path / "hf")
+    edit_json(tmp_path / "hf" / "config.json", **{name: 10**6})
+    monkeypatch.setattr(by_table, "blank", None)
+    with pytest.raises(UserError, match="cannot be those of config.json, which has .*100000"):
+        run(monkeypatch, import_hf, tmp_path / "hf", "--out", tmp_path / "out")
+
+
+def test_a_tokenizer_without_a_frame_is_exported(tmp_path, monkeypatch):
+    """GPT-2's puts nothing around a text: its end of text ends a target too."""
+    save_other("T5ForConditionalGeneration", tmp_path / "hf")
+    edit_json(tmp_path / "hf" / "tokenizer.json", post_processor=None)
+    run(monkeypatch, import_hf, tmp_path / "hf", "--out", tmp_path / "out")
+    path = tmp_path / "out" / "TinySeek_Span_final.pkl"
+    tokenizer = opened(path)[1]
+    assert not tokenizer.begin and not tokenizer.finish
+    run(monkeypatch, export_hf, tmp_path / "again", "--checkpoint", path)
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.eos_id
+
+
 def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     """RMSNorm is in no BERT; and a folder in use is refused."""
     save_other("BertForMaskedLM", tmp_path / "hf")
