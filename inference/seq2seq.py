@@ -26,6 +26,7 @@ from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, run_main
 
 BATCH = 50  # sources that are read together
+LONGEST = 4096  # tokens of a source; its scores are that many squared, in every head
 
 
 def written(
@@ -42,6 +43,8 @@ def written(
 def respond(model: EncoderDecoder, tokenizer: Tokenizer, text: str, params: SamplingParams) -> str:
     """Return the text that the model writes about `text`, or `text` with its gaps filled."""
     ids = with_gaps(tokenizer, text) if GAP.search(text) else tokenizer.encode(text)
+    if len(ids) > LONGEST:
+        raise UserError(f"the text has {len(ids)} tokens, and at most {LONGEST} are read: shorten it")
     (answer,) = written(model, tokenizer, [tokenizer.framed(ids)], params)
     if GAP.search(text):
         answer = filled(ids, answer, sentinel_ids(tokenizer))

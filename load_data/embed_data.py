@@ -5,7 +5,8 @@ pre-training. A record of a `.jsonl` file is `{"query", "positive"}`, optionally
 texts that look right and are not; the hash of its query decides its side.
 
 Within a side each query and each document occurs once, so that only one answer is right. A training pair
-whose query or document is held out is left out too.
+whose query or document is held out is left out too, whatever the case, the signs and the white space in them.
+So is one with a function of a held-out file in another form, without its name for example.
 """
 
 import hashlib
@@ -116,9 +117,12 @@ def read_pairs(data: DataConfig) -> tuple[dict[str, list[Pair]], list[str]]:
     for side, pair in limited(sources, data.limit):
         found[side].append(pair)
     sides, known = {}, (set(), set())  # held-out queries and documents
+    held_out = corpus.val if PYTHON in data.paths else ()
+    forms = {folded(document) for file in held_out for _, document in further_pairs(file)}  # of the same code
     for side, pairs in found.items():
-        kept = held_out_once(pairs, known) if side == VAL else dict.fromkeys(unseen(pairs, known))
-        sides[side], gone = list(kept), len(pairs) - len(kept)
+        kept = held_out_once(pairs, known) if side == VAL else unseen(pairs, (known[0], known[1] | forms))
+        kept = [*dict.fromkeys(kept)]
+        sides[side], gone = kept, len(pairs) - len(kept)
         if not kept:
             raise empty_side(side, data)
         why = "whose query or document occurs before" if side == VAL else "held out as well, or repeated"
@@ -170,8 +174,8 @@ def unseen(pairs: list[Pair], known: tuple[set, set]) -> Iterator[Pair]:
 
 
 def folded(text: str) -> str:
-    """Return a text without case and white space, to find repetitions."""
-    return "".join(text.split()).casefold()
+    """Return the words of a text, or what is there if it has none, to find repetitions."""
+    return words(text) or "".join(text.split())
 
 
 def encode_pairs(pairs: list[Pair], tokenizer: Tokenizer, settings: EmbedConfig) -> EncodedPairs:

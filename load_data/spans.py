@@ -113,7 +113,7 @@ class SpanLoader(TokenLoader):
         super().__init__(pairs.tokens, pairs.length, *steps, start_length)
         if self.length < SHORTEST:
             raise UserError(
-                f"data.start_length={start_length} must be at least {SHORTEST}, to take a span out"
+                f"data.start_length={start_length} must be at least {SHORTEST}, to take a span out: raise it"
             )
 
     def batch(self, starts: np.ndarray) -> Batch:

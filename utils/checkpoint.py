@@ -161,6 +161,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         ) from None
     if not isinstance(data, dict) or "format_version" not in data:
         raise UserError(f"{path}: not a TinySeek checkpoint (it has no format_version)")
+    if not isinstance(data.get("short"), str | None):  # a key of tables, which some values cannot be
+        raise UserError(f"{path}: not a TinySeek checkpoint (its entry short is no text)")
     if data["format_version"] not in (1, FORMAT_VERSION):
         raise UserError(
             f"{path}: written in format {data['format_version']!r}, and this TinySeek reads formats 1 to "

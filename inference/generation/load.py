@@ -149,6 +149,8 @@ def build(kind: Callable, about: dict, path: str | Path) -> tuple[torch.nn.Modul
     layers = shape.num_hidden_layers + getattr(shape, "num_decoder_layers", 0)
     if layers > len(weights):
         raise UserError(f"{path}: it names {layers} layers and has {len(weights)} weights")
+    if shape.hidden_size > sum(part.numel() for part in weights.values()):
+        raise UserError(f"{path}: it names {shape.hidden_size} channels, which its weights cannot have")
     with warnings.catch_warnings(action="ignore"):
         load_weights(blank(kind, shape, "meta"), weights, str(path))  # compares shapes, without memory
     model = blank(kind, shape)

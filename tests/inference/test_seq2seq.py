@@ -93,6 +93,7 @@ def test_gaps_are_filled_with_what_is_written(tmp_path, monkeypatch):
         (["--prompt", "a", "--out", "OTHER"], "train one with train/span_train.py"),
         (["--prompt", "a", "--checkpoint", "OTHER/x.pkl"], "x.pkl"),
         (["--prompt", "a <extra_id_3>"], "in this order"),
+        (["--prompt", "a " * 3000], "the text has 6000 tokens, and at most 4096 are read"),
         (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0 must be 0"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
     ],

@@ -16,7 +16,7 @@ from load_data.chat.chat_template import ChatTemplate
 from tests.inference.adapters import ADAPTED, MOE, write_adapter, write_base, write_gate
 from tests.inference.tools import byte_tokenizer, run_config, tiny_model, write_checkpoint
 from tests.train.tools import same_bits
-from utils.checkpoint import load_checkpoint, weights_digest
+from utils.checkpoint import load_checkpoint, save_checkpoint, weights_digest
 from utils.errors import UserError
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
@@ -87,6 +87,7 @@ def test_broken_checkpoints_are_one_clear_error(tmp_path):
         "embed_tokens.weight .* where the model has .1000000000, 24.": {"config": changed(vocab_size=10**9)},
         "down_proj.weight .* the model has .24, 1000000000.": {"config": changed(intermediate_size=10**9)},
         "names 1000000000 layers": {"config": changed(num_hidden_layers=10**9)},
+        "names 1000000000 channels": {"config": changed(hidden_size=10**9)},
     }
     for message, changes in cases.items():
         path = write_checkpoint(tmp_path / "broken.pkl", **changes)
@@ -95,6 +96,9 @@ def test_broken_checkpoints_are_one_clear_error(tmp_path):
         assert "broken.pkl" in str(caught.value)
     with pytest.raises(UserError, match="no such checkpoint"):
         load_full(tmp_path / "missing.pkl")
+    save_checkpoint(path, load_checkpoint(write_checkpoint(path)) | {"short": ["SFT"]})
+    with pytest.raises(UserError, match="its entry short is no text"):
+        load_full(path)
 
 
 # --- adapters ---------------------------------------------------------------------------------------------
