@@ -6,7 +6,7 @@ import torch
 
 from load_data import embed_data
 from load_data.code_pairs import docstring_pairs
-from load_data.corpora.python_corpus import PythonCorpus
+from load_data.corpora.python_corpus import PythonCorpus, SourceFile
 from load_data.corpora.sources import TRAIN, VAL
 from load_data.embed_data import encode_texts, prepare_embedding, read_pairs
 from load_data.embed_loader import NO_OWNER, EmbedLoader, eval_pairs, pair_batch
@@ -51,6 +51,21 @@ def test_the_library_gives_docstrings_of_held_out_files_and_more_of_the_others(
     monkeypatch.setattr(embed_data, "read_python_corpus", lambda fraction: small)
     limited, _ = read_pairs(run_config("python", limit=8).data)
     assert len(limited[VAL]) == 1 and len(limited[TRAIN]) == 7
+
+
+def test_no_form_of_a_held_out_function_is_trained_on(run_config, monkeypatch):
+    """The whole source, the source without the name, in other case and with other white space."""
+    held_out = 'def area(w, h):\n    """Return the area of a rectangle."""\n    return w * h\n'
+    copies = {"whole": held_out, "other": held_out.replace("area(", "size("),
+              "case": held_out.upper().lower()}  # fmt: skip
+    copies |= {"new": 'def half(x):\n    """Return the half of some number."""\n    return x / 2\n'}
+    train = [SourceFile(name, text.replace("Return", f"{name}: return")) for name, text in copies.items()]
+    corpus = PythonCorpus(train, [SourceFile("val", held_out)])
+    monkeypatch.setattr(embed_data, "read_python_corpus", lambda fraction: corpus)
+    sides, _ = read_pairs(run_config("python").data)
+    assert [pair.query for pair in sides[VAL]] == ["Return the area of a rectangle."]
+    assert {pair.query for pair in sides[TRAIN]} == {"other: return the area of a rectangle.", "half",
+                                                     "new: return the half of some number."}  # fmt: skip
 
 
 def test_texts_become_ids(encoded, run_config):
