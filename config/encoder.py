@@ -12,14 +12,14 @@ from utils.errors import UserError
 
 @dataclass
 class EncoderConfig:
-    """An encoder with a head for masked tokens. The defaults are the modern recipe, `bert.json` the classic.
+    """An encoder with a head for masked tokens. The defaults are the modern recipe; `bert.json` is BERT's.
 
     | | BERT (arXiv 1810.04805) | ModernBERT (arXiv 2412.13663) |
     | --- | --- | --- |
     | norm | after each block, LayerNorm | before each block, LayerNorm without bias |
     | positions | a learned vector each | rotary |
     | feed-forward | GELU, biases | gated GELU, no biases |
-    | attention | everyone sees everyone | in two of three layers, neighbours only |
+    | attention | every token sees all | in two of three layers, neighbours only |
     """
 
     vocab_size: int = option(0, at_least=0)  # 0: the size of the tokenizer's vocabulary
@@ -43,13 +43,13 @@ class EncoderConfig:
     local_attention: int | None = option(None, at_least=2)  # tokens that a local layer sees
     global_attn_every_n_layers: int = option(3, at_least=1)  # layers 0, n, 2n, .. see all
     layer_types: list[str] | None = None  # instead of that: of each layer, one of `LAYER_TYPES`
-    head_bias: bool = False  # of the transform before the output layer, which always has one
+    head_bias: bool = False  # of the transform; the output layer after it always has one
     initializer_range: float = option(0.02, above=0)
     dropout: float = option(0.0, at_least=0, below=1)
     attention_dropout: float = option(0.0, at_least=0, below=1)
     attn_implementation: str = option("auto", choices=("auto", "sdpa", "eager", "flash"))
 
-    # What `GroupedQueryAttention` reads besides: every head has keys and values of its own.
+    # `GroupedQueryAttention` also reads these: every head has keys and values of its own.
     rope_interleaved, qk_norm = False, False
     num_key_value_heads = property(lambda self: self.num_attention_heads)
     head_dim = property(lambda self: self.hidden_size // self.num_attention_heads)

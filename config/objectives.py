@@ -15,7 +15,7 @@ class MLMConfig:
     replaced_by_random: float = option(0.1, at_least=0, at_most=1)  # the rest stays as it is
 
     def check(self):
-        """Require shares that leave room for each other."""
+        """Require shares that are at most 1 together."""
         if self.replaced_by_mask + self.replaced_by_random > 1:
             raise UserError(
                 f"mlm.replaced_by_mask={self.replaced_by_mask} and mlm.replaced_by_random="
@@ -39,7 +39,7 @@ class EmbedConfig:
 
     base: str = option("encoder", choices=("encoder", "decoder"))  # the body; decided by --init
     pooling: str = option("mean", choices=("mean", "last", "cls"))
-    words: bool = False  # read words alone: identifiers split, lower case, no signs
+    words: bool = False  # read words alone: identifiers split, lower case, no punctuation
     matryoshka: list[int] | None = None  # smaller widths that must work too (arXiv 2205.13147)
     temperature: float = option(0.05, above=0)  # scores are cosines divided by it
     query_length: int = option(64, at_least=2)  # tokens

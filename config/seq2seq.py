@@ -19,16 +19,16 @@ class Seq2SeqConfig:
     num_hidden_layers: int = option(2, at_least=1)  # of the encoder
     num_decoder_layers: int = option(2, at_least=1)
     num_attention_heads: int = option(6, at_least=1)
-    head_dim: int = option(32, at_least=1)  # heads times it need not be hidden_size
+    head_dim: int = option(32, at_least=1)  # times heads, it need not be hidden_size
     intermediate_size: int = option(512, at_least=1)
     relative_attention_num_buckets: int = option(32, at_least=4)
     relative_attention_max_distance: int = option(128, at_least=2)
     rms_norm_eps: float = option(1e-6, above=0)
     tie_word_embeddings: bool = True  # the output layer is the embedding; T5 v1.1 has two matrices
-    # The input of the output layer times hidden_size^-0.5. T5 does so where it is tied, and draws embeddings
+    # Scale the input of the output layer by hidden_size^-0.5. T5 does so if it is tied, and draws embeddings
     # from N(0, 1); with `initializer_range` the logits start too small, and learning takes twice as long.
     scale_decoder_outputs: bool = False
-    max_position_embeddings: int = option(512, at_least=1)  # tokens to write; the buckets know no limit
+    max_position_embeddings: int = option(512, at_least=1)  # tokens to write; the buckets have no limit
     decoder_start_token_id: int = option(0, at_least=0)
     initializer_range: float = option(0.02, above=0)
     dropout: float = option(0.0, at_least=0, below=1)

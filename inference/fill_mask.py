@@ -4,8 +4,8 @@
     python inference/fill_mask.py "for [MASK] in range([MASK]):" --top 3 --out out/bert
 
 The model is one of train/mlm_train.py, or an imported BERT. It reads the text on both sides of a mask, and
-guesses each of several masks without the others. A space before a mask is part of its word where the
-tokenizer has words with their spaces, as here.
+fills each of several masks independently of the others. Where the tokenizer joins a word with the space
+before it, as ours does, a space before a mask is part of what is guessed.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
@@ -53,15 +53,13 @@ def report(text: str, masks: list[Candidates]) -> str:
 def parse_command():
     """Return the flags."""
     parser = Parser(__doc__)
-    parser.add_argument("text", metavar="TEXT", help=f"with {WRITTEN} in it, once or several times")
+    parser.add_argument("text", metavar="TEXT", help=f"a text with {WRITTEN} in it, once or several times")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", metavar="FILE", help=f"default: {final_name('MLM')} in --out")
     source.add_argument("--out", metavar="DIR", default=DEFAULT_OUT, help="the folder of the trained models")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="candidates (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    args = parser.parse_args()
-    args.checkpoint = Path(args.checkpoint or Path(args.out) / final_name("MLM"))
-    return args
+    return parser.parse_args()
 
 
 @closed_pipe_ends()
@@ -69,13 +67,15 @@ def main():
     """Load the model and print its candidates."""
     open_streams()
     args = parse_command()
-    device = pick_device(args.device)
+    path, device = Path(args.checkpoint or Path(args.out) / final_name("MLM")), pick_device(args.device)
     set_threads()
-    model, tokenizer, _ = load_encoder(args.checkpoint)
+    if not path.exists() and not args.checkpoint:
+        raise UserError(f"no {path}: train one with train/mlm_train.py, or name a file with --checkpoint")
+    model, tokenizer, _ = load_encoder(path)
     if not 1 <= args.top <= tokenizer.vocab_size:
         raise UserError(f"--top {args.top} must be from 1 to the {tokenizer.vocab_size} tokens of the model")
     masks = fill(model.to(device), tokenizer, args.text, args.top)
-    tell(f"{args.checkpoint} ({device})")
+    tell(f"{path} ({device})")
     print(report(args.text, masks))
 
 

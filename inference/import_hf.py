@@ -137,7 +137,7 @@ def other_model(folder: Path, settings: dict) -> Source:
 
 
 def embedding_model(folder: Path) -> Source:
-    """Return a model of embeddings: an encoder and its pooling."""
+    """Return an embedding model: an encoder and its pooling."""
     sentence = read_sentence_folder(folder)
     body, where = sentence.body, str(sentence.body / "config.json")
     settings, stored = read_json_file(body, "config.json"), stored_tensors(body)

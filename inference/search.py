@@ -40,7 +40,8 @@ def parse_command():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("query", metavar="QUERY", help="words or a question")
-    add("folder", metavar="FOLDER", nargs="?", type=Path, default=Path(), help="(default: this one)")
+    add("folder", metavar="FOLDER", nargs="?", type=Path, default=Path(),
+        help="what to search (default: the working directory)")  # fmt: skip
     add("--model", metavar="FILE", help=f"a text-embedding model, or {MINILM} (default: that in --out)")
     add("--out", metavar="DIR", type=Path, default=DEFAULT_OUT, help="the folder of the trained models")
     add("--index", metavar="DIR", type=Path, help="the folder of the index")

@@ -1,11 +1,11 @@
-"""Write with an encoder-decoder: it reads a text, and writes another one or what is missing in the first.
+"""Write with an encoder-decoder: it reads a text, and writes another one, or what is missing from the first.
 
     python inference/seq2seq.py --prompt "import <extra_id_0>"
     python inference/seq2seq.py --prompt "def add(a, b): return <extra_id_0> + <extra_id_1>" --temperature 0.7
     python inference/seq2seq.py --out out/lists --prompt "Please buy milk and eggs."
 
 The model is one of train/span_train.py, or an imported T5. `<extra_id_0>`, `<extra_id_1>`, .. mark gaps,
-which a model of spans fills: the whole text is printed. A space before a gap belongs to the missing word.
+which a model of spans fills; the whole text is printed. A space before a gap belongs to the missing word.
 Only the text goes to standard output, and remarks go to standard error.
 """
 

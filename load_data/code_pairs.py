@@ -1,4 +1,4 @@
-"""Pairs of a text and the code it describes, from Python source: what a model of embeddings learns from.
+"""Pairs of a text and the code it describes, from Python source: what an embedding model learns from.
 
     query       the first paragraph of the docstring of a function or method
     document    its source, decorators included, without the docstring
@@ -25,7 +25,7 @@ Pairs = Iterator[tuple[str, str]]
 
 def words(text: str) -> str:
     """Return the words of a text in lower case, each after a space: identifiers are split at underscores and
-    capitals, and all signs are left out. So the model reads `readFile`, `read_file` and "Read file" alike."""
+    capitals, and punctuation is left out. So `readFile`, `read_file` and "Read file" are alike."""
     return "".join(f" {word.lower()}" for word in WORD.findall(CASES.sub(" ", text)))
 
 

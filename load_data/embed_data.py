@@ -4,9 +4,10 @@ The word `python` in `data.paths` means the standard library (load_data/code_pai
 pre-training. A record of a `.jsonl` file is `{"query", "positive"}`, optionally with `"negatives"`, a list of
 texts that look right and are not; the hash of its query decides its side.
 
-Within a side each query and each document occurs once, so that only one answer is right. A training pair
-whose query or document is held out is left out too, whatever the case, the signs and the white space in them.
-So is one with a function of a held-out file in another form, without its name for example.
+Among held-out pairs each query and each document occurs once, so that only one answer is right. A training
+pair is left out if its query or document is held out, whatever the case, the punctuation and the white space
+in them; if its code is a held-out function in another form, without its name for example; or if the same pair
+came before.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ from load_data.tokenization.train_tokenizer import train_tokenizer
 from utils.errors import UserError
 
 KEYS = ("query", "positive")  # of a record
-FORM = '{"query": text, "positive": text}, or with "negatives": [texts] besides'
+FORM = '{"query": text, "positive": text}, with "negatives": [texts] if there are any'
 KINDS = (docstring_pairs, further_pairs)  # of pairs to train on
 
 
@@ -72,7 +73,7 @@ class EncodedPairs(NamedTuple):
 
 @dataclass(frozen=True)
 class EmbedData:
-    """The data of a model of embeddings."""
+    """The data of an embedding model."""
 
     tokenizer: Tokenizer
     train: EncodedPairs
@@ -125,8 +126,8 @@ def read_pairs(data: DataConfig) -> tuple[dict[str, list[Pair]], list[str]]:
         sides[side], gone = kept, len(pairs) - len(kept)
         if not kept:
             raise empty_side(side, data)
-        why = "whose query or document occurs before" if side == VAL else "held out as well, or repeated"
-        summary.append(f"{side}: {gone:,} of {len(pairs):,} pairs left out, {why}")
+        why = "query or document repeated" if side == VAL else "held out or repeated"
+        summary.append(f"{side}: {gone:,} of {len(pairs):,} pairs left out ({why})")
     return sides, summary + skipped_lines(skipped)
 
 

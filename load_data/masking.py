@@ -4,8 +4,8 @@
     of the other 15 %           80 % become the mask, 10 % a token at random, 10 % stay as they are
 
 (BERT, arXiv 1810.04805, section 3.1; the shares are settings.) Every token of the 15 % is predicted, whatever
-stands in its place. There will be no masks in later texts: so the model must not rely on the mask alone to
-know where something is asked of it.
+stands in its place. Texts to which the model is later applied have no masks, so it must not learn that only
+masks matter.
 
 Nothing is shifted here: `labels[t]` is the token that belongs AT t, or -100.
 """
@@ -21,8 +21,8 @@ from load_data.loader import IGNORED, TokenLoader, eval_batches
 from load_data.tokenization.tokenizer import MASK, Tokenizer
 from utils.errors import UserError
 
-HELD_OUT = MLMConfig(mask_ratio=0.15, replaced_by_mask=1.0, replaced_by_random=0.0)  # whatever was trained
-WRITTEN = "[MASK]"  # in the text of a user
+HELD_OUT = MLMConfig(mask_ratio=0.15, replaced_by_mask=1.0, replaced_by_random=0.0)  # however a run trains
+WRITTEN = "[MASK]"  # for the mask, in a user's text
 
 
 class Masking:

@@ -9,11 +9,11 @@ of the others, and the target the other way round, with a last sentinel that end
 `span.noise_density` of the tokens is taken out, in spans of `span.mean_span_length` on average. As in T5, the
 number of spans follows from the length, and every division into spans is equally likely.
 
-T5's own code always takes the end of a window out and never its beginning. Here text remains on both sides
-of every span, as it usually does around the gaps of a user.
+T5's own code always takes out the end of a window, and never its beginning. Here text remains on both sides
+of every span, as it usually does around a gap that a user writes.
 
-The spans of a window are drawn from (seed, epoch, start of the window), so each epoch takes out others, and
-all divisions of a step, and a resumed run, see the same.
+The spans of a window are drawn from (seed, epoch, start of the window), so each epoch takes out
+different ones; however a step is divided, and in a resumed run, they are the same.
 """
 
 import re
@@ -49,8 +49,8 @@ def segments(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def span_counts(length: int, density: float, mean: float) -> tuple[int, int]:
-    """Return how many of `length` tokens, at least `SHORTEST`, are taken out, and in how many spans. The text
-    that remains must reach around each of them."""
+    """Return how many of `length` tokens, at least `SHORTEST`, are taken out, and in how many spans. Some text
+    must remain on both sides of each of them."""
     taken = min(max(round(length * density), 1), length - 2)
     return taken, min(max(round(taken / mean), 1), length - taken - 1)
 
@@ -130,9 +130,10 @@ def with_gaps(tokenizer: Tokenizer, text: str) -> list[int]:
     first, *others = GAP.split(text)  # then number and text in turn
     gaps, sentinels = len(others) // 2, sentinel_ids(tokenizer)
     if others[::2] != [str(number) for number in range(gaps)] or gaps >= len(sentinels):
+        found = ", ".join(f"<extra_id_{number}>" for number in others[::2])
         raise UserError(
             f"gaps must be named {SENTINELS[0]}, {SENTINELS[1]}, .. in this order, at most "
-            f"{len(sentinels) - 1} of them, and here they are {', '.join(others[::2])}"
+            f"{len(sentinels) - 1} of them; the text has {found}"
         )
     *pieces, last = [first, *others[1::2]]
     pieces = [*(piece.removesuffix(" ") for piece in pieces), last]

@@ -1,10 +1,10 @@
-"""A model of embeddings: an encoder or a decoder whose hidden states become one vector per text.
+"""An embedding model: an encoder or a decoder whose hidden states become one vector per text.
 
     input_ids (B, T) -> hidden (B, T, C) -> (B, C), unit vectors; zeros for a row of padding only
 
 The parameters are those of the body, under `body.`: the encoder of model/encoder.py, or the decoder of
-model/tinyseek.py without its output head. A decoder reads a text once, from left to right, so its last token
-is the one to take (`pooling` "last").
+model/tinyseek.py without its output head. In a decoder only the last token has seen the whole text, so it is
+the one to take (`pooling` "last").
 """
 
 import torch
@@ -43,8 +43,8 @@ class Embedder(nn.Module):
 
 
 def embed_by_length(model, input_ids, padding_mask):
-    """Return what `model(input_ids, padding_mask)` does, from batches of rows with similar lengths: texts
-    differ so much that padding would cost more than they do. (B, T) -> (B, C)."""
+    """Return what `model(input_ids, padding_mask)` does, from batches of rows with similar lengths: these
+    differ so much that padding would cost more than the texts. (B, T) -> (B, C)."""
     order = padding_mask.sum(1).argsort(stable=True)
     parts = []
     for rows in order.split(ROWS):

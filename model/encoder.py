@@ -6,7 +6,7 @@
                             and h = norm(h) after the last
 
 Post-norm passes the residual stream itself through each norm, and needs a warm-up (arXiv 2002.04745). In
-pre-norm order the first layer has no norm before its attention: the one of the embedding stands right there.
+pre-norm order the first layer has no norm before its attention: that of the embedding comes right before it.
 
 The same weights give the same hidden states and logits in Hugging Face's `BertForMaskedLM` and
 `ModernBertForMaskedLM`; names are translated, and ModernBERT stores q, k and v in one matrix.
@@ -32,7 +32,7 @@ from modules.rope import RotaryEmbedding
 
 
 class EncoderLayer(CheckpointedLayer):
-    """Attention, then feed-forward, each added to the residual stream (B, T, C), normed after or before."""
+    """Attention, then feed-forward: with norms (before or after), added to the residual (B, T, C)."""
 
     def __init__(self, config: EncoderConfig, layer: int):
         super().__init__()
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """An encoder that predicts hidden tokens. Its output has no routings."""
+    """An encoder that predicts hidden tokens. Its output has no `routings`, since it has no experts."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -161,7 +161,7 @@ class MaskedLM(nn.Module):
 
 
 def positions_of(input_ids, document_ids=None):
-    """Count tokens from the start of the row, or of each document, whose tokens stand together.
+    """Return positions, counted from the start of the row, or of each document, whose tokens are contiguous.
 
     input_ids and document_ids (B, T) -> (1 or B, T).
     """

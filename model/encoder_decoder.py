@@ -105,7 +105,7 @@ class EncoderDecoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw matrices from N(0, initializer_range), and those of queries sqrt(D) times narrower.
+        """Draw matrices from N(0, initializer_range), those of queries with 1/sqrt(D) of that.
 
         Nothing else divides the scores by sqrt(D). With large scores the softmax picks one key, and its
         gradient vanishes.

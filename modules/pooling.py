@@ -6,8 +6,8 @@
 
     y = p / |p|     so that the product of two vectors is the cosine of the angle between them
 
-A row of padding only has no direction: it gives zeros, and passes no gradient on. Padding may stand on
-either side of a text, and what it contains never counts.
+A row of padding only has no direction: it gives zeros, and passes no gradient back. Padding may be on
+either side of a text, and its content never counts.
 
     hidden: (B, T, C), padding_mask: (B, T) True for real tokens  ->  (B, C)
 
@@ -40,13 +40,13 @@ def unit(vectors):
 
 
 def lesson():
-    """Pool tokens of known meaning, and see what each kind keeps of them."""
+    """Pool tokens of known meaning, and print what each kind keeps of them."""
     generator = torch.Generator().manual_seed(0)
     words = ("the", "parse", "reads", "json", "file")
     meaning = {word: torch.randn(64, generator=generator) for word in words}
 
     def text(sentence, padded=0):
-        """Hidden states of words and of rubbish in the place of padding, and the mask."""
+        """Hidden states of words, with arbitrary values in place of padding, and the mask."""
         states = [meaning[word] for word in sentence.split()] + [torch.full((64,), 9.0)] * padded
         return torch.stack(states)[None], torch.tensor([[1] * (len(states) - padded) + [0] * padded])
 
@@ -61,7 +61,7 @@ def lesson():
     empty = pool(hidden, torch.zeros(1, 3), "mean")
     empty.sum().backward()
     print(f"padding only: length {float(empty.detach().norm())}, gradient {float(hidden.grad.norm())}")
-    print("The mean is a bag of words; one token is as good as what attention has collected in it.")
+    print("The mean ignores the order of words; one token holds only what attention has collected in it.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Train a model of text embeddings: texts with one meaning get vectors with one direction.
+"""Train an embedding model: texts with similar meanings get vectors with similar directions.
 
-    python train/embed_train.py                          docstrings and code of your Python, from nothing
+    python train/embed_train.py                          docstrings and code of your Python, from scratch
     python train/embed_train.py --data pairs.jsonl       {"query", "positive"}, with "negatives" or without
     python train/embed_train.py --init out/TinySeek_MLM_final.pkl --set embed.words=false
     python train/embed_train.py --config decoder --init out/TinySeek_Pre_final.pkl --out out/decoder
@@ -8,7 +8,7 @@
 
 What makes this stage: its data are pairs of a query and its document (load_data/embed_data.py); its loss is
 InfoNCE over all pairs of a step (train/engine/contrastive_loss.py); its model is an encoder, or the decoder
-of `--init`, with a pooling, and all its weights train; it saves the last weights.
+of `--init`, with a pooling, and all its weights are trainable; it saves the last weights.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
@@ -36,7 +36,7 @@ STAGE, SHORT = "embed_train", "Embed"
 
 
 def main():
-    """Train a model of embeddings on pairs."""
+    """Train an embedding model on pairs."""
     command = parse_command(STAGE, SHORT, __doc__, sections=("encoder", "model"))
     config, machine = command.config, start_machine(command.config)
     newest = latest_checkpoint(command.out, SHORT) if command.resume else None
@@ -60,7 +60,7 @@ def main():
     found = Trainer(stage, config, machine, command.out, command.resume).run()
     machine.say(f"of {len(data.val.queries):,} held-out queries, {found['val_recall10']:.1%} find their "
                 f"document among the first ten; mean reciprocal rank {found['val_mrr']:.3f}")  # fmt: skip
-    machine.say(f'\nnext: {chat_command(SHORT, command.out)} "a question" FOLDER')
+    machine.say(f'\nnext: {chat_command(SHORT, command.out)} "how are gradients clipped" train/engine')
     finish()
 
 

@@ -3,10 +3,10 @@
     python train/mlm_train.py                            learns from the standard library of your Python
     python train/mlm_train.py --config bert              the same with the recipe of BERT
     python train/mlm_train.py --data book.txt --out out/book
-    python train/mlm_train.py --init bert.pkl --data book.txt       goes on with an imported BERT
+    python train/mlm_train.py --init bert.pkl --data book.txt       continues with an imported BERT
 
-What makes this stage: its data are windows of one long row of tokens, some of them masked, others in every
-epoch (load_data/masking.py); its loss is the cross-entropy of the masked tokens alone
+What makes this stage: its data are windows of one long row of tokens, some of them masked, different ones
+in every epoch (load_data/masking.py); its loss is the cross-entropy of the masked tokens alone
 (train/engine/masked_stage.py); all parameters are trainable; it saves the last weights.
 """
 

@@ -1,4 +1,4 @@
-"""Train an encoder-decoder (T5): to write the spans that are missing in a text, then to do a task.
+"""Train an encoder-decoder (T5) to write the spans that are missing from a text, then to do a task.
 
     python train/span_train.py                           spans of the standard library of your Python
     python train/span_train.py --data book.txt           spans of your own text
@@ -22,17 +22,21 @@ from load_data.spans import SpanLoader, SpanPairs
 from load_data.task_pairs import prepare_task
 from load_data.tokenization.tokenizer import SENTINELS
 from model.encoder_decoder import EncoderDecoder
-from train.engine.command import parse_command
+from train.engine.command import chat_command, parse_command
 from train.engine.machine import start_machine
 from train.engine.seq2seq_stage import score, seq2seq_stage
 from train.engine.text_stage import open_text
 from train.engine.trainer import Trainer
-from utils.checkpoint import final_name, load_weights
+from utils.checkpoint import load_weights
 from utils.distributed import finish
 from utils.errors import run_main
 
 STAGE, SHORT = "span_train", "Span"
 SHOWN = 3  # held-out answers, printed after training
+PROMPTS = {  # what to try a model of each task with
+    "spans": "import <extra_id_0>", "lists": "Please buy milk and eggs.",
+    "docstrings": "def add(a, b): return a + b",
+}  # fmt: skip
 
 
 def main():
@@ -95,7 +99,7 @@ def show(model, pairs, tokenizer, command, scored: bool):
         line = "  ".join(f"{name}={value:.2f}" for name, value in score(answers, targets).items())
         print(f"\n{len(pairs)} held-out sources, in percent: {line}")
         (command.out / STAGE / "scores.txt").write_text(line + "\n", encoding="utf-8")
-    print(f"\nnext: python inference/seq2seq.py --checkpoint {command.out / final_name(SHORT)} --prompt TEXT")
+    print(f'\nnext: {chat_command(SHORT, command.out)} --prompt "{PROMPTS[command.config.span.task]}"')
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ KINDS = {  # flag -> the name of the kind, and the required form of its entry `b
     REWARD: ("a reward model", {}),
     FILL: ("an encoder", {}),
     SEQ2SEQ: ("an encoder-decoder", {}),
-    SEARCH: ("a model of embeddings", {}),
+    SEARCH: ("an embedding model", {}),
 }
 SPECIAL = dict.fromkeys(ADAPTERS, "--adapter") | {"Gate": "--gate", "Reward": REWARD}  # the flags of stages
 SPECIAL |= {"MLM": FILL, "Span": SEQ2SEQ, "Embed": SEARCH}
@@ -121,7 +121,7 @@ def load_seq2seq(path: str | Path) -> tuple[EncoderDecoder, Tokenizer, RunConfig
 
 
 def load_embedder(path: str | Path) -> tuple[Embedder, Tokenizer, RunConfig]:
-    """Return a model of embeddings. Raises `UserError` as `load_full` does."""
+    """Return an embedding model. Raises `UserError` as `load_full` does."""
     about = open_as(SEARCH, path)
     embed = from_dict(about["config"], str(path)).embed
     model, tokenizer, config = build(partial(Embedder.from_config, embed), about, path)

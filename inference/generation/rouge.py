@@ -3,7 +3,7 @@
     precision = LCS / words of the answer      recall = LCS / words of the reference      F1 of both
 
 LCS is the length of the longest common subsequence of words: those need not be side by side. As in the
-package rouge-score, words are runs of ASCII letters and digits in lower case; other writing has none.
+package rouge-score, words are runs of ASCII letters and digits in lower case; other scripts have none.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Hugging Face families that are no decoders: BERT, ModernBERT and T5, each as one table.
+"""Hugging Face families other than decoders: BERT, ModernBERT and T5, each as one table.
 
     settings   ours -> (its value where config.json has none, its names there, the first of which is written)
     weights    our layer -> theirs. Several of ours with the same one of theirs are its rows, in this order.

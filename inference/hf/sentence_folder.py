@@ -1,12 +1,12 @@
-"""A folder of the library sentence-transformers: a model of embeddings as a chain of modules.
+"""A folder of the library sentence-transformers: an embedding model as a chain of modules.
 
-    modules.json                        the chain: Transformer, Pooling, and Normalize or none
+    modules.json                        the chain: Transformer, Pooling, and possibly Normalize
     config.json, model.safetensors      the Transformer, an encoder without its head
     sentence_bert_config.json           max_seq_length
     1_Pooling/config.json               how the vectors of all tokens become one
 
-Embeddings of ours are unit vectors always. Where Normalize is missing, only the direction is the same, and so
-is the cosine of two.
+Our embeddings are always unit vectors. Where Normalize is missing, only the direction is the same, and with
+it the cosine of two.
 """
 
 import os

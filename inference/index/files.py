@@ -2,7 +2,7 @@
 
 Links are never followed, so nothing outside the folder is read. A file is opened only if its name promises
 text, and it is text if it has no NUL byte. What is not UTF-8 is read as Latin-1, in which every byte is a
-letter.
+character.
 """
 
 import os

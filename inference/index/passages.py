@@ -3,7 +3,7 @@
 Two steps. `owners_of` names the part of the text to which each line belongs: `Trainer.step` in Python,
 `Usage > Chat` in Markdown. `cut` makes a passage of each run of lines with the same owner, or several that
 overlap a little if the model could not read it at once. Every line that is not blank is in a passage, and
-only overlap is in two.
+only the overlap is in two.
 """
 
 import ast

@@ -4,7 +4,7 @@ A file is read again if its size or time changed, and cut again if its content d
 the index has no vector for the same heading and text, so a new line in a long file costs one passage.
 
 An index is one file of tensors and plain data, replaced as a whole. All of it is checked on reading; one that
-is damaged, or of another folder or model, is made anew.
+is damaged, or belongs to another folder or model, is rebuilt.
 """
 
 import hashlib
@@ -139,7 +139,7 @@ def read_index(path: Path, key: str, width: int, tell: Callable[[str], None]) ->
     except UserError:
         data = {}
     if fault := fault_of(data, key, width):
-        tell(f"{path}: {fault}; it is made anew")
+        tell(f"{path}: {fault}; it is rebuilt")
         return Index(key)
     files = {file: State(*state) for file, state in data["files"].items()}
     return Index(key, files, [Passage(*one) for one in data["passages"]], data["vectors"])

@@ -5,12 +5,12 @@
     to queries      the same over the column of document p: which of the queries is its own
     loss            the mean of both directions, for each query
 
-Every other document is a negative, so a batch of N pairs gives N - 1 of them for nothing, and more are
-better. A low temperature makes the loss look at the hardest negatives only: the gradient of s_ij is the
-share of document j in the sum. Two traps:
+Every other document is a negative, so a batch of N pairs gives each query N - 1 of them at no extra
+cost, and more are better. A low temperature makes the loss look at the hardest negatives only: the gradient
+of s_ij is the share of document j in the sum. Two traps:
 
-- A document equal to the right one, or the document of an equal query, is no negative: it is left out of the
-  sums (`excluded`). Otherwise the loss pushes apart what belongs together.
+- A document equal to the right one, or the document of an equal query, is not a negative: it is left out of
+  the sums (`excluded`). Otherwise the loss pushes apart what belongs together.
 - Scores of bf16 have steps of an eighth at 20 = 1 / 0.05, so they are computed in fp32.
 
 Matryoshka: the loss of the first w channels, of unit length again, averaged over several w. A user may then
@@ -57,7 +57,7 @@ def both_directions(scores, positives, excluded=None):
 
 
 def same_texts(query_keys, document_keys, owner_keys, positives):
-    """Return which documents (N, M) are no negatives of which queries: those with the text of the right one,
+    """Return which documents are not negatives of which queries (N, M): those with the text of the right one,
     and those of an equal query.
 
     query_keys (N,), document_keys (M,): numbers that identify texts. owner_keys (M,): the key of the query

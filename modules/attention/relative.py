@@ -2,15 +2,15 @@
 
     attention(q, k, v) = softmax(q k^T + bias) v        bias[h, i, j] = table[bucket(j - i), h]
 
-Positions enter here alone: no embedding of positions, no rotation. The distance j - i of key and query falls
-into one of 32 buckets. Near distances have a bucket each; farther ones share buckets that widen with the
-logarithm, and all from 128 tokens on share the last, so a row may be longer than any seen in training:
+Positions enter here and nowhere else: nothing is embedded or rotated. The distance j - i of key and query
+falls into one of 32 buckets. Near distances have a bucket each; longer ones share buckets that widen with
+the distance, and all from 128 tokens on share the last, so a row may be longer than any in training:
 
     bucket(d) = d                                                         d < E, with E exact buckets
                 E + floor(E * log(d / E) / log(128 / E)), at most 2E - 1  otherwise
 
 A decoder looks back only: 2E = 32. An encoder looks both ways: 2E = 16, and 16 more for keys that follow.
-The table belongs to the first layer in the paper's code, and all layers read it, so it is computed once.
+In the paper's code the table belongs to the first layer; all layers share it, so it is computed once.
 
     query_index (B or 1, T), key_index (B or 1, S)  ->  bias (B or 1, H, T, S)
     q: (B, H, T, D)   k, v: (B, H, S, D)            ->  (B, H, T, D)
@@ -61,7 +61,7 @@ class RelativeBias(nn.Module):
 
 
 class RelativeAttention(nn.Module):
-    """Attention of one layer, to its own tokens or to a source, no biases in the projections.
+    """Attention of one layer, to its own tokens or to a source, without biases in the projections.
 
     Args:
         config: reads hidden_size, num_attention_heads, head_dim, dropout.
@@ -93,7 +93,7 @@ class RelativeAttention(nn.Module):
 
 
 def lesson():
-    """Print the limits of the buckets, and what one head sees that prefers the token just before."""
+    """Print where the buckets begin, and what a head sees that prefers the token just before."""
     from config.seq2seq import Seq2SeqConfig
 
     distances = torch.arange(0, 200)
@@ -101,14 +101,14 @@ def lesson():
     starts = [numbers.index(number) for number in range(32)]
     print("T5 buckets of a decoder: the smallest distance of each")
     print(" ", *starts)
-    print(f"  distances of 113 and 199 share bucket {numbers[113]}: far is far")
+    print(f"  distances of 113 and 199 share bucket {numbers[113]}, which has no upper limit")
     both = bucket(torch.arange(-3, 4), True, 32, 128).tolist()
     print("  an encoder tells the sides apart; distances -3 .. 3 have buckets", both)
     bias = RelativeBias(Seq2SeqConfig(num_attention_heads=1), both_ways=True)  # starts with zeros
     with torch.no_grad():
         bias.weight[1] = 3.0  # the token before
     index = torch.arange(6)[None]
-    print("Weights of a head whose table has 3 in bucket 1 and 0 elsewhere, where all keys are equal:")
+    print("attention weights of a head whose table has 3 in bucket 1 and 0 elsewhere, for equal keys:")
     for row in bias(index, index)[0, 0].softmax(dim=-1):
         print("  ", *[f"{weight:5.2f}" for weight in row.tolist()])
 

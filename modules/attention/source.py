@@ -3,7 +3,7 @@
     q = W_q x of each written token        k, v = W_k s, W_v s of the source s
 
 Keys and values of the source do not depend on what is written. Each layer computes them once, before the
-first token; every token after that needs only its query. Positions play no part: the encoder has put them
+first token; from then on a token needs only its query. Positions play no part: the encoder has put them
 into s.
 
     source s: (B, S, C)  ->  keys, values: (B, H, S, D) for each layer
@@ -75,7 +75,7 @@ class SourceCache(KVCache):
 
 
 def lesson():
-    """Print what it saves to compute keys and values of a source once, and what an empty source gives."""
+    """Print the work saved by computing keys and values of a source once, and what an empty source gives."""
     from config.seq2seq import Seq2SeqConfig
     from modules.attention.relative import RelativeAttention
 
@@ -83,7 +83,7 @@ def lesson():
     config = Seq2SeqConfig(hidden_size=64, num_attention_heads=4, head_dim=16)
     attention, S, T, layers = RelativeAttention(config), 100, 40, 6
     print(f"A source of {S} tokens, {T} tokens to write, {layers} layers")
-    print(f"  keys and values computed for every token: {layers * S * T:6,} pairs; once: {layers * S:,}")
+    print(f"  keys and values, computed for every token: {layers * S * T:6,} pairs; once: {layers * S:,}")
     source = torch.randn(2, S, 64)
     mask = torch.ones(2, S, dtype=torch.bool)
     mask[1] = False  # nothing to read

@@ -1,4 +1,4 @@
-"""Feed-forward of an encoder: GELU between two matrices, or a gate beside the first.
+"""Feed-forward of an encoder: GELU between two matrices, or with a gate beside the first.
 
     plain   y = down( act(up(x)) )                  BERT: act = gelu, with biases
     gated   y = down( act(gate(x)) * up(x) )        ModernBERT, T5: gelu (GeGLU); with silu it is SwiGLU
@@ -7,8 +7,8 @@
 
     x: (B, T, C)   up, gate: C -> F   down: F -> C   ->   (B, T, C)
 
-GELU weighs an input by how rare a larger one is; ReLU cuts at zero instead. A gate costs a third matrix, so F
-is smaller with it: 4 C in BERT, 1.5 C in ModernBERT.
+GELU multiplies an input by the probability P, which rises smoothly from 0 to 1; ReLU switches at zero. A gate
+costs a third matrix, so F is smaller with it: 4 C in BERT, 1.5 C in ModernBERT.
 
 Papers: Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv 1606.08415; Shazeer, arXiv 2002.05202.
 Trap: GPT-2 and T5 approximate erf by tanh (`gelu_new`). The two differ by up to 5e-4, too little to break a

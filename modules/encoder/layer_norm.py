@@ -9,8 +9,8 @@ the mean and drops the bias. Adding the same number to all channels of x changes
 
 Paper: Ba et al., "Layer Normalization", arXiv 1607.06450. Names as in `torch.nn.LayerNorm`.
 Trap: the variance divides by C, not by C - 1, and eps is inside the root. BERT's eps is 1e-12.
-Trap: statistics are taken in fp32. The mean of squares minus the square of the mean would be one pass less,
-but for a large mean it is a small difference of two large numbers.
+Trap: statistics are taken in fp32. The mean of squares minus the square of the mean would save a pass, but
+for a large mean it is a small difference of two large numbers.
 """
 
 import torch
@@ -22,7 +22,7 @@ from modules.norm import RMSNorm
 class LayerNorm(nn.Module):
     """`forward(x)` normalises the last dimension of x (..., C).
 
-    The output has the dtype of x, under autocast too: after a block it is the residual stream itself.
+    The output has the dtype of x, under autocast too: in post-norm order it is the residual stream itself.
     """
 
     def __init__(self, size: int, eps: float = 1e-5, bias: bool = True):
@@ -48,7 +48,7 @@ def make_norm(config) -> nn.Module:
 
 
 def lesson():
-    """Print what the two norms make of a vector that is scaled and shifted, and the error of one pass."""
+    """Print what the two norms make of a vector, scaled and shifted, and the error of a single pass."""
     torch.manual_seed(0)
     x = torch.randn(6)
     norms = {"LayerNorm": LayerNorm(6), "RMSNorm": RMSNorm(6)}

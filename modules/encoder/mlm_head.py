@@ -4,13 +4,14 @@
 
     h, t: (N, C)   dense: C -> C   W: (V, C), the token embedding (tied)   b: (V,)   ->   logits (N, V)
 
-An encoder sees the whole row, so a token that it can read is no task. Some are hidden (load_data/masking.py),
-and labels[t] is the original token AT position t; a decoder's label is the token after it. The transform lets
-hidden states differ from what W compares them with, and b learns how frequent each token is.
+An encoder sees the whole row, and predicting a token that it can read would teach it nothing. So some are
+hidden (load_data/masking.py), and labels[t] is the original token AT position t; a decoder's label is the
+token after it. The transform lets hidden states differ from what W compares them with, and b learns how
+frequent each token is.
 
 Paper: Devlin et al., "BERT", arXiv 1810.04805. Names as in ModernBERT's `head`.
-Trap: 85 % of the tokens have no label. Transform and scores run for the others only, as in
-`modules/cross_entropy.py`, which does the rest.
+Trap: 85 % of the tokens have no label. The transform and the scores are computed for the others only, as
+in `modules/cross_entropy.py`, which does the rest.
 """
 
 import torch
@@ -54,7 +55,7 @@ def biased_cross_entropy(hidden, weight, bias, labels):
 
 
 def lesson():
-    """Guess tokens with the bias alone: it learns their frequencies, which no context can do worse than."""
+    """Guess tokens with the bias alone: it learns their frequencies, which a model with context must beat."""
     torch.manual_seed(0)
     shares = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625])
     labels = torch.multinomial(shares, 4000, replacement=True)

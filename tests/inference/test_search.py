@@ -66,7 +66,7 @@ def test_a_search_and_one_after_a_change(out, monkeypatch, capsys):
     assert code == 0 and "embedded 1 of them" in told and second.count("\n\n") == 3
     index.write_bytes(b"PK damaged")
     code, again, told = run(monkeypatch, capsys, *flags, "--top", 3)
-    assert code == 0 and again == second and "it is made anew" in told and "embedded 4 of them" in told
+    assert code == 0 and again == second and "it is rebuilt" in told and "embedded 4 of them" in told
 
 
 def test_another_model_or_folder_has_its_own_index(out, monkeypatch, capsys):
@@ -76,7 +76,7 @@ def test_another_model_or_folder_has_its_own_index(out, monkeypatch, capsys):
                for flags in ((notes,), (notes, "--model", other), (notes / "sub",))}  # fmt: skip
     assert len(results) == 3 and len([*(out / "cache" / "search").rglob("index.pkl")]) == 3
     place = out.parent / "place"
-    for flags, told in (((notes,), "embedded 4"), ((notes / "sub",), "another folder or model; it is made")):
+    for flags, told in (((notes,), "embedded 4"), ((notes / "sub",), "another folder or model; it is re")):
         code, _, error = run(monkeypatch, capsys, "q", *flags, "--out", out, "--index", place)
         assert code == 0 and told in error and [*place.glob("*.pkl")] == [place / "index.pkl"]
 

@@ -1,4 +1,4 @@
-"""A model of embeddings: its bodies, its file, and that padding never changes a vector."""
+"""An embedding model: its bodies, its file, and that padding never changes a vector."""
 
 import pytest
 import torch
@@ -113,5 +113,5 @@ def test_a_file_gives_the_model_back(base, tmp_path):
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     path = write_checkpoint(tmp_path / "TinySeek_Pre_final.pkl")
-    with pytest.raises(UserError, match="a full model of pre_train, not a model of embeddings; use"):
+    with pytest.raises(UserError, match="a full model of pre_train, not an embedding model; use"):
         load_embedder(path)

@@ -270,7 +270,8 @@ def test_a_run_from_nothing_is_resumed_and_continued(pairs, tmp_path, monkeypatc
     path = tmp_path / "a" / "TinySeek_Embed_final.pkl"
     model, tokenizer, config = load_embedder(path)
     assert not config.embed.words and same_bits(model.state_dict(), more["weights"])
-    assert said.splitlines()[-1] == f'next: python inference/search.py --model {path} "a question" FOLDER'
+    search = f'next: python inference/search.py --model {path} "how are gradients clipped" train/engine'
+    assert said.splitlines()[-1] == search
     later = run(monkeypatch, pairs, tmp_path / "b", "--init", path, "--set", "optim.lr=1e-4", steps=1)
     assert later["tokenizer"] == more["tokenizer"] and later["config"]["embed"] == more["config"]["embed"]
     assert largest_difference(later["weights"], more["weights"]) < 2e-4  # a step of Adam

@@ -173,7 +173,8 @@ def test_what_cannot_be_filled_is_one_line(trained, call, tmp_path):
         (["[MASK] " * 40, "--checkpoint", path], "and the model reads 32: shorten it"),
         (["[MASK]", "--checkpoint", path, "--top", 0], "--top 0 must be from 1 to the 289"),
         (["[MASK]", "--checkpoint", decoder], f"use python inference/chat.py --checkpoint {decoder}"),
-        (["[MASK]", "--out", tmp_path], "TinySeek_MLM_final.pkl: no such checkpoint"),
+        (["[MASK]", "--out", tmp_path], "TinySeek_MLM_final.pkl: train one with train/mlm_train.py"),
+        (["[MASK]", "--checkpoint", tmp_path / "none.pkl"], "none.pkl: no such checkpoint"),
     ]:
         code, _, error = call(fill_mask, *words)
         assert code == 2 and expected in error and error.count("\n") == 1, error

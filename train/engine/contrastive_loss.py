@@ -61,7 +61,7 @@ class EmbedSource(LoaderSource):
 
 
 class ContrastiveLoss(Loss):
-    """The loss of a model of embeddings."""
+    """The loss of an embedding model."""
 
     def __init__(self, settings: EmbedConfig, machine):
         self.settings, self.machine = settings, machine

@@ -3,12 +3,12 @@
 AdamW (Loshchilov and Hutter, arXiv 1711.05101) gives each number its own sign-like step; Muon
 (`modules/muon.py`) moves each matrix as a whole. Muon is for matrices that map between layers. The embedding
 and the output head are tables of vectors and stay with AdamW, as do routers (a vector per expert), the gate
-of shared experts (a vector), gains, biases, DoRA's magnitudes and the numbers that T5 gives to distances. A
+of shared experts (a vector), gains, biases, DoRA's magnitudes and T5's table of relative positions. A
 stack of E experts counts as E matrices.
 Weight decay is for matrices only: pulling a gain towards zero has no use.
 
-What T5 gives to distances is added to attention scores as it is, and to look at one place alone takes
-differences of 5 and more. Adam moves a number by about `lr` per step, so these get a multiple of it.
+T5 adds that table to attention scores without scaling, and a head that looks at one place alone needs
+differences of 5 and more. Adam moves a number by about `lr` per step, so the table gets a multiple of it.
 """
 
 import torch

@@ -1,10 +1,11 @@
-"""Evaluation of a model of embeddings: the rank of the right document among all held-out ones.
+"""Evaluation of an embedding model: the rank of the right document among all held-out ones.
 
     val_mrr         the mean of 1 / rank of the right document
     val_recall1     the share of queries whose right document comes first; val_recall10: among the first ten
     val_loss        InfoNCE with all held-out pairs as one batch
 
-With a bound on batches both the queries and the documents are fewer, which is easier: compare like with like.
+With a bound on batches there are fewer queries and fewer documents, which is easier: compare only results
+with equal bounds.
 """
 
 from collections.abc import Callable

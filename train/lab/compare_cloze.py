@@ -3,9 +3,9 @@
     python train/lab/compare_cloze.py
     python train/lab/compare_cloze.py --checkpoint out/bert/TinySeek_MLM_final.pkl --count 500
 
-Each line is shown twice: alone, and with the lines around it, as far as the model reads. Beside the model
-stand tables that counted the same training tokens. Each ranks what it saw most often between the same
-neighbours, then asks the next table:
+Each line is shown twice: alone, and with the lines around it, as far as the model reads. The model
+is compared with tables of counts from the same training tokens. Each ranks what it saw most often between
+the same neighbours, then asks the next table:
 
     unigram     the most frequent tokens                      trigram     the two tokens to the left, then one
     two-sided   the tokens to the left and to the right, then the trigram's tables

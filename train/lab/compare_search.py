@@ -1,4 +1,4 @@
-"""Compare models of embeddings with BM25, the usual search by words, on held-out pairs of docstring and code.
+"""Compare embedding models with BM25, the usual search by words, on held-out pairs of docstring and code.
 
     python train/lab/compare_search.py                            the model in out/
     python train/lab/compare_search.py --models a.pkl b.pkl minilm several, and the real MiniLM
@@ -82,7 +82,7 @@ def bm25(queries: list[str], documents: list[str]) -> torch.Tensor:
 
 @torch.inference_mode()
 def cosines(reader: TextReader, queries: list[str], documents: list[str]) -> torch.Tensor:
-    """Return the scores (N, M) of a model of embeddings."""
+    """Return the scores (N, M) of an embedding model."""
     settings, tokenizer = reader.config.embed, reader.tokenizer
     vectors = []
     for texts, length in ((queries, settings.query_length), (documents, settings.document_length)):

@@ -1,4 +1,4 @@
-"""The index on disk: it follows the folder, embeds nothing twice, and equals one that is made anew."""
+"""The index on disk: it follows the folder, embeds nothing twice, and equals one that is rebuilt."""
 
 import os
 import pickle
@@ -243,7 +243,7 @@ def test_a_damaged_index_is_made_anew(tmp_path, index, damage, capsys):
     write_index(path, index)
     path.write_bytes(damage(path.read_bytes()))
     assert same(read_index(path, "key", WIDTH, told.append), Index("key"))
-    assert told == [f"{path}: no index, or a damaged one; it is made anew"]
+    assert told == [f"{path}: no index, or a damaged one; it is rebuilt"]
     assert "run" not in capsys.readouterr().out
 
 
