@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from config.load import to_dict
@@ -41,6 +42,11 @@ from utils.checkpoint import final_name, save_checkpoint
 from utils.errors import Parser, UserError, end_cleanly, run_main
 
 CHAT = "python inference/chat.py --checkpoint"
+INPUTS = {  # for a model of each kind; a chat needs none
+    "MLM": ' "Paris is the [MASK] of France."',
+    "Span": ' --prompt "Thank you <extra_id_0> me to your party."',
+    "Embed": ' "how are gradients clipped" train/engine',
+}
 LONGEST_ROW = 512  # of later training, unless it is set: the model's own maximum is for much larger machines
 
 
@@ -103,7 +109,8 @@ def import_model(folder: Path, out: Path, overwrite: bool) -> Path:
     })  # fmt: skip
     numbers = sum({id(tensor): tensor.numel() for tensor in weights.values()}.values())  # tied ones once
     tell(f"{source.what}: {numbers:,} numbers, {source.tokenizer.vocab_size:,} tokens, "
-         f"{time.perf_counter() - start:.1f} s\nwrote {path}\nnext: {source.following} {path}")  # fmt: skip
+         f"{time.perf_counter() - start:.1f} s\nwrote {path}\n"
+         f"next: {source.following} {quote(str(path))}{INPUTS.get(source.short, '')}")  # fmt: skip
     return path
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 
 import pytest
@@ -14,7 +15,7 @@ from config.encoder import EncoderConfig
 from config.load import to_dict
 from config.schema import RunConfig
 from config.seq2seq import Seq2SeqConfig
-from inference import export_hf, import_hf
+from inference import export_hf, fill_mask, import_hf, seq2seq
 from inference.fill_mask import fill
 from inference.generation.load import SPECIAL, build, load_encoder, load_seq2seq, open_as
 from inference.generation.sampling import SamplingParams
@@ -91,6 +92,17 @@ def test_there_and_back(case, tmp_path, monkeypatch):
                    "tie_word_embeddings": False}}  # as older versions read it  # fmt: skip
     assert changed == allowed.get(case, {})
     assert all(key in new for key, one in old.items() if key.endswith("_token_id") and one is not None)
+
+
+@pytest.mark.parametrize(
+    "case, script", [("BertForMaskedLM", fill_mask), ("T5ForConditionalGeneration", seq2seq)]
+)
+def test_the_command_that_an_import_prints_works(case, script, tmp_path, monkeypatch, capsys):
+    save_other(case, tmp_path / "hf")
+    run(monkeypatch, import_hf, tmp_path / "hf", "--out", tmp_path / "a folder")
+    python, name, *words = shlex.split(capsys.readouterr().err.splitlines()[-1].removeprefix("next: "))
+    assert (python, name) == ("python", f"{script.__name__.replace('.', '/')}.py")
+    run(monkeypatch, script, *words)
 
 
 @torch.inference_mode()
