@@ -49,8 +49,8 @@ def segments(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def span_counts(length: int, density: float, mean: float) -> tuple[int, int]:
-    """Return how many of `length` tokens, at least `SHORTEST`, are taken out, and in how many spans. Some text
-    must remain on both sides of each of them."""
+    """Return how many of `length` tokens, at least `SHORTEST`, are taken out, and in how many spans. Some
+    text must remain on both sides of each of them."""
     taken = min(max(round(length * density), 1), length - 2)
     return taken, min(max(round(taken / mean), 1), length - taken - 1)
 

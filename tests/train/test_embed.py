@@ -306,7 +306,7 @@ def test_other_stages_refuse_a_model_of_embeddings(tmp_path):
         config = {"embed": {"base": {"model": "decoder"}.get(section, section)}, section: {}, "tokenizer": {}}
         found = {"stage": STAGE, "short": "Embed", "config": config, "weights": {}, "tokenizer": "{}"}
         assert section in inherited_sections(found, "a.pkl", ("encoder", "model"))
-        with pytest.raises(UserError, match="--init a.pkl: a model of embeddings, without the head"):
+        with pytest.raises(UserError, match="--init a.pkl: an embedding model, without the head"):
             inherited_sections(found, "a.pkl", (section,))
 
 

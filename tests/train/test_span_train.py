@@ -246,6 +246,9 @@ def test_lists_from_spans_and_their_score(tmp_path, monkeypatch, capsys):
     assert task["tokenizer"] == spans["tokenizer"] and not same_bits(task["weights"], spans["weights"])
     said = capsys.readouterr().out
     assert "5 held-out sources, in percent: exact=0.00  rouge_l=" in said and "train: 40 pairs" in said
+    final = tmp_path / "b" / "TinySeek_Span_final.pkl"
+    say = f'next: python inference/seq2seq.py --checkpoint {final} --prompt "Please buy milk and eggs."'
+    assert said.splitlines()[-1] == say
     scores = (tmp_path / "b" / "span_train" / "scores.txt").read_text(encoding="utf-8")
     assert scores.startswith("exact=0.00")
 

@@ -118,7 +118,7 @@ def inherited_sections(init: dict, path: str, accepted: tuple[str, ...] = ("mode
         )
     if init.get("short") == "Embed" and len(accepted) == 1:  # not the stage that takes a body of either kind
         raise UserError(
-            f"--init {path}: a model of embeddings, without the head that this stage trains: name the model "
+            f"--init {path}: an embedding model, without the head that this stage trains: name the model "
             "it was made from, or another checkpoint"
         )
     if init.get("short") == "Embed" and isinstance(init["config"].get("embed"), dict):
