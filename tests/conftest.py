@@ -13,7 +13,7 @@ import torch
 
 from load_data.corpora import sources
 from load_data.corpora.python_corpus import PythonCorpus, read_python_corpus
-from load_data import task_pairs
+from load_data import embed_data, task_pairs
 from load_data.skills import docstrings
 
 torch.set_num_threads(1)
@@ -40,7 +40,7 @@ def part_of_the_library(library):
     """Every twentieth file of the standard library in the place of all, for commands that train on it."""
     part = PythonCorpus(library.train[::20], library.val[::20])
     with pytest.MonkeyPatch.context() as patch:
-        for module in (sources, docstrings, task_pairs):
+        for module in (sources, docstrings, task_pairs, embed_data):
             patch.setattr(module, "read_python_corpus", lambda fraction: part)
         docstrings.entries.cache_clear()
         yield part

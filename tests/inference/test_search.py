@@ -86,6 +86,7 @@ def test_minilm_is_imported_once_and_its_package_runs_nothing(out, monkeypatch, 
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('run')")
     save_sentence_folder(package / "model")
+    monkeypatch.delitem(sys.modules, package.name, raising=False)  # the real one, of another test
     monkeypatch.syspath_prepend(package.parent)
     flags = ("aa bb", out.parent / "notes", "--model", "minilm", "--out", out)
     code, first, told = run(monkeypatch, capsys, *flags)
