@@ -169,3 +169,14 @@ def fork(function, *arguments, timeout: float = 120, **settings) -> Forked:
     process = Forked(function, *arguments, **settings)
     process.communicate(timeout)
     return process
+
+
+def both_ways(work, folder: Path) -> tuple:
+    """What `work(out)` leaves in `seen.pt` in one process and in two; `folder` gets the outputs `a`, `b`."""
+    import torch  # not before `utils`
+
+    for name in "ab":
+        (folder / name).mkdir()
+    fork(work, folder / "b", processes=2)
+    work(folder / "a")
+    return tuple(torch.load(folder / name / "seen.pt") for name in "ab")

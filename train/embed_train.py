@@ -55,7 +55,7 @@ def main():
         name=STAGE, short=SHORT, model=model, source=EmbedSource(loader), loss=loss,
         evaluate=RetrievalEvaluation(held_out, len(data.val.queries), train.batch_size, loss, machine),
         tokenizer=data.tokenizer, data_digest=data.digest,
-        trains=lambda one: model.get_parameter(one).requires_grad,
+        trains=freeze_key_biases(model),
     )  # fmt: skip
     found = Trainer(stage, config, machine, command.out, command.resume).run()
     machine.say(f"of {len(data.val.queries):,} held-out queries, {found['val_recall10']:.1%} find their "
@@ -91,8 +91,6 @@ def build_model(command, tokenizer: Tokenizer) -> Embedder:
         own = model.state_dict()
         weights = {f"body.{new}": init["weights"][name] for new, name in names if f"body.{new}" in own}
         load_weights(model, weights, str(command.init_path))
-    if section == "encoder":
-        freeze_key_biases(model)
     return model
 
 

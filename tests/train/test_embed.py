@@ -17,7 +17,7 @@ from load_data.embed_data import EncodedPairs, Texts
 from load_data.embed_loader import EmbedLoader, eval_pairs
 from model.embedder import Embedder
 from tests.inference.tools import run_config, tiny_model, write_checkpoint
-from tests.processes import fork
+from tests.processes import both_ways
 from tests.train.tools import TOKENIZER, largest_difference, machine, same_bits, weights_of, without_timing
 from train.embed_train import STAGE
 from train.engine.command import inherited_sections
@@ -161,11 +161,7 @@ def train_in(out):
 
 def test_two_processes_equal_one(tmp_path):
     """The negatives of a query cross processes and micro-batches."""
-    for name in "ab":
-        (tmp_path / name).mkdir()
-    fork(train_in, tmp_path / "b", processes=2)
-    train_in(tmp_path / "a")
-    one, two = (torch.load(tmp_path / name / "seen.pt") for name in "ab")
+    one, two = both_ways(train_in, tmp_path)
     assert largest_difference(one["weights"], two["weights"]) < 1e-5
     assert two["found"] == pytest.approx(one["found"], rel=1e-4)
     assert largest_difference(one["weights"], weights_of(small_model(small_config()))) > 1e-3

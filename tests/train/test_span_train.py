@@ -20,7 +20,7 @@ from load_data.tokenization.tokenizer import SENTINELS
 from model.encoder_decoder import EncoderDecoder
 from tests.inference.hf.others import write_other_tokenizer
 from tests.inference.tools import write_checkpoint
-from tests.processes import fork
+from tests.processes import both_ways
 from tests.train.tools import TOKENIZER as LETTERS
 from tests.train.tools import largest_difference, machine, same_bits, weights_of, without_timing
 from train.engine.seq2seq_stage import score, seq2seq_stage
@@ -132,11 +132,7 @@ def train_in(out):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    for name in "ab":
-        (tmp_path / name).mkdir()
-    fork(train_in, tmp_path / "b", processes=2)
-    train_in(tmp_path / "a")
-    one, two = (torch.load(tmp_path / name / "seen.pt") for name in "ab")
+    one, two = both_ways(train_in, tmp_path)
     assert largest_difference(one["weights"], two["weights"]) < 1e-5
     assert two["found"] == pytest.approx(one["found"], rel=1e-4)
     assert largest_difference(one["weights"], weights_of(small_model(small_config()))) > 1e-3

@@ -7,6 +7,7 @@ The evaluation masks 15 % of the tokens, always the same ones, and gives no othe
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -65,19 +66,23 @@ def masked_stage(
         data.train, Masking(data.tokenizer, config.mlm), length, train.batch_size, train.accumulation_steps,
         world.rank, world.size, seed=train.seed, start_length=config.data.start_length,
     )  # fmt: skip
-    freeze_key_biases(model)
     machine.say(f"parameters  {sum(part.numel() for part in model.parameters()):,}")
     return Stage(
         name=name, short=short, model=model, source=LoaderSource(loader), loss=TokenLoss(),
         evaluate=MaskedEvaluation(data.val, data.tokenizer, length, train.batch_size, machine),
         tokenizer=data.tokenizer, data_digest=data.digest,
-        trains=lambda one: model.get_parameter(one).requires_grad,
+        trains=freeze_key_biases(model),
     )  # fmt: skip
 
 
-def freeze_key_biases(model: torch.nn.Module) -> None:
+def freeze_key_biases(model: torch.nn.Module) -> Callable[[str], bool]:
     """Freeze the biases of keys that are not rotated: they add the same number to all scores of a query, and
-    the softmax does not see it. Their gradient is rounding noise, which Adam would enlarge to full steps."""
-    if model.config.position_embedding_type == "absolute":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and not name.endswith("k_proj.bias"))
+    the softmax does not see it. Their gradient is rounding noise, which Adam would enlarge to full steps.
+
+    Return which parameters are trained, by name: all others. Every decoder here rotates its keys.
+    """
+    rotated = getattr(model.config, "position_embedding_type", "rope") == "rope"
+    frozen = () if rotated else tuple(n for n, _ in model.named_parameters() if n.endswith("k_proj.bias"))
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    return lambda name: name not in frozen

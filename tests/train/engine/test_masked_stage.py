@@ -119,8 +119,9 @@ def test_biases_of_keys_are_frozen_where_nothing_rotates_them(tmp_path):
     assert len(idle) == 2 and max(norms[name] for name in idle) < 1e-12 < 1e-6 < min(
         norm for name, norm in norms.items() if name not in idle
     )
-    freeze_key_biases(model)
+    trains = freeze_key_biases(model)
     assert [name for name, part in model.named_parameters() if not part.requires_grad] == idle
+    assert [name for name in norms if not trains(name)] == idle
     rotated = tiny(**BERT | {"position_embedding_type": "rope"})
     freeze_key_biases(rotated)
     assert all(part.requires_grad for part in rotated.parameters())

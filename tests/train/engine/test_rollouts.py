@@ -10,7 +10,7 @@ import torch
 from inference.generation.exchange import Exchange
 from inference.generation.generator import Generator
 from load_data.skills import training_items
-from tests.processes import fork
+from tests.processes import both_ways
 from tests.train.policies import (
     MOE,
     TEMPLATE,
@@ -297,11 +297,7 @@ def train_in(out):
 
 def test_two_processes_equal_one(tmp_path):
     """3 prompts: one process samples two of them in each rollout and the other one; four steps."""
-    for name in "ab":
-        (tmp_path / name).mkdir()
-    fork(train_in, tmp_path / "b", processes=2)
-    train_in(tmp_path / "a")
-    one, two = (torch.load(tmp_path / name / "seen.pt") for name in "ab")
+    one, two = both_ways(train_in, tmp_path)
     assert one["rows"] == two["rows"] and len(one["rows"]) == 12
     assert largest_difference(one["weights"], two["weights"]) < 1e-5
 
