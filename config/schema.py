@@ -2,10 +2,10 @@
 
 A run has one `RunConfig` with the sections `model` (config/model.py), `tokenizer`, `data`, `optim`, `train`
 and `balance`, and one per stage that has its own settings: `lora`, `mixlora`, `prefix` and `gate`
-(config/adapters.py), `extend`, `dpo` and `pairs` (config/preference.py), `rl` (config/rl.py), and `mlm`,
-`span` and `embed` (config/objectives.py). Where the model is no decoder, its section is `encoder`
-(config/encoder.py) or `seq2seq` (config/seq2seq.py). Presets (JSON files in config/presets/) and the command
-line set them (config/load.py).
+(config/adapters.py), `extend`, `dpo` and `pairs` (config/preference.py), `rl` (config/rl.py), `mlm`, `span`
+and `embed` (config/objectives.py), and `quant` of a quantised model (config/quant.py). Where the model is no
+decoder, its section is `encoder` (config/encoder.py) or `seq2seq` (config/seq2seq.py). Presets (JSON files in
+config/presets/) and the command line set them (config/load.py).
 """
 
 from dataclasses import dataclass, field, fields
@@ -17,6 +17,7 @@ from config.extension import METHODS
 from config.model import ModelConfig
 from config.objectives import EmbedConfig, MLMConfig, SpanConfig
 from config.preference import DPOConfig, PairsConfig
+from config.quant import QuantConfig
 from config.rl import RLConfig
 from config.seq2seq import Seq2SeqConfig
 from utils.errors import UserError
@@ -152,6 +153,7 @@ class RunConfig:
     mlm: MLMConfig = field(default_factory=MLMConfig)
     span: SpanConfig = field(default_factory=SpanConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
 
     def validate(self) -> "RunConfig":
         """Check every field of every section and return self. Raises `UserError` for the first violation."""

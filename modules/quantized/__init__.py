@@ -1,0 +1,1 @@
+"""Quantisation: weights, activations and caches in a few bits."""

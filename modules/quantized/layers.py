@@ -1,0 +1,121 @@
+"""Linear layers and experts whose weights are codes, turned back into numbers when they are used.
+
+    y = F.linear(x * a, dequantize(codes)) + b
+
+`a` (in,) scales the input of a method that has scaled the columns of the weight by 1 / a (AWQ, SmoothQuant);
+for other methods there is none. With `activations`, x is rounded too: each token to 8 bits with a scale of
+its own (W8A8), so that the product is one of integers.
+
+The layers stand in the place of `nn.Linear` and `Experts`, and have what others read of those: `weight`, or
+`gate_up_proj` and `down_proj`, are computed on demand. Nothing in full precision is kept, not for the
+backward pass either: it dequantises once more.
+
+    x (.., in), codes (out, in)  ->  (.., out)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modules.experts.moe import run_experts
+from modules.quantized import integers
+
+
+class DequantizedLinear(torch.autograd.Function):
+    """x W'^T with the gradient of x, which is all that a frozen matrix needs."""
+
+    @staticmethod
+    def forward(ctx, x, store):
+        """x (.., in) -> (.., out)."""
+        ctx.store = store
+        return F.linear(x, store.dequantize().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        """grad (.., out) -> (.., in)."""
+        return grad @ ctx.store.dequantize().to(grad.dtype), None
+
+
+def rounded(x):
+    """Round each token x (.., in) to 8 bits, symmetric, and return the numbers that its codes stand for."""
+    codes = integers.quantize(x.float(), 8)
+    return integers.dequantize(codes.codes, codes.scales).to(x.dtype)
+
+
+class QuantLinear(nn.Module):
+    """`nn.Linear` on a store (modules/quantized/stored.py) in place of a weight.
+
+    Args:
+        store: the matrix (out, in).
+        bias: (out,) or None.
+        scaled: the layer has an `input_scale` a (in,), ones until it is set.
+        activations: round the input too.
+    """
+
+    def __init__(self, store: nn.Module, bias=None, scaled: bool = False, activations: bool = False):
+        super().__init__()
+        self.store, self.activations = store, activations
+        self.out_features, self.in_features = store.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.register_buffer("input_scale", torch.ones(self.in_features) if scaled else None)
+
+    @property
+    def weight(self):
+        """The matrix (out, in) in fp32 that acts on the input x, computed now."""
+        weight = self.store.dequantize()
+        return weight if self.input_scale is None else weight * self.input_scale
+
+    def forward(self, x):
+        """x (.., in) -> (.., out)."""
+        if torch.is_autocast_enabled(x.device.type):  # products run in its dtype, as in F.linear
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x if self.input_scale is None else x * self.input_scale.to(x.dtype)
+        y = DequantizedLinear.apply(rounded(x) if self.activations else x, self.store)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class QuantExperts(nn.Module):
+    """`Experts` on two stores, (E, 2F, C) and (E, C, F). `scaled`: the input of all experts has one scale
+    (C,), and what they compute inside another (F,). Their inputs are never rounded."""
+
+    def __init__(self, gate_up, down, implementation: str, scaled: bool = False):
+        super().__init__()
+        self.gate_up, self.down, self.implementation = gate_up, down, implementation
+        self.register_buffer("input_scale", torch.ones(gate_up.shape[-1]) if scaled else None)
+        self.register_buffer("inner_scale", torch.ones(down.shape[-1]) if scaled else None)
+
+    @property
+    def gate_up_proj(self):
+        """(E, 2F, C) in fp32, computed now."""
+        weight = self.gate_up.dequantize()
+        return weight if self.input_scale is None else weight * self.input_scale
+
+    @property
+    def down_proj(self):
+        """(E, C, F) in fp32, computed now."""
+        weight = self.down.dequantize()
+        return weight if self.inner_scale is None else weight * self.inner_scale
+
+    def forward(self, x, indices, weights):
+        """x (N, C), indices and weights (N, K) -> (N, C)."""
+        gate_up, down = self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype)
+        return run_experts(self.implementation, x, indices, weights, gate_up, down)
+
+
+def lesson():
+    """Print what rounding the weights changes in a layer's output, and what rounding the input adds."""
+    from modules.quantized.stored import StoredIntegers
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 256), torch.randn(128, 256)
+    true = F.linear(x, weight)
+    for bits, group in ((8, None), (4, 32)):
+        store = StoredIntegers(weight.shape, bits, group).round(weight)
+        for inputs in (32, 8):
+            found = QuantLinear(store, activations=inputs == 8)(x)
+            error = (found - true).norm() / true.norm()
+            print(f"weights of {bits} bits, inputs of {inputs:2d}: error of the output {error:.2%}")
+
+
+if __name__ == "__main__":
+    lesson()

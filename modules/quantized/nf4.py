@@ -1,0 +1,80 @@
+"""NF4: 16 codes that fit normally distributed numbers, and double quantisation of the scales (QLoRA).
+
+    s = max|w| of a block of 64        code = the nearest of 16 levels to w / s        w' = level[code] * s
+
+The levels are quantiles of the normal distribution, scaled to -1 .. 1: close together where numbers are
+frequent. One of the 16 is exactly 0, so they are not mirrored: there are 8 positive and 7 negative ones.
+
+A scale in fp32 costs 32/64 = 0.5 bit per number. Double quantisation stores the scales themselves in 8 bits:
+minus their mean, in blocks of 256, each with a scale of its own: 8/64 + 32/(64 * 256) = 0.127 bits.
+
+    weight (.., out, in)  ->  codes (n,) of 0 .. 15 of the flattened numbers, scales (n / 64,)
+
+Paper: Dettmers et al., arXiv 2305.14314 (section 3, appendix E). As in bitsandbytes, blocks run through the
+flattened matrix, over the ends of its rows.
+Trap: a block of zeros has the scale 0. Divide by 1 instead: its codes are then those of 0.
+"""
+
+import torch
+
+BLOCK, SCALE_BLOCK = 64, 256
+LEVELS = (  # table of the paper (appendix E)
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    1.0,
+)  # fmt: skip
+
+
+def blocks(numbers, size: int):
+    """numbers (..) -> (n, size), zeros at the end."""
+    flat = numbers.flatten()
+    return torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size)
+
+
+def quantize_nf4(weight):
+    """weight (.., out, in) -> codes (n,) uint8 of all numbers, and scales (ceil(n / 64),)."""
+    parts = blocks(weight.float(), BLOCK)
+    scales = parts.abs().amax(dim=1)
+    levels = torch.tensor(LEVELS, device=weight.device)
+    middles = (levels[1:] + levels[:-1]) / 2  # between two levels
+    normed = parts / scales.where(scales > 0, torch.ones_like(scales))[:, None]
+    return torch.bucketize(normed, middles).flatten()[: weight.numel()].to(torch.uint8), scales
+
+
+def dequantize_nf4(codes, scales, dtype=torch.float32):
+    """codes (n,), scales (ceil(n / 64),) -> (n,)."""
+    levels = torch.tensor(LEVELS, device=codes.device)
+    return (blocks(levels[codes.long()], BLOCK) * scales[:, None]).flatten()[: len(codes)].to(dtype)
+
+
+def quantize_scales(scales):
+    """scales (n,) -> codes (n,) int8, their scales (ceil(n / 256),) and mean ()."""
+    mean = scales.mean()
+    parts = blocks(scales - mean, SCALE_BLOCK)
+    steps = parts.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (parts / steps[:, None]).round().flatten()[: len(scales)].to(torch.int8), steps, mean
+
+
+def dequantize_scales(codes, steps, mean):
+    """Return the scales (n,)."""
+    return (blocks(codes.float(), SCALE_BLOCK) * steps[:, None]).flatten()[: len(codes)] + mean
+
+
+def lesson():
+    """Compare NF4 with 16 evenly spaced levels on normal numbers, and print what scales cost."""
+    torch.manual_seed(0)
+    weight = torch.randn(256, 1024)
+    codes, scales = quantize_nf4(weight)
+    share = codes.bincount(minlength=16) / len(codes)
+    even = (blocks(weight, BLOCK) / scales[:, None] * 7.5).round().clamp(-7, 7) / 7.5 * scales[:, None]
+    error = lambda found: float((found.view_as(weight) - weight).norm() / weight.norm())  # noqa: E731
+    print("NF4: share of each code, in percent:", *[f"{100 * one:.0f}" for one in share.tolist()])
+    print(f"  error, blocks of 64: {error(dequantize_nf4(codes, scales)):.2%}; even steps: {error(even):.2%}")
+    rough = dequantize_scales(*quantize_scales(scales))
+    print(f"  with scales in 8 bits: {error(dequantize_nf4(codes, rough)):.2%}")
+    print(f"  bits per number: 4 + {32 / 64:.3f}; with scales in 8 bits: 4 + {8 / 64 + 32 / 64 / 256:.3f}")
+
+
+if __name__ == "__main__":
+    lesson()
