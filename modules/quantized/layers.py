@@ -56,7 +56,8 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.store, self.activations = store, activations
         self.out_features, self.in_features = store.shape
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        own = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.register_parameter("bias", own)
         self.register_buffer("input_scale", torch.ones(self.in_features) if scaled else None)
 
     @property
@@ -98,8 +99,17 @@ class QuantExperts(nn.Module):
 
     def forward(self, x, indices, weights):
         """x (N, C), indices and weights (N, K) -> (N, C)."""
-        gate_up, down = self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype)
-        return run_experts(self.implementation, x, indices, weights, gate_up, down)
+        matrices = {name: getattr(self, name).to(x.dtype) for name in ("gate_up_proj", "down_proj")}
+        names = {(matrix.data_ptr(), matrix.shape): name for name, matrix in matrices.items()}
+
+        def kept(tensor):  # for the backward pass: a matrix by its name
+            return names.get((tensor.data_ptr(), tensor.shape), tensor)
+
+        def needed(kept):
+            return getattr(self, kept).to(x.dtype) if isinstance(kept, str) else kept
+
+        with torch.autograd.graph.saved_tensors_hooks(kept, needed):
+            return run_experts(self.implementation, x, indices, weights, *matrices.values())
 
 
 def lesson():
