@@ -60,4 +60,4 @@ def adapted(base: TinySeek, short: str, config: RunConfig, weights: dict, where:
     model = twin(base)
     added = attach(model, short, config)
     load_weights(model, weights, where, added)
-    return model.to(base.model.embed_tokens.weight.device).eval()
+    return model.to(base.model.norm.weight.device).eval()

@@ -36,6 +36,11 @@ class DequantizedLinear(torch.autograd.Function):
         return grad @ ctx.store.dequantize().to(grad.dtype), None
 
 
+def ones(size: int):
+    """Return ones (size,), which on a model without memory are a shape alone (model/blank.py)."""
+    return torch.empty(size).fill_(1.0)
+
+
 def rounded(x):
     """Round each token x (.., in) to 8 bits, symmetric, and return the numbers that its codes stand for."""
     codes = integers.quantize(x.float(), 8)
@@ -57,7 +62,7 @@ class QuantLinear(nn.Module):
         self.store, self.activations = store, activations
         self.out_features, self.in_features = store.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.register_buffer("input_scale", torch.ones(self.in_features) if scaled else None)
+        self.register_buffer("input_scale", ones(self.in_features) if scaled else None)
 
     @property
     def weight(self):
@@ -81,8 +86,8 @@ class QuantExperts(nn.Module):
     def __init__(self, gate_up, down, implementation: str, scaled: bool = False):
         super().__init__()
         self.gate_up, self.down, self.implementation = gate_up, down, implementation
-        self.register_buffer("input_scale", torch.ones(gate_up.shape[-1]) if scaled else None)
-        self.register_buffer("inner_scale", torch.ones(down.shape[-1]) if scaled else None)
+        self.register_buffer("input_scale", ones(gate_up.shape[-1]) if scaled else None)
+        self.register_buffer("inner_scale", ones(down.shape[-1]) if scaled else None)
 
     @property
     def gate_up_proj(self):
