@@ -7,8 +7,8 @@ for other methods there is none. With `activations`, x is rounded too: each toke
 its own (W8A8), so that the product is one of integers.
 
 The layers stand in the place of `nn.Linear` and `Experts`, and have what others read of those: `weight`, or
-`gate_up_proj` and `down_proj`, are computed on demand. Nothing in full precision is kept, not for the
-backward pass either: it dequantises once more.
+`gate_up_proj` and `down_proj`, are computed on demand. A linear layer keeps nothing in full precision, not
+for the backward pass either: it dequantises once more. Experts keep theirs from forward to backward.
 
     x (.., in), codes (out, in)  ->  (.., out)
 """
@@ -22,18 +22,19 @@ from modules.quantized import integers
 
 
 class DequantizedLinear(torch.autograd.Function):
-    """x W'^T with the gradient of x, which is all that a frozen matrix needs."""
+    """x W'^T with the gradient of x, which is all that a frozen matrix needs. With `activations`, x is
+    rounded, and the gradient goes straight through: rounding itself has slope zero."""
 
     @staticmethod
-    def forward(ctx, x, store):
+    def forward(ctx, x, store, activations=False):
         """x (.., in) -> (.., out)."""
-        ctx.store = store
+        ctx.store, x = store, rounded(x) if activations else x
         return F.linear(x, store.dequantize().to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
         """grad (.., out) -> (.., in)."""
-        return grad @ ctx.store.dequantize().to(grad.dtype), None
+        return grad @ ctx.store.dequantize().to(grad.dtype), None, None
 
 
 def ones(size: int):
@@ -75,7 +76,7 @@ class QuantLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # products run in its dtype, as in F.linear
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = x if self.input_scale is None else x * self.input_scale.to(x.dtype)
-        y = DequantizedLinear.apply(rounded(x) if self.activations else x, self.store)
+        y = DequantizedLinear.apply(x, self.store, self.activations)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -29,8 +29,9 @@ class StoredIntegers(nn.Module):
         super().__init__()
         self.shape, self.bits, self.group_size = torch.Size(shape), bits, group_size
         self.symmetric, (*rows, width) = symmetric, self.shape
-        if width % (group_size or width) or width % (8 // bits):
-            raise ValueError(f"groups of {group_size or 'two codes'} do not divide rows of {width}")
+        for size in (group_size or width, 8 // bits):  # 8 // bits codes fill a byte
+            if width % size:
+                raise ValueError(f"groups of {size} do not divide rows of {width}")
         groups = width // (group_size or width)
         stored = torch.int8 if symmetric and bits == 8 else torch.uint8
         self.scale_dtype = torch.float16 if group_size else torch.float32
@@ -44,10 +45,17 @@ class StoredIntegers(nn.Module):
         return self.put(*integers.quantize(weight.detach().float(), *form))
 
     def put(self, codes, scales, zeros=None) -> "StoredIntegers":
-        """Take codes (.., out, in), scales and zeros (.., out, groups), as `Codes` has them; return self."""
+        """Take codes (.., out, in), scales and zeros (.., out, groups), as `Codes` has them; return self.
+
+        Trap: codes belong to their scales. Those found for scales in fp32 do not fit scales rounded to fp16.
+        """
+        if scales.dtype != self.scale_dtype:
+            raise ValueError(
+                f"scales in {scales.dtype}, stored in {self.scale_dtype}: round with scale_dtype"
+            )
         shift = SHIFT if self.symmetric else 0
         self.codes = pack(codes + shift) if self.bits == 4 else codes
-        self.scales, self.zeros = scales.to(self.scale_dtype), zeros
+        self.scales, self.zeros = scales, zeros
         return self
 
     def unpacked(self):
@@ -72,7 +80,7 @@ class StoredNF4(nn.Module):
             raise ValueError(f"{numbers} numbers do not fill whole bytes with codes of 4 bits")
         count = math.ceil(numbers / nf4.BLOCK)
         self.register_buffer("codes", torch.empty(numbers // 2, dtype=torch.uint8))
-        self.register_buffer("scales", torch.empty(count, dtype=torch.int8 if double_quant else torch.float32))
+        self.register_buffer("scales", torch.empty(count, dtype=torch.uint8 if double_quant else torch.float32))
         steps = math.ceil(count / nf4.SCALE_BLOCK)
         self.register_buffer("steps", torch.empty(steps) if double_quant else None)
         self.register_buffer("mean", torch.empty(()) if double_quant else None)
