@@ -26,14 +26,14 @@ class QuantConfig:
         """Refuse combinations that a method does not have."""
         fixed = {"nf4": 4, "smoothquant": 8}.get(self.method, self.bits)
         if self.bits != fixed:
-            raise UserError(f"quant.method={self.method} has {fixed} bits: set quant.bits={fixed}")
+            raise UserError(f"quant.method={self.method} has {fixed} bits: take --bits {fixed} (quant.bits)")
         if self.method in ("nf4", "smoothquant") and self.group_size:
             own = "blocks of 64" if self.method == "nf4" else "one scale for each row"
-            raise UserError(f"quant.method={self.method} has {own}: leave quant.group_size out")
+            raise UserError(f"quant.method={self.method} has {own}: leave --group out (quant.group_size)")
         if self.method in ("nf4", "smoothquant") and not self.symmetric:
-            raise UserError(f"quant.method={self.method} has no zero points: set quant.symmetric=true")
+            raise UserError(f"quant.method={self.method} has no zero points: leave --asymmetric out")
         if self.double_quant and self.method != "nf4":
-            raise UserError("quant.double_quant is for quant.method=nf4: leave it out")
+            raise UserError("--double (quant.double_quant) is for quant.method=nf4: leave it out")
 
 
 @dataclass

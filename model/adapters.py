@@ -18,8 +18,7 @@ from torch import nn
 
 from config.quant import QuantConfig
 from config.schema import RunConfig
-from model.fake import round_weights
-from model.quantized import quantize_weights
+from model.quantized import dequantize_weights, quantize_weights
 from model.tinyseek import TinySeek
 from modules.adapters.lora_model import add_lora
 from modules.adapters.mixlora import add_mixlora
@@ -82,7 +81,7 @@ def adapted(base: TinySeek, short: str, config: RunConfig, weights: dict, where:
     """Return `base` with a trained adapter, sharing its tensors; `where` names the source in errors."""
     model = twin(base)
     if on_codes(short, config):
-        round_weights(model, NF4)
+        dequantize_weights(quantize_weights(model, NF4))
     added = attach(model, short, config)
     load_weights(model, weights, where, added)
-    return model.to(base.model.embed_tokens.weight.device).eval()
+    return model.to(base.model.norm.weight.device).eval()

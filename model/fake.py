@@ -1,4 +1,4 @@
-"""A TinySeek whose matrices are rounded: while it trains (QAT), or once, to what codes would stand for.
+"""A TinySeek that computes with rounded matrices while it trains (QAT), and the same on codes at the end.
 
 The layers are those that a quantised model has on codes (model/quantized.py).
 """
@@ -6,7 +6,6 @@ The layers are those that a quantised model has on codes (model/quantized.py).
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from config.load import to_dict
@@ -16,7 +15,6 @@ from model.quantized import quantized_paths
 from model.tinyseek import TinySeek
 from modules.experts.moe import Experts
 from modules.quantized.fake import FakeExperts, FakeLayer, FakeLinear
-from modules.quantized.stored import empty_store
 from utils.errors import UserError
 
 
@@ -50,15 +48,3 @@ def on_codes(model: nn.Module, config: RunConfig) -> dict:
             codes = layer.quantized().state_dict()
             weights |= {f"{path}.{name}": part for name, part in codes.items()}
     return {"weights": weights, "config": to_dict(replace(config, quant=format_of(config.qat)))}
-
-
-@torch.no_grad()
-def round_weights(model: TinySeek, quant: QuantConfig) -> TinySeek:
-    """Replace the weights by new ones, those that codes of `rtn` or `nf4` stand for; return the model. It
-    computes as on codes, and takes the memory of full precision."""
-    for layer in quantized_paths(model, quant).values():
-        for name, weight in layer.named_parameters():
-            if weight.dim() > 1:
-                rounded = empty_store(weight.shape, quant).round(weight).dequantize().to(weight.dtype)
-                setattr(layer, name, nn.Parameter(rounded, weight.requires_grad))
-    return model

@@ -106,7 +106,7 @@ class FakeLayer(nn.Module):
         """Return one matrix as codes, those of training."""
         groups, scales = grouped(getattr(self, matrix), self.group_size), self.scales(matrix)
         codes = codes_of(groups, scales, None, self.bits).flatten(-2)
-        return self.empty_store(matrix).to(codes.device).put(codes, scales)
+        return self.empty_store(matrix).to(codes.device).put(codes, scales.to(self.scale_dtype))
 
 
 class FakeLinear(FakeLayer):

@@ -7,8 +7,8 @@ for other methods there is none. With `activations`, x is rounded too: each toke
 its own (W8A8), so that the product is one of integers.
 
 The layers stand in the place of `nn.Linear` and `Experts`, and have what others read of those: `weight`, or
-`gate_up_proj` and `down_proj`, are computed on demand. A linear layer keeps nothing in full precision, not
-for the backward pass either: it dequantises once more. Experts keep theirs from forward to backward.
+`gate_up_proj` and `down_proj`, are computed on demand. Nothing in full precision is kept, not for the
+backward pass either: it dequantises once more.
 
     x (.., in), codes (out, in)  ->  (.., out)
 """
@@ -37,6 +37,11 @@ class DequantizedLinear(torch.autograd.Function):
         return grad @ ctx.store.dequantize().to(grad.dtype), None, None
 
 
+def ones(size: int):
+    """Return ones (size,), which on a model without memory are a shape alone (model/blank.py)."""
+    return torch.empty(size).fill_(1.0)
+
+
 def rounded(x):
     """Round each token x (.., in) to 8 bits, symmetric, and return the numbers that its codes stand for."""
     codes = integers.quantize(x.float(), 8)
@@ -59,7 +64,7 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = store.shape
         own = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.register_parameter("bias", own)
-        self.register_buffer("input_scale", torch.ones(self.in_features) if scaled else None)
+        self.register_buffer("input_scale", ones(self.in_features) if scaled else None)
 
     @property
     def weight(self):
@@ -83,8 +88,8 @@ class QuantExperts(nn.Module):
     def __init__(self, gate_up, down, implementation: str, scaled: bool = False):
         super().__init__()
         self.gate_up, self.down, self.implementation = gate_up, down, implementation
-        self.register_buffer("input_scale", torch.ones(gate_up.shape[-1]) if scaled else None)
-        self.register_buffer("inner_scale", torch.ones(down.shape[-1]) if scaled else None)
+        self.register_buffer("input_scale", ones(gate_up.shape[-1]) if scaled else None)
+        self.register_buffer("inner_scale", ones(down.shape[-1]) if scaled else None)
 
     @property
     def gate_up_proj(self):

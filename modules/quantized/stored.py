@@ -4,7 +4,8 @@
     NF4         codes of the flattened matrix, two in a byte; a scale for each block of 64
 
 `dequantize()` returns the matrix (.., out, in) in fp32. Buffers are part of the state dict, so a checkpoint
-of a quantised model is as small as the model; each class can be made empty, to be filled from one.
+of a quantised model is as small as the model. Each class can be made empty, to be filled from one: its memory
+is not touched until then.
 """
 
 import math
@@ -34,9 +35,9 @@ class StoredIntegers(nn.Module):
         groups = width // (group_size or width)
         stored = torch.int8 if symmetric and bits == 8 else torch.uint8
         self.scale_dtype = torch.float16 if group_size else torch.float32
-        self.register_buffer("codes", torch.zeros(*rows, width * bits // 8, dtype=stored))
-        self.register_buffer("scales", torch.ones(*rows, groups, dtype=self.scale_dtype))
-        self.register_buffer("zeros", None if symmetric else torch.zeros(*rows, groups, dtype=torch.uint8))
+        self.register_buffer("codes", torch.empty(*rows, width * bits // 8, dtype=stored))
+        self.register_buffer("scales", torch.empty(*rows, groups, dtype=self.scale_dtype))
+        self.register_buffer("zeros", None if symmetric else torch.empty(*rows, groups, dtype=torch.uint8))
 
     def round(self, weight) -> "StoredIntegers":
         """Take the codes nearest to weight (.., out, in); return self."""
@@ -78,13 +79,11 @@ class StoredNF4(nn.Module):
         if numbers % 2:
             raise ValueError(f"{numbers} numbers do not fill whole bytes with codes of 4 bits")
         count = math.ceil(numbers / nf4.BLOCK)
-        self.register_buffer("codes", torch.zeros(numbers // 2, dtype=torch.uint8))
-        self.register_buffer(
-            "scales", torch.ones(count, dtype=torch.uint8 if double_quant else torch.float32)
-        )
+        self.register_buffer("codes", torch.empty(numbers // 2, dtype=torch.uint8))
+        self.register_buffer("scales", torch.empty(count, dtype=torch.uint8 if double_quant else torch.float32))
         steps = math.ceil(count / nf4.SCALE_BLOCK)
-        self.register_buffer("steps", torch.ones(steps) if double_quant else None)
-        self.register_buffer("mean", torch.zeros(()) if double_quant else None)
+        self.register_buffer("steps", torch.empty(steps) if double_quant else None)
+        self.register_buffer("mean", torch.empty(()) if double_quant else None)
 
     def round(self, weight) -> "StoredNF4":
         """Take the codes nearest to weight (.., out, in); return self."""
