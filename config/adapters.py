@@ -25,8 +25,8 @@ class LoraConfig:
             raise UserError("lora.lora_dropout must be 0 when lora.target_modules names experts")
         if "experts" in self.target_modules and self.base != "full":
             raise UserError(
-                f"lora.base={self.base}: an adapter of experts is part of their weights, and codes stay as they "
-                "are: take experts out of lora.target_modules, or leave lora.base out"
+                f"lora.base={self.base}: an adapter of experts is part of their weights, and codes stay as "
+                "they are: take experts out of lora.target_modules, or leave lora.base out"
             )
         if not self.target_modules:
             raise UserError("lora.target_modules is empty: add a target, for example attention")

@@ -1,4 +1,4 @@
-"""Quantisation: the format of a model's weights and the way to find the codes, after training or during it."""
+"""Quantisation: the format of a model's weights, and the way to find the codes, after training or in it."""
 
 from dataclasses import dataclass
 

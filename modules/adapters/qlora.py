@@ -2,11 +2,10 @@
 
     y = dequantize(codes) x + s B A x        codes, frozen: (out, in) in NF4        A: (R, in)   B: (out, R)
 
-Training a full matrix holds it four times: weights, gradients and the two moments of Adam, 16 bytes per number
-in fp32. LoRA leaves the weights, 4 bytes. A frozen matrix needs no precise numbers, for no small step
-is ever added to it, and A and B learn to correct what rounding did: NF4 with double quantisation
-(modules/quantized/nf4.py) leaves 0.52 bytes. The matrix in full exists during one product only; the backward
-pass computes it once more.
+Training a full matrix takes 16 bytes per number in fp32: weight, gradient and Adam's two moments. LoRA leaves
+the weight, 4 bytes. A frozen matrix needs no precise numbers, since no small step is ever added to it, and
+A and B learn to correct some of the rounding: NF4 with double quantisation (modules/quantized/nf4.py) leaves
+0.52 bytes. The matrix in full exists during one product only; the backward pass computes it once more.
 
 Paper: Dettmers et al., arXiv 2305.14314. As `peft` on a `bitsandbytes.nn.Linear4bit`.
 Trap: the factors are trained beside the rounded matrix. Beside or merged into the exact one they give other

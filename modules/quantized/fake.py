@@ -16,7 +16,7 @@ the number of weights that share s; without the factor, s moves faster than its 
 What is trained is log s: s stays above zero, and a step of Adam changes it in proportion to its size.
 
 Papers: straight-through, Bengio et al., arXiv 1308.3432; LSQ, Esser et al., arXiv 1902.08153; log s: Jain et
-al., arXiv 1903.08066. Trap: scales are stored in fp16, and the codes in training are those of the stored ones.
+al., arXiv 1903.08066. Trap: scales are stored in fp16, so training rounds them too.
 """
 
 import torch
@@ -140,7 +140,7 @@ class FakeExperts(FakeLayer):
 
 
 def lesson():
-    """Fit a matrix that is rounded to few bits: after training, and while training with both kinds of scale."""
+    """Train a rounded matrix towards the output of an exact one, with both kinds of scale."""
     torch.manual_seed(0)
     # inputs that depend on each other: one weight's error can be made good by another's
     x = torch.randn(512, 64) @ torch.randn(64, 64) / 8

@@ -40,7 +40,8 @@ def policy_parts(base: Base, command: Command, machine: Machine, reference: bool
     """Return the fields of a `Stage` that say what trains, what is saved, and what the reference is."""
     model, own, other = base.model, None, None
     if command.lora:
-        put_on_codes(model, "Lora", command.config).to(machine.device)  # first: memory is shared only until one of two models moves
+        put_on_codes(model, "Lora", command.config)
+        model.to(machine.device)  # first: memory is shared only until one of two models moves
         other, own = twin(model), attach(model, "Lora", command.config)
     elif reference:
         other = copy.deepcopy(model)
