@@ -17,7 +17,7 @@ from config.extension import METHODS
 from config.model import ModelConfig
 from config.objectives import EmbedConfig, MLMConfig, SpanConfig
 from config.preference import DPOConfig, PairsConfig
-from config.quant import QuantConfig
+from config.quant import QATConfig, QuantConfig
 from config.rl import RLConfig
 from config.seq2seq import Seq2SeqConfig
 from utils.errors import UserError
@@ -154,6 +154,7 @@ class RunConfig:
     span: SpanConfig = field(default_factory=SpanConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
+    qat: QATConfig = field(default_factory=QATConfig)
 
     def validate(self) -> "RunConfig":
         """Check every field of every section and return self. Raises `UserError` for the first violation."""

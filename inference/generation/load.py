@@ -24,6 +24,7 @@ from model.embedder import Embedder
 from model.encoder import MaskedLM
 from model.adapters import ADAPTERS, adapted, soft_tokens
 from model.encoder_decoder import EncoderDecoder
+from model.quantized import dequantize_weights, on_stores
 from model.tinyseek import TinySeek
 from modules.adapters.lora_model import fold
 from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint, load_weights, weights_digest
@@ -73,7 +74,7 @@ class Loaded:
     @property
     def device(self) -> torch.device:
         """The device of the model."""
-        return self.model.lm_head.weight.device
+        return self.model.model.norm.weight.device
 
 
 def find_model(out: str | Path, tell: Callable[[str], None] = lambda line: None) -> Path:
@@ -146,6 +147,10 @@ def build(kind: Callable, about: dict, path: str | Path) -> tuple[torch.nn.Modul
         raise UserError(
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {shape.vocab_size}"
         )
+    if config.quant.method != "none":
+        if kind is not TinySeek:
+            raise UserError(f"{path}: quantised, which only whole models that write text can be")
+        kind = partial(on_stores, config.quant)
     layers = shape.num_hidden_layers + getattr(shape, "num_decoder_layers", 0)
     if layers > len(weights):
         raise UserError(f"{path}: it names {layers} layers and has {len(weights)} weights")
@@ -156,6 +161,14 @@ def build(kind: Callable, about: dict, path: str | Path) -> tuple[torch.nn.Modul
     model = blank(kind, shape)
     load_weights(model, weights, str(path))
     return model, tokenizer, config
+
+
+def in_full(loaded: Loaded, tell: Callable[[str], None]) -> Loaded:
+    """Return `loaded` with plain weights, in place; say so if they were codes."""
+    if (quant := loaded.config.quant).method != "none":
+        dequantize_weights(loaded.model)
+        tell(f"({quant.method}, {quant.bits} bits: what is written are the numbers that the codes stand for)")
+    return loaded
 
 
 def load_base(checkpoint, device, out, adapter=None, gate=None, tell=lambda line: None) -> Loaded:

@@ -79,7 +79,9 @@ class Checkpoints:
     def save_final(self) -> None:
         """Write the result: the next stage starts from it, and chat loads it."""
         path = self.out / files.final_name(self.short)
-        files.save_checkpoint(path, {**self.contents(), "evaluation": self.run.held_out.last})
+        run = self.run
+        own = run.stage.on_codes(run.model, run.config)
+        files.save_checkpoint(path, {**self.contents(), "evaluation": run.held_out.last, **own})
         self.run.machine.say(f"saved {path}")
 
     def contents(self) -> dict:

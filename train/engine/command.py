@@ -111,6 +111,12 @@ def inherited_sections(init: dict, path: str, accepted: tuple[str, ...] = ("mode
     if missing:
         what = f"a checkpoint without {', '.join(missing)}"
         raise UserError(f"--init {path}: {what}; name one of a training run")
+    quant = init["config"].get("quant")
+    if isinstance(quant, dict) and quant.get("method", "none") != "none":
+        raise UserError(
+            f"--init {path}: its weights are codes of {quant['method']}, which cannot be trained; name the "
+            f"model in full precision that it was made from ({init.get('source', 'unknown')})"
+        )
     if section not in accepted:
         raise UserError(
             f"--init {path}: the model of {init.get('stage')} has the settings of section {section}, and "

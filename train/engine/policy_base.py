@@ -10,7 +10,7 @@ import copy
 
 from inference.generation.load import CHAT_STAGES
 from load_data.chat.chat_data import chosen_skills
-from model.adapters import attach, twin
+from model.adapters import attach, put_on_codes, twin
 from train.engine.command import Command
 from train.engine.fine_tuning import Base, open_base
 from train.engine.machine import Machine
@@ -40,6 +40,7 @@ def policy_parts(base: Base, command: Command, machine: Machine, reference: bool
     """Return the fields of a `Stage` that say what trains, what is saved, and what the reference is."""
     model, own, other = base.model, None, None
     if command.lora:
+        put_on_codes(model, "Lora", command.config)
         model.to(machine.device)  # first: memory is shared only until one of two models moves
         other, own = twin(model), attach(model, "Lora", command.config)
     elif reference:
