@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 
-from config.quant import QuantConfig
+from config.quant import CALIBRATED, QuantConfig
 from inference.generation.load import load_full
 from inference.quantization.calibrate import training_rows
 from inference.quantization.fit import quantize_model
@@ -12,7 +12,7 @@ from tests.inference.tools import run_config, tiny_model, write_checkpoint
 from utils.checkpoint import save_checkpoint
 
 MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16,
-       "first_k_dense_replace": 1, "num_hidden_layers": 3}  # fmt: skip
+       "first_k_dense_replace": 1}  # fmt: skip
 MLA = {"attention_kind": "mla", "kv_lora_rank": 16, "q_lora_rank": 8, "qk_nope_head_dim": 10,
        "qk_rope_head_dim": 6, "v_head_dim": 8}  # fmt: skip
 FORMATS = {
@@ -53,7 +53,8 @@ def write_source(folder, short="Pre", seed=0, **shape):
 def quantized(path, quant, rows=8):
     """The checkpoint `path` after `quantize_model`, and the rows of the table."""
     loaded = load_full(path)
-    table = quantize_model(loaded.model, quant, training_rows(loaded, None, rows))
+    batches = training_rows(loaded, None, rows) if quant.method in CALIBRATED else []
+    table = quantize_model(loaded.model, quant, batches)
     loaded.config = replace(loaded.config, quant=quant)
     return loaded, table
 
