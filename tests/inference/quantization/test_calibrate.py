@@ -15,7 +15,8 @@ from tests.inference.quantization.tools import FORMATS, HELD_OUT, write_source
 
 def texts(loaded, batches):
     """All rows as texts."""
-    return [loaded.tokenizer.decode(row.tolist(), skip_special=False) for batch in batches for row in batch["input_ids"]]
+    rows = [row.tolist() for batch in batches for row in batch["input_ids"]]
+    return [loaded.tokenizer.decode(row, skip_special=False) for row in rows]
 
 
 def test_windows_are_training_text(tmp_path, monkeypatch):
