@@ -19,7 +19,9 @@ from pathlib import Path
 
 import torch
 
-from inference.generation.load import DEFAULT_OUT, SPECIAL, Loaded, build, in_full, load_adapter, load_base, open_as
+from inference.generation.load import (
+    DEFAULT_OUT, SPECIAL, Loaded, build, in_full, load_adapter, load_base, open_as,
+)  # fmt: skip
 from inference.generation.terminal import tell
 from inference.hf import by_table
 from inference.hf.adapter_files import export_adapter

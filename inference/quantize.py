@@ -57,7 +57,7 @@ def parse_command():
     add("--asymmetric", action="store_true", help="groups have a zero point too")
     add("--double", action="store_true", help="nf4: scales in 8 bits as well")
     add("--head", action="store_true", help="embedding and output head too, in 8 bits")
-    add("--data", nargs="+", metavar="PATH", help="calibrate on training data of these (default: the model's)")
+    add("--data", nargs="+", metavar="PATH", help="calibrate on training data of these, not the model's")
     add("--rows", type=int, default=128, metavar="N", help="of calibration (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the choice of rows (default: %(default)s)")
     add("--to", metavar="FILE", type=Path, help="the file to write (default: named after model and method)")

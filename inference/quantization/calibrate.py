@@ -62,14 +62,16 @@ def training_rows(loaded: Loaded, paths: list[str] | None, rows: int, seed: int 
     config = replace(config, data=replace(config.data, paths=paths or config.data.paths))
     length, tokenizer = config.data.sequence_length, loaded.tokenizer
     if loaded.answers:
-        loader = ChatLoader(prepare_chat(config, tokenizer).train, length, 1, seed=seed, pad_id=tokenizer.pad_id)
+        data = prepare_chat(config, tokenizer).train
+        packing = config.data.packing
+        loader = ChatLoader(data, length, 1, seed=seed, packing=packing, pad_id=tokenizer.pad_id)
     else:
         length = min(length, loaded.model.config.max_position_embeddings)
         loader = TokenLoader(prepare_pretraining(config, tokenizer).train, length, 1, seed=seed)
     starts = loader.take(min(rows, len(loader.starts)))
     batches = [loader.batch(starts[first : first + ROWS]) for first in range(0, len(starts), ROWS)]
     for batch in batches:
-        batch.pop("labels")
+        batch.setdefault("padding_mask", torch.ones_like(batch.pop("labels"), dtype=torch.bool))
     return batches
 
 
@@ -121,13 +123,14 @@ def calibrated(
     """
     steps = [layer_inputs(decoder, batch) for batch in batches]
     hidden, contexts = [step[0] for step in steps], [step[1] for step in steps]
-    masks = [batch.get("padding_mask", torch.ones_like(batch["input_ids"])).bool().flatten() for batch in batches]
+    masks = [batch["padding_mask"].flatten() for batch in batches]
     for number, layer in enumerate(decoder.layers):
-        seen, current = {}, {}
-        hooks = []
+        seen, current, hooks = {}, {}, []
         for path, part in wanted(number).items():
-            seen[path] = [[Inputs(weight.shape[-1], len(batches), hessians)
-                           for _ in range(len(weight) if weight.dim() == 3 else 1)] for weight in matrices(part)]
+            seen[path] = [
+                [Inputs(weight.shape[-1], len(batches), hessians) for _ in range(weight[..., 0, 0].numel())]
+                for weight in matrices(part)
+            ]
             hooks.append(watch(part, seen[path], current))
         for step, mask in enumerate(masks):
             current["real"] = mask

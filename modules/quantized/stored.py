@@ -80,7 +80,8 @@ class StoredNF4(nn.Module):
             raise ValueError(f"{numbers} numbers do not fill whole bytes with codes of 4 bits")
         count = math.ceil(numbers / nf4.BLOCK)
         self.register_buffer("codes", torch.empty(numbers // 2, dtype=torch.uint8))
-        self.register_buffer("scales", torch.empty(count, dtype=torch.uint8 if double_quant else torch.float32))
+        stored = torch.uint8 if double_quant else torch.float32
+        self.register_buffer("scales", torch.empty(count, dtype=stored))
         steps = math.ceil(count / nf4.SCALE_BLOCK)
         self.register_buffer("steps", torch.empty(steps) if double_quant else None)
         self.register_buffer("mean", torch.empty(()) if double_quant else None)
