@@ -87,8 +87,8 @@ def errors(weight, x, group):
 @pytest.mark.parametrize("group", [None, 8])
 def test_errors_of_outputs(group):
     """Five seeds, no exception. With inputs of rank 8 in 24 and a little noise, most of an error can be made
-    up for: less than 0.6 of plain rounding's stays. One in 8 inputs ten times as large: if it comes first, all
-    others make up for it, if last, none; so act order is better."""
+    up for: less than 0.6 of plain rounding's stays. One in 8 inputs ten times as large: if it comes first,
+    all others make up for it, if last, none; so act order is better."""
     for seed in range(5):
         weight, x, _ = case(seed)
         plain, straight, ordered = errors(weight, x, group)
