@@ -2,8 +2,8 @@
 
 A run has one `RunConfig` with the sections `model` (config/model.py), `tokenizer`, `data`, `optim`, `train`
 and `balance`, and one per stage that has its own settings: `lora`, `mixlora`, `prefix` and `gate`
-(config/adapters.py), `extend`, `dpo` and `pairs` (config/preference.py), `rl` (config/rl.py), and `mlm`,
-`span` and `embed` (config/objectives.py). Where the model is no decoder, its section is `encoder`
+(config/adapters.py), `extend`, `dpo` and `pairs` (config/preference.py), `rl` (config/rl.py), `mlm`, `span`
+and `embed` (config/objectives.py), and `distill` (config/distill.py). Where the model is no decoder, its section is `encoder`
 (config/encoder.py) or `seq2seq` (config/seq2seq.py). Presets (JSON files in config/presets/) and the command
 line set them (config/load.py).
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 
 from config.adapters import LoraConfig, MixLoraConfig, PrefixConfig, SelectorConfig
 from config.checks import option, validate_section
+from config.distill import DistillConfig
 from config.encoder import EncoderConfig
 from config.extension import METHODS
 from config.model import ModelConfig
@@ -152,6 +153,7 @@ class RunConfig:
     mlm: MLMConfig = field(default_factory=MLMConfig)
     span: SpanConfig = field(default_factory=SpanConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def validate(self) -> "RunConfig":
         """Check every field of every section and return self. Raises `UserError` for the first violation."""
