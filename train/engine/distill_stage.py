@@ -95,10 +95,10 @@ def check_same_tokens(kinds: list[str], student: Tokenizer, teacher: Tokenizer) 
     """Raise `UserError` for kinds that compare token by token if the two read a text as different tokens."""
     if kinds and student.digest != teacher.digest:
         why = "probabilities are of different tokens" if kinds[0] == "logits" else "tokens do not line up"
+        off = " and ".join(f"distill.{kind}=none" for kind in kinds)
         raise UserError(
-            f"distill.{kinds[0]}: the student of --init and the teacher have different tokenizers, so their "
-            f"{why}: set {' and '.join(f'distill.{kind}=none' for kind in kinds)}, or start from a model with the "
-            "teacher's tokenizer"
+            f"distill.{kinds[0]}: the student of --init and the teacher have different tokenizers, so "
+            f"their {why}: set {off}, or start from a model with the teacher's tokenizer"
         )
 
 
