@@ -38,8 +38,9 @@ def joined(batches):
 @pytest.mark.parametrize("teacher", [{}, {"n_routed_experts": 0}])
 def test_every_term_is_its_formula(temperature, teacher):
     """Full logits, both models run by hand: padding and unlabelled tokens count where they should only."""
-    config = student_config(*ALL, f"distill.temperature={temperature}", "distill.logits_weight=0.7",
-                            "distill.hidden_weight=0.1", "distill.attention_weight=2", "distill.ce_weight=0.5")  # fmt: skip
+    weights = {"logits": 0.7, "hidden": 0.1, "attention": 2, "ce": 0.5}
+    weights = [f"distill.{name}_weight={weight}" for name, weight in weights.items()]
+    config = student_config(*ALL, f"distill.temperature={temperature}", *weights)
     stage, batches = make_stage(config, make_teacher(**teacher)), steps_of()[0]
     terms, measures = summed(stage, batches)
     batch, student = joined(batches), stage.model["student"]
