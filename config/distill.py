@@ -1,0 +1,42 @@
+"""Settings of distillation: what a student learns from a teacher, see modules/distillation/."""
+
+from dataclasses import dataclass
+
+from config.checks import option
+from utils.errors import UserError
+
+
+@dataclass
+class DistillConfig:
+    """Distillation (train/distill_train.py): the kinds can be combined; a student may also learn alone."""
+
+    task: str = option("text", choices=("text", "dialogues"))  # the form of the data
+    teacher: str | None = None  # a checkpoint; None: the latest result that fits the task, in --out or out/
+    ce_weight: float = option(1.0, at_least=0)  # of the data itself
+    # probabilities of the next token (divergence.py)
+    logits: str = option("forward", choices=("none", "forward", "reverse", "jsd"))
+    logits_weight: float = option(1.0, above=0)
+    beta: float = option(0.5, above=0, below=1)  # of jsd
+    temperature: float = option(1.0, above=0)
+    top_k: int | None = option(None, at_least=1)  # the teacher's most likely tokens and a tail; None: all
+    # states after layers, through a projection (hidden.py)
+    hidden: str = option("none", choices=("none", "mse", "cosine"))
+    hidden_weight: float = option(1.0, above=0)
+    layer_map: str = option("uniform", choices=("uniform", "last"))
+    layers: list[int] | None = None  # instead of a map: the teacher's layer for each of the student's, from 0
+    # attention of the student's last layer and the layer that it meets (relations.py)
+    attention: str = option("none", choices=("none", "maps", "relations"))
+    attention_weight: float = option(1.0, above=0)
+    relation_heads: int | None = option(None, at_least=1)  # None: the most that all heads allow
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds that compare a student with its teacher, token by token."""
+        return [kind for kind in ("logits", "hidden", "attention") if getattr(self, kind) != "none"]
+
+    def check(self):
+        """Require a term that trains the output head."""
+        if not self.ce_weight and self.logits == "none":
+            raise UserError(
+                "distill.ce_weight=0 needs distill.logits: nothing else trains the student's output head"
+            )
