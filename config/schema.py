@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 
 from config.adapters import LoraConfig, MixLoraConfig, PrefixConfig, SelectorConfig
 from config.checks import option, validate_section
+from config.distill import DistillConfig
 from config.encoder import EncoderConfig
 from config.extension import METHODS
 from config.model import ModelConfig
@@ -152,6 +153,7 @@ class RunConfig:
     mlm: MLMConfig = field(default_factory=MLMConfig)
     span: SpanConfig = field(default_factory=SpanConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def validate(self) -> "RunConfig":
         """Check every field of every section and return self. Raises `UserError` for the first violation."""
