@@ -96,8 +96,8 @@ def dialogues(config: RunConfig, teacher, device, notes: list[str]) -> Iterator[
         if not worked:
             what = "worked out no right answer" if kind == "solutions" else "finished no answer"
             raise UserError(
-                f"distill.answers={kind}: the teacher {what} to {len(items):,} questions of {name} ({found}); "
-                "raise distill.max_new_tokens, or change skill or teacher"
+                f"distill.answers={kind}: the teacher {what} to {len(items):,} questions of {name} "
+                f"({found}); raise distill.max_new_tokens, or change skill or teacher"
             )
         notes.append(f"{name}: {len(items):,} questions; {kind}: {found}")
 

@@ -34,7 +34,8 @@ def as_rows(batch):
     """(prompt, sampled ids) of each row, read from the tensors alone."""
     for ids, labels, real in zip(batch["input_ids"], batch["labels"], batch["padding_mask"], strict=True):
         at = (labels != -100).nonzero()[:, 0].tolist()
-        assert at == list(range(at[0], at[-1] + 1)) and real.tolist() == [n <= at[-1] for n in range(len(real))]
+        assert at == list(range(at[0], at[-1] + 1))
+        assert real.tolist() == [n <= at[-1] for n in range(len(real))]
         assert ids[at[0] + 1 : at[-1] + 1].tolist() == labels[at[:-1]].tolist()
         yield tuple(ids[: at[0] + 1].tolist()), labels[at].tolist()
 
@@ -52,9 +53,10 @@ def test_labels_are_the_sampled_tokens_alone():
     given = source(student, "distill.on_policy=0").next_step().micro_batches[0]
     places = [(row, int(each)) for row, each_row in enumerate(given["document_ids"])
               for each in each_row.unique() if each >= 0]  # fmt: skip
+    generator, params = Generator(student), SamplingParams(max_new_tokens=6)
     for (prompt, answer), (row, place) in zip(rows, places, strict=True):
-        (alone,) = Generator(student).generate([list(prompt)], SamplingParams(max_new_tokens=6),
-                                               TEMPLATE.stop_ids, seeds=[row_seed(3, 0, row, place)])  # fmt: skip
+        seeds = [row_seed(3, 0, row, place)]
+        (alone,) = generator.generate([list(prompt)], params, TEMPLATE.stop_ids, seeds=seeds)
         assert answer == list(alone)
         seen.append(answer)
     assert len({*map(tuple, seen)}) > 4
