@@ -130,10 +130,10 @@ def train_and_score(stage: Stage, data: ChatData, command: Command, machine: Mac
     """Train, and score greedy answers to held-out questions before and after."""
     held_out = [*deque(data.dialogues(VAL), SCORED_DIALOGUES)]  # those of files are behind those of skills
     with distributed.all_or_none():
-        before = scores(stage.model.to(machine.device), data, held_out, command, machine)
+        before = scores(stage.presented.to(machine.device), data, held_out, command, machine)
     Trainer(stage, command.config, machine, command.out, command.resume).run()
     with distributed.all_or_none():
-        after = scores(stage.model, data, held_out, command, machine)
+        after = scores(stage.presented, data, held_out, command, machine)
     if not after:  # not the first process, or nothing has one right answer
         return
     width = max(map(len, after))

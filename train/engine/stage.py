@@ -114,6 +114,16 @@ class Stage:
         """The models to train, by name."""
         return dict(self.model) if isinstance(self.model, torch.nn.ModuleDict) else {"model": self.model}
 
+    @property
+    def presented(self) -> torch.nn.Module:
+        """The model that checkpoints present as the result."""
+        return self.model[self.result] if self.result else self.model
+
+
+def within(part: str, claim: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Return a claim on the parameters of one part of a `ModuleDict`; `claim` knows their own names."""
+    return lambda name: name.startswith(f"{part}.") and claim(name.removeprefix(f"{part}."))
+
 
 class LoaderSource:
     """A `Source` that reads a loader of labelled tokens (load_data/loader.py, load_data/chat/)."""

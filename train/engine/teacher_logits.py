@@ -25,10 +25,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from inference.generation.load import Loaded
 from load_data.chat.chat_data import ChatData, Samples
 from load_data.chat.chat_loader import DialogueRows
 from load_data.loader import IGNORED
 from load_data.packing import prepared_folder
+from modules.distillation.divergence import top_outcomes
 from utils.errors import UserError
 
 FILES = ("ids", "logprobs")
@@ -57,11 +59,11 @@ class StoredLogits(DialogueRows):
         return batch
 
 
-def store_logits(source, data: ChatData, teacher, digest: str, config, machine, out: Path) -> Path:
+def store_logits(source, data: ChatData, teacher: Loaded, config, machine, out: Path) -> Path:
     """Give the batches of `source`, a `LoaderSource` of dialogues, the teacher's logits, computed now or
-    found in `out`; return their folder. `digest`: of the teacher's weights."""
+    found in `out`; return their folder."""
     settings, rows = config.distill, source.loader.rows
-    decides = [digest, data.digest, settings.top_k, settings.temperature]
+    decides = [teacher.digest, data.digest, settings.top_k, settings.temperature]
     given = (write_folder, rows, teacher, config, machine)
     folder = machine.read(prepared_folder, out, "teacher_logits", decides, *given)
     count = int(rows.samples.targets.sum())
@@ -70,24 +72,25 @@ def store_logits(source, data: ChatData, teacher, digest: str, config, machine, 
 
 
 @torch.no_grad()
-def write_folder(folder: Path, rows: DialogueRows, teacher, config, machine) -> None:
+def write_folder(folder: Path, rows: DialogueRows, teacher: Loaded, config, machine) -> None:
     """Write the teacher's logits of all labels, in the order of the dialogues."""
     settings, size = config.distill, config.train.batch_size
-    wide = "uint16" if teacher.config.vocab_size <= 2**16 else "int32"
+    vocabulary = teacher.tokenizer.vocab_size  # the model may have more ids, which no token has
+    wide = "uint16" if vocabulary <= 2**16 else "int32"
     lines = rows.arrange(range(len(rows.samples)))
     shape = (int(rows.samples.targets.sum()), settings.top_k)
     ids, logprobs = np.zeros(shape, wide), np.zeros(shape, "float16")
     places = StoredLogits(rows, ids, logprobs).places
-    teacher = teacher.to(machine.device).eval()
+    model = teacher.model.to(machine.device)
     for first in tqdm(range(0, len(lines), size), "the teacher's logits", leave=False, disable=None):
         chosen = lines[first : first + size]
         batch = {key: value.to(machine.device) for key, value in rows.batch(chosen).items()}
         keep, labels = batch.pop("labels") != IGNORED, places.batch(chosen)["labels"]
         with machine.autocast():
-            logits = teacher.logits(teacher(**batch, last_only=True).hidden[keep])
-        values, best = (logits.float() / settings.temperature).log_softmax(-1).topk(settings.top_k)
+            logits = model.logits(model(**batch, last_only=True).hidden[keep])[:, :vocabulary]
+        found = top_outcomes(logits, settings.top_k, settings.temperature)
         place = labels[labels != IGNORED].numpy()
-        ids[place], logprobs[place] = best.cpu().numpy(), values.cpu().numpy()
+        ids[place], logprobs[place] = (part.cpu().numpy() for part in found)
     for name, part in zip(FILES, (ids, logprobs), strict=True):
         (folder / f"{name}.bin").write_bytes(part.tobytes())
     about = {"dtype": wide, "checksum": checksum(folder)}

@@ -23,7 +23,8 @@ TEXTS = {tuple(TEMPLATE.prompt(turns[:-1])) for turns in DIALOGUES}
 def source(student, *settings, rank=0, size=1, rows=4):
     """Packed rows of the dialogues above, and samples of `student` in their place."""
     config = small_config("data.sequence_length=40", f"train.batch_size={rows}", "distill.max_new_tokens=6",
-                          "train.seed=3", "distill.on_policy=1", *settings)  # fmt: skip
+                          "train.seed=3", "distill.task=dialogues",
+                          "distill.on_policy=1", *settings)  # fmt: skip
     here = machine(world=World(rank=rank, size=size))
     samples = [encode(TEMPLATE, turns, 41)[0] for turns in DIALOGUES]
     given = chat_source(samples, byte_tokenizer(), config, here)

@@ -31,7 +31,7 @@ def prepared(teacher, cache, *settings, tokenizer=STUDENT, paths="skills:arithme
     """The data of a student that reads by `tokenizer`."""
     fixed = [f"data.cache_dir={cache}", f'data.paths=["{paths}"]', "data.limit=null"]
     fixed += ["data.sequence_length=90", "model.vocab_size=300"]
-    fixed += ["distill.questions=40", "distill.max_new_tokens=9"]
+    fixed += ["distill.task=dialogues", "distill.questions=40", "distill.max_new_tokens=9"]
     config = small_config(*fixed, *settings)
     return prepare_answers(config, ChatTemplate(tokenizer), teacher, "cpu")
 

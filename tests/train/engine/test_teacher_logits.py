@@ -1,5 +1,7 @@
 """Stored logits of a teacher: against its forward over each dialogue alone, and the hash of their folder."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -26,12 +28,13 @@ def dialogues(*more):
     return ChatData(byte_tokenizer(), TEMPLATE, samples, samples, [], digest, None)
 
 
-def stored(out, teacher, *settings, data=None, digest="a teacher"):
-    """A source with stored logits, and their folder."""
+def stored(out, model, *settings, data=None, digest="a teacher"):
+    """A source with stored logits of `model`, and their folder."""
+    teacher = SimpleNamespace(model=model, tokenizer=byte_tokenizer(), digest=digest)
     config = small_config("data.sequence_length=40", "train.batch_size=2", "distill.top_k=5", *settings)
     data = data or dialogues()
     source = chat_source(data.train, byte_tokenizer(), config, machine())
-    return source, store_logits(source, data, teacher, digest, config, machine(), out)
+    return source, store_logits(source, data, teacher, config, machine(), out)
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
