@@ -3,7 +3,7 @@
     python train/lab/compare_students.py --init out/TinySeek_Distill_final.pkl
     python train/lab/compare_students.py --init STUDENT.pkl --teacher BIG.pkl --steps 800 --data skills:sums
 
-All runs begin with the student of --init, and learn the same questions with the answers of one kind (`labels`,
+All runs begin with the student of --init, and learn the same questions with answers of one kind (`labels`,
 `teacher`, `solutions`: see train/engine/teacher_answers.py), by cross-entropy alone. Rows are packed, so
 equal steps are equal tokens, and take equal seconds. Every run is a separate `train/distill_train.py` in
 OUT/<kind>/seed<N>. Seeds are the outer loop. Ctrl-C saves the current run; the same command continues, and
@@ -90,10 +90,12 @@ def table(args) -> str:
         for name in names:
             cells, tokens = [], 0.0
             for request in asked.values():
+                if request.thinking and kind != "solutions":
+                    cells.append("")
+                    continue
                 scores = [score(one, name, request, args.count) for one in students]
-                known = kind == "solutions" or not request.thinking
-                cells.append(cell([one.percent / 100 for one in scores]) if known else "")
-                tokens = mean(one.tokens for one in scores) if known else tokens  # of the last way to ask
+                cells.append(cell([one.percent / 100 for one in scores]))
+                tokens = mean(one.tokens for one in scores)  # of the last way to ask
             rows[name].append(f"| {kind} | {' | '.join(cells)} | {tokens:.1f} |")
     return "\n\n".join("\n".join(lines) for lines in rows.values()) + "\n"
 
