@@ -3,9 +3,9 @@
 A run has one `RunConfig` with the sections `model` (config/model.py), `tokenizer`, `data`, `optim`, `train`
 and `balance`, and one per stage that has its own settings: `lora`, `mixlora`, `prefix` and `gate`
 (config/adapters.py), `extend`, `dpo` and `pairs` (config/preference.py), `rl` (config/rl.py), `mlm`, `span`
-and `embed` (config/objectives.py), and `distill` (config/distill.py). Where the model is no decoder, its section is `encoder`
-(config/encoder.py) or `seq2seq` (config/seq2seq.py). Presets (JSON files in config/presets/) and the command
-line set them (config/load.py).
+and `embed` (config/objectives.py), and `distill` (config/distill.py). Where the model is no decoder, its
+section is `encoder` (config/encoder.py) or `seq2seq` (config/seq2seq.py). Presets (JSON files in
+config/presets/) and the command line set them (config/load.py).
 """
 
 from dataclasses import dataclass, field, fields

@@ -16,8 +16,10 @@ mass that is left, of teacher and student alike:
 
     ids, logprobs (N, K), at temperature T   ->   distributions over K + 1 outcomes
 
-Without a tail, with both sides renormalised over the K tokens, a student may give any mass to other tokens. Traps: probabilities are in fp32 or wider; rows without a label (padding, questions) are left out
-before; `F.kl_div(.., reduction="batchmean")` on (B, T, V) divides by B, not by the number of tokens.
+Without a tail, with both sides renormalised over the K tokens, a student may give any mass to other tokens.
+
+Traps: probabilities are in fp32 or wider; rows without a label (padding, questions) are left out before;
+`F.kl_div(.., reduction="batchmean")` on (B, T, V) divides by B, not by the number of tokens.
 """
 
 import torch
@@ -33,8 +35,12 @@ def logit_loss(student, teacher, kind, beta=0.5, temperature=1.0):
 
 def log_probs(logits, temperature):
     """Return log softmax(logits / temperature) (N, V), in fp32 or wider."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (wide / temperature).log_softmax(dim=-1)
+    return (wide(logits) / temperature).log_softmax(dim=-1)
+
+
+def wide(tensor):
+    """Return a tensor in fp32 or wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def divergence(student, teacher, kind, beta=0.5):
@@ -99,7 +105,7 @@ def lesson():
                 loss = logit_loss(student.gather(1, ids), logprobs, "forward")
             student.data -= 2 * torch.autograd.grad(loss, student)[0]
         mass = student.softmax(-1).gather(1, ids).sum()
-        print(f"  learns from these 8 {'and a tail' if tail else 'alone, renormalised'}: gives them {mass:.1%}")
+        print(f"  learns from {'these 8 and a tail' if tail else 'these 8, renormalised'} gives {mass:.1%}")
 
 
 if __name__ == "__main__":
