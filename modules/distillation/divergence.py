@@ -98,7 +98,7 @@ def lesson():
     print(f"a teacher that gives {logprobs.exp().sum():.1%} to its 8 likeliest of 500 tokens; a student that")
     for tail in (True, False):
         student = torch.zeros(1, 500, requires_grad=True)
-        for _ in range(300):
+        for _ in range(150):
             if tail:
                 loss = top_logit_loss(student, ids, logprobs, "forward")
             else:  # both renormalised over these 8

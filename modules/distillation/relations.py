@@ -77,15 +77,12 @@ def lesson():
     }.items():
         loss = attention_kl(relation_scores(x, 2), relation_scores(teacher, 2), bias, real) / T
         print(f"  student: {name:32s} {loss.abs():.3f} nats per token")
-    student = torch.nn.Parameter(0.1 * torch.randn(1, T, 2, 4))
-    optimizer = torch.optim.Adam([student], lr=0.05)
+    student = torch.randn(1, T, 2, 4, requires_grad=True)
     for step in range(301):
         loss = attention_kl(relation_scores(student, 2), relation_scores(teacher, 2), bias, real) / T
         if step % 100 == 0:
             print(f"  2 heads of 4 that learn them, step {step:3d}: {loss:.4f}")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        student.data -= 2 * torch.autograd.grad(loss, student)[0]
 
 
 if __name__ == "__main__":

@@ -60,13 +60,13 @@ def steps_of(micro_batches=4, rows=1, count=6, seed=5):
 def make_stage(config, teacher, student=None, loader=None, place=None):
     """The stage of a student beside its teacher."""
     alone = Stage(
-        "toy", "Distill", student or make_student(config), LoaderSource(loader or ListLoader(steps_of())), None,
-        NoEvaluation(), TOKENIZER, "digest",
+        "toy", "Distill", student or make_student(config), LoaderSource(loader or ListLoader(steps_of())),
+        None, NoEvaluation(), TOKENIZER, "digest",
     )  # fmt: skip
     return with_teacher(alone, teacher, config, place or machine())
 
 
-def make_run(out, config, teacher, student=None, loader=None, resume=False, change=lambda stage: stage, **place):
+def make_run(out, config, teacher, loader=None, resume=False, change=lambda stage: stage, **place):
     """A `Trainer`; `change` is done to its stage, and `place` to the machine."""
-    stage = change(make_stage(config, teacher, student, loader, machine(**place)))
+    stage = change(make_stage(config, teacher, None, loader, machine(**place)))
     return Trainer(stage, config, machine(**place), out, resume)

@@ -32,8 +32,9 @@ def test_sentence_transformers(kind):
     expected = real.sum() * theirs(about, columns, [one[real] for one in teacher])
     loss = hidden_loss(projection(ours), teacher, real, kind)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    wanted = torch.autograd.grad(expected, [*ours, *projection.parameters()])
-    for found, other in zip(torch.autograd.grad(loss, [*ours, *projection.parameters()]), wanted, strict=True):
+    inputs = [*ours, *projection.parameters()]
+    wanted = torch.autograd.grad(expected, inputs)
+    for found, other in zip(torch.autograd.grad(loss, inputs), wanted, strict=True):
         torch.testing.assert_close(found, other, rtol=1e-12, atol=1e-14)
     assert not wanted[0][~real].any()  # padding teaches nothing
 
@@ -46,8 +47,8 @@ def test_one_layer_is_mse_loss():
 
 
 def test_the_published_maps():
-    """TinyBERT-4 of BERT-base takes every third layer, TinyBERT-6 every second (arXiv 1909.10351, 4.2: layer m
-    meets layer 3 m, or 2 m, counted from 1)."""
+    """TinyBERT-4 of BERT-base takes every third layer, TinyBERT-6 every second (arXiv 1909.10351: layer m of
+    the student meets layer 3 m, or 2 m, counted from 1)."""
     assert layer_pairs(4, 12, "uniform") == [(0, 2), (1, 5), (2, 8), (3, 11)]
     assert [theirs + 1 for _, theirs in layer_pairs(6, 12, "uniform")] == [2 * m for m in range(1, 7)]
     assert layer_pairs(3, 7, "uniform")[-1] == layer_pairs(3, 7, "last")[0] == (2, 6)

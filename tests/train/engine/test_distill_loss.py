@@ -38,8 +38,9 @@ def joined(batches):
 @pytest.mark.parametrize("teacher", [{}, {"n_routed_experts": 0}])
 def test_every_term_is_its_formula(temperature, teacher):
     """Full logits, both models run by hand: padding and unlabelled tokens count where they should only."""
-    config = student_config(*ALL, f"distill.temperature={temperature}", "distill.logits_weight=0.7",
-                            "distill.hidden_weight=0.1", "distill.attention_weight=2", "distill.ce_weight=0.5")
+    weights = {"logits": 0.7, "hidden": 0.1, "attention": 2, "ce": 0.5}
+    weights = [f"distill.{name}_weight={weight}" for name, weight in weights.items()]
+    config = student_config(*ALL, f"distill.temperature={temperature}", *weights)
     stage, batches = make_stage(config, make_teacher(**teacher)), steps_of()[0]
     terms, measures = summed(stage, batches)
     batch, student = joined(batches), stage.model["student"]
@@ -146,9 +147,12 @@ def test_training_leaves_the_teacher_as_it_is(tmp_path):
 def test_a_teacher_that_trains(tmp_path):
     """Among what is trained it gets no gradient; written to by hand, its digest tells."""
     teacher = make_teacher()
-    beside = lambda stage: replace(  # noqa: E731
-        stage, model=nn.ModuleDict({**stage.model, "teacher": teacher.model.requires_grad_()}), frozen={})
-    with pytest.raises(UserError, match="cut off from the loss, so never trained: teacher.model.embed_tokens"):
+
+    def beside(stage):
+        parts = {**stage.model, "teacher": teacher.model.requires_grad_()}
+        return replace(stage, model=nn.ModuleDict(parts), frozen={})
+
+    with pytest.raises(UserError, match="cut off from the loss, so never trained: teacher.model.embed"):
         make_run(tmp_path / "a", student_config(), teacher, change=beside).run()
     run = make_run(tmp_path / "b", student_config(), make_teacher())
     update = run.update
@@ -167,7 +171,7 @@ def test_a_teacher_that_trains(tmp_path):
     ("heads", "attention does not reach what it should train: student.*v_proj.weight"),
 ])  # fmt: skip
 def test_a_term_that_trains_less_than_it_should(tmp_path, monkeypatch, name, words):
-    """States that are detached train the projection alone; values that are detached leave queries and keys."""
+    """Detached states train the projection alone; detached values leave queries and keys."""
     read = getattr(Recorder, name).fget
     cut = {"hidden": lambda seen: [state.detach() for state in read(seen)],
            "heads": lambda seen: [*read(seen)[:2], read(seen)[2].detach()]}[name]  # fmt: skip
