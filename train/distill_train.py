@@ -15,9 +15,10 @@ dense or have experts.
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
 import utils  # noqa: F401  sets how threads wait; must precede torch
-from load_data.chat.chat_data import chosen_skills, prepare_chat
+from load_data.chat.chat_data import chosen_skills
 from load_data.packing import prepare_pretraining
 from train.engine.command import chat_command, parse_command
+from train.engine.distill_dialogues import prepare_dialogues, taught_source
 from train.engine.distill_stage import lent_sections, open_student, open_teacher, with_teacher
 from train.engine.fine_tuning import dialogue_stage, train_and_score
 from train.engine.machine import start_machine
@@ -44,9 +45,11 @@ def main():
         stage = with_teacher(stage, teacher, config, machine)
         Trainer(stage, config, machine, command.out, command.resume).run()
     else:
-        data = machine.read(prepare_chat, config, student.tokenizer)
+        data = prepare_dialogues(student, teacher, config, machine)
         stage = dialogue_stage(STAGE, SHORT, student, data, config, machine)
-        train_and_score(with_teacher(stage, teacher, config, machine), data, command, machine)
+        stage = with_teacher(stage, teacher, config, machine)
+        stage.source = taught_source(stage.source, student, teacher, data, command, machine)
+        train_and_score(stage, data, command, machine)
     machine.say(f"\nnext: {chat_command(SHORT, command.out)}")
     finish()
 

@@ -8,7 +8,8 @@
 The pieces are in modules/distillation/. The log shows each term without its weight. The teacher is frozen, in
 evaluation mode and without gradient; its output head too runs only where there is a label, and not at all for
 a batch that carries its probabilities: `teacher_ids` and `teacher_logprobs`, (B, T, K) each, the
-`top_outcomes` at `distill.temperature`.
+`top_outcomes` at `distill.temperature`. A batch marked `own` is samples of the student (student_samples.py):
+their cross-entropy is logged with that of the data, and not learned.
 """
 
 import torch
@@ -103,6 +104,9 @@ class DistillLoss(LanguageModelLoss):
                 losses["attention"] = self.attention_term(ours, theirs, real_tokens(batch)) / self.real
         measures["ce"] = terms.pop("ce")
         main = {"ce": settings.ce_weight * measures["ce"]} if settings.ce_weight else {}
+        if "own" in batch:  # samples of the student are no truth, see student_samples.py
+            main = {}
+            terms.pop("mtp", None)
         scaled = {name: getattr(settings, f"{name}_weight") * loss for name, loss in losses.items()}
         return main | scaled | terms, measures | losses
 
