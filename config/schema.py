@@ -5,7 +5,8 @@ and `balance`, and one per stage that has its own settings: `lora`, `mixlora`, `
 (config/adapters.py), `extend`, `dpo` and `pairs` (config/preference.py), `rl` (config/rl.py), `mlm`, `span`
 and `embed` (config/objectives.py), `distill` (config/distill.py), and `quant` and `qat` of quantised models
 (config/quant.py). Where the model is no decoder, its section is `encoder` (config/encoder.py) or `seq2seq`
-(config/seq2seq.py). Presets (JSON files in """
+(config/seq2seq.py). Presets (JSON files in config/presets/) and the command line set them (config/load.py).
+"""
 
 from dataclasses import dataclass, field, fields
 
