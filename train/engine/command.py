@@ -132,7 +132,7 @@ def inherited_sections(
     quant = init["config"].get("quant")
     if isinstance(quant, dict) and quant.get("method", "none") != "none":
         raise UserError(
-            f"{flag}{path}: its weights are codes of {quant['method']}, and training needs numbers; name "
+            f"{flag}{path}: its weights are codes of {quant['method']}, which cannot be trained; name "
             f"the model in full precision that it was made from ({init.get('source', 'unknown')})"
         )
     if section not in accepted:
