@@ -10,7 +10,8 @@ from modules.attention.latent_cache import LatentCache
 from modules.attention.quantized_cache import QuantizedKVCache
 from utils.errors import UserError
 
-KV_BITS = {"int8": 8, "int4": 4}  # of each kind of quantised cache; "full" is the dtype of the model
+KV_BITS = {"int8": 8, "int4": 4}  # of quantised keys and values
+KV_KINDS = ("full", *KV_BITS)  # full: the dtype of the model
 
 
 def make_cache(
@@ -20,8 +21,8 @@ def make_cache(
 
     `planned` is the length that each row is meant to reach, by default `capacity`: rotary embeddings that
     depend on the length are computed for it from the first token on. The cache holds the model's prefix, if
-    there is one, for which it has extra room. A `Reading` makes its own, with its sources. `kv_cache`: `full`,
-    or a kind in `KV_BITS`.
+    there is one, for which it has extra room. A `Reading` makes its own, with its sources. `kv_cache` is one
+    of `KV_KINDS`.
     """
     if isinstance(model, Reading):
         return model.make_cache(batch_size, capacity)
@@ -54,14 +55,15 @@ def empty_cache(
 ) -> KVCache:
     """Return an empty cache for these layers of the model, of its kind and dtype, on its device."""
     config, weight = model.config, model.model.embed_tokens.weight
+    check_kv_cache(config, kv_cache)
     place = (weight.dtype, weight.device)
     if config.attention_kind == "mla":
         widths = (config.kv_lora_rank, config.qk_rope_head_dim)
         return LatentCache(len(layers), batch_size, capacity, *widths, *place)
     place = (config.num_key_value_heads, config.head_dim, *place)
     if kv_cache in KV_BITS:
-        check_kv_cache(config, kv_cache)
-        return QuantizedKVCache(len(layers), batch_size, capacity, *place, KV_BITS[kv_cache])
+        margin = 1 if config.mtp == "none" else 16  # the most tokens that a round of drafts reads
+        return QuantizedKVCache(len(layers), batch_size, capacity, *place, KV_BITS[kv_cache], margin)
     local = [config.layer_reach(layer, capacity) < capacity for layer in layers]  # others forget nothing
     if not any(local):
         return KVCache(len(layers), batch_size, capacity, *place)

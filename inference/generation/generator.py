@@ -50,7 +50,7 @@ class Generator:
             returns it for its sources.
         start_id: the token that replaces an empty prompt; 0 is the end-of-text token of every tokenizer here.
         fast: True if `FastDecoder` may be used.
-        kv_cache: `full`, or `int8` or `int4` for a cache that needs less memory.
+        kv_cache: the kind of its caches, one of `KV_KINDS` (model/caches.py).
 
     Attributes:
         why_plain: the reason why the last rows did not use `FastDecoder`; empty if they did.

@@ -3,12 +3,12 @@
     code = round((x - low) / scale)        scale = (high - low) / (2^bits - 1)        x ~ low + scale * code
 
 Keys have a few channels that are large for every token, so each channel of a head gets a low and a scale of
-its own; values have none, and each token gets its own (KIVI, arXiv 2402.02750). Numbers per channel need
+its own; values have none, and each token gets its own, for all heads (KIVI, arXiv 2402.02750). Numbers per channel need
 several tokens at once: the row is cut into blocks of N = 32 tokens, and a block becomes codes when it is full.
 Tokens after the last coded block are kept in a ring, in two bytes per number (token t in slot t mod ring).
 
     codes (L, 2, B, G, S/N, N, D) bytes, N/2 rows of them with 4 bits: token i and token i + N/2 share a byte
-    low and scale of keys (L, B, G, S/N, 1, D), of values (L, B, G, S/N, N, 1), in fp16
+    low and scale of keys (L, B, G, S/N, 1, D), of values (L, B, 1, S/N, N, 1), in fp16
 
 Attention reads the past decoded and the new tokens exactly. Methods as in `modules/attention/cache.py`.
 
@@ -25,6 +25,7 @@ import torch
 from modules.attention.cache import KVCache
 
 BLOCK = 32  # N, tokens that share the low and the scale of a key channel
+SHARED = ((-2,), (-3, -1))  # dimensions of (.., G, N, D) with one low: tokens for keys, heads and channels for values
 
 
 class QuantizedKVCache(KVCache):
@@ -35,7 +36,7 @@ class QuantizedKVCache(KVCache):
 
     def __init__(
         self, num_layers, batch_size, capacity, num_key_value_heads, head_dim, dtype, device, bits: int,
-        margin: int = 16,
+        margin: int = 1,
     ):  # fmt: skip
         half = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
         ring = min(BLOCK + margin, capacity)
@@ -44,12 +45,11 @@ class QuantizedKVCache(KVCache):
         self.dtype, self.bits, self.ring, self.margin = dtype, bits, ring, margin
         place = (num_layers, batch_size, num_key_value_heads, (capacity - 1) // BLOCK)  # the last: in the ring
         rows = BLOCK * bits // 8
-        self.codes = torch.zeros(
-            *place[:1], 2, *place[1:], rows, head_dim, dtype=torch.uint8, device=device
-        )
-        self.ranges = [  # of keys and of values: low and scale, (2, L, B, G, S/N, 1 or N, D or 1)
+        shape = (num_layers, 2, *place[1:], rows, head_dim)
+        self.codes = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self.ranges = [  # of keys and of values: low and scale, (2, L, B, G or 1, S/N, 1 or N, D or 1)
             torch.zeros(2, *place, *shape, dtype=torch.float16, device=device)
-            for shape in ((1, head_dim), (BLOCK, 1))
+            for place, shape in ((place, (1, head_dim)), ((*place[:2], 1, place[3]), (BLOCK, 1)))
         ]
         self.coded = [0] * batch_size
 
@@ -108,7 +108,7 @@ class QuantizedKVCache(KVCache):
         tokens = block[:, None] * BLOCK + torch.arange(BLOCK, device=self.device)  # (n, N)
         full = read[:, row[:, None], :, tokens].permute(2, 0, 3, 1, 4)  # (n, N, 2, G, D) -> (2, n, G, N, D)
         for part, ranges in enumerate(self.ranges):
-            codes, *both = quantize(full[part], part - 2, self.bits)
+            codes, *both = quantize(full[part], SHARED[part], self.bits)
             self.codes[layer, part][row, :, block] = codes
             for stored, some in zip(ranges[:, layer], both, strict=True):
                 stored[row, :, block] = some
@@ -145,9 +145,9 @@ class QuantizedKVCache(KVCache):
         return sum(one.numel() * one.element_size() for one in (self.store, self.codes, *self.ranges))
 
 
-def quantize(x, dim: int, bits: int):
-    """x (.., N, D) -> codes (.., N, D) bytes, two to a byte with 4 bits (.., N/2, D); low, scale over `dim`."""
-    low, high = x.aminmax(dim=dim, keepdim=True)
+def quantize(x, dims: tuple[int, ...], bits: int):
+    """x (.., N, D) -> codes (.., N, D) bytes, two to a byte with 4 bits (.., N/2, D); low, scale over `dims`."""
+    low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
     low, scale = low.half(), ((high - low) / (2**bits - 1)).half()
     codes = (x - low) / torch.where(scale > 0, scale, 1)  # equal numbers have code 0
     codes = codes.round().clamp(0, 2**bits - 1).to(torch.uint8)
@@ -172,10 +172,9 @@ def lesson():
     queries = torch.randn(100, 64) / 8
     print("Keys with four large channels, rounded: how far scores of queries are off, on average")
     for bits in (8, 4):
-        for name, dim in (("channel", -2), ("token", -1)):
-            off = (queries @ (dequantize(*quantize(keys, dim, bits), bits) - keys).mT).abs().mean()
+        for name, dims in zip(("channel", "token"), SHARED):
+            off = (queries @ (dequantize(*quantize(keys, dims, bits), bits) - keys).mT).abs().mean()
             print(f"  {bits} bits, one scale per {name:7}: {off:.4f}")
-    place = (2, torch.float32, "cpu")
     print("Memory of one row, against fp32, 4 heads of 32 and 8 of 128")
     print("   tokens   int8        int4")
     for tokens in (64, 256, 512, 4096):
