@@ -221,7 +221,7 @@ def test_the_fast_path_computes_the_same(name, bits):
         caches = [make_cache(model, B, 120, kv_cache=f"int{bits}") for _ in range(2)]
         for cache in caches:
             model(ids[:B, :50], cache=cache, new_tokens=None if B == 1 else [50, 2, 31])
-        for step in range(40):
+        for step in range(20):
             new = None if B == 1 or step % 3 else [1, step % 2, 1]
             tokens = ids[:B, 50 + step]
             expected = model(tokens[:, None], cache=caches[0], new_tokens=new).logits[:, 0]
@@ -233,24 +233,16 @@ def test_the_fast_path_computes_the_same(name, bits):
 
 
 def test_a_text_is_that_of_the_plain_cache():
-    """In 8 bits nearly always, also with drafts; a model with sharp logits, whose best two are far apart."""
-    shape = {"max_position_embeddings": 160, "mtp": "parallel"}
-    model = shake(TinySeek(small_config(**shape))).eval()
-    prompts = [torch.randint(0, 61, (n,)).tolist() for n in (3, 40, 64, 7)]
-    greedy = SamplingParams(temperature=0, max_new_tokens=80)
+    """In 8 bits nearly always; and drafts write the text of no drafts."""
+    model = shake(TinySeek(small_config(max_position_embeddings=128, mtp="parallel"))).eval()
+    prompts = [torch.randint(0, 61, (n,)).tolist() for n in (3, 40, 64)]
+    greedy = SamplingParams(temperature=0, max_new_tokens=50)
     plain = Generator(model).generate(prompts, greedy)
-    shares = {}
-    for kind in ("int8", "int4"):
-        for fast in (True, False):
-            ours = Generator(model, fast=fast, kv_cache=kind).generate(prompts, greedy)
-            pairs = [one == two for a, b in zip(ours, plain, strict=True) for one, two in zip(a, b)]
-            shares[kind, fast] = sum(pairs) / len(pairs)
-    assert min(shares["int8", True], shares["int8", False]) >= 0.95, shares
+    coded = Generator(model, kv_cache="int8").generate(prompts, greedy)
+    pairs = [one == two for a, b in zip(coded, plain, strict=True) for one, two in zip(a, b, strict=True)]
+    assert sum(pairs) / len(pairs) >= 0.95
     drafting = SpeculativeGenerator(model, 0, 1, kv_cache="int8")
-    assert [drafting.generate([one], greedy)[0] for one in prompts] == [
-        Generator(model, fast=False, kv_cache="int8").generate([one], greedy)[0] for one in prompts
-    ]
-    assert drafting.drafted > 100
+    assert [drafting.generate([one], greedy)[0] for one in prompts[:2]] == coded[:2] and drafting.drafted > 50
 
 
 def test_other_caches_are_refused():
