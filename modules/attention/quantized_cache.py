@@ -3,9 +3,9 @@
     code = round((x - low) / scale)        scale = (high - low) / (2^bits - 1)        x ~ low + scale * code
 
 Keys have a few channels that are large for every token, so each channel of a head gets a low and a scale of
-its own; values have none, and each token gets its own, for all heads (KIVI, arXiv 2402.02750). Numbers per channel need
-several tokens at once: the row is cut into blocks of N = 32 tokens, and a block becomes codes when it is full.
-Tokens after the last coded block are kept in a ring, in two bytes per number (token t in slot t mod ring).
+its own; values have none, and each token gets its own, for all heads (KIVI, arXiv 2402.02750). Numbers per
+channel need several tokens at once: a row is cut into blocks of N = 32 tokens, and a block becomes codes when
+it is full. Later tokens are kept in a ring, in two bytes per number (token t in slot t mod ring).
 
     codes (L, 2, B, G, S/N, N, D) bytes, N/2 rows of them with 4 bits: token i and token i + N/2 share a byte
     low and scale of keys (L, B, G, S/N, 1, D), of values (L, B, 1, S/N, N, 1), in fp16
@@ -25,7 +25,7 @@ import torch
 from modules.attention.cache import KVCache
 
 BLOCK = 32  # N, tokens that share the low and the scale of a key channel
-SHARED = ((-2,), (-3, -1))  # dimensions of (.., G, N, D) with one low: tokens for keys, heads and channels for values
+SHARED = ((-2,), (-3, -1))  # dimensions of keys and of values (.., G, N, D) that share a low and a scale
 
 
 class QuantizedKVCache(KVCache):
@@ -43,13 +43,12 @@ class QuantizedKVCache(KVCache):
         super().__init__(num_layers, batch_size, ring, num_key_value_heads, head_dim, half, device)
         self.capacity, self.planned = capacity, [capacity] * batch_size
         self.dtype, self.bits, self.ring, self.margin = dtype, bits, ring, margin
-        place = (num_layers, batch_size, num_key_value_heads, (capacity - 1) // BLOCK)  # the last: in the ring
-        rows = BLOCK * bits // 8
-        shape = (num_layers, 2, *place[1:], rows, head_dim)
-        self.codes = torch.zeros(shape, dtype=torch.uint8, device=device)
-        self.ranges = [  # of keys and of values: low and scale, (2, L, B, G or 1, S/N, 1 or N, D or 1)
-            torch.zeros(2, *place, *shape, dtype=torch.float16, device=device)
-            for place, shape in ((place, (1, head_dim)), ((*place[:2], 1, place[3]), (BLOCK, 1)))
+        L, B, G, D = num_layers, batch_size, num_key_value_heads, head_dim
+        blocks = (capacity - 1) // BLOCK  # the last one stays in the ring
+        self.codes = torch.zeros(L, 2, B, G, blocks, BLOCK * bits // 8, D, dtype=torch.uint8, device=device)
+        self.ranges = [  # of keys and of values: low and scale
+            torch.zeros(2, L, B, *shape, dtype=torch.float16, device=device)
+            for shape in ((G, blocks, 1, D), (1, blocks, BLOCK, 1))
         ]
         self.coded = [0] * batch_size
 
@@ -61,45 +60,47 @@ class QuantizedKVCache(KVCache):
         known = [min(pair) for pair in zip(self.coded, self._past, strict=True)]
         self._coded = [max(old, (end - 1) // BLOCK * BLOCK) for old, end in zip(known, ends, strict=True)]
         self._blocks = max(known) // BLOCK  # of the longest row, to decode
-        held = [(row, token) for row, past in enumerate(self._past) for token in range(known[row], past)]
-        due = [
-            (row, block)
-            for row, old in enumerate(known)
-            for block in range(old // BLOCK, self._coded[row] // BLOCK)
-        ]
-        self._held, self._due = (self._indices(pairs) for pairs in (held, due))
+        spans = [*enumerate(zip(known, self._past, self._coded, strict=True))]
+        held = [(row, token) for row, (old, past, _) in spans for token in range(old, past)]
+        due = [(row, start // BLOCK) for row, (old, _, to) in spans for start in range(old, to, BLOCK)]
+        self._held, self._due = (
+            torch.tensor(pairs, dtype=torch.long).view(-1, 2).T.to(self.device) for pairs in (held, due)
+        )
+        self._run = slice(known[0], self._past[0]) if self._uniform and len({*known}) == 1 else None
         self._kept = self._writes(self.ring)
-
-    def _indices(self, pairs):
-        """Return the two columns of a list of pairs as index tensors."""
-        return torch.tensor(pairs, dtype=torch.long).view(-1, 2).T.to(self.device)
 
     def append(self, layer: int, keys, values):
         """keys, values (B, G, T, D) of the new tokens -> all (B, G, S, D), decoded. Padding is not kept."""
         most = torch.finfo(torch.float16).max
-        new = torch.stack([keys, values]).to(self.dtype).clamp(-most, most)  # (2, B, G, T, D)
-        read = self._read(layer)  # (2, B, G, S, D)
+        new = torch.stack([keys, values]).clamp(-most, most)  # (2, B, G, T, D)
+        read = self._read(layer)
         if self._uniform:
             read[:, :, :, self._past[0] :] = new
         else:
-            read[:, self._row, :, self._slot] = new[:, self._row, :, self._column]
+            read[:, self._row, :, self._slot] = new[:, self._row, :, self._column].to(read.dtype)
         if self._due.numel():
             self._encode(layer, read)
         row, column, slot = self._kept
         self.store[layer][:, row, :, slot] = new[:, row, :, column].to(self.store.dtype)
-        return read.unbind()
+        return read.to(self.dtype).unbind()
 
     def _read(self, layer: int):
-        """Return the past tokens, decoded or from the ring, and zeros for others: (2, B, G, S, D)."""
+        """Return the past tokens, decoded or from the ring, and room for the new: (2, B, G, S, D)."""
         _, _, B, G, _, D = self.store.shape
-        read = self.store.new_zeros(2, B, G, self._span, D, dtype=self.dtype)
+        wide, shape = torch.promote_types(self.dtype, torch.float32), (2, B, G, self._span, D)
+        make = torch.empty if self._uniform else torch.zeros  # gaps between rows must not be NaN
+        read = make(shape, dtype=wide, device=self.device)
         if self._blocks:
             blocks = read[:, :, :, : self._blocks * BLOCK].unflatten(3, (-1, BLOCK))
-            for part, ranges in enumerate(self.ranges):
-                codes = self.codes[layer, part, :, :, : self._blocks]
-                blocks[part] = dequantize(codes, *ranges[:, layer, :, :, : self._blocks], self.bits)
+            for part, (low, scale) in enumerate(self.ranges):
+                parts = (self.codes[layer, part], low[layer], scale[layer])
+                dequantize(*(one[:, :, : self._blocks] for one in parts), self.bits, out=blocks[part])
         row, token = self._held
-        read[:, row, :, token] = self.store[layer][:, row, :, token % self.ring].to(self.dtype)
+        if self._run is not None:  # the same tokens in every row: quicker
+            slots = torch.arange(self._run.start, self._run.stop, device=self.device) % self.ring
+            read[:, :, :, self._run] = self.store[layer].index_select(3, slots)
+        else:
+            read[:, row, :, token] = self.store[layer][:, row, :, token % self.ring].to(wide)
         return read
 
     def _encode(self, layer: int, read):
@@ -146,7 +147,7 @@ class QuantizedKVCache(KVCache):
 
 
 def quantize(x, dims: tuple[int, ...], bits: int):
-    """x (.., N, D) -> codes (.., N, D) bytes, two to a byte with 4 bits (.., N/2, D); low, scale over `dims`."""
+    """x (.., N, D) -> codes, bytes (.., N, D) or with 4 bits (.., N/2, D), and low and scale over `dims`."""
     low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
     low, scale = low.half(), ((high - low) / (2**bits - 1)).half()
     codes = (x - low) / torch.where(scale > 0, scale, 1)  # equal numbers have code 0
@@ -157,11 +158,18 @@ def quantize(x, dims: tuple[int, ...], bits: int):
     return codes, low, scale
 
 
-def dequantize(codes, low, scale, bits: int):
-    """Undo `quantize`, up to half a step: codes -> (.., N, D) in fp32."""
+def dequantize(codes, low, scale, bits: int, out=None):
+    """Undo `quantize`, up to half a step: codes -> (.., N, D), in fp32 or into `out`."""
+    if out is None:
+        N, D = codes.shape[-2] * 8 // bits, codes.shape[-1]
+        out = torch.empty(*codes.shape[:-2], N, D, device=codes.device)
     if bits == 4:
-        codes = torch.cat([codes >> 4, codes & 15], dim=-2)
-    return codes.float().mul_(scale.float()).add_(low.float())
+        first, second = out.chunk(2, dim=-2)
+        first.copy_(codes >> 4)
+        second.copy_(codes & 15)
+    else:
+        out.copy_(codes)
+    return out.mul_(scale.to(out.dtype)).add_(low.to(out.dtype))
 
 
 def lesson():
