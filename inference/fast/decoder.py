@@ -13,6 +13,9 @@ all experts are one batched product.
 One row of a bf16 model runs on an fp32 copy of its weights, and only the cache is bf16: with one row,
 PyTorch's bf16 products take two to four times as long. Several such rows are left to the plain path.
 
+Large matrices of a quantised model stay in 4, 8 or 16 bits, and decoding is faster than in fp32 for it
+(modules/quantized/kernels.py).
+
 The prompt goes through the plain path, which is the reference. Before the fast path is used, both read a few
 tokens and must agree (`agree`). Drafts stay on the plain path: a product of two rows takes nearly twice as
 long as one, so drafting made the fast path slower.
@@ -26,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from inference.fast.layer import FastAttention, FastMLP, FastMoE, FastNorm, Place, joined
+from inference.fast.layer import FastAttention, FastMLP, FastMoE, FastNorm, Place, joined, product
 from model.caches import make_cache
 from model.tinyseek import Decoder, DecoderLayer, TinySeek
 from modules.attention.grouped_query import GroupedQueryAttention
@@ -34,14 +37,18 @@ from modules.attention.cache import KVCache
 from modules.mlp import SwiGLU
 from modules.experts.moe import Experts, MoE
 from modules.norm import RMSNorm
+from modules.quantized.layers import QuantExperts, QuantLinear
+from modules.quantized.stored import StoredIntegers, StoredNF4
 from modules.rope import RotaryEmbedding, pairs
 from modules.experts.router import TopkRouter
 
 # A model with any other part (adapters, another attention) is left to the plain path.
 KNOWN_PARTS = {TinySeek, Decoder, DecoderLayer, GroupedQueryAttention, SwiGLU, RMSNorm, RotaryEmbedding}
 KNOWN_PARTS |= {MoE, TopkRouter, Experts, nn.ModuleList, nn.Embedding, nn.Linear, nn.Dropout, nn.Identity}
+KNOWN_PARTS |= {QuantLinear, QuantExperts, StoredIntegers, StoredNF4}
 COMPARED = 6  # tokens that both paths read before the fast one is trusted
 ROUNDINGS = 2**12  # allowed difference, in machine epsilons of the largest logit: 5e-4 of it in fp32
+QUANTIZED = 2**-3  # the same if products may run in bf16, as those with 4 bits: a part of the largest logit
 decoders = weakref.WeakValueDictionary()  # fingerprint -> decoder, shared by all Generators
 
 
@@ -62,9 +69,9 @@ def refusal(model, rows: int = 1) -> str:
             return f"{setting} is not supported"
     if model.config.n_group != 1 or model.model.rotary_emb.depends_on_length:
         return "groups of experts, and rotary tables that depend on the length, are not supported"
-    if rows > 1 and model.lm_head.weight.dtype in (torch.bfloat16, torch.float16):
+    if rows > 1 and model.model.embed_tokens.weight.dtype in (torch.bfloat16, torch.float16):
         return "several rows are multiplied in the dtype of the model"
-    return "" if model.lm_head.weight.device.type == "cpu" else "it is not on a CPU"
+    return "" if model.model.embed_tokens.weight.device.type == "cpu" else "it is not on a CPU"
 
 
 def fingerprint(model) -> tuple:
@@ -85,7 +92,7 @@ def agree(fast: "FastDecoder", model: TinySeek) -> bool:
 
     `refusal` checks types and settings; this check notices a changed `forward`.
     """
-    if model.lm_head.weight.dtype != fast.dtype:  # compare in the dtype of the fast path
+    if model.model.embed_tokens.weight.dtype != fast.dtype:  # compare in the dtype of the fast path
         model = copy.deepcopy(model).to(fast.dtype)
     count = min(COMPARED, model.config.max_position_embeddings)
     tokens = torch.linspace(0, model.config.vocab_size - 1, count).long()
@@ -94,7 +101,8 @@ def agree(fast: "FastDecoder", model: TinySeek) -> bool:
     ours = [fast.step([token], cache)[0] for token in first]
     cache.select([0, 0])  # several rows take ways of their own
     ours.append(fast.step([last, last], cache)[0])
-    most = ROUNDINGS * torch.finfo(fast.dtype).eps * expected.abs().max()
+    most = QUANTIZED if fast.quantized else ROUNDINGS * torch.finfo(fast.dtype).eps
+    most = most * expected.abs().max()
     return bool((torch.cat(ours) - torch.cat([expected, expected[-1:]])).abs().max() <= most)
 
 
@@ -108,7 +116,8 @@ class FastDecoder:
     @torch.no_grad()
     def __init__(self, model: TinySeek):
         config, decoder = model.config, model.model
-        self.dtype = torch.promote_types(model.lm_head.weight.dtype, torch.float32)
+        self.dtype = torch.promote_types(decoder.embed_tokens.weight.dtype, torch.float32)
+        self.quantized = any(isinstance(part, QuantLinear | QuantExperts) for part in model.modules())
         self.embedding, self.eps = decoder.embed_tokens.weight.clone(), config.rms_norm_eps
         self.lm_head = joined([model.lm_head], self.dtype, decoder.norm)
         self.lock = threading.Lock()  # threads may share a decoder and thus its memory
@@ -134,7 +143,7 @@ class FastDecoder:
 
     def hold(self, B: int) -> None:
         """Make the memory for B rows."""
-        self.hidden = self.lm_head.new_empty(B, len(self.lm_head))
+        self.hidden = torch.empty(B, self.embedding.shape[1], dtype=self.dtype)
         self.norm = FastNorm(torch.empty_like(self.hidden), self.eps)
         for part in (part for layer in self.layers for part in layer):
             part.hold(B)
@@ -171,7 +180,9 @@ class FastDecoder:
                 else:
                     mlp.add(self.hidden, self.norm(self.hidden))
             cache.lengths = ends
-            return torch.mm(self.norm(self.hidden), self.lm_head), routings
+            logits = torch.empty(B, len(self.embedding), dtype=self.dtype)
+            product(self.norm(self.hidden), self.lm_head, None, logits)
+            return logits, routings
 
     def place(self, ends: list[int], new: list[int], cache: KVCache) -> Place:
         """Return the place of the new tokens, the last of several rows that have `ends` tokens with them.
