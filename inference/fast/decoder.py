@@ -48,7 +48,7 @@ KNOWN_PARTS |= {MoE, TopkRouter, Experts, nn.ModuleList, nn.Embedding, nn.Linear
 KNOWN_PARTS |= {QuantLinear, QuantExperts, StoredIntegers, StoredNF4}
 COMPARED = 6  # tokens that both paths read before the fast one is trusted
 ROUNDINGS = 2**12  # allowed difference, in machine epsilons of the largest logit: 5e-4 of it in fp32
-QUANTIZED = 2**-3  # the same if products may run in bf16, as those with 4 bits: a part of the largest logit
+QUANTIZED = 2**-4  # the same, as a part of that logit, where products run in bf16 or round their inputs
 decoders = weakref.WeakValueDictionary()  # fingerprint -> decoder, shared by all Generators
 
 
@@ -101,9 +101,11 @@ def agree(fast: "FastDecoder", model: TinySeek) -> bool:
     ours = [fast.step([token], cache)[0] for token in first]
     cache.select([0, 0])  # several rows take ways of their own
     ours.append(fast.step([last, last], cache)[0])
-    most = QUANTIZED if fast.quantized else ROUNDINGS * torch.finfo(fast.dtype).eps
-    most = most * expected.abs().max()
-    return bool((torch.cat(ours) - torch.cat([expected, expected[-1:]])).abs().max() <= most)
+    differences = (torch.cat(ours) - torch.cat([expected, expected[-1:]])).abs().amax(1)
+    differences /= expected.abs().max()
+    if fast.quantized:  # rounding may decide a near tie between experts, for a few tokens
+        return bool(differences.median() <= QUANTIZED)
+    return bool(differences.max() <= ROUNDINGS * torch.finfo(fast.dtype).eps)
 
 
 class FastDecoder:

@@ -43,15 +43,17 @@ def quantized_linears(linears, dtype, gain=None) -> QuantMatrix | None:
     scales = [linear.input_scale for linear in linears]
     alike = all(scale is scales[0] or torch.equal(scale, scales[0]) for scale in scales)
     groups = [linears] if alike else [[linear] for linear in linears]
-    return QuantMatrix([
-        (fast_product([linear.store for linear in group]), both(group[0].input_scale, gain), group[0].activations)
-        for group in groups
-    ])  # fmt: skip
+    parts = []
+    for first, *rest in groups:
+        stores = [linear.store for linear in (first, *rest)]
+        parts.append((fast_product(stores), both(first.input_scale, gain), first.activations))
+    return QuantMatrix(parts)
 
 
 def quantized_experts(experts, dtype, gain) -> list[list[QuantMatrix]] | None:
     """Return E matrices (C, 2F) and E matrices (F, C), or None for those that are better in fp32."""
-    if dtype != torch.float32 or type(experts) is not QuantExperts or experts.down.shape[1:].numel() < SMALL:
+    plain = dtype != torch.float32 or type(experts) is not QuantExperts
+    if plain or experts.down.shape[1:].numel() < SMALL:
         return None
     stacks = (experts.gate_up, both(experts.input_scale, gain)), (experts.down, experts.inner_scale)
     return [[QuantMatrix([(fast_product([stack], expert), factor, False)]) for expert in range(stack.shape[0])]
