@@ -55,6 +55,7 @@ def checked(key: str, value, hint, limits) -> object:
             raise UserError(f"{key} must be a list of {parts}, not {value!r}")
     for rule, bound in limits.items():
         if not RULES[rule](value, bound):
-            words = f"one of {', '.join(bound)}" if rule == "choices" else f"{rule.replace('_', ' ')} {bound}"
+            words = f"{rule.replace('_', ' ')} {bound}"
+            words = f"one of {', '.join(map(str, bound))}" if rule == "choices" else words
             raise UserError(f"{key}={value!r} must be {words}")
     return value

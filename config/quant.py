@@ -1,4 +1,4 @@
-"""Quantisation of a finished model: the format of its weights, and the way to find the codes."""
+"""Quantisation: the format of a model's weights, and the way to find the codes, after training or in it."""
 
 from dataclasses import dataclass
 
@@ -26,11 +26,20 @@ class QuantConfig:
         """Refuse combinations that a method does not have."""
         fixed = {"nf4": 4, "smoothquant": 8}.get(self.method, self.bits)
         if self.bits != fixed:
-            raise UserError(f"quant.method={self.method} has {fixed} bits: set quant.bits={fixed}")
+            raise UserError(f"quant.method={self.method} has {fixed} bits: take --bits {fixed} (quant.bits)")
         if self.method in ("nf4", "smoothquant") and self.group_size:
             own = "blocks of 64" if self.method == "nf4" else "one scale for each row"
-            raise UserError(f"quant.method={self.method} has {own}: leave quant.group_size out")
+            raise UserError(f"quant.method={self.method} has {own}: leave --group out (quant.group_size)")
         if self.method in ("nf4", "smoothquant") and not self.symmetric:
-            raise UserError(f"quant.method={self.method} has no zero points: set quant.symmetric=true")
+            raise UserError(f"quant.method={self.method} has no zero points: leave --asymmetric out")
         if self.double_quant and self.method != "nf4":
-            raise UserError("quant.double_quant is for quant.method=nf4: leave it out")
+            raise UserError("--double (quant.double_quant) is for quant.method=nf4: leave it out")
+
+
+@dataclass
+class QATConfig:
+    """Quantisation-aware training (modules/quantized/fake.py): what is trained is what rounding leaves."""
+
+    bits: int | None = option(None, choices=(4, 8))  # None: train in full precision
+    group_size: int | None = option(32, at_least=2)  # numbers that share a scale; None: a whole row
+    kind: str = option("lsq", choices=("ste", "lsq"))  # scales from the largest numbers, or learned

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import utils  # noqa: F401  first: it sets how threads wait, before PyTorch loads
-from inference.generation.load import Loaded, load_full
+from inference.generation.load import Loaded, in_full, load_full
 from inference.generation.terminal import closed_pipe_ends, open_streams, tell
 from inference.gguf_files.architectures import architecture_of, settings_of, tensors_of
 from inference.gguf_files.rotation import rotation
@@ -111,7 +111,7 @@ def main():
     args = parse_command()
     end_cleanly()
     gguf_package()
-    loaded = load_full(args.checkpoint)
+    loaded = in_full(load_full(args.checkpoint), tell)
     name, keys, tensors = contents(loaded, args.dtype)
     write(args.out, name, keys, tensors)
     size, left = args.out.stat().st_size, loaded.model.mtp is not None

@@ -19,7 +19,9 @@ from pathlib import Path
 
 import torch
 
-from inference.generation.load import DEFAULT_OUT, SPECIAL, Loaded, build, load_adapter, load_base, open_as
+from inference.generation.load import (
+    DEFAULT_OUT, SPECIAL, Loaded, build, in_full, load_adapter, load_base, open_as,
+)  # fmt: skip
 from inference.generation.terminal import tell
 from inference.hf import by_table
 from inference.hf.adapter_files import export_adapter
@@ -70,7 +72,7 @@ def main():
         return
     if args.adapter:
         model = load_adapter(args.adapter, model)
-    family = export_model(model, args.folder, DTYPES[args.dtype])
+    family = export_model(in_full(model, tell), args.folder, DTYPES[args.dtype])
     tell(f"wrote {args.folder}: {family}, {args.dtype}; load it with "
          f"transformers.AutoModelForCausalLM.from_pretrained({str(args.folder)!r})")  # fmt: skip
 

@@ -23,6 +23,7 @@ from inference.context.tasks import TASKS, Haystack
 from inference.generation.load import DEFAULT_OUT, load_base
 from inference.generation.terminal import closed_pipe_ends, open_streams, tell
 from load_data.packing import prepare_pretraining
+from model.quantized import on_stores
 from model.tinyseek import TinySeek
 from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, run_main
@@ -31,11 +32,11 @@ from utils.plot_context import plot_losses, plot_recall
 TIMES = (1, 2, 4, 8)  # default lengths, in trained lengths
 
 
-def with_config(model: TinySeek, config) -> TinySeek:
+def with_config(model: TinySeek, config, quant) -> TinySeek:
     """Return a copy of `model` with the weights of `model` and another configuration."""
-    copy = TinySeek(config)
+    copy = on_stores(quant, config)
     copy.load_state_dict(model.state_dict())
-    return copy.to(model.lm_head.weight.device).eval()
+    return copy.to(model.model.norm.weight.device).eval()
 
 
 def parse_command():
@@ -101,7 +102,7 @@ def main():
         for method in args.methods:
             model = loaded.model
             if method != "plain" or lengths[-1] > trained:
-                model = with_config(model, stretched(config.model, method, lengths[-1]))
+                model = with_config(model, stretched(config.model, method, lengths[-1]), config.quant)
             losses[method] = loss_by_position(model, tokens, lengths[-1], args.windows).numpy()
             for task in args.tasks:
                 sizes = (lengths, depths, args.count, args.seed, bar.update)

@@ -37,7 +37,7 @@ def make_draft_cache(model, batch_size: int, capacity: int) -> KVCache | None:
 
 def empty_cache(model, layers: Sequence[int], batch_size: int, capacity: int) -> KVCache:
     """Return an empty cache for these layers of the model, of its kind and dtype, on its device."""
-    config, weight = model.config, model.model.embed_tokens.weight
+    config, weight = model.config, model.model.norm.weight
     place = (weight.dtype, weight.device)
     if config.attention_kind == "mla":
         widths = (config.kv_lora_rank, config.qk_rope_head_dim)

@@ -186,7 +186,7 @@ def load_weights(
     """Copy all of `state_dict` into `module`; `where` names its source in the error.
 
     `names`: the weights that it must hold, those of an adapter for example; None for all. Raises `UserError`
-    naming weights that are missing, unexpected or of another shape; then nothing is copied.
+    naming weights that are missing, unexpected, or of another shape or type; then nothing is copied.
     """
     own = {name: tensor for name, tensor in module.state_dict().items() if names is None or name in names}
     faults = {
@@ -196,6 +196,11 @@ def load_weights(
             f"{name} {tuple(state_dict[name].shape)} where the model has {tuple(own[name].shape)}"
             for name in own
             if name in state_dict and state_dict[name].shape != own[name].shape
+        ],
+        "of another type": [
+            f"{name} {state_dict[name].dtype} where the model has {own[name].dtype}"
+            for name in own
+            if name in state_dict and kind_of(state_dict[name]) != kind_of(own[name])
         ],
     }
     words = []
@@ -209,6 +214,11 @@ def load_weights(
             "it was trained with"
         )
     module.load_state_dict(state_dict, strict=names is None)
+
+
+def kind_of(tensor: torch.Tensor) -> torch.dtype | str:
+    """Return the dtype of integers, such as codes; floating-point numbers are all of one kind."""
+    return "float" if tensor.is_floating_point() else tensor.dtype
 
 
 def weights_digest(state_dict: dict[str, torch.Tensor]) -> str:

@@ -24,13 +24,15 @@ from model.embedder import Embedder
 from model.encoder import MaskedLM
 from model.adapters import ADAPTERS, adapted, soft_tokens
 from model.encoder_decoder import EncoderDecoder
+from model.quantized import dequantize_weights, on_stores
 from model.tinyseek import TinySeek
 from modules.adapters.lora_model import fold
 from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint, load_weights, weights_digest
 from utils.errors import UserError
 
 CHAT_STAGES = ("GRPO", "PPO", "DPO", "SFT")  # stages whose models answer, the latest first
-FULL_MODELS = (*CHAT_STAGES, "Long", "Pre")  # models before fine-tuning continue texts
+# Models before fine-tuning continue texts; a student is opened where no larger model is.
+FULL_MODELS = (*CHAT_STAGES, "Long", "Pre", "Distill")
 DEFAULT_OUT = Path(__file__).resolve().parents[2] / "out"
 ENTRIES = {"stage": str, "short": str, "config": dict, "tokenizer": str, "step": int}  # of any checkpoint
 RECORD = {"path": str, "digest": str}  # what a checkpoint says about another file
@@ -48,7 +50,7 @@ KINDS = {  # flag -> the name of the kind, and the required form of its entry `b
     SEARCH: ("an embedding model", {}),
 }
 SPECIAL = dict.fromkeys(ADAPTERS, "--adapter") | {"Gate": "--gate", "Reward": REWARD}  # the flags of stages
-SPECIAL |= {"MLM": FILL, "Span": SEQ2SEQ, "Embed": SEARCH}
+SPECIAL |= {"MLM": FILL, "Span": SEQ2SEQ, "Embed": SEARCH, "Distill": "--checkpoint"}
 SECTIONS = {"MLM": "encoder", "Span": "seq2seq"}  # of the configuration, where it is not `model`
 
 
@@ -73,7 +75,7 @@ class Loaded:
     @property
     def device(self) -> torch.device:
         """The device of the model."""
-        return self.model.lm_head.weight.device
+        return self.model.model.norm.weight.device
 
 
 def find_model(out: str | Path, tell: Callable[[str], None] = lambda line: None) -> Path:
@@ -103,8 +105,15 @@ def load_full(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
     model, tokenizer, config = build(TinySeek, about, path)
     model.to(device).eval()
     template = ChatTemplate(tokenizer, config.data.template)
-    answers = about["short"] in CHAT_STAGES
+    answers = answers_questions(about)
     return Loaded(model, tokenizer, config, Path(path), answers, template, about, model.state_dict())
+
+
+def answers_questions(about: dict) -> bool:
+    """Return True if the model of a checkpoint was trained on dialogues; otherwise it continues texts."""
+    if about.get("short") != "Distill":
+        return about.get("short") in CHAT_STAGES
+    return ((about.get("config") or {}).get("distill") or {}).get("task") == "dialogues"
 
 
 def load_encoder(path: str | Path) -> tuple[MaskedLM, Tokenizer, RunConfig]:
@@ -146,6 +155,10 @@ def build(kind: Callable, about: dict, path: str | Path) -> tuple[torch.nn.Modul
         raise UserError(
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {shape.vocab_size}"
         )
+    if config.quant.method != "none":
+        if kind is not TinySeek:
+            raise UserError(f"{path}: quantised, which only whole models that write text can be")
+        kind = partial(on_stores, config.quant)
     layers = shape.num_hidden_layers + getattr(shape, "num_decoder_layers", 0)
     if layers > len(weights):
         raise UserError(f"{path}: it names {layers} layers and has {len(weights)} weights")
@@ -156,6 +169,14 @@ def build(kind: Callable, about: dict, path: str | Path) -> tuple[torch.nn.Modul
     model = blank(kind, shape)
     load_weights(model, weights, str(path))
     return model, tokenizer, config
+
+
+def in_full(loaded: Loaded, tell: Callable[[str], None]) -> Loaded:
+    """Return `loaded` with plain weights, in place; say so if they were codes."""
+    if (quant := loaded.config.quant).method != "none":
+        dequantize_weights(loaded.model)
+        tell(f"({quant.method}, {quant.bits} bits: what is written are the numbers that the codes stand for)")
+    return loaded
 
 
 def load_base(checkpoint, device, out, adapter=None, gate=None, tell=lambda line: None) -> Loaded:

@@ -12,10 +12,11 @@ the group, the closer its scale fits. Without a group size a whole row is one. I
 within the range, so that it is a code of its own.
 
 Where to clip: with max|w| / half, the largest number may be cut by half a step, and all codes are used. The
-conventions are those of torchao (`Int8WeightOnlyConfig`, `IntxWeightOnlyConfig`).
+conventions are those of torchao (`Int8WeightOnlyConfig`, `IntxWeightOnlyConfig`); but weights in bf16 or fp16
+are rounded as fp32, where torchao finds the scale in bf16, and `IntxWeightOnlyConfig` lets scales be smaller.
 Papers: Jacob et al., arXiv 1712.05877; groups: Yao et al., arXiv 2206.01861.
 
-Trap: a group of zeros has the scale 0, and 0 / 0 is NaN. Scales are therefore at least `TINY`.
+Trap: a group of zeros has the scale 0, and 0 / 0 is NaN. Scales are therefore at least `TINY`; in fp16 6e-5.
 Trap: w * (1 / s), as torchao computes it, is not always w / s: the last bit decides at the middle between
 two codes.
 """
@@ -68,6 +69,7 @@ def codes_of(groups, scales, zeros, bits: int):
 
 def quantize(weight, bits: int, group_size: int | None = None, symmetric=True, scale_dtype=torch.float32):
     """Round weight (.., out, in) to the nearest codes; return `Codes`."""
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # bf16 cannot hold w / s to a code
     groups = grouped(weight, group_size)  # (.., out, groups, g)
     scales, zeros = scales_and_zeros(groups, bits, symmetric, scale_dtype)
     return Codes(codes_of(groups, scales, zeros, bits).flatten(-2), scales, zeros)

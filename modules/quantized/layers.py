@@ -22,18 +22,24 @@ from modules.quantized import integers
 
 
 class DequantizedLinear(torch.autograd.Function):
-    """x W'^T with the gradient of x, which is all that a frozen matrix needs."""
+    """x W'^T with the gradient of x, which is all that a frozen matrix needs. With `activations`, x is
+    rounded, and the gradient goes straight through: rounding itself has slope zero."""
 
     @staticmethod
-    def forward(ctx, x, store):
+    def forward(ctx, x, store, activations=False):
         """x (.., in) -> (.., out)."""
-        ctx.store = store
+        ctx.store, x = store, rounded(x) if activations else x
         return F.linear(x, store.dequantize().to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
         """grad (.., out) -> (.., in)."""
-        return grad @ ctx.store.dequantize().to(grad.dtype), None
+        return grad @ ctx.store.dequantize().to(grad.dtype), None, None
+
+
+def ones(size: int):
+    """Return ones (size,), which on a model without memory are a shape alone (model/blank.py)."""
+    return torch.empty(size).fill_(1.0)
 
 
 def rounded(x):
@@ -56,8 +62,9 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.store, self.activations = store, activations
         self.out_features, self.in_features = store.shape
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.register_buffer("input_scale", torch.ones(self.in_features) if scaled else None)
+        own = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.register_parameter("bias", own)
+        self.register_buffer("input_scale", ones(self.in_features) if scaled else None)
 
     @property
     def weight(self):
@@ -70,7 +77,7 @@ class QuantLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # products run in its dtype, as in F.linear
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = x if self.input_scale is None else x * self.input_scale.to(x.dtype)
-        y = DequantizedLinear.apply(rounded(x) if self.activations else x, self.store)
+        y = DequantizedLinear.apply(x, self.store, self.activations)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -81,8 +88,8 @@ class QuantExperts(nn.Module):
     def __init__(self, gate_up, down, implementation: str, scaled: bool = False):
         super().__init__()
         self.gate_up, self.down, self.implementation = gate_up, down, implementation
-        self.register_buffer("input_scale", torch.ones(gate_up.shape[-1]) if scaled else None)
-        self.register_buffer("inner_scale", torch.ones(down.shape[-1]) if scaled else None)
+        self.register_buffer("input_scale", ones(gate_up.shape[-1]) if scaled else None)
+        self.register_buffer("inner_scale", ones(down.shape[-1]) if scaled else None)
 
     @property
     def gate_up_proj(self):
@@ -98,8 +105,17 @@ class QuantExperts(nn.Module):
 
     def forward(self, x, indices, weights):
         """x (N, C), indices and weights (N, K) -> (N, C)."""
-        gate_up, down = self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype)
-        return run_experts(self.implementation, x, indices, weights, gate_up, down)
+        matrices = {name: getattr(self, name).to(x.dtype) for name in ("gate_up_proj", "down_proj")}
+        names = {(matrix.data_ptr(), matrix.shape): name for name, matrix in matrices.items()}
+
+        def kept(tensor):  # for the backward pass: a matrix by its name
+            return names.get((tensor.data_ptr(), tensor.shape), tensor)
+
+        def needed(kept):
+            return getattr(self, kept).to(x.dtype) if isinstance(kept, str) else kept
+
+        with torch.autograd.graph.saved_tensors_hooks(kept, needed):
+            return run_experts(self.implementation, x, indices, weights, *matrices.values())
 
 
 def lesson():

@@ -4,7 +4,8 @@
     NF4         codes of the flattened matrix, two in a byte; a scale for each block of 64
 
 `dequantize()` returns the matrix (.., out, in) in fp32. Buffers are part of the state dict, so a checkpoint
-of a quantised model is as small as the model; each class can be made empty, to be filled from one.
+of a quantised model is as small as the model. Each class can be made empty, to be filled from one: its memory
+is not touched until then.
 """
 
 import math
@@ -28,14 +29,15 @@ class StoredIntegers(nn.Module):
         super().__init__()
         self.shape, self.bits, self.group_size = torch.Size(shape), bits, group_size
         self.symmetric, (*rows, width) = symmetric, self.shape
-        if width % (group_size or width) or width % (8 // bits):
-            raise ValueError(f"groups of {group_size or 'two codes'} do not divide rows of {width}")
+        for size in (group_size or width, 8 // bits):  # 8 // bits codes fill a byte
+            if width % size:
+                raise ValueError(f"groups of {size} do not divide rows of {width}")
         groups = width // (group_size or width)
         stored = torch.int8 if symmetric and bits == 8 else torch.uint8
         self.scale_dtype = torch.float16 if group_size else torch.float32
-        self.register_buffer("codes", torch.zeros(*rows, width * bits // 8, dtype=stored))
-        self.register_buffer("scales", torch.ones(*rows, groups, dtype=self.scale_dtype))
-        self.register_buffer("zeros", None if symmetric else torch.zeros(*rows, groups, dtype=torch.uint8))
+        self.register_buffer("codes", torch.empty(*rows, width * bits // 8, dtype=stored))
+        self.register_buffer("scales", torch.empty(*rows, groups, dtype=self.scale_dtype))
+        self.register_buffer("zeros", None if symmetric else torch.empty(*rows, groups, dtype=torch.uint8))
 
     def round(self, weight) -> "StoredIntegers":
         """Take the codes nearest to weight (.., out, in); return self."""
@@ -43,10 +45,17 @@ class StoredIntegers(nn.Module):
         return self.put(*integers.quantize(weight.detach().float(), *form))
 
     def put(self, codes, scales, zeros=None) -> "StoredIntegers":
-        """Take codes (.., out, in), scales and zeros (.., out, groups), as `Codes` has them; return self."""
+        """Take codes (.., out, in), scales and zeros (.., out, groups), as `Codes` has them; return self.
+
+        Trap: codes belong to their scales. Those found for scales in fp32 do not fit scales rounded to fp16.
+        """
+        if scales.dtype != self.scale_dtype:
+            raise ValueError(
+                f"scales in {scales.dtype}, stored in {self.scale_dtype}: round with scale_dtype"
+            )
         shift = SHIFT if self.symmetric else 0
         self.codes = pack(codes + shift) if self.bits == 4 else codes
-        self.scales, self.zeros = scales.to(self.scale_dtype), zeros
+        self.scales, self.zeros = scales, zeros
         return self
 
     def unpacked(self):
@@ -70,11 +79,12 @@ class StoredNF4(nn.Module):
         if numbers % 2:
             raise ValueError(f"{numbers} numbers do not fill whole bytes with codes of 4 bits")
         count = math.ceil(numbers / nf4.BLOCK)
-        self.register_buffer("codes", torch.zeros(numbers // 2, dtype=torch.uint8))
-        self.register_buffer("scales", torch.ones(count, dtype=torch.int8 if double_quant else torch.float32))
+        self.register_buffer("codes", torch.empty(numbers // 2, dtype=torch.uint8))
+        stored = torch.uint8 if double_quant else torch.float32
+        self.register_buffer("scales", torch.empty(count, dtype=stored))
         steps = math.ceil(count / nf4.SCALE_BLOCK)
-        self.register_buffer("steps", torch.ones(steps) if double_quant else None)
-        self.register_buffer("mean", torch.zeros(()) if double_quant else None)
+        self.register_buffer("steps", torch.empty(steps) if double_quant else None)
+        self.register_buffer("mean", torch.empty(()) if double_quant else None)
 
     def round(self, weight) -> "StoredNF4":
         """Take the codes nearest to weight (.., out, in); return self."""

@@ -15,6 +15,7 @@ from inference.generation.sampling import SamplingParams
 from tests.inference.adapters import write_adapter
 from tests.inference.hf.models import randomized, save, write_tokenizer
 from tests.inference.hf.test_import import check_same, check_same_continuation
+from tests.inference.quantization.tools import FORMATS, write_quantized, write_source
 from tests.inference.tools import byte_tokenizer, run_config, tiny_model, write_checkpoint
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError, run_main
@@ -50,6 +51,19 @@ def run(monkeypatch, module, *args):
     """Run a command in this process."""
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
     module.main()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gptq4", "head"])
+def test_codes_are_written_as_the_numbers_they_stand_for(name, tmp_path, monkeypatch, capsys):
+    """transformers knows nothing of codes. Plain and tied heads."""
+    small = write_quantized(tmp_path / "small.pkl", write_source(tmp_path), FORMATS[name])
+    run(monkeypatch, export_hf, tmp_path / "hf", "--checkpoint", small)
+    assert "the numbers that the codes stand for" in capsys.readouterr().err
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    ids = torch.arange(20)[None]
+    true = load_full(small).model(ids).logits
+    assert (theirs(ids).logits - true).norm() < 1e-5 * true.norm()
 
 
 @pytest.mark.parametrize("name", MODELS)

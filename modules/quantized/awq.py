@@ -1,0 +1,68 @@
+"""AWQ: make the columns of a matrix that meet large inputs larger before rounding, and the inputs smaller.
+
+    y = W x = (W s)(x / s)      s_j = m_j^alpha / sqrt(max * min of those)      m_j = mean over tokens |x_j|
+
+A rounded weight is off by up to half a step of its group, large or small. Times s_j and back, column j is
+off by 1 / s_j of that, as long as the group's largest weight stays the same: the inputs that matter most are
+protected, without more bits. alpha is searched from 0 (no scaling) to 0.95 by the error of the output.
+
+    weight (out, in), inputs (tokens, in)  ->  s (in,)
+    stack of experts (E, out, in), E inputs (tokens, in)  ->  one s (in,) for all of them
+
+A layer stores the codes of W s, and multiplies its input by a = 1 / s.
+
+Paper: Lin et al., arXiv 2306.00978. As in torchao, weights are not clipped, and powers are at least 1e-4.
+Trap: mean |x| over padding. Inputs are those of real tokens.
+"""
+
+import torch
+
+GRID = [step / 20 for step in range(20)]  # alpha
+
+
+@torch.no_grad()
+def awq_scales(weight, inputs, round):
+    """Return s (in,), ones if there are no inputs.
+
+    Args:
+        weight: (out, in), or a stack (E, out, in).
+        inputs: (tokens, in), or for a stack a list of E of them, whose numbers of tokens may differ.
+        round: a function from a weight to the rounded weight, of the same shape.
+    """
+    if weight.dim() == 2:
+        weight, inputs, matrix = weight[None], [inputs], round
+        round = lambda scaled: matrix(scaled[0])[None]  # noqa: E731
+    best, least = torch.ones_like(weight[0, 0]), float("inf")
+    means = torch.cat(list(inputs)).abs().mean(dim=0)  # NaN without any input
+    for alpha in GRID if means.isfinite().all() else ():
+        scales = means.pow(alpha).to(weight.dtype).clamp(min=1e-4)
+        scales = scales / (scales.max() * scales.min()).sqrt()
+        wrong = round(weight * scales) / scales - weight  # (E, out, in)
+        error = sum(float((x @ part.T).square().sum()) for x, part in zip(inputs, wrong, strict=True))
+        if error < least:
+            best, least = scales, error
+    return best
+
+
+def lesson():
+    """Print which columns AWQ protects, and the error of the output for each alpha of a few."""
+    from modules.quantized.integers import dequantize, quantize
+
+    torch.manual_seed(0)
+    weight = torch.randn(64, 128)
+    x = torch.randn(512, 128) * (1 + 29 * (torch.arange(128) % 32 == 5))  # 4 of 128 inputs are large
+    round = lambda matrix: dequantize(*quantize(matrix, 4, 32))  # noqa: E731
+    for name, inputs in (("4 large inputs", x), ("none", torch.randn(512, 128))):
+        scales = awq_scales(weight, inputs, round)
+        true, errors = inputs @ weight.T, []
+        for s in (torch.ones(128), scales):
+            errors.append(float((inputs @ (round(weight * s) / s).T - true).norm() / true.norm()))
+        print(f"{name:14s}: error of the output {errors[0]:.2%} -> {errors[1]:.2%}")
+        columns = (round(weight * scales) / scales - weight).norm(dim=0)
+        columns /= (round(weight) - weight).norm(dim=0)
+        near = " ".join(f"{one:.2f}" for one in columns[:10].tolist())
+        print(f"  scales {scales.min():.2f} .. {scales.max():.2f}; error of columns 0 .. 9, was 1: {near}")
+
+
+if __name__ == "__main__":
+    lesson()
