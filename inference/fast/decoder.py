@@ -37,6 +37,7 @@ from modules.attention.cache import KVCache
 from modules.mlp import SwiGLU
 from modules.experts.moe import Experts, MoE
 from modules.norm import RMSNorm
+from modules.quantized.embedding import QuantEmbedding
 from modules.quantized.layers import QuantExperts, QuantLinear
 from modules.quantized.stored import StoredIntegers, StoredNF4
 from modules.rope import RotaryEmbedding, pairs
@@ -45,7 +46,7 @@ from modules.experts.router import TopkRouter
 # A model with any other part (adapters, another attention) is left to the plain path.
 KNOWN_PARTS = {TinySeek, Decoder, DecoderLayer, GroupedQueryAttention, SwiGLU, RMSNorm, RotaryEmbedding}
 KNOWN_PARTS |= {MoE, TopkRouter, Experts, nn.ModuleList, nn.Embedding, nn.Linear, nn.Dropout, nn.Identity}
-KNOWN_PARTS |= {QuantLinear, QuantExperts, StoredIntegers, StoredNF4}
+KNOWN_PARTS |= {QuantLinear, QuantExperts, QuantEmbedding, StoredIntegers, StoredNF4}
 COMPARED = 6  # tokens that both paths read before the fast one is trusted
 ROUNDINGS = 2**12  # allowed difference, in machine epsilons of the largest logit: 5e-4 of it in fp32
 QUANTIZED = 2**-4  # the same, as a part of that logit, where products run in bf16 or round their inputs
@@ -69,9 +70,9 @@ def refusal(model, rows: int = 1) -> str:
             return f"{setting} is not supported"
     if model.config.n_group != 1 or model.model.rotary_emb.depends_on_length:
         return "groups of experts, and rotary tables that depend on the length, are not supported"
-    if rows > 1 and model.model.embed_tokens.weight.dtype in (torch.bfloat16, torch.float16):
+    if rows > 1 and model.model.norm.weight.dtype in (torch.bfloat16, torch.float16):
         return "several rows are multiplied in the dtype of the model"
-    return "" if model.model.embed_tokens.weight.device.type == "cpu" else "it is not on a CPU"
+    return "" if model.model.norm.weight.device.type == "cpu" else "it is not on a CPU"
 
 
 def fingerprint(model) -> tuple:
@@ -92,7 +93,7 @@ def agree(fast: "FastDecoder", model: TinySeek) -> bool:
 
     `refusal` checks types and settings; this check notices a changed `forward`.
     """
-    if model.model.embed_tokens.weight.dtype != fast.dtype:  # compare in the dtype of the fast path
+    if model.model.norm.weight.dtype != fast.dtype:  # compare in the dtype of the fast path
         model = copy.deepcopy(model).to(fast.dtype)
     count = min(COMPARED, model.config.max_position_embeddings)
     tokens = torch.linspace(0, model.config.vocab_size - 1, count).long()
@@ -118,9 +119,10 @@ class FastDecoder:
     @torch.no_grad()
     def __init__(self, model: TinySeek):
         config, decoder = model.config, model.model
-        self.dtype = torch.promote_types(decoder.embed_tokens.weight.dtype, torch.float32)
+        self.dtype = torch.promote_types(decoder.norm.weight.dtype, torch.float32)
         self.quantized = any(isinstance(part, QuantLinear | QuantExperts) for part in model.modules())
-        self.embedding, self.eps = decoder.embed_tokens.weight.clone(), config.rms_norm_eps
+        self.config, table = config, decoder.embed_tokens
+        self.embedding = table if isinstance(table, QuantEmbedding) else table.weight.clone()
         self.lm_head = joined([model.lm_head], self.dtype, decoder.norm)
         self.lock = threading.Lock()  # threads may share a decoder and thus its memory
 
@@ -145,8 +147,8 @@ class FastDecoder:
 
     def hold(self, B: int) -> None:
         """Make the memory for B rows."""
-        self.hidden = torch.empty(B, self.embedding.shape[1], dtype=self.dtype)
-        self.norm = FastNorm(torch.empty_like(self.hidden), self.eps)
+        self.hidden = torch.empty(B, self.config.hidden_size, dtype=self.dtype)
+        self.norm = FastNorm(torch.empty_like(self.hidden), self.config.rms_norm_eps)
         for part in (part for layer in self.layers for part in layer):
             part.hold(B)
 
@@ -174,7 +176,10 @@ class FastDecoder:
         with self.lock:
             if len(self.hidden) != B:
                 self.hold(B)
-            self.hidden.copy_(self.embedding[tokens if B > 1 else tokens[0]])
+            if isinstance(self.embedding, QuantEmbedding):
+                self.hidden.copy_(self.embedding(torch.tensor(tokens)))
+            else:
+                self.hidden.copy_(self.embedding[tokens if B > 1 else tokens[0]])
             for (attention, mlp), store, part in zip(self.layers, stores, seen, strict=True):
                 attention.add(self.hidden, self.norm(self.hidden), place, store, part)
                 if isinstance(mlp, FastMoE) and (B > 1 or record):
@@ -182,7 +187,7 @@ class FastDecoder:
                 else:
                     mlp.add(self.hidden, self.norm(self.hidden))
             cache.lengths = ends
-            logits = torch.empty(B, len(self.embedding), dtype=self.dtype)
+            logits = torch.empty(B, self.config.vocab_size, dtype=self.dtype)
             product(self.norm(self.hidden), self.lm_head, None, logits)
             return logits, routings
 

@@ -56,8 +56,10 @@ def quantized_experts(experts, dtype, gain) -> list[list[QuantMatrix]] | None:
     if plain or experts.down.shape[1:].numel() < SMALL:
         return None
     stacks = (experts.gate_up, both(experts.input_scale, gain)), (experts.down, experts.inner_scale)
-    return [[QuantMatrix([(fast_product([stack], expert), factor, False)]) for expert in range(stack.shape[0])]
-            for stack, factor in stacks]  # fmt: skip
+    return [
+        [QuantMatrix([(fast_product([stack], expert), factor, False)]) for expert in range(stack.shape[0])]
+        for stack, factor in stacks
+    ]
 
 
 def each_product(rows, matrices, sizes):

@@ -4,12 +4,13 @@
     python train/lab/benchmark_formats.py --only large --turns 10
 
 Weights are random. Each format and fp32 take turns, and the ratio is the median over turns (shared machines
-are noisy). A turn is 16 tokens in each of 1 and of 16 rows, after 16 tokens that are not counted. Memory is
-what the process grew by, in MB: first the model, then the fast decoder's own form of it.
+are noisy). A turn is 16 tokens in each of 1 and of 16 rows. Memory is what the process grew by, in MB: first
+by the model, then by the fast decoder's own form of it.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
 
+import ctypes
 import gc
 import statistics
 
@@ -23,7 +24,7 @@ from model.caches import make_cache
 from model.quantized import quantize_weights
 from model.tinyseek import TinySeek
 from train.engine.machine import start_machine
-from train.lab.benchmark import PROMPT, ratio, take_turns
+from train.lab.benchmark import ratio, take_turns
 from utils.errors import Parser, UserError, run_main
 
 FORMATS = {
@@ -56,33 +57,26 @@ def main():
             compare(config.model, args.turns, start_machine(config))
 
 
-def resident() -> int:
-    """Return the bytes of memory that this process occupies now."""
-    gc.collect()
+def resident() -> float:
+    """Return the memory that this process occupies now, in MB; 0 where the system does not tell."""
     status = pathlib.Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
-
-
-def build(config, quant: dict):
-    """Return a generator of a random model in this format, and the bytes of its weights."""
-    torch.manual_seed(0)
-    model = TinySeek(config).eval()
-    if quant:
-        quantize_weights(model, QuantConfig(**quant))
-    return Generator(model), sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
+    if not status.is_file():
+        return 0.0
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)(0)  # give back what is free
+    return next(int(line.split()[1]) for line in status.open() if line.startswith("VmRSS")) / 1000
 
 
 def decoding(generator: Generator, rows: int):
     """Return a call that decodes `NEW_TOKENS` tokens of each row."""
-    decoder, ids = generator.fast_decoder(rows), torch.ones(rows, PROMPT, dtype=torch.long)
-    cache = make_cache(generator.model, rows, PROMPT + NEW_TOKENS)
+    decoder, ids = generator.fast_decoder(rows), torch.ones(rows, 1, dtype=torch.long)
+    cache = make_cache(generator.model, rows, NEW_TOKENS)
 
     @torch.inference_mode()
     def call():
         cache.lengths = [0] * rows
         for _ in range(NEW_TOKENS):
-            generator.forward(ids[:, :1], cache, None, decoder=decoder)
+            generator.forward(ids, cache, None, decoder=decoder)
 
     return call
 
@@ -92,16 +86,19 @@ def compare(config, turns: int, machine) -> None:
     print(f"{config.hidden_size} wide, {config.num_hidden_layers} layers")
     reference = None
     for name, quant in FORMATS.items():
-        generator, weights = build(config, quant)
-        before = resident()
+        torch.manual_seed(0)
+        before, model = resident(), TinySeek(config).eval()
+        if quant:
+            quantize_weights(model, QuantConfig(**quant))
+        generator, loaded = Generator(model), resident()
         generator.fast_decoder()
-        line = f"  {name:20s} weights {weights / 1e6:6.1f} MB, decoder {(resident() - before) / 1e6:6.1f} MB"
+        line = f"  {name:20s} {loaded - before:5.0f} MB, decoder {resident() - loaded:5.0f} MB"
         reference = reference or generator
         for rows in ROWS:
             contenders = {"ours": decoding(generator, rows), "fp32": decoding(reference, rows)}
             times = take_turns(contenders, turns, machine)
             speed = rows * NEW_TOKENS / statistics.median(times["ours"])
-            line += f"   {rows} rows: {speed:7,.1f} tokens/s, ratio {ratio(times['ours'], times['fp32']):.2f}"
+            line += f"   {rows:2d} rows: {speed:7,.1f} tokens/s, ratio {ratio(times['ours'], times['fp32']):.2f}"
         print(line, flush=True)
 
 
