@@ -3,7 +3,8 @@
     hidden (B, C) += attention(norm(hidden))        hidden (B, C) += feed_forward(norm(hidden))
 
 Each part owns the memory for its intermediate results and all views of it, which `hold(B)` makes. Matrices
-with the same input are stored as one, (in, out), with the gain of the preceding norm multiplied in.
+with the same input are stored as one, (in, out), with the gain of the preceding norm multiplied in, or as a
+`QuantMatrix`, if they are quantised and large (inference/fast/quantized.py).
 """
 
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from inference.fast.quantized import each_product, quantized_experts, quantized_linears
 from modules.attention.grouped_query import scores_of, weighted_sum
 from modules.experts.grouped import products, sort_rows, take_rows
 from modules.experts.router import choose_experts
@@ -42,6 +44,9 @@ def prepared(weight, dtype, norm=None):
 
 def joined(linears, dtype, norm=None):
     """Return linear layers (out, in) with the same input as one matrix (in, sum of outs)."""
+    found = quantized_linears(linears, dtype, None if norm is None else gain(norm, dtype))
+    if found is not None:
+        return found
     return prepared(torch.cat([linear.weight for linear in linears]), dtype, norm)
 
 
@@ -53,7 +58,20 @@ def biases(linears, dtype):
 
 def product(x, matrix, bias, out):
     """Write x (B, in) times matrix (in, out), plus the bias (out,) if there is one, into `out` (B, out)."""
-    torch.mm(x, matrix, out=out) if bias is None else torch.addmm(bias, x, matrix, out=out)
+    if not isinstance(matrix, torch.Tensor):
+        out.copy_(matrix(x)) if bias is None else torch.add(matrix(x), bias, out=out)
+    elif bias is None:
+        torch.mm(x, matrix, out=out)
+    else:
+        torch.addmm(bias, x, matrix, out=out)
+
+
+def add_product(hidden, x, matrix, alpha: float = 1.0):
+    """Add x (B, in) times matrix (in, out) times alpha to `hidden` (B, out)."""
+    if isinstance(matrix, torch.Tensor):
+        hidden.addmm_(x, matrix, alpha=alpha)
+    else:
+        hidden.add_(matrix(x), alpha=alpha)
 
 
 class Place(NamedTuple):
@@ -74,7 +92,7 @@ class FastAttention:
         linears, last = [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]
         self.qkv, self.qkv_bias = joined(linears, dtype, norm), biases(linears, dtype)
         self.out, self.out_bias, self.partner = joined(last, dtype), biases(last, dtype), partner
-        self.eps, self.gains = config.rms_norm_eps, None
+        self.eps, self.gains, self.dtype = config.rms_norm_eps, None, dtype
         if config.qk_norm:
             gains = [gain(attention.q_norm, dtype)] * self.H + [gain(attention.k_norm, dtype)] * self.G
             self.gains = torch.stack(gains)  # (H+G, D)
@@ -82,8 +100,8 @@ class FastAttention:
     def hold(self, B: int) -> None:
         """Make the memory for B rows."""
         H, G, D = self.H, self.G, self.D
-        heads = self.qkv.new_empty(B, H + 2 * G, D)
-        self.rows, self.turned_rows = heads.view(-1, D), self.qkv.new_empty(B * (H + 2 * G), D)
+        heads = torch.empty(B, H + 2 * G, D, dtype=self.dtype)
+        self.rows, self.turned_rows = heads.view(-1, D), torch.empty_like(heads).view(-1, D)
         self.heads, self.q = heads.view(B, -1), heads[:, :H, None]  # (B, H, 1, D)
         self.qk, self.turned = heads[:, : H + G], self.turned_rows.view_as(heads)[:, : H + G]
         self.kv = heads[:, H:].unflatten(1, (2, G))  # (B, 2, G, D)
@@ -114,7 +132,7 @@ class FastAttention:
         else:
             scores = scores_of(self.q, keys, self.D**-0.5).add_(place.bias)  # (B, H, 1, S)
             attended = weighted_sum(scores.softmax(dim=-1), values)
-        hidden.addmm_(attended.view(len(hidden), -1), self.out)  # (B, H, 1, D) -> (B, H*D)
+        add_product(hidden, attended.view(len(hidden), -1), self.out)  # (B, H, 1, D) -> (B, H*D)
         if self.out_bias is not None:
             hidden.add_(self.out_bias)
 
@@ -127,10 +145,11 @@ class FastMLP:
         self.gate_up, self.bias = joined(linears, dtype, norm), biases(linears, dtype)  # (C, 2F), (2F,)
         self.down, self.down_bias = joined(last, dtype), biases(last, dtype)
         self.factor = None if gate is None else joined([gate], dtype, norm)  # (C, 1)
+        self.width, self.dtype = mlp.gate_proj.out_features, dtype
 
     def hold(self, B: int) -> None:
         """Make the memory for B rows."""
-        self.both = self.gate_up.new_empty(B, self.gate_up.shape[1])
+        self.both = torch.empty(B, 2 * self.width, dtype=self.dtype)
         self.gate, self.up = self.both.chunk(2, dim=1)
 
     def add(self, hidden, normed):
@@ -139,7 +158,7 @@ class FastMLP:
         inner = F.silu(self.gate, inplace=True).mul_(self.up)  # (B, F)
         if self.factor is not None:
             inner.mul_(torch.mm(normed, self.factor).sigmoid_())
-        hidden.addmm_(inner, self.down)
+        add_product(hidden, inner, self.down)
         if self.down_bias is not None:
             hidden.add_(self.down_bias)
 
@@ -156,12 +175,15 @@ class FastMoE:
         self.router = prepared(moe.gate.weight, dtype, norm)  # (C, E)
         self.bias = moe.gate.e_score_correction_bias.clone()
         self.bias_list = self.bias.tolist()
-        self.gate_up = prepared(moe.experts.gate_up_proj, dtype, norm)  # (E, C, 2F)
-        self.down = prepared(moe.experts.down_proj, dtype)  # (E, F, C)
+        self.quantized = quantized_experts(moe.experts, dtype, gain(norm, dtype))
+        self.gate_up, self.down = self.quantized or (
+            prepared(moe.experts.gate_up_proj, dtype, norm),  # (E, C, 2F)
+            prepared(moe.experts.down_proj, dtype),  # (E, F, C)
+        )
         self.each = list(zip(self.gate_up, self.down, strict=True))
         gate, shared = moe.shared_expert_gate, moe.shared_experts
         self.shared = FastMLP(shared, norm, dtype, gate) if shared is not None else None
-        both = self.gate_up.new_empty(self.chosen, self.gate_up.shape[2])
+        both = torch.empty(self.chosen, 2 * config.moe_intermediate_size, dtype=dtype)
         self.gate, self.up = both.chunk(2, dim=1)
         self.rows, self.gate_rows = both.split(1), self.gate.split(1)
 
@@ -185,17 +207,17 @@ class FastMoE:
         if self.shared is not None:
             self.shared.add(hidden, normed)
         for row, (expert, _) in zip(self.rows, routes, strict=True):
-            torch.mm(normed, self.each[expert][0], out=row)
+            product(normed, self.each[expert][0], None, row)
         F.silu(self.gate, inplace=True).mul_(self.up)
         for row, (expert, weight) in zip(self.gate_rows, routes, strict=True):
-            hidden.addmm_(row, self.each[expert][1], alpha=weight)
+            add_product(hidden, row, self.each[expert][1], weight)
 
     def add_many(self, hidden, normed):
         """Add the output for `normed` to `hidden`, both (B, C); return the `Routing`."""
         routing = choose_experts(torch.mm(normed, self.router), self.bias, self.config)
         if self.shared is not None:
             self.shared.add(hidden, normed)
-        even = even_rows(routing.indices, len(self.each))
+        even = None if self.quantized else even_rows(routing.indices, len(self.each))
         if even is not None:
             position, token = even
             rows = F.embedding(token, normed)  # (E, M, C)
@@ -203,8 +225,9 @@ class FastMoE:
             out = torch.bmm(F.silu(gate, inplace=True).mul_(up), self.down).flatten(0, 1)  # (E*M, C)
         else:
             position, *_, sizes = rows = sort_rows(routing.indices, len(self.each))
-            gate, up = products(take_rows(normed, rows), self.gate_up, sizes).chunk(2, dim=1)  # (P, F) each
-            out = products(F.silu(gate, inplace=True).mul_(up), self.down, sizes)
+            multiply = each_product if self.quantized else products
+            gate, up = multiply(take_rows(normed, rows), self.gate_up, sizes).chunk(2, dim=1)  # (P, F) each
+            out = multiply(F.silu(gate, inplace=True).mul_(up), self.down, sizes)
         hidden.add_(F.embedding_bag(position, out, mode="sum", per_sample_weights=routing.weights))
         return routing
 

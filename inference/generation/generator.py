@@ -211,7 +211,8 @@ def few_threads(model, tokens: int):
     Measured on two cores, a second thread makes decoding of one row 2 to 7 % slower if the machine is idle,
     and 10 to 100 times slower if it is busy. Contexts may overlap in any order, also across Python threads.
     """
-    if tokens > FEW or sum(weight.numel() * weight.element_size() for weight in model.parameters()) > SMALL:
+    weights = (*model.parameters(), *model.buffers())  # those of a quantised model are buffers
+    if tokens > FEW or sum(weight.nbytes for weight in weights) > SMALL:
         yield
         return
     open_contexts.append(torch.get_num_threads())
