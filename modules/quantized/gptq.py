@@ -74,27 +74,25 @@ def gptq(
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
     upper = inverse_factor(hessian[order][:, order], damp)
-    left = weight.double()[:, order]  # columns to come, as they are by now
+    left = weight.double().T[order].contiguous()  # (in, out): the columns to come, as they are by now
     codes = torch.empty(weight.shape, dtype=torch.int8 if symmetric else torch.uint8, device=weight.device)
     batch = BATCH if static else max(BATCH // size, 1) * size  # no batch ends within a group
     for start in range(0, width, batch):
         stop = min(start + batch, width)
-        errors = left.new_empty(len(left), stop - start)
-        for i in range(start, stop):
-            one = int(order[i]) // size  # group of this column
+        errors = torch.empty_like(left[start:stop])
+        for i, column in enumerate(order[start:stop].tolist(), start):
+            group = column // size
             if not static and i % size == 0:
-                scales[:, one], zero = scales_and_zeros(
-                    left[:, i : i + size].float(), bits, symmetric, scale_dtype
-                )
+                numbers = left[i : i + size].float().T
+                scales[:, group], zero = scales_and_zeros(numbers, bits, symmetric, scale_dtype)
                 if zeros is not None:
-                    zeros[:, one] = zero
-            scale, zero = scales[:, [one]], None if zeros is None else zeros[:, [one]]  # (out, 1)
-            column = left[:, [i]]
-            code = codes_of(column.float()[..., None], scale, zero, bits).flatten(-2)  # (out, 1)
-            error = (column - dequantize(code, scale, zero, left.dtype)) / upper[i, i]
-            codes[:, order[i]], errors[:, [i - start]] = code[:, 0], error
-            left[:, i + 1 : stop] -= error * upper[i, i + 1 : stop]
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
+                    zeros[:, group] = zero
+            scale, zero = scales[:, group], None if zeros is None else zeros[:, group]  # (out,)
+            code = codes_of(left[i, :, None].float(), scale, zero, bits)  # (out, 1)
+            rounded = dequantize(code, scale[:, None], None if zero is None else zero[:, None], left.dtype)
+            codes[:, column], errors[i - start] = code[:, 0], (left[i] - rounded[:, 0]) / upper[i, i]
+            left[i + 1 : stop] -= torch.outer(upper[i, i + 1 : stop], errors[i - start])
+        left[stop:] -= upper[start:stop, stop:].T @ errors
     return Codes(codes, scales, zeros)
 
 

@@ -71,7 +71,7 @@ def quantize_scales(scales):
     """scales (n,) -> codes (n,) uint8, their scales (ceil(n / 256),) and mean ()."""
     mean = scales.mean()
     steps, codes = nearest(blocks(scales - mean, SCALE_BLOCK), scale_levels().to(scales.device))
-    return codes.flatten()[: len(scales)], steps, mean
+    return codes.flatten()[: len(scales)].clone(), steps, mean  # a view would keep the whole block alive
 
 
 def dequantize_scales(codes, steps, mean):
