@@ -17,11 +17,17 @@ class LoraConfig:
     target_modules: list[str] = option(["attention", "dense", "shared"])
     use_rslora: bool = False  # lora_alpha / sqrt(r) instead
     use_dora: bool = False  # train direction and magnitude separately
+    base: str = option("full", choices=("full", "nf4"))  # nf4: beside codes of 4 bits (QLoRA)
 
     def check(self):
-        """Refuse dropout on experts, whose adapter is part of their weights, and an empty list of targets."""
+        """Refuse dropout and codes for experts, whose adapter is part of their weights, and no target."""
         if "experts" in self.target_modules and self.lora_dropout:
             raise UserError("lora.lora_dropout must be 0 when lora.target_modules names experts")
+        if "experts" in self.target_modules and self.base != "full":
+            raise UserError(
+                f"lora.base={self.base}: an adapter of experts is part of their weights, and codes stay as "
+                "they are: take experts out of lora.target_modules, or leave lora.base out"
+            )
         if not self.target_modules:
             raise UserError("lora.target_modules is empty: add a target, for example attention")
 

@@ -1,4 +1,4 @@
-"""Quantisation of a finished model: the format of its weights, and the way to find the codes."""
+"""Quantisation: the format of a model's weights, and the way to find the codes, after training or in it."""
 
 from dataclasses import dataclass
 
@@ -34,3 +34,12 @@ class QuantConfig:
             raise UserError(f"quant.method={self.method} has no zero points: leave --asymmetric out")
         if self.double_quant and self.method != "nf4":
             raise UserError("--double (quant.double_quant) is for quant.method=nf4: leave it out")
+
+
+@dataclass
+class QATConfig:
+    """Quantisation-aware training (modules/quantized/fake.py): what is trained is what rounding leaves."""
+
+    bits: int | None = option(None, choices=(4, 8))  # None: train in full precision
+    group_size: int | None = option(32, at_least=2)  # numbers that share a scale; None: a whole row
+    kind: str = option("lsq", choices=("ste", "lsq"))  # scales from the largest numbers, or learned

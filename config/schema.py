@@ -3,21 +3,22 @@
 A run has one `RunConfig` with the sections `model` (config/model.py), `tokenizer`, `data`, `optim`, `train`
 and `balance`, and one per stage that has its own settings: `lora`, `mixlora`, `prefix` and `gate`
 (config/adapters.py), `extend`, `dpo` and `pairs` (config/preference.py), `rl` (config/rl.py), `mlm`, `span`
-and `embed` (config/objectives.py), and `quant` of a quantised model (config/quant.py). Where the model is no
-decoder, its section is `encoder` (config/encoder.py) or `seq2seq` (config/seq2seq.py). Presets (JSON files in
-config/presets/) and the command line set them (config/load.py).
+and `embed` (config/objectives.py), `distill` (config/distill.py), and `quant` and `qat` of quantised models
+(config/quant.py). Where the model is no decoder, its section is `encoder` (config/encoder.py) or `seq2seq`
+(config/seq2seq.py). Presets (JSON files in config/presets/) and the command line set them (config/load.py).
 """
 
 from dataclasses import dataclass, field, fields
 
 from config.adapters import LoraConfig, MixLoraConfig, PrefixConfig, SelectorConfig
 from config.checks import option, validate_section
+from config.distill import DistillConfig
 from config.encoder import EncoderConfig
 from config.extension import METHODS
 from config.model import ModelConfig
 from config.objectives import EmbedConfig, MLMConfig, SpanConfig
 from config.preference import DPOConfig, PairsConfig
-from config.quant import QuantConfig
+from config.quant import QATConfig, QuantConfig
 from config.rl import RLConfig
 from config.seq2seq import Seq2SeqConfig
 from utils.errors import UserError
@@ -153,7 +154,9 @@ class RunConfig:
     mlm: MLMConfig = field(default_factory=MLMConfig)
     span: SpanConfig = field(default_factory=SpanConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
+    qat: QATConfig = field(default_factory=QATConfig)
 
     def validate(self) -> "RunConfig":
         """Check every field of every section and return self. Raises `UserError` for the first violation."""

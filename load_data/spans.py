@@ -143,13 +143,27 @@ def with_gaps(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
-def filled(source: Sequence[int], target: Sequence[int], sentinels: Sequence[int]) -> list[int]:
-    """Return the ids of `source` with the spans that `target` lists in the place of its sentinels. A gap that
-    the target does not name stays empty."""
+def spans_of(target: Sequence[int], sentinels: Sequence[int]) -> dict[int, list[int]]:
+    """Return what a target lists for each of its sentinels; of two with one name, the last."""
     spans, ids = {}, []
     for one in target:
         if one in sentinels:
-            spans[one] = ids = []  # of two with one name, the last
+            spans[one] = ids = []
         else:
             ids.append(one)
+    return spans
+
+
+def filled(source: Sequence[int], target: Sequence[int], sentinels: Sequence[int]) -> list[int]:
+    """Return the ids of `source` with the spans that `target` lists in the place of its sentinels. A gap that
+    the target does not name stays empty."""
+    spans = spans_of(target, sentinels)
     return [part for one in source for part in (spans.get(one, []) if one in sentinels else [one])]
+
+
+def exact_share(answers: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], sentinels) -> float:
+    """Return the share of the gaps of `targets` that `answers` fill with the right tokens."""
+    found = [spans_of(ids, sentinels) for ids in answers]
+    true = [[*spans_of(ids, sentinels).items()][:-1] for ids in targets]  # the last ends the last gap
+    right = [own.get(gap) == ids for own, gaps in zip(found, true, strict=True) for gap, ids in gaps]
+    return sum(right) / len(right)

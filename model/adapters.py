@@ -4,6 +4,9 @@
     MixLora   mixlora.py    a router over LoRA experts in each feed-forward, plain LoRA on attention
     Prefix    prefix.py     trained keys and values, or trained embeddings
 
+With `lora.base=nf4` the base of LoRA is on codes while it trains (QLoRA, modules/adapters/qlora.py). The
+adapter then fits the rounded base: `adapted` gives it one, in full precision.
+
 An adapter's parameters have names of their own, and those of the base do not change. A checkpoint of an
 adapter is therefore a few entries of the state dict; a hash identifies the base they belong to.
 """
@@ -13,15 +16,34 @@ from dataclasses import replace
 
 from torch import nn
 
+from config.quant import QuantConfig
 from config.schema import RunConfig
+from model.quantized import dequantize_weights, quantize_weights
 from model.tinyseek import TinySeek
 from modules.adapters.lora_model import add_lora
 from modules.adapters.mixlora import add_mixlora
 from modules.adapters.prefix import add_prefix
 from utils.checkpoint import load_weights
+from utils.errors import UserError
 
 ADAPTERS = {"Lora": "Lora", "MixLora": "MixLora", "Prefix": "Prefix", "GRPOLora": "Lora",
             "PPOLora": "Lora", "DPOLora": "Lora"}  # stage -> kind of adapter  # fmt: skip
+
+
+NF4 = QuantConfig("nf4", 4, double_quant=True)  # the base of QLoRA
+
+
+def on_codes(short: str, config: RunConfig) -> bool:
+    """Return whether an adapter trains on a base of codes. Raise `UserError` if its kind cannot."""
+    codes = config.lora.base != "full" and ADAPTERS[short] != "Prefix"
+    if codes and ADAPTERS[short] != "Lora":
+        raise UserError(f"lora.base={config.lora.base} is for plain LoRA (train/lora_train.py): leave it out")
+    return codes
+
+
+def put_on_codes(model: TinySeek, short: str, config: RunConfig) -> TinySeek:
+    """Put the base on codes if its adapter wants it so; return the model."""
+    return quantize_weights(model, NF4) if on_codes(short, config) else model
 
 
 def attach(model: TinySeek, short: str, config: RunConfig) -> frozenset[str]:
@@ -58,6 +80,8 @@ def twin(model: TinySeek) -> TinySeek:
 def adapted(base: TinySeek, short: str, config: RunConfig, weights: dict, where: str) -> TinySeek:
     """Return `base` with a trained adapter, sharing its tensors; `where` names the source in errors."""
     model = twin(base)
+    if on_codes(short, config):
+        dequantize_weights(quantize_weights(model, NF4))
     added = attach(model, short, config)
     load_weights(model, weights, where, added)
     return model.to(base.model.norm.weight.device).eval()

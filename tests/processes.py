@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KIND = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 STAGES = ("pre_train", "sft_train", "lora_train", "mixlora_train", "prefix_train", "gate_train", "dpo_train",
-          "mlm_train", "span_train")  # fmt: skip
+          "mlm_train", "span_train", "distill_train")  # fmt: skip
 context = multiprocessing.get_context(KIND)
 folder = tempfile.TemporaryDirectory(prefix="processes")  # what they print
 if KIND == "forkserver":

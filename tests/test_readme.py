@@ -33,7 +33,7 @@ STAGES = {
     "gate_train": ("Gate", ("SFT", "Pre")), "extend_context": ("Long", ("Pre",)),
     "grpo_train": ("GRPO", ("SFT",)), "ppo_train": ("PPO", ("SFT",)), "dpo_train": ("DPO", ("SFT",)),
     "reward_train": ("Reward", ("SFT",)), "mlm_train": ("MLM", ()), "span_train": ("Span", ()),
-    "embed_train": ("Embed", ()),
+    "embed_train": ("Embed", ()), "distill_train": ("Distill", ()),
 }  # fmt: skip
 SECTIONS = {"mlm_train": ("encoder",), "span_train": ("seq2seq",), "embed_train": ("encoder", "model")}
 TEXT = "\n".join(f"To be or not to be, that is question {number}." for number in range(400))
@@ -276,6 +276,7 @@ def small(words: list[str], home: Path) -> list[str]:
         own = {"pre_train": SMALL_MODEL, "extend_context": LITTLE_TEXT}
         own |= dict.fromkeys(("grpo_train", "ppo_train"), FEW_SAMPLES)
         own["reward_train"] = ["train.dtype=fp32"]  # bf16 rounds away what two steps of training changed
+        own["distill_train"] = LITTLE_TEXT if "skills" not in words else FEW_DIALOGUES
         own |= {"mlm_train": SMALL_ENCODER, "embed_train": SMALL_ENCODER, "span_train": SMALL_SEQ2SEQ}
         settings = [*COMMON, *own.get(stage, FEW_DIALOGUES)]
         settings += [f"data.cache_dir={home / 'cache'}"]

@@ -2,6 +2,7 @@
 
     python train/lora_train.py                                  a new skill for the fine-tuned model in out/
     python train/lora_train.py --data dialogues.jsonl --set lora.r=16 --set lora.use_dora=true --out out/own
+    python train/lora_train.py --set lora.base=nf4              beside codes of 4 bits: QLoRA
     python inference/chat.py --adapter out/TinySeek_Lora_final.pkl
 
 What makes this stage: its data and its loss are those of sft_train.py; it trains the factors A and B (and

@@ -6,13 +6,15 @@
 
 What makes this stage: its data are dialogues, packed into rows in which they do not see each other; its loss
 is the cross-entropy of the answers alone (the questions are given); all parameters are trainable; it saves
-the weights that did best on held-out dialogues.
+the weights that did best on held-out dialogues. With --set qat.bits=4 (or 8) it computes with rounded weights
+and saves a model on codes of that many bits, which computes what training computed.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
 
 import utils  # noqa: F401  sets how threads wait; must precede torch
 from load_data.chat.chat_data import prepare_chat
+from model.fake import round_in_training
 from train.engine.command import chat_command, parse_command
 from train.engine.fine_tuning import dialogue_stage, open_base, train_and_score
 from train.engine.machine import start_machine
@@ -27,8 +29,10 @@ def main():
     command = parse_command(STAGE, SHORT, __doc__, bases=("Pre",))
     config, machine = command.config, start_machine(command.config)
     base = open_base(command, machine)
+    on_codes = round_in_training(base.model, config.qat) if config.qat.bits else None
     data = machine.read(prepare_chat, config, base.tokenizer)
     stage = dialogue_stage(STAGE, SHORT, base, data, config, machine)
+    stage.on_codes = on_codes or stage.on_codes
     train_and_score(stage, data, command, machine)
     machine.say(f'\nnext: {chat_command(SHORT, command.out)} --prompt "你是谁？"')
     finish()

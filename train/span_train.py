@@ -18,7 +18,7 @@ from inference.generation.sampling import SamplingParams
 from inference.seq2seq import written
 from load_data.seq2seq import Seq2SeqLoader
 from load_data.skills.common import TEST, TRAIN, VAL
-from load_data.spans import SpanLoader, SpanPairs
+from load_data.spans import SpanLoader, SpanPairs, exact_share, sentinel_ids
 from load_data.task_pairs import prepare_task
 from load_data.tokenization.tokenizer import SENTINELS
 from model.encoder_decoder import EncoderDecoder
@@ -33,6 +33,7 @@ from utils.errors import run_main
 
 STAGE, SHORT = "span_train", "Span"
 SHOWN = 3  # held-out answers, printed after training
+SCORED = 100  # held-out windows whose gaps are filled
 PROMPTS = {  # what to try a model of each task with
     "spans": "import <extra_id_0>", "lists": "Please buy milk and eggs.",
     "docstrings": "def add(a, b): return a + b",
@@ -71,7 +72,8 @@ def span_data(text, config, machine):
         pairs, train.batch_size, train.accumulation_steps, world.rank, world.size, train.seed,
         start_length=config.data.start_length, start_id=config.seq2seq.decoder_start_token_id,
     )  # fmt: skip
-    return loader, held_out, [held_out[len(held_out) * part // SHOWN] for part in range(SHOWN)]
+    count = min(SCORED, len(held_out))
+    return loader, held_out, [held_out[len(held_out) * part // count] for part in range(count)]
 
 
 def task_data(task, config, machine):
@@ -85,11 +87,12 @@ def task_data(task, config, machine):
 
 
 def show(model, pairs, tokenizer, command, scored: bool):
-    """Print what the model writes about some held-out sources; of a task, the scores of all of them."""
+    """Print what the model writes about some held-out sources, and the score of all of them."""
     params = SamplingParams(temperature=0, max_new_tokens=command.config.span.target_length)
     ends = {*tokenizer.eos_ids, *tokenizer.finish}
     answers = written(model, tokenizer, [pair.source for pair in pairs], params)
     targets = [[one for one in pair.target if one not in ends] for pair in pairs]
+    share = 0 if scored else exact_share(answers, targets, sentinel_ids(tokenizer))
     spelled = lambda ids: tokenizer.decode(ids, skip_special=False)  # noqa: E731
     answers, targets = [*map(spelled, answers)], [*map(spelled, targets)]
     for pair, answer, target in list(zip(pairs, answers, targets, strict=True))[:SHOWN]:
@@ -99,6 +102,8 @@ def show(model, pairs, tokenizer, command, scored: bool):
         line = "  ".join(f"{name}={value:.2f}" for name, value in score(answers, targets).items())
         print(f"\n{len(pairs)} held-out sources, in percent: {line}")
         (command.out / STAGE / "scores.txt").write_text(line + "\n", encoding="utf-8")
+    else:
+        print(f"\n{share:.1%} of the gaps in {len(pairs)} held-out windows are filled exactly")
     print(f'\nnext: {chat_command(SHORT, command.out)} --prompt "{PROMPTS[command.config.span.task]}"')
 
 

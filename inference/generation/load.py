@@ -31,7 +31,8 @@ from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint, loa
 from utils.errors import UserError
 
 CHAT_STAGES = ("GRPO", "PPO", "DPO", "SFT")  # stages whose models answer, the latest first
-FULL_MODELS = (*CHAT_STAGES, "Long", "Pre")  # models before fine-tuning continue texts
+# Models before fine-tuning continue texts; a student is opened where no larger model is.
+FULL_MODELS = (*CHAT_STAGES, "Long", "Pre", "Distill")
 DEFAULT_OUT = Path(__file__).resolve().parents[2] / "out"
 ENTRIES = {"stage": str, "short": str, "config": dict, "tokenizer": str, "step": int}  # of any checkpoint
 RECORD = {"path": str, "digest": str}  # what a checkpoint says about another file
@@ -49,7 +50,7 @@ KINDS = {  # flag -> the name of the kind, and the required form of its entry `b
     SEARCH: ("an embedding model", {}),
 }
 SPECIAL = dict.fromkeys(ADAPTERS, "--adapter") | {"Gate": "--gate", "Reward": REWARD}  # the flags of stages
-SPECIAL |= {"MLM": FILL, "Span": SEQ2SEQ, "Embed": SEARCH}
+SPECIAL |= {"MLM": FILL, "Span": SEQ2SEQ, "Embed": SEARCH, "Distill": "--checkpoint"}
 SECTIONS = {"MLM": "encoder", "Span": "seq2seq"}  # of the configuration, where it is not `model`
 
 
@@ -104,8 +105,15 @@ def load_full(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
     model, tokenizer, config = build(TinySeek, about, path)
     model.to(device).eval()
     template = ChatTemplate(tokenizer, config.data.template)
-    answers = about["short"] in CHAT_STAGES
+    answers = answers_questions(about)
     return Loaded(model, tokenizer, config, Path(path), answers, template, about, model.state_dict())
+
+
+def answers_questions(about: dict) -> bool:
+    """Return True if the model of a checkpoint was trained on dialogues; otherwise it continues texts."""
+    if about.get("short") != "Distill":
+        return about.get("short") in CHAT_STAGES
+    return ((about.get("config") or {}).get("distill") or {}).get("task") == "dialogues"
 
 
 def load_encoder(path: str | Path) -> tuple[MaskedLM, Tokenizer, RunConfig]:

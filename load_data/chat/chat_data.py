@@ -14,7 +14,7 @@ The result is cached as in `load_data/packing.py`, in a folder `dialogues_<hash>
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,36 +81,59 @@ def prepare_chat(config: RunConfig, tokenizer: Tokenizer, soft_tokens: int = 0) 
     `data.sequence_length` + 1 ids. Raises `UserError` for data without dialogues and for an empty side."""
     data = config.data
     template = ChatTemplate(tokenizer, data.template, soft_tokens, config.model.vocab_size)
-    read = [str(file) for file in chosen_files(data.paths)]
+    decides = what_decides(data, template)
+    folder = prepared_folder(REPOSITORY / data.cache_dir, "dialogues", decides, write_folder, data, template)
+    return open_dialogues(folder, template)
+
+
+def what_decides(data: DataConfig, template: ChatTemplate) -> list:
+    """Return what decides which dialogues there are and their ids, for the name of their folder."""
+    tokenizer, read = template.tokenizer, [str(file) for file in chosen_files(data.paths)]
     read += [PYTHON] * ("docstrings" in chosen_skills(data.paths))  # this skill asks about the library
     decides = [Sources(replace(data, paths=read)).fingerprint, data.paths, data.skill_samples, VAL_PER_SKILL]
     decides += [tokenizer.digest, template.before, data.sequence_length]  # templates differ in their markers
-    decides += ["own"] * (template.kind == "own")
-    folder = prepared_folder(REPOSITORY / data.cache_dir, "dialogues", decides, write_folder, data, template)
+    return decides + ["own"] * (template.kind == "own")
+
+
+def open_dialogues(folder: Path, template: ChatTemplate) -> ChatData:
+    """Map what `write_dialogues` has written."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     sides = [map_samples(folder, side, meta["dtype"]) for side in (TRAIN, VAL)]
-    return ChatData(tokenizer, template, *sides, meta["summary"], meta["digest"], folder)
+    return ChatData(template.tokenizer, template, *sides, meta["summary"], meta["digest"], folder)
 
 
 def write_folder(folder: Path, data: DataConfig, template: ChatTemplate) -> None:
-    """Write the files of each side: ids, targets and lengths end to end, and messages as lines of JSON."""
-    tokenizer, names, room = template.tokenizer, chosen_skills(data.paths), data.sequence_length + 1
+    """Write the dialogues that `data` names."""
+    names, skipped = chosen_skills(data.paths), []
+    about = [f"skills: {', '.join(names)}"] * bool(names)
+    about += [f"{file}: {file.stat().st_size:,} bytes" for file in chosen_files(data.paths)]
+    dialogues = split_dialogues(data, skipped)
+    write_dialogues(folder, dialogues, data, template, lambda: about + skipped_lines(skipped))
+
+
+def write_dialogues(
+    folder: Path, dialogues: Iterable[tuple[str, Messages]], data: DataConfig, template: ChatTemplate,
+    about: Callable[[], list[str]],
+) -> None:  # fmt: skip
+    """Write the files of each side: ids, targets and lengths end to end, and messages as lines of JSON.
+
+    `about()` returns the first lines of the summary, after the last dialogue was written.
+    """
+    tokenizer, room = template.tokenizer, data.sequence_length + 1
     largest = max(tokenizer.vocab_size - 1, *(one for ids in template.before.values() for one in ids))
     dtype = "uint16" if largest < 2**16 else "int32"
-    samples, shortened, skipped = {}, {TRAIN: 0, VAL: 0}, []
+    samples, shortened = {}, {TRAIN: 0, VAL: 0}
     with ExitStack() as stack:
         files = {(side, part): stack.enter_context(open(folder / f"{side}.{part}", "wb"))
                  for side in shortened for part in ("ids", "targets", "lengths", "messages")}  # fmt: skip
-        for side, messages in split_dialogues(data, skipped):
+        for side, messages in dialogues:
             sample, was_cut = encode(template, messages, room)
             shortened[side] += was_cut
             files[side, "ids"].write(sample.ids.astype(dtype).tobytes())
             files[side, "targets"].write(sample.targets.tobytes())
             files[side, "lengths"].write(np.int64(len(sample.ids)).tobytes())
             files[side, "messages"].write(json.dumps(messages).encode() + b"\n")
-    summary = [f"skills: {', '.join(names)}"] * bool(names)
-    summary += [f"{file}: {file.stat().st_size:,} bytes" for file in chosen_files(data.paths)]
-    summary += skipped_lines(skipped)
+    summary = about()
     summary.append(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {tokenizer.digest}")
     for side in shortened:
         if not (folder / f"{side}.ids").stat().st_size:

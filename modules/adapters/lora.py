@@ -119,7 +119,11 @@ class LoraLinear(LoraLayer):
 
     def forward(self, x):
         """Multiply all rows by W at once, then add what each row's adapter gives."""
-        return self.switch.by_rows(self.adapted, x, F.linear(x, self.weight, self.bias))
+        return self.switch.by_rows(self.adapted, x, self.product(x))
+
+    def product(self, x):
+        """x (.., in) -> W x + b (.., out)."""
+        return F.linear(x, self.weight, self.bias)
 
     def adapted(self, name, x, base):
         """Add one adapter to base = W x + b (None, or one that is not here: return base)."""

@@ -22,10 +22,13 @@ from torch import nn
 from config.adapters import LoraConfig
 from modules.adapters.adapter_switch import AdapterSwitch
 from modules.adapters.lora import LoraExperts, LoraLayer, LoraLinear, effective_weight
+from modules.adapters.qlora import LoraQuantLinear
 from modules.experts.moe import Experts
+from modules.quantized.layers import QuantLinear
 from utils.errors import UserError
 
 GROUPS = {"self_attn": "attention", "mlp": "dense", "shared_experts": "shared"}  # linear layers, by parent
+KINDS = {nn.Linear: LoraLinear, QuantLinear: LoraQuantLinear, Experts: LoraExperts}
 ALONE = "shared_expert_gate"  # a row under `mlp`, in no group: a target by its name only
 REFUSED = {
     "lm_head": "the loss reads its weight directly, and the embedding may share it",
@@ -53,16 +56,22 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> Non
     switch.check(None)
     if config.use_dora:
         for path, layer in targets.items():
-            weights = [w for w in layer.parameters(recurse=False) if w.dim() > 1]  # without adapters' B
+            weights = [getattr(layer, matrix) for matrix in kind_of(layer).MATRICES]
             if not all(w.any(dim=-1).all() for w in weights):
                 raise UserError(f"{path} has a row of zeros, which has no direction: set lora.use_dora=false")
     for path, layer in targets.items():
         if not isinstance(layer, LoraLayer):
-            layer = (LoraLinear if isinstance(layer, nn.Linear) else LoraExperts)(layer, switch)
+            layer = kind_of(layer)(layer, switch)
             model.set_submodule(path, layer)
         layer.add(name, config)
     switch.configs[name] = replace(config)
     switch.use(name)
+
+
+def kind_of(layer: nn.Module) -> type[LoraLayer]:
+    """Return the class that a layer has with adapters."""
+    kinds = [kind for plain, kind in KINDS.items() if isinstance(layer, plain)]
+    return kinds[0] if kinds else type(layer)
 
 
 def target_labels(model: nn.Module) -> dict[str, set[str]]:
@@ -72,7 +81,7 @@ def target_labels(model: nn.Module) -> dict[str, set[str]]:
         *_, parent, name = ["", *path.split(".")]
         if isinstance(layer, (Experts, LoraExperts)):
             labels[path] = {"experts"}
-        elif isinstance(layer, (nn.Linear, LoraLinear)) and name not in REFUSED:
+        elif isinstance(layer, (nn.Linear, QuantLinear, LoraLinear)) and name not in REFUSED:
             labels[path] = {name, name if name == ALONE else GROUPS.get(parent, name)}
     return labels
 

@@ -7,8 +7,8 @@ for other methods there is none. With `activations`, x is rounded too: each toke
 its own (W8A8), so that the product is one of integers.
 
 The layers stand in the place of `nn.Linear` and `Experts`, and have what others read of those: `weight`, or
-`gate_up_proj` and `down_proj`, are computed on demand. A linear layer keeps nothing in full precision, not
-for the backward pass either: it dequantises once more. Experts keep theirs from forward to backward.
+`gate_up_proj` and `down_proj`, are computed on demand. Nothing in full precision is kept, not for the
+backward pass either: it dequantises once more.
 
     x (.., in), codes (out, in)  ->  (.., out)
 """
@@ -62,7 +62,8 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.store, self.activations = store, activations
         self.out_features, self.in_features = store.shape
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        own = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.register_parameter("bias", own)
         self.register_buffer("input_scale", ones(self.in_features) if scaled else None)
 
     @property
@@ -104,8 +105,17 @@ class QuantExperts(nn.Module):
 
     def forward(self, x, indices, weights):
         """x (N, C), indices and weights (N, K) -> (N, C)."""
-        gate_up, down = self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype)
-        return run_experts(self.implementation, x, indices, weights, gate_up, down)
+        matrices = {name: getattr(self, name).to(x.dtype) for name in ("gate_up_proj", "down_proj")}
+        names = {(matrix.data_ptr(), matrix.shape): name for name, matrix in matrices.items()}
+
+        def kept(tensor):  # for the backward pass: a matrix by its name
+            return names.get((tensor.data_ptr(), tensor.shape), tensor)
+
+        def needed(kept):
+            return getattr(self, kept).to(x.dtype) if isinstance(kept, str) else kept
+
+        with torch.autograd.graph.saved_tensors_hooks(kept, needed):
+            return run_experts(self.implementation, x, indices, weights, *matrices.values())
 
 
 def lesson():

@@ -11,8 +11,8 @@ import torch
 from config.objectives import SpanConfig
 from load_data.loader import IGNORED
 from load_data.seq2seq import Seq2SeqLoader, collate, eval_pairs, framed_pair
-from load_data.spans import SpanLoader, SpanPairs, corrupt, filled, segments, sentinel_ids, span_counts
-from load_data.spans import with_gaps
+from load_data.spans import SpanLoader, SpanPairs, corrupt, exact_share, filled, segments, sentinel_ids
+from load_data.spans import span_counts, with_gaps
 from load_data.tokenization.tokenizer import SENTINELS, CharTokenizer
 from utils.errors import UserError
 
@@ -213,3 +213,14 @@ def test_gaps_in_a_text_become_sentinels_and_nothing_else_does():
 def test_gaps_out_of_order_are_one_line(text):
     with pytest.raises(UserError, match="in this order, at most 31"):
         with_gaps(TOKENIZER, text)
+
+
+def test_the_share_of_gaps_that_are_filled_exactly():
+    """The sentinel that ends a target names no gap; a gap that the answer leaves out, or fills with more, is
+    wrong."""
+    a, b, c = range(8, 11)
+    one, two = [GAPS[0], a, GAPS[1], b, c, GAPS[2]], [GAPS[0], c, GAPS[1]]
+    assert exact_share([one, two], [one, two], GAPS) == 1
+    assert exact_share([[GAPS[0], a, GAPS[1], b, GAPS[2]], two], [one, two], GAPS) == pytest.approx(2 / 3)
+    assert exact_share([[], [*two, b]], [one, two], GAPS) == pytest.approx(1 / 3)
+    assert exact_share([[GAPS[1], b, c], [GAPS[0], c, c]], [one, two], GAPS) == pytest.approx(1 / 3)

@@ -56,7 +56,7 @@ FINE_TUNING = {"sft_train": "SFT", "lora_train": "Lora", "mixlora_train": "MixLo
 
 def test_every_stage_has_presets_and_every_folder_is_of_a_stage():
     others = {"extend_context", "grpo_train", "ppo_train"}  # with tests of their own, like the next
-    stages = FINE_TUNING.keys() | others | {"mlm_train", "span_train", "embed_train"}
+    stages = FINE_TUNING.keys() | others | {"mlm_train", "span_train", "embed_train", "distill_train"}
     assert {folder.name for folder in PRESETS.iterdir() if folder.is_dir()} == stages
     assert all("default" in preset_names(stage) for stage in stages)
 

@@ -284,7 +284,7 @@ def test_an_imported_t5_goes_on_with_spans_and_lists(tmp_path, monkeypatch, caps
     [
         (["--init", "PRE"], "section model, and this stage trains one of section seq2seq"),
         (["--set", "span.task=sums"], "span.task='sums' must be one of spans, docstrings, lists"),
-        (["--set", "data.sequence_length=700"], "gives 35 spans, and the tokenizer has sentinels for 31"),
+        (["--set", "data.sequence_length=210"], "gives 35 spans, and the tokenizer has sentinels for 31"),
         (["--set", "data.sequence_length=2"], "data.sequence_length=2 must be at least 3"),
         (["--set", "seq2seq.decoder_start_token_id=900"], "decoder_start_token_id=900 must be below"),
         (["--set", "seq2seq.vocab_size=20"], "seq2seq.vocab_size=20 is less than"),

@@ -21,7 +21,7 @@ from load_data.loader import IGNORED
 from model.scalar import ScalarModel
 from modules.alignment.policy_gradient import aggregated
 from modules.alignment.value_loss import value_loss
-from train.engine.stage import Batch, Loss, Stage
+from train.engine.stage import Batch, Loss, Stage, within
 
 POLICY, CRITIC = "policy", "critic"
 
@@ -48,12 +48,8 @@ class ActorCriticLoss(Loss):
 
     def claims(self) -> dict:
         """Return the claims of the policy's terms within the policy, and that of the value."""
-
-        def within(claim):
-            return lambda name: name.startswith(f"{POLICY}.") and claim(name.removeprefix(f"{POLICY}."))
-
-        claims = {term: within(claim) for term, claim in self.policy.claims().items()}
-        return claims | {"value": lambda name: name.startswith(f"{CRITIC}.")}
+        claims = {term: within(POLICY, claim) for term, claim in self.policy.claims().items()}
+        return claims | {"value": within(CRITIC, lambda name: True)}
 
     def before_step(self, models, micro_batches: list[Batch]) -> None:
         """Let the policy's loss look at the step."""

@@ -22,10 +22,10 @@ from utils.errors import UserError
 from utils.lock import FolderLock
 from utils.products import MKL
 
-# Settings that a resumed run may change: its end, reporting, device and paths, and the rule of the split,
-# which the data digest covers.
+# Settings that a resumed run may change: its end, reporting, device and paths, the rule of the split, which
+# the data digest covers, and the path of a teacher, whose weights are compared.
 MAY_CHANGE = {"max_steps", "max_seconds", "log_every", "eval_every", "eval_batches", "save_every", "device",
-              "paths", "cache_dir", "same_question", "gradient_checkpointing"}  # fmt: skip
+              "paths", "cache_dir", "same_question", "gradient_checkpointing", "teacher"}  # fmt: skip
 SIZES = ("batch_size", "accumulation_steps")  # may change if their product, times the processes, does not
 OLD = ".old"  # suffix of a checkpoint that was moved aside
 
@@ -79,7 +79,9 @@ class Checkpoints:
     def save_final(self) -> None:
         """Write the result: the next stage starts from it, and chat loads it."""
         path = self.out / files.final_name(self.short)
-        files.save_checkpoint(path, {**self.contents(), "evaluation": self.run.held_out.last})
+        run = self.run
+        own = run.stage.on_codes(run.model, run.config)
+        files.save_checkpoint(path, {**self.contents(), "evaluation": run.held_out.last, **own})
         self.run.machine.say(f"saved {path}")
 
     def contents(self) -> dict:

@@ -10,7 +10,7 @@ from shlex import quote
 
 from config.load import default_preset, load_config, preset_names
 from config.schema import RunConfig
-from inference.generation.load import FULL_MODELS, REWARD, SPECIAL, model_section
+from inference.generation.load import FULL_MODELS, REWARD, SPECIAL, answers_questions, model_section
 from utils.checkpoint import final_name, latest_checkpoint, load_checkpoint
 from utils.errors import Parser, UserError
 
@@ -34,13 +34,15 @@ class Command:
 def parse_command(
     stage: str, short: str, description: str, argv=None, bases: tuple = (),
     lora: Callable[[RunConfig], bool] = lambda config: False, sections: tuple[str, ...] = ("model",),
+    lent: Callable[[RunConfig, Path], dict] | None = None,
 ) -> Command:  # fmt: skip
     """Read the flags of stage `stage` (checkpoints named `short`). Raises `UserError`; writes nothing.
 
     A stage that needs a trained model lists in `bases` the stages whose results it starts from without
     `--init`, in order of preference. A policy says by `lora` whether an adapter is to be trained: such a run
     has names of its own, since both results may be in one folder. `sections`: those of the configuration
-    that can be the model's; the one of `--init` is inherited.
+    that can be the model's; the one of `--init` is inherited. `lent(config, out)`: sections that a second
+    model decides, which the settings name; those of `--init` come first.
     """
     parser = Parser(description)
     add = parser.add_argument
@@ -75,6 +77,9 @@ def parse_command(
     init = load_checkpoint(init_path) if init_path else None
     inherited = inherited_sections(init, str(init_path), sections) if init else {}
     config = load_config(args.config, args.settings, inherited, flag_settings(args), stage)
+    if lent:
+        inherited = both_held_out(inherited, lent(config, out))
+        config = load_config(args.config, args.settings, inherited, flag_settings(args), stage)
     if adapted := lora(config):
         stage, short = f"{stage}_lora", f"{short}Lora"
     if not args.overwrite:
@@ -82,8 +87,9 @@ def parse_command(
     return Command(config, out, init, init_path, args.resume, stage, short, adapted)
 
 
-def default_base(stage: str, bases: tuple, out: Path) -> Path | None:
-    """Return the first result of `bases` in `out`, or else in the default folder; None without `bases`."""
+def default_base(stage: str, bases: tuple, out: Path, flag: str = "--init CHECKPOINT") -> Path | None:
+    """Return the first result of `bases` in `out`, or else in the default folder; None without `bases`.
+    `flag` names another one."""
     for path in [folder / final_name(base) for folder in (out, ROOT / "out") for base in bases]:
         if path.is_file():
             return path
@@ -91,17 +97,29 @@ def default_base(stage: str, bases: tuple, out: Path) -> Path | None:
         return None
     raise UserError(
         f"{stage} starts from a trained model, and there is no {final_name(bases[-1])} in {out}: train one "
-        f"with python train/{bases[-1].lower()}_train.py, or name one with --init CHECKPOINT"
+        f"with python train/{bases[-1].lower()}_train.py, or name one with {flag}"
     )
 
 
-def inherited_sections(init: dict, path: str, accepted: tuple[str, ...] = ("model",)) -> dict:
+def both_held_out(first: dict, second: dict) -> dict:
+    """Return the sections that two models decide: where both do, the first; held out is what is held out from
+    both, which the smaller fraction selects."""
+    data = [sections["data"] for sections in (first, second) if "data" in sections]
+    fractions = [part["val_fraction"] for part in data if "val_fraction" in part]
+    merged = {key: value for part in data[::-1] for key, value in part.items()}
+    merged |= {"val_fraction": min(fractions)} if fractions else {}
+    return second | first | {"data": merged}
+
+
+def inherited_sections(
+    init: dict, path: str, accepted: tuple[str, ...] = ("model",), flag: str = "--init "
+) -> dict:
     """Return the settings that a checkpoint decides: its model and tokenizer; the held-out fraction, since a
     later stage must not score what this one trained on; after dialogues, or with a tokenizer that brought its
     own markers along, the template; and that a router without a bias gets none."""
     if init.get("base"):
         raise UserError(
-            f"--init {path} holds an adapter, not a whole model: name its base ({init['base'].get('path')})"
+            f"{flag}{path} holds an adapter, not a whole model: name its base ({init['base'].get('path')})"
         )
     kinds = {"config": dict, "weights": dict, "tokenizer": str}
     missing = [key for key, kind in kinds.items() if not isinstance(init.get(key), kind)]
@@ -110,28 +128,28 @@ def inherited_sections(init: dict, path: str, accepted: tuple[str, ...] = ("mode
     missing += [f"config.{name}" for name, values in sections.items() if not isinstance(values, dict)]
     if missing:
         what = f"a checkpoint without {', '.join(missing)}"
-        raise UserError(f"--init {path}: {what}; name one of a training run")
+        raise UserError(f"{flag}{path}: {what}; name one of a training run")
     quant = init["config"].get("quant")
     if isinstance(quant, dict) and quant.get("method", "none") != "none":
         raise UserError(
-            f"--init {path}: its weights are codes of {quant['method']}, which cannot be trained; name the "
-            f"model in full precision that it was made from ({init.get('source', 'unknown')})"
+            f"{flag}{path}: its weights are codes of {quant['method']}, and training needs numbers; name "
+            f"the model in full precision that it was made from ({init.get('source', 'unknown')})"
         )
     if section not in accepted:
         raise UserError(
-            f"--init {path}: the model of {init.get('stage')} has the settings of section {section}, and "
+            f"{flag}{path}: the model of {init.get('stage')} has the settings of section {section}, and "
             f"this stage trains one of section {' or '.join(accepted)}: name another checkpoint"
         )
     if init.get("short") == "Embed" and len(accepted) == 1:  # not the stage that takes a body of either kind
         raise UserError(
-            f"--init {path}: an embedding model, without the head that this stage trains: name the model "
+            f"{flag}{path}: an embedding model, without the head that this stage trains: name the model "
             "it was made from, or another checkpoint"
         )
     if init.get("short") == "Embed" and isinstance(init["config"].get("embed"), dict):
         sections["embed"] = init["config"]["embed"]  # how it reads texts
     data = init["config"].get("data") or {}
     own = (sections["tokenizer"] or {}).get("kind") == "hf"
-    names = ["same_question"] + ["template"] * (own or init.get("short") not in ("Pre", "Long"))
+    names = ["same_question"] + ["template"] * (own or answers_questions(init))
     if not all(str(path).lower().endswith(".txt") for path in data.get("paths") or [""]):
         names.append("val_fraction")  # plain text shares no held-out question with a later stage
     old = {"same_question": "exact"}  # the split of checkpoints that do not name theirs
@@ -174,7 +192,7 @@ def refuse_to_overwrite(out: Path, stage: str, short: str, resume: bool) -> None
 def chat_command(short: str, out: Path) -> str:
     """Return the command that uses the result of a stage in folder `out`."""
     path = quote(str(out / final_name(short)))
-    if short in FULL_MODELS:
+    if short in FULL_MODELS and short not in SPECIAL:
         flag = "" if out.resolve() == (ROOT / "out").resolve() else f" --out {quote(str(out))}"
         return "python inference/chat.py" + flag
     if (use := SPECIAL[short]) == REWARD:

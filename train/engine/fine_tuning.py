@@ -14,7 +14,7 @@ from load_data.chat.chat_data import SKILL_WORD, VAL, ChatData, Sample, chosen_s
 from load_data.chat.chat_loader import ChatLoader, count_eval_rows, eval_chat_batches
 from load_data.skills import SFT_SKILLS
 from load_data.tokenization.tokenizer import Tokenizer
-from model.adapters import attach, soft_tokens
+from model.adapters import attach, put_on_codes, soft_tokens
 from model.tinyseek import TinySeek
 from train.engine.command import Command, chat_command, parse_command
 from train.engine.trainer import Trainer
@@ -117,6 +117,7 @@ def train_adapter(name: str, short: str, description: str) -> None:
     command = parse_command(name, short, description, bases=("SFT", "Pre"))
     config, machine = command.config, start_machine(command.config)
     base = open_base(command, machine, adapted=True)
+    put_on_codes(base.model, short, config)
     own = attach(base.model, short, config)  # freezes everything else
     check_length(config, base.model.prefix_length)
     data = machine.read(prepare_chat, config, base.tokenizer, soft_tokens(short, config))
@@ -130,10 +131,10 @@ def train_and_score(stage: Stage, data: ChatData, command: Command, machine: Mac
     """Train, and score greedy answers to held-out questions before and after."""
     held_out = [*deque(data.dialogues(VAL), SCORED_DIALOGUES)]  # those of files are behind those of skills
     with distributed.all_or_none():
-        before = scores(stage.model.to(machine.device), data, held_out, command, machine)
+        before = scores(stage.presented.to(machine.device), data, held_out, command, machine)
     Trainer(stage, command.config, machine, command.out, command.resume).run()
     with distributed.all_or_none():
-        after = scores(stage.model, data, held_out, command, machine)
+        after = scores(stage.presented, data, held_out, command, machine)
     if not after:  # not the first process, or nothing has one right answer
         return
     width = max(map(len, after))

@@ -64,7 +64,10 @@ class LanguageModelLoss(Loss):
 
     def __call__(self, model, batch: dict, step_tokens: float):
         """Return one micro-batch's share of the loss of the step."""
-        output = self.forward(model, batch)
+        return self.shares(self.forward(model, batch), batch, step_tokens)
+
+    def shares(self, output, batch: dict, step_tokens: float):
+        """Return the terms and measures of the output of a micro-batch."""
         terms = {"ce": output.loss_sum / step_tokens}
         measures = {"conf": (-output.nll).exp().sum() / step_tokens}  # probability of the correct next token
         if self.mtp:

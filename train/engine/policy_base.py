@@ -8,9 +8,9 @@ The adapter starts at zero, so either way the policy and its reference are equal
 
 import copy
 
-from inference.generation.load import CHAT_STAGES
+from inference.generation.load import answers_questions
 from load_data.chat.chat_data import chosen_skills
-from model.adapters import attach, twin
+from model.adapters import attach, put_on_codes, twin
 from train.engine.command import Command
 from train.engine.fine_tuning import Base, open_base
 from train.engine.machine import Machine
@@ -23,7 +23,7 @@ def open_policy(command: Command, machine: Machine) -> Base:
     """Load the model of `--init` without noise: with it, a policy does not score its own samples as it
     sampled them, and comparisons of answers are blurred. Samples need a model that answers."""
     stage = command.init.get("stage")
-    if chosen_skills(command.config.data.paths) and command.init.get("short") not in CHAT_STAGES:
+    if chosen_skills(command.config.data.paths) and not answers_questions(command.init):
         raise UserError(
             f"--init {command.init_path}: a model of {stage}, which was not trained to answer, so its "
             "samples teach nothing; name a fine-tuned one (python train/sft_train.py)"
@@ -40,6 +40,7 @@ def policy_parts(base: Base, command: Command, machine: Machine, reference: bool
     """Return the fields of a `Stage` that say what trains, what is saved, and what the reference is."""
     model, own, other = base.model, None, None
     if command.lora:
+        put_on_codes(model, "Lora", command.config)
         model.to(machine.device)  # first: memory is shared only until one of two models moves
         other, own = twin(model), attach(model, "Lora", command.config)
     elif reference:

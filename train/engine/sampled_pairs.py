@@ -56,7 +56,7 @@ def write_folder(folder: Path, config: RunConfig, template: ChatTemplate, names,
     if names:
         generator = Generator(base.model.to(machine.device), base.tokenizer.eos_id)
         for side in sides:
-            items = list(questions(config, names, side))
+            items = list(questions(config, names, side, config.pairs.prompts))
             tell = {"desc": f"sampling answers ({side})", "leave": False, "disable": None}
             pairs = [*tqdm(sampled_pairs(generator, template, items, config), **tell, unit=" pairs")]
             sides[side] += [pair for _, pair in pairs]
@@ -72,9 +72,9 @@ def write_folder(folder: Path, config: RunConfig, template: ChatTemplate, names,
     write_pairs(folder, sides, data, template, summary)
 
 
-def questions(config: RunConfig, names: list[str], side: str) -> Iterator[Item]:
-    """Yield distinct questions of one side, the same number from each skill."""
-    data, wanted = config.data, min(config.pairs.prompts, config.data.limit or config.pairs.prompts)
+def questions(config: RunConfig, names: list[str], side: str, wanted: int) -> Iterator[Item]:
+    """Yield distinct questions of one side, the same number from each skill: `wanted` to train on."""
+    data, wanted = config.data, min(wanted, config.data.limit or wanted)
     count = -(-wanted // (len(names) * (HELD_OUT_SHARE if side == VAL else 1)))  # rounded up
     for name in names:
         for sample in distinct_samples(name, side, count, config.train.seed, data.val_fraction):

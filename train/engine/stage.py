@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from config.schema import OptimConfig
+from config.schema import OptimConfig, RunConfig
 from load_data.loader import IGNORED
 from load_data.tokenization.tokenizer import Tokenizer
 from utils import distributed
@@ -90,6 +90,8 @@ class Stage:
         keep_best: a metric; keep the weights with its highest value after an epoch, not the last weights.
         frozen: models that are used but not trained (a teacher, a reference policy), by name. The engine
             places them on the device and proves at the end that they have not changed.
+        on_codes: returns entries of the final checkpoint, from the trained model and the settings of the run;
+            it replaces those of the run, where the result is not what was trained (QAT).
         optim: optimizer settings of parts of a `ModuleDict`, by name, where they differ from `config.optim`.
     """
 
@@ -107,12 +109,23 @@ class Stage:
     result: str | None = None
     keep_best: str | None = None
     frozen: dict[str, torch.nn.Module] = field(default_factory=dict)
+    on_codes: Callable[[torch.nn.Module, RunConfig], dict] = lambda model, config: {}
     optim: dict[str, OptimConfig] = field(default_factory=dict)
 
     @property
     def trained(self) -> dict[str, torch.nn.Module]:
         """The models to train, by name."""
         return dict(self.model) if isinstance(self.model, torch.nn.ModuleDict) else {"model": self.model}
+
+    @property
+    def presented(self) -> torch.nn.Module:
+        """The model that checkpoints present as the result."""
+        return self.model[self.result] if self.result else self.model
+
+
+def within(part: str, claim: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Return a claim on the parameters of one part of a `ModuleDict`; `claim` knows their own names."""
+    return lambda name: name.startswith(f"{part}.") and claim(name.removeprefix(f"{part}."))
 
 
 class LoaderSource:

@@ -61,13 +61,13 @@ def main():
     print(f"\n{table(logs)}\nsaved {args.out / 'table.md'}, and right.png beside it")
 
 
-def check_settings(args) -> None:
-    """Note what all runs share. Raise `UserError` if `--out` holds runs of other settings: they are not
-    trained again, and would be compared as if they had these."""
+def check_settings(args, bound: str = "seconds") -> None:
+    """Note what all runs share, with the flag that bounds them. Raise `UserError` if `--out` holds runs of
+    other settings: they are not trained again, and would be compared as if they had these."""
     if args.out.is_file():
         raise UserError(f"--out {args.out} is a file; name a folder")
     note, shared = args.out / "settings.txt", ["--init", args.init.resolve(), "--data", args.data]
-    words = shlex.join(map(str, [*shared, "--seconds", args.seconds, *args.settings])) + "\n"
+    words = shlex.join(map(str, [*shared, f"--{bound}", getattr(args, bound), *args.settings])) + "\n"
     if note.exists() and (was := note.read_text(encoding="utf-8")) != words:
         raise UserError(f"--out {args.out} holds runs of {was.strip()}; name another folder")
     args.out.mkdir(parents=True, exist_ok=True)

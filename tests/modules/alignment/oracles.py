@@ -1,5 +1,5 @@
-"""Functions of TRL and torchrl, to compare with. Importing TRL's trainer takes six seconds, so they are taken
-out of the installed sources and compiled alone."""
+"""Functions of TRL, torchrl and others, to compare with. Importing TRL's trainer takes six seconds, so they
+are taken out of the installed sources and compiled alone."""
 
 import ast
 import importlib.util
@@ -24,7 +24,8 @@ def lifted(package, file, *names):
     for node in found:
         node.decorator_list = []
     future = ast.parse("from __future__ import annotations").body
-    space = {"torch": torch, "F": torch.nn.functional, "nanmin": torch.min, "nanmax": torch.max}
+    space = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional}
+    space |= {"nanmin": torch.min, "nanmax": torch.max}
     exec(compile(ast.Module(future + found, type_ignores=[]), file, "exec"), space)
     return SimpleNamespace(**{name: space[name] for name in names})
 

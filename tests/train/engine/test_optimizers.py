@@ -203,17 +203,21 @@ def test_tied_tables_are_one_parameter_and_stay_with_adamw():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_what_t5_gives_to_distances_moves_faster_and_does_not_decay(optimizer):
-    """It is compared with attention scores, and Adam would move it by `lr` per step."""
-    model = EncoderDecoder(Seq2SeqConfig(vocab_size=40, hidden_size=16))
-    optimizers = build_optimizers(model, OptimConfig(optimizer=optimizer, weight_decay=0.1, lr=0.003))
-    groups = [group for made in optimizers if not isinstance(made, Muon) for group in made.param_groups]
-    table = model.decoder.relative_bias.weight
-    (fast,) = [group for group in groups if any(p is table for p in group["params"])]
-    assert (fast["lr"], fast["weight_decay"], len(fast["params"])) == (0.06, 0.0, 2)
-    assert {group["lr"] for group in groups if group is not fast} == {0.003}
+def test_t5_has_rates_of_its_own_for_distances_and_queries(optimizer):
+    """Scores are not scaled. The table of distances is added to them, and decay would pull it to zero."""
+    model = EncoderDecoder(Seq2SeqConfig(vocab_size=40, hidden_size=16, head_dim=16))
+    optim = OptimConfig(optimizer=optimizer, weight_decay=0.1, lr=0.003, muon_lr=0.02)
+    optimizers, found = build_optimizers(model, optim), {}
+    for made in optimizers:
+        plain = optim.muon_lr if isinstance(made, Muon) else optim.lr
+        for group in made.param_groups:
+            found |= {id(p): (group["lr"] / plain, group["weight_decay"]) for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        rate = {"relative_bias": 20, "q_proj": 0.25}.get(name.split(".")[-2], 1)
+        decay = 0.1 if parameter.dim() == 2 and rate != 20 else 0.0
+        assert found[id(parameter)] == pytest.approx((rate, decay)), name
     listed = [p for made in optimizers for group in made.param_groups for p in group["params"]]
-    assert len(listed) == len({*map(id, listed)}) == len([*model.parameters()])
+    assert len(listed) == len(found) == len([*model.parameters()])
 
 
 def test_parameters_of_adapters():

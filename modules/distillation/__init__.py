@@ -1,0 +1,1 @@
+"""Learning from a larger model: its probabilities, its hidden states, its attention."""
