@@ -197,8 +197,13 @@ def test_quantised_once_only(source, tmp_path, call):
     assert code == 2 and "small.pkl is quantised already (nf4): name the model it was made from" in err
     code, _, err = call("--checkpoint", source, "--to", source, "--overwrite")
     assert code == 2 and "is there already" in err
-    with pytest.raises(UserError, match="codes of nf4, which cannot be trained; .*TinySeek_Pre_final.pkl"):
+    with pytest.raises(UserError, match="codes of nf4.* in full precision .*TinySeek_Pre_final.pkl"):
         parse_command("sft_train", "SFT", "", ["--init", str(small), "--out", str(tmp_path)])
+
+
+def test_no_training_claims_to_be_quantised(tmp_path):
+    with pytest.raises(UserError, match="quant.method=rtn is for finished models: .* inference/quantize.py"):
+        parse_command("pre_train", "Pre", "", ["--out", str(tmp_path), "--set", "quant.method=rtn"])
 
 
 def test_chat_and_evaluate(tmp_path, monkeypatch, capsys, call):
