@@ -20,7 +20,7 @@ ROW_TOKENS = 8192  # in one forward pass, at most, unless one row is longer
 @torch.inference_mode()
 def loss_by_position(model: TinySeek, tokens: np.ndarray, length: int, windows: int):
     """Return the mean loss in nats at each position (length,) of at most `windows` windows of `tokens`."""
-    device, rows = model.model.norm.weight.device, max(1, ROW_TOKENS // length)
+    device, rows = next(model.parameters()).device, max(1, ROW_TOKENS // length)
     total, count = torch.zeros(length, dtype=torch.float64), 0
     whole = tokens[: (len(tokens) - 1) // length * length + 1]  # without a shorter last window
     for batch in eval_windows(whole, length, rows, -(-windows // rows)):
@@ -33,7 +33,7 @@ def loss_by_position(model: TinySeek, tokens: np.ndarray, length: int, windows: 
 @torch.inference_mode()
 def recalled(model: TinySeek, rows: list[list[int]], answers: list[int]) -> list[bool]:
     """Return for each row, of equal lengths, whether its last `answers[row]` tokens are recalled."""
-    device, longest, right = model.model.norm.weight.device, max(answers), []
+    device, longest, right = next(model.parameters()).device, max(answers), []
     for ids, counts in batches(rows, answers):
         ids = torch.tensor(ids, device=device)
         hidden = model.model(ids).hidden[:, -longest - 1 : -1]  # (B, A, C)
