@@ -31,6 +31,7 @@ from inference.generation.sampling import SamplingParams, row_seed
 from inference.generation.speculative import SpeculativeGenerator
 from inference.generation.terminal import RED, closed_pipe_ends, edit_lines, open_streams, read_message
 from inference.generation.terminal import murmur, show, tell
+from model.caches import KV_KINDS
 from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, run_main
 
@@ -70,6 +71,7 @@ def parse_command():
     add("--think", action="store_true", help="think before answering, in a model that was trained to")
     add("--think-budget", type=int, metavar="N", help="answer after at most N tokens of thinking")
     add("--tools", action="store_true", help="let the model call a calculator and look up docstrings")
+    add("--kv-cache", choices=KV_KINDS, default="full", help="int8 or int4: past tokens in less memory")
     add("--draft", type=int, default=0, metavar="N", help="draft N tokens ahead with the model's MTP head")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args()
@@ -87,9 +89,10 @@ def main():
     if args.draft and (args.adapter or args.gate):
         raise UserError("--draft works with one whole model only: leave out --adapter and --gate")
     models, choose = open_models(args, device)
-    generators = [Generator(one.model, one.tokenizer.eos_id) for one in models]
+    kv_cache = args.kv_cache
+    generators = [Generator(one.model, one.tokenizer.eos_id, kv_cache=kv_cache) for one in models]
     if args.draft:
-        generators = [SpeculativeGenerator(models[0].model, generators[0].start_id, args.draft)]
+        generators = [SpeculativeGenerator(models[0].model, generators[0].start_id, args.draft, kv_cache)]
     request = Request(budget=args.think_budget)
     conversation = Conversation(models, generators, choose, tuple(args.stop), tell, murmur, request)
     chat = Chat(conversation, params)

@@ -30,6 +30,7 @@ from load_data.chat.chat_data import split_dialogues
 from load_data.chat.records import scored_answers
 from load_data.skills import HELD_OUT, SFT_SKILLS, SKILLS, is_right, scored_items, skill_named
 from load_data.corpora.sources import VAL
+from model.caches import KV_KINDS
 from utils.device import pick_device, set_threads
 from utils.errors import Parser, UserError, run_main
 
@@ -180,6 +181,7 @@ def parse_command():
     add("--think", action="store_true", help="let the model think before it answers")
     add("--think-budget", type=int, default=64, metavar="N", help="tokens of thinking (default: %(default)s)")
     add("--tools", action="store_true", help="let the model call a calculator and look up docstrings")
+    add("--kv-cache", choices=KV_KINDS, default="full", help="int8 or int4: past tokens in less memory")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args()
     if args.count < 1:
@@ -212,7 +214,7 @@ def main():
     if args.adapter:
         loaded = load_adapter(args.adapter, loaded)
     tell(f"{loaded.path} ({loaded.about['stage']}, {device})")
-    generator = Generator(loaded.model, loaded.tokenizer.eos_id)
+    generator = Generator(loaded.model, loaded.tokenizer.eos_id, kv_cache=args.kv_cache)
     rule = loaded.config.data
     request = Request(args.think, args.think_budget if args.think else None, args.tools, rule.val_fraction)
     scores = score_skills(generator, loaded.template, args.skills, args.count, rule.val_fraction, request)

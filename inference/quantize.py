@@ -91,28 +91,32 @@ def contents(loaded: Loaded) -> dict:
     return about | {"weights": loaded.model.state_dict()}
 
 
-def table(rows: list[Row], model: TinySeek) -> list[str]:
+def table(rows: list[Row], model: TinySeek, quant: QuantConfig) -> list[str]:
     """Return the lines of the report: kinds of layers, and what stays as it is."""
+    form = f"{quant.method}, {quant.bits} bits" + f", groups of {quant.group_size}" * bool(quant.group_size)
+    form += ", zero points" * (not quant.symmetric) + ", scales in 8 bits" * quant.double_quant
     kinds, stay = defaultdict(list), defaultdict(list)
     for row in rows:
         kinds[re.sub(r"\.\d+\.", ".*.", row.path)].append(row)
     for name, weight in model.named_parameters():
         if why := stays(name):
             stay[why].append((name.removesuffix(".weight").split(".")[-1], weight.nbytes))
-    lines = [f"{'':34} layers   bits per weight   MiB before   after    error of weights   of outputs"]
+    names = {why: ", ".join(dict.fromkeys(name for name, _ in parts)) for why, parts in stay.items()}
+    wide = max(map(len, (form, *kinds, *names.values())))
+    lines = [f"{form:{wide}} layers  bits per weight  MiB before    after  error of weights  of outputs"]
     for kind, group in kinds.items():
         numbers, before, after = (sum(row[place] for row in group) for place in (1, 2, 3))
         outputs = [row.output_error for row in group if row.output_error is not None]
-        line = f"{kind:34} {len(group):6} {8 * after / numbers:17.3f} {before / MIB:12.3f} {after / MIB:7.3f}"
-        line += f" {mean(row.weight_error for row in group):19.2%} "
-        line += f"{mean(outputs):12.2%}" if outputs else f"{'-':>12}"
+        line = f"{kind:{wide}} {len(group):6} {8 * after / numbers:16.3f} {before / MIB:11.3f} "
+        line += f"{after / MIB:8.3f} {mean(row.weight_error for row in group):17.2%} "
+        line += f"{mean(outputs):11.2%}" if outputs else f"{'-':>11}"
         if unseen := sum(row.unseen for row in group):
             line += f"   {unseen} experts saw no token: rounded to nearest"
         lines.append(line)
     lines.append("in full precision:")
     for why, parts in stay.items():
-        names, size = ", ".join(dict.fromkeys(name for name, _ in parts)), sum(size for _, size in parts)
-        lines.append(f"{names:34} {len(parts):6} {32:17.3f} {size / MIB:12.3f} {size / MIB:7.3f}   {why}")
+        size = sum(size for _, size in parts) / MIB
+        lines.append(f"{names[why]:{wide}} {len(parts):6} {32:16.3f} {size:11.3f} {size:8.3f}  {why}")
     return lines
 
 
@@ -136,7 +140,7 @@ def main():
     before = held_bytes(loaded.model)
     rows = quantized(loaded, quant, batches)
     save_checkpoint(to, contents(loaded))
-    print("\n".join(table(rows, loaded.model)))
+    print("\n".join(table(rows, loaded.model, quant)))
     after, files = held_bytes(loaded.model), [path.stat().st_size / MIB for path in (loaded.path, to)]
     print(f"weights in memory: {before / MIB:.2f} -> {after / MIB:.2f} MiB ({after / before:.0%}); "
           f"files: {files[0]:.2f} -> {files[1]:.2f} MiB")  # fmt: skip

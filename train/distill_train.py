@@ -9,7 +9,8 @@ train/sft_train.py; its loss compares the student with a frozen teacher, in the 
 token, in hidden states and in attention, beside the cross-entropy (train/engine/distill_loss.py); all
 parameters of the student are trainable, and those of a projection to the teacher's width; it saves the
 student alone. Without `--init` the student is new and takes the teacher's tokenizer. Either model may be
-dense or have experts.
+dense or have experts. In dialogues, the answers may be the teacher's (`distill.answers`) or samples of the
+student (`distill.on_policy`).
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root

@@ -24,6 +24,7 @@ long as one, so drafting made the fast path slower.
 import copy
 import threading
 import weakref
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ from model.caches import make_cache
 from model.tinyseek import Decoder, DecoderLayer, TinySeek
 from modules.attention.grouped_query import GroupedQueryAttention
 from modules.attention.cache import KVCache
+from modules.attention.quantized_cache import QuantizedKVCache
 from modules.mlp import SwiGLU
 from modules.experts.moe import Experts, MoE
 from modules.norm import RMSNorm
@@ -165,14 +167,19 @@ class FastDecoder:
         if max(ends) > min(cache.capacity, len(self.cos)):
             limits = f"the cache holds {cache.capacity}, the model {len(self.cos)}"
             raise ValueError(f"no place for token {max(ends) - 1}: {limits}")
-        routings, last = [], ends[0] - 1
-        if B == 1:
-            place, S = Place(self.cos[last], self.sin[last]), ends[0]
+        routings, last, capacity = [], ends[0] - 1, cache.store.shape[4]
+        coded = isinstance(cache, QuantizedKVCache)
+        # Rows attend to all slots if half are in use: gaps between rows cost more than hidden slots.
+        S = capacity if B > 1 and not coded and 2 * max(ends) >= capacity else max(ends)
+        place = Place(self.cos[last], self.sin[last]) if B == 1 else self.place(ends, new, cache, S)
+        seen = cache.store[:, :, :, :, :S].unbind()  # L times (2, B, G, S, D)
+        if coded:  # it stores new tokens itself, and decodes the others
+            cache.begin(1, None if all(new) else new)
+            stores, seen = [partial(cache.append, layer) for layer in range(len(seen))], [None] * len(seen)
+        elif B == 1:
             stores = cache.store[:, :, :, :, last].transpose(1, 2).unbind()  # L times (1, 2, G, D)
         else:
-            place = self.place(ends, new, cache)
-            S, stores = place.bias.shape[3], cache.store.flatten(1, 4).unbind()  # L times (2*B*G*capacity, D)
-        seen = cache.store[:, :, :, :, :S].unbind()  # L times (2, B, G, S, D)
+            stores = cache.store.flatten(1, 4).unbind()  # L times (2*B*G*capacity, D)
         with self.lock:
             if len(self.hidden) != B:
                 self.hold(B)
@@ -186,21 +193,21 @@ class FastDecoder:
                     routings.append(mlp.add_many(self.hidden, self.norm(self.hidden)))
                 else:
                     mlp.add(self.hidden, self.norm(self.hidden))
+            if coded:
+                cache.advance()
             cache.lengths = ends
             logits = torch.empty(B, self.config.vocab_size, dtype=self.dtype)
             product(self.norm(self.hidden), self.lm_head, None, logits)
             return logits, routings
 
-    def place(self, ends: list[int], new: list[int], cache: KVCache) -> Place:
-        """Return the place of the new tokens, the last of several rows that have `ends` tokens with them.
-
-        Rows attend to all slots if half are in use: gaps between rows cost more than hidden slots.
-        """
+    def place(self, ends: list[int], new: list[int], cache: KVCache, S: int) -> Place:
+        """Return the place of the new tokens, the last of several rows that have `ends` tokens with them and
+        attend to S slots."""
         _, parts, B, G, capacity, _ = cache.store.shape
         last, rows = torch.tensor(ends) - 1, None if all(new) else torch.tensor(new).nonzero()[:, 0]
         first = torch.arange(0, parts * B * G * capacity, capacity).view(parts, B, G).transpose(0, 1)
         slots = first + last[:, None, None]  # (B, 2, G)
-        hidden = torch.arange(capacity if 2 * max(ends) >= capacity else max(ends)) > last[:, None]  # (B, S)
+        hidden = torch.arange(S) > last[:, None]  # (B, S)
         bias = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
         slots = (slots if rows is None else slots[rows]).flatten()
         return Place(self.cos[last, None], self.sin[last, None], slots, rows, bias)

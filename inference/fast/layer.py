@@ -111,21 +111,25 @@ class FastAttention:
         """Add the output for `normed` to `hidden`, both (B, C).
 
         store: for one row, the slot (1, 2, G, D) of its new key and value; for several, all slots of the
-        layer, (slots, D). seen (2, B, G, S, D): keys and values to attend to, the new ones included.
+        layer, (slots, D). seen (2, B, G, S, D): keys and values to attend to, the new ones included. With a
+        quantised cache, store is its `append`, which returns them, and seen is None.
         """
         product(normed, self.qkv, self.qkv_bias, self.heads)
         if self.gains is not None:
             self.norm(self.qk).mul_(self.gains)
         torch.index_select(self.rows, 1, self.partner, out=self.turned_rows)
         self.qk.mul_(place.cos).addcmul_(self.turned, place.sin)
-        if place.bias is None:
+        if seen is None:
+            seen = store(*self.kv[:, :, :, None].unbind(1))  # (B, G, 1, D) -> (B, G, S, D) each
+        elif place.bias is None:
             store.copy_(self.kv)
-            keys, values = seen.to(hidden.dtype)  # (1, G, S, D) each
-            attended = F.scaled_dot_product_attention(self.q, keys, values, enable_gqa=True)
         else:
             new = self.kv if place.rows is None else self.kv.index_select(0, place.rows)
             store.index_copy_(0, place.slots, new.reshape(-1, self.D).to(store.dtype))
-            keys, values = seen.to(hidden.dtype)  # (B, G, S, D) each
+        keys, values = (part.to(hidden.dtype) for part in seen)  # (B, G, S, D) each
+        if place.bias is None:
+            attended = F.scaled_dot_product_attention(self.q, keys, values, enable_gqa=True)
+        else:
             scores = scores_of(self.q, keys, self.D**-0.5).add_(place.bias)  # (B, H, 1, S)
             attended = weighted_sum(scores.softmax(dim=-1), values)
         add_product(hidden, attended.view(len(hidden), -1), self.out)  # (B, H, 1, D) -> (B, H*D)

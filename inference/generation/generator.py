@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from inference.fast.decoder import FastDecoder, agree, decoders, fingerprint, refusal
 from inference.generation.sampling import Sampler, SamplingParams
-from model.caches import make_cache
+from model.caches import check_kv_cache, make_cache
 from modules.experts.router import routing_codes
 from utils.errors import UserError
 
@@ -50,12 +50,15 @@ class Generator:
             returns it for its sources.
         start_id: the token that replaces an empty prompt; 0 is the end-of-text token of every tokenizer here.
         fast: True if `FastDecoder` may be used.
+        kv_cache: the kind of its caches, one of `KV_KINDS` (model/caches.py).
 
     Attributes:
         why_plain: the reason why the last rows did not use `FastDecoder`; empty if they did.
     """
 
-    def __init__(self, model, start_id: int = 0, fast: bool = True):
+    def __init__(self, model, start_id: int = 0, fast: bool = True, kv_cache: str = "full"):
+        check_kv_cache(model.config, kv_cache)
+        self.kv_cache = kv_cache
         self.model, self.start_id, self.fast = model, start_id, fast
         self.context = model.config.max_position_embeddings - getattr(model, "prefix_length", 0)
         self.decoder, self.prepared_from, self.why_plain = None, None, ""
@@ -122,7 +125,7 @@ class Generator:
         first = range(0, len(prompts), samples)  # the first row of each prompt, which is read for all
         lengths = [len(prompts[row]) for row in first]
         planned = [len(prompts[row]) + room[row] for row in first]
-        cache = make_cache(self.model, len(first), max(planned), planned)
+        cache = make_cache(self.model, len(first), max(planned), planned, self.kv_cache)
         decoder = self.fast_decoder(len(prompts))
         rows, active = list(range(len(prompts))), [places > 0 for places in room]
         ids = pad_sequence([torch.tensor(prompts[row]) for row in first], batch_first=True)  # (B, T)

@@ -41,8 +41,8 @@ class SpeculativeGenerator(Generator):
     a parallel head drafts one token. `drafted` and `accepted` count tokens over all calls.
     """
 
-    def __init__(self, model, start_id: int = 0, draft_length: int = 1):
-        super().__init__(model, start_id)
+    def __init__(self, model, start_id: int = 0, draft_length: int = 1, kv_cache: str = "full"):
+        super().__init__(model, start_id, kv_cache=kv_cache)
         kind = model.config.mtp
         if kind == "none":
             raise UserError("this model has no MTP head to draft with: train one with model.mtp=sequential")
@@ -56,7 +56,7 @@ class SpeculativeGenerator(Generator):
         if len(prompts) != 1 or recorded is not None:
             return super().write(prompts, room, sampler, add, samples, recorded)
         (prompt,), (left,) = prompts, room
-        cache = make_cache(self.model, 1, len(prompt) + left)
+        cache = make_cache(self.model, 1, len(prompt) + left, kv_cache=self.kv_cache)
         draft_cache = make_draft_cache(self.model, 1, len(prompt) + left)
         with few_threads(self.model, len(prompt)):
             output = self.read(prompt, cache, last_only=True)

@@ -140,5 +140,5 @@ def calibrated(
             hook.remove()
         yield number, seen
         for step in range(len(batches)):
-            hidden[step] = decoder.layers[number](hidden[step], *contexts[step][number])[0]
+            hidden[step] = layer(hidden[step], *contexts[step][number])[0]
             tick()

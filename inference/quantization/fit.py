@@ -9,7 +9,7 @@ from torch import nn
 from config.quant import CALIBRATED, QuantConfig
 from inference.quantization.calibrate import Inputs, calibrated
 from model.quantized import (
-    empty_layer, held_bytes, matrices, quantize_weights, quantized_paths, stores_of,
+    HEAD, empty_layer, held_bytes, matrices, quantize_weights, quantized_paths, stores_of,
 )  # fmt: skip
 from model.tinyseek import TinySeek
 from modules.quantized.awq import awq_scales
@@ -52,6 +52,8 @@ def quantize_model(
                 seen[path] = errors(layer, model.get_submodule(path), inputs[path])
     rest = {path: layer for path, layer in plain.items() if path not in seen}
     quantize_weights(model, quant, rest)
+    if model.config.tie_word_embeddings:
+        plain.pop(HEAD, None)  # the embedding's row counts it
     return [row_of(path, layer, model.get_submodule(path), *seen.get(path, (None, 0)))
             for path, layer in plain.items()]  # fmt: skip
 

@@ -130,9 +130,11 @@ class KVCache:
             raise ValueError("a prefix goes in front: this cache already holds tokens")
         if length > self.capacity:
             raise ValueError(f"a prefix of {length} does not fit: the cache holds {self.capacity} per row")
-        for number, part in enumerate(parts):
-            self.store[layer, number, :, :, :length] = part
-        self.prefix, self.lengths = length, [length] * len(self.lengths)
+        self.lengths = [0] * len(self.lengths)
+        self.begin(length)
+        self.append(layer, *(part.expand(len(self.lengths), -1, -1, -1) for part in parts))
+        self.advance()
+        self.prefix = length
 
     def select(self, rows: list[int]) -> None:
         """Replace the rows of the batch by copies of these: finished ones leave, and one prompt, read once,

@@ -4,7 +4,8 @@
 
 A rounded weight is off by up to half a step of its group, large or small. Times s_j and back, column j is
 off by 1 / s_j of that, as long as the group's largest weight stays the same: the inputs that matter most are
-protected, without more bits. alpha is searched from 0 (no scaling) to 0.95 by the error of the output.
+protected, without more bits. alpha is searched from 0 (no scaling) to 0.95 by the error of the output: with
+an error e of the weight, that is the sum over tokens of |e x|^2 = sum of e * (e X^T X), whatever the tokens.
 
     weight (out, in), inputs (tokens, in)  ->  s (in,)
     stack of experts (E, out, in), E inputs (tokens, in)  ->  one s (in,) for all of them
@@ -32,13 +33,15 @@ def awq_scales(weight, inputs, round):
     if weight.dim() == 2:
         weight, inputs, matrix = weight[None], [inputs], round
         round = lambda scaled: matrix(scaled[0])[None]  # noqa: E731
+    inputs = [x.to(weight.dtype) for x in inputs]
     best, least = torch.ones_like(weight[0, 0]), float("inf")
-    means = torch.cat(list(inputs)).abs().mean(dim=0)  # NaN without any input
+    means = torch.cat(inputs).abs().mean(dim=0)  # NaN without any input
+    moments = torch.stack([x.T @ x for x in inputs])  # (E, in, in)
     for alpha in GRID if means.isfinite().all() else ():
-        scales = means.pow(alpha).to(weight.dtype).clamp(min=1e-4)
+        scales = means.pow(alpha).clamp(min=1e-4)
         scales = scales / (scales.max() * scales.min()).sqrt()
         wrong = round(weight * scales) / scales - weight  # (E, out, in)
-        error = sum(float((x @ part.T).square().sum()) for x, part in zip(inputs, wrong, strict=True))
+        error = float((wrong * (wrong @ moments)).sum())
         if error < least:
             best, least = scales, error
     return best

@@ -19,6 +19,7 @@ from inference.generation.sampling import SamplingParams, row_seed
 from inference.generation.terminal import harmless
 from inference.generation.text_stream import TextStream
 from load_data.chat.chat_template import ChatTemplate
+from modules.attention.quantized_cache import QuantizedKVCache
 from tests.inference.adapters import ADAPTED, MOE, write_adapter, write_base, write_gate
 from tests.inference.tools import byte_tokenizer, tiny_model, write_checkpoint
 from utils.errors import run_main
@@ -431,6 +432,20 @@ def test_a_model_that_drafts(monkeypatch, capsys, tmp_path):
     plain = run(monkeypatch, capsys, "--checkpoint", path, *FEW, "--prompt", "hi")[1]
     code, out, err = run(monkeypatch, capsys, "--checkpoint", path, *FEW, "--prompt", "hi", "--draft", 3)
     assert code == 0 and out == plain and "drafted tokens were accepted" in err
+
+
+def test_a_cache_of_another_kind(monkeypatch, capsys, tmp_path):
+    """The flag reaches the generator, with drafts too; a model with a window refuses it in one line."""
+    path, kinds = write_base(tmp_path / "a.pkl", 5, mtp="sequential"), []
+    real = QuantizedKVCache.__init__
+    monkeypatch.setattr(QuantizedKVCache, "__init__", lambda *args: kinds.append(args[-2]) or real(*args))
+    for kind, more in (("int8", []), ("int4", ["--draft", 2])):
+        args = ["--checkpoint", path, *FEW, "--prompt", "hi", "--kv-cache", kind, *more]
+        assert run(monkeypatch, capsys, *args)[0] == 0
+    assert kinds == [8, 4]
+    path = write_base(tmp_path / "b.pkl", 5, sliding_window=4)
+    code, out, err = run(monkeypatch, capsys, "--checkpoint", path, "--prompt", "x", "--kv-cache", "int8")
+    assert code == 2 and out == "" and "int8: this model has a sliding window" in err.splitlines()[-1]
 
 
 # --- commands ---------------------------------------------------------------------------------------------

@@ -230,6 +230,7 @@ def test_the_command_scores_skills(monkeypatch, capsys, model):
     assert code == 0 and "TinySeek_SFT_final.pkl (sft, cpu)" in err
     assert [line.split()[0] for line in lines[:-1]] == ["skill", "naming", "arithmetic"]
     assert lines[1].split()[1:4] == ["0", "3", "0.0"] and lines[-1] == "naming=0.00 arithmetic=0.00"
+    assert run(monkeypatch, capsys, *args, "--kv-cache", "int8")[:2] == (code, lines)
 
 
 @pytest.mark.parametrize("score", ["exact", "items"])
@@ -281,6 +282,7 @@ def test_the_command_scores_an_adapter(monkeypatch, capsys, model, tmp_path):
         (["--count", 0], "--count 0 must be at least 1"),
         (["--skills", "lists,naps"], "unknown skill 'naps'"),
         (["--score", "f2"], "argument --score"),
+        (["--kv-cache", "int2"], "argument --kv-cache"),
         (["--data", "none.jsonl"], "none.jsonl: no such file"),
         (["--checkpoint", "none.pkl"], "none.pkl: no such checkpoint"),
         (["--adapter", "none.pkl"], "none.pkl: no such checkpoint"),

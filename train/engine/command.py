@@ -80,6 +80,11 @@ def parse_command(
     if lent:
         inherited = both_held_out(inherited, lent(config, out))
         config = load_config(args.config, args.settings, inherited, flag_settings(args), stage)
+    if config.quant.method != "none":  # or the checkpoint would promise codes and hold numbers
+        raise UserError(
+            f"quant.method={config.quant.method} is for finished models: train without it, and quantise the "
+            "result with python inference/quantize.py"
+        )
     if adapted := lora(config):
         stage, short = f"{stage}_lora", f"{short}Lora"
     if not args.overwrite:
@@ -132,7 +137,7 @@ def inherited_sections(
     quant = init["config"].get("quant")
     if isinstance(quant, dict) and quant.get("method", "none") != "none":
         raise UserError(
-            f"{flag}{path}: its weights are codes of {quant['method']}, and training needs numbers; name "
+            f"{flag}{path}: its weights are codes of {quant['method']}, which cannot be trained; name "
             f"the model in full precision that it was made from ({init.get('source', 'unknown')})"
         )
     if section not in accepted:

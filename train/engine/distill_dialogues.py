@@ -1,4 +1,4 @@
-"""What a student reads and writes in distillation on dialogues: whose answers, and who scores them when."""
+"""The dialogues of distillation: whose answers a student learns, and when the teacher scores them."""
 
 from inference.generation.load import Loaded
 from load_data.chat.chat_data import ChatData, prepare_chat

@@ -11,7 +11,9 @@ that the divergence is measured there, and a mark, `own`, by which the loss leav
     micro-batch: input_ids (B, T), labels (B, T) on sampled tokens alone, padding_mask (B, T), own ()
 
 Of a dialogue of several turns, the last answer is sampled, after the true ones before it. Each answer has a
-row of its own. Which steps are sampled and each answer's random numbers depend on the seed, the step and the
+row of its own. A packed row gives as many questions as it has room for answers of `distill.max_new_tokens`:
+a student that does not stop in time would make a step many times as long, and the others wait for their next
+epoch. Which steps are sampled and each answer's random numbers depend on the seed, the step and the
 place of the dialogue in the step: a resumed run repeats them, and any number of processes samples the same.
 """
 
@@ -39,6 +41,7 @@ class StudentSamples:
     def __init__(self, given: LoaderSource, student, template: ChatTemplate, config, machine):
         self.given, self.student, self.template, self.world = given, student, template, machine.world
         settings, self.seed, self.steps = config.distill, config.train.seed, 0
+        self.room = config.data.sequence_length
         warm = 1.0 if settings.answer_temperature is None else settings.answer_temperature
         self.params = SamplingParams(warm, max_new_tokens=settings.max_new_tokens)
         self.share, self.sample = settings.on_policy, given.sample
@@ -62,8 +65,10 @@ class StudentSamples:
         prompts, seeds, context = [], [], self.student.config.max_position_embeddings
         first = (micro * self.world.size + self.world.rank) * len(batch["input_ids"])  # its place in the step
         for row, values in enumerate(zip(*(batch[key] for key in ("input_ids", "labels", "document_ids")))):
+            room = self.room
             for place, prompt in enumerate(prompts_of(*values)):
-                if len(prompt) < context:
+                room -= len(prompt) + self.params.max_new_tokens
+                if len(prompt) < context and (room >= 0 or not place):
                     prompts.append(prompt)
                     seeds.append(row_seed(self.seed, number, first + row, place))
         generator = Generator(self.student, self.template.tokenizer.eos_id)

@@ -76,7 +76,7 @@ class Table(nn.Module):
             vocab_size=vocab_size, max_position_embeddings=context, mtp="sequential"
         )
 
-    def make_cache(self, rows, capacity):
+    def make_cache(self, rows, capacity, kv_cache="full"):
         return Tokens()
 
     def forward(self, ids, cache, last_only=False):
@@ -104,7 +104,7 @@ class WithDrafts(nn.Module):
             self.first = ids[0, 0].item()
         return self.trunk(ids, cache=cache, last_only=last_only)
 
-    def make_cache(self, rows, capacity):
+    def make_cache(self, rows, capacity, kv_cache="full"):
         return speculative.make_cache(self.trunk, rows, capacity)
 
     def make_draft_cache(self, rows, capacity):

@@ -48,12 +48,21 @@ def test_labels_are_the_sampled_tokens_alone():
     (batch,), seen = step.micro_batches, []
     assert batch["own"] and step.numbers["own"] == 1
     rows = list(as_rows(batch))
-    assert {prompt for prompt, _ in rows} <= TEXTS and len(rows) > 4  # several of a packed row
+    assert {prompt for prompt, _ in rows} <= TEXTS and len(rows) > 4  # several of some packed row
     assert step.weight == sum(len(answer) for _, answer in rows)
     assert step.tokens == sum(len(prompt) + len(answer) - 1 for prompt, answer in rows)
     given = source(student, "distill.on_policy=0").next_step().micro_batches[0]
-    places = [(row, int(each)) for row, each_row in enumerate(given["document_ids"])
-              for each in each_row.unique() if each >= 0]  # fmt: skip
+    counts = [len(documents[documents >= 0].unique()) for documents in given["document_ids"]]
+    places = [(row, place) for row, count in enumerate(counts) for place in range(count)]
+    begins = [tuple(given["input_ids"][row][given["document_ids"][row] == place].tolist())
+              for row, place in places]  # fmt: skip
+    places = [next(where for where, whole in zip(places, begins, strict=True) if whole[: len(one)] == one)
+              for one, _ in rows]  # fmt: skip
+    assert len(rows) < len(begins)
+    for row in range(len(counts)):  # no more of a row than answers of 6 tokens fit in its 40
+        found = [len(prompt) + 6 for (prompt, _), (here, _) in zip(rows, places, strict=True) if here == row]
+        assert len(found) == 1 or sum(found) <= 40
+        assert [place for here, place in places if here == row] == list(range(len(found))) and found
     generator, params = Generator(student), SamplingParams(max_new_tokens=6)
     for (prompt, answer), (row, place) in zip(rows, places, strict=True):
         seeds = [row_seed(3, 0, row, place)]
