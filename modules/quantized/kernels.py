@@ -39,8 +39,7 @@ GROUPS = (256, 128, 64, 32)  # that the operator for 4 bits has, the cheapest fi
 
 
 def packed(prepack):
-    """Return a matrix in the order in which fbgemm reads it. PyTorch warns that it will drop the quantised
-    tensors that this takes; `sound` will notice."""
+    """Call `prepack` for fbgemm. PyTorch warns that it will drop quantised tensors; `sound` would notice."""
     before, torch.backends.quantized.engine = torch.backends.quantized.engine, "fbgemm"
     try:
         with warnings.catch_warnings():
@@ -147,8 +146,8 @@ def kind_of(stores):
 
 
 def fast_product(stores, expert: int | None = None):
-    """Return the fastest product for stores (out, in) with the same input, or for one expert of stacks
-    (E, out, in), that the formats allow and this machine computes rightly."""
+    """Return the fastest product that is right here, for stores (out, in) with the same input, or for one
+    expert of stacks (E, out, in)."""
     kind = kind_of(stores)
     if kind is not HalfProduct and sound(kind):
         return kind(joined_codes(stores, expert))
@@ -179,14 +178,13 @@ def lesson():
     from modules.quantized.stored import StoredNF4
 
     torch.manual_seed(0)
-    x, weight = torch.randn(1, 1024), torch.randn(6144, 1024)
+    x, weight = torch.randn(1, 1024), torch.randn(3072, 1024)
     stores = {"int8": StoredIntegers(weight.shape, 8), "int4": StoredIntegers(weight.shape, 4, 32)}
     stores["NF4"] = StoredNF4(weight.shape)
     products = {name: fast_product([store.round(weight)]) for name, store in stores.items()}
-    products["fp32"] = lambda x: F.linear(x, weight)
-    print("one row times 6144 x 1024 numbers, the best of 40 turns")
-    times = {name: [] for name in products}
-    for _ in range(40):
+    products["fp32"], times = lambda x: F.linear(x, weight), {name: [] for name in (*stores, "fp32")}
+    print("one row times 3072 x 1024 numbers, the best of 20 turns")
+    for _ in range(20):
         for name, product in products.items():
             start = perf_counter()
             product(x)

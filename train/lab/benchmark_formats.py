@@ -98,7 +98,8 @@ def compare(config, turns: int, machine) -> None:
             contenders = {"ours": decoding(generator, rows), "fp32": decoding(reference, rows)}
             times = take_turns(contenders, turns, machine)
             speed = rows * NEW_TOKENS / statistics.median(times["ours"])
-            line += f"   {rows:2d} rows: {speed:7,.1f} tokens/s, ratio {ratio(times['ours'], times['fp32']):.2f}"
+            gain = ratio(times["ours"], times["fp32"])
+            line += f"   {rows:2d} rows: {speed:7,.1f} tokens/s, ratio {gain:.2f}"
         print(line, flush=True)
 
 

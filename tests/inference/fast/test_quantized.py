@@ -130,3 +130,11 @@ def test_matrices_with_one_input_are_one_product():
     for linear in (attention.k_proj, attention.v_proj):
         linear.input_scale.copy_(attention.q_proj.input_scale)
     assert len(FastDecoder(model).layers[0][0].qkv.parts) == 1
+
+
+def test_inputs_are_rounded_where_the_layer_rounds_them():
+    """Bias aside, the matrix is the layer; without rounding it would differ by half a percent."""
+    layer = build("smoothquant").model.layers[0].mlp.down_proj
+    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
+    found, expected = quantized.quantized_linears([layer], torch.float32)(x), layer(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
