@@ -20,6 +20,7 @@ from torch import nn
 
 from config.model import ModelConfig
 from config.quant import SCALED, QuantConfig
+from model.blank import Blank
 from model.tinyseek import TinySeek
 from modules.experts.moe import Experts
 from modules.quantized.embedding import QuantEmbedding
@@ -137,7 +138,7 @@ def dequantize_weights(model: TinySeek) -> TinySeek:
 def plain_layer(layer: nn.Module) -> nn.Linear | Experts | nn.Embedding:
     """Return a plain layer with the numbers of a quantised one."""
     weights = [nn.Parameter(part) for part in matrices(layer)]
-    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
+    with Blank("meta"):  # no memory and no random numbers for weights that are replaced
         if isinstance(layer, QuantExperts):
             plain = Experts(*weights[1].shape, layer.implementation)
             plain.gate_up_proj, plain.down_proj = weights

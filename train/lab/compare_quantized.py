@@ -99,16 +99,16 @@ def quantized_row(path: Path, name: str, batches: list[dict], count: int) -> tup
 
 
 def plot(rows: dict[str, tuple], png: str) -> None:
-    """Draw the loss over the bits per weight."""
+    """Draw the loss over the bits per weight; a line is the loss in full precision."""
     figure = Figure((8, 5), layout="constrained")
     axes = figure.subplots()
-    for number, (name, (bits, _, _, bpb, _)) in enumerate(rows.items()):
-        axes.scatter(bits, bpb, color=COLORS[number % len(COLORS)], zorder=3)
-        axes.annotate(name, (bits, bpb), xytext=(4, 4), textcoords="offset points", fontsize=9)
-    axes.set(xlabel="bits per quantised weight, scales included", ylabel="held-out loss in bits per byte",
-             title="What a bit is worth", xscale="log", xticks=[4, 5, 6, 8, 16, 32],
-             xticklabels=[4, 5, 6, 8, 16, 32])  # fmt: skip
+    axes.axhline(rows["fp32"][3], color="grey", linestyle="--", label="fp32")
+    for number, (name, (bits, _, _, bpb, _)) in enumerate(one for one in rows.items() if one[0] != "fp32"):
+        color, marker = COLORS[number % len(COLORS)], "os^"[number // len(COLORS) % 3]
+        axes.plot(bits, bpb, color=color, marker=marker, linestyle="none", label=name)
+    axes.set(xlabel="bits per quantised weight, scales included", ylabel="held-out loss in bits per byte")
     axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right")
     save_figure(figure, png)
 
 
