@@ -12,7 +12,7 @@ collects small steps until its code changes.
     lsq     s is trained as well:  dw'/ds = q - w/s, or q where it is cut off,  times 1 / sqrt(N high)
 
 N is the number of weights that share s; without the factor, s moves faster than its weights. The paper begins
-with s = 2 mean|w| / sqrt(high), for whole layers. That is twice the best step for a group of 32 normal weights;
+with s = 2 mean|w| / sqrt(high), for whole layers. That is twice the best step for a group of 32 weights;
 here s begins as in ste.
 What is trained is log s: s stays above zero, and a step of Adam changes it in proportion to its size.
 
