@@ -106,6 +106,9 @@ def card(checkpoint: dict, settings: dict, tensors: dict, base: Loaded) -> str:
     kind = "rs" * settings["use_rslora"] + ("DoRA" if settings["use_dora"] else "LoRA")
     own, beside = (sum(part.numel() for part in of) for of in (tensors.values(), base.model.parameters()))
     origin, name = [], settings["base_model_name_or_path"]
+    rounded = checkpoint["config"].get("lora", {}).get("base", "full") == "nf4"
+    codes = ["- trained beside the base in NF4: load that with `BitsAndBytesConfig(load_in_4bit=True, "
+             'bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)`'] * rounded  # fmt: skip
     if name:
         origin = [f"base_model: {json.dumps(name)}"]
     targets = ", ".join(settings["target_modules"] + (settings["target_parameters"] or []))
@@ -114,7 +117,7 @@ def card(checkpoint: dict, settings: dict, tensors: dict, base: Loaded) -> str:
         f"- {kind} of rank {settings['r']} with lora_alpha {settings['lora_alpha']}, on {targets}",
         f"- {own:,} parameters, beside {beside:,} of the base",
         f"- trained by the stage `{checkpoint['stage']}`: {checkpoint['step']:,} steps",
-        f"- base: `{base.path.name}` with the weights `{base.digest}`; it fits no others", "",
+        f"- base: `{base.path.name}` with the weights `{base.digest}`; it fits no others", *codes, "",
         "    model = peft.PeftModel.from_pretrained(base, FOLDER)", "",
     ])  # fmt: skip
 

@@ -14,9 +14,8 @@ rank, out of reach for B A, yet m does it with one number per row. ||V|| is a co
 (section 4.3 of the paper): this saves the memory of a second matrix and changes accuracy little.
 
 A linear layer adds s B (A x) to its output and never builds B A. Experts run all tokens in one fast pass
-(modules/experts/grouped.py) that takes matrices, so W' is built for all E at once. Building it costs R
-multiplications per weight, and using it one per weight and token: little extra, if an expert sees many more
-than R tokens. An expert of width F needs no rank above F.
+(modules/experts/grouped.py) that takes matrices, so W' is built for all E at once. That costs R products per
+weight, and using it one per token: little extra for many tokens. An expert of width F needs no rank above F.
 
 Papers: Hu et al., arXiv 2106.09685 (LoRA); Kalajdzievski, arXiv 2312.03732 (rsLoRA); Liu et al., arXiv
 2402.09353 (DoRA). Names as in `peft`: `<layer>.lora_A.<adapter>`, and the base keeps its own.
@@ -117,13 +116,11 @@ class LoraLayer(nn.Module):
 class LoraLinear(LoraLayer):
     """`nn.Linear` with adapters: `forward(x)`, (B, .., in) or (N, in) -> the same with out."""
 
+    product = nn.Linear.forward  # x -> W x + b
+
     def forward(self, x):
         """Multiply all rows by W at once, then add what each row's adapter gives."""
         return self.switch.by_rows(self.adapted, x, self.product(x))
-
-    def product(self, x):
-        """x (.., in) -> W x + b (.., out)."""
-        return F.linear(x, self.weight, self.bias)
 
     def adapted(self, name, x, base):
         """Add one adapter to base = W x + b (None, or one that is not here: return base)."""

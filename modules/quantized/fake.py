@@ -11,8 +11,9 @@ collects small steps until its code changes.
     ste     s = max|w| / half, from the weights of each step (modules/quantized/integers.py)
     lsq     s is trained as well:  dw'/ds = q - w/s, or q where it is cut off,  times 1 / sqrt(N high)
 
-LSQ begins with s = 2 mean|w| / sqrt(high): it cuts off large weights and has finer steps for the rest. N is
-the number of weights that share s; without the factor, s moves faster than its weights.
+N is the number of weights that share s; without the factor, s moves faster than its weights. The paper begins
+with s = 2 mean|w| / sqrt(high), for whole layers. That is twice the best step for a group of 32 weights;
+here s begins as in ste.
 What is trained is log s: s stays above zero, and a step of Adam changes it in proportion to its size.
 
 Papers: straight-through, Bengio et al., arXiv 1308.3432; LSQ, Esser et al., arXiv 1902.08153; log s: Jain et
@@ -78,9 +79,8 @@ class FakeLayer(nn.Module):
             groups = grouped(getattr(layer, matrix).detach(), group_size)  # (.., out, groups, g)
             self.scale_dtype = self.empty_store(matrix).scale_dtype
             if kind == "lsq":
-                size = groups.abs().mean(dim=-1).clamp(min=TINY)
-                start = (2 * size / (2 ** (bits - 1) - 1) ** 0.5).log()
-                self.register_parameter(f"{matrix}_log_scale", nn.Parameter(start.flatten()))
+                start, _ = scales_and_zeros(groups, bits, symmetric=True)
+                self.register_parameter(f"{matrix}_log_scale", nn.Parameter(start.log().flatten()))
         self.train(layer.training)
 
     def scales(self, matrix: str):

@@ -21,9 +21,9 @@ def linear(out=6, width=24, bias=False, seed=0) -> nn.Linear:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_value_and_gradients_are_torchs(bits):
-    """LSQ's from `_fake_quantize_learnable_per_channel_affine`, with scales that cut off many numbers; and the
-    straight-through one from the function with fixed scales. torch adds up the gradient of a scale in another
-    order: the bound is a few roundings of its largest terms."""
+    """LSQ's from the function with learnable scales, here small ones; the straight-through one from
+    that with fixed scales. torch adds up the gradient of a scale in another order: the bound is a few
+    roundings of its largest terms."""
     torch.manual_seed(1)
     groups, scales = torch.randn(10, 16) * 3, torch.rand(10) * 20 / 2**bits + 0.01
     low, high, zeros = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, torch.zeros(10)

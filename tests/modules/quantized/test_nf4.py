@@ -93,3 +93,10 @@ def test_equal_scales():
     """All minus their mean are 0: not NaN."""
     scales = torch.full((300,), 0.25)
     assert torch.equal(nf4.dequantize_scales(*nf4.quantize_scales(scales)), scales)
+
+
+@pytest.mark.parametrize("shape", [(3, 128), (1, 2), (5, 7, 6), (64, 1)])
+def test_the_fast_way_back_is_the_plain_one(shape):
+    """Bit for bit: blocks that end with the matrix, and those that do not."""
+    codes, scales = nf4.quantize_nf4(torch.randn(shape))
+    assert torch.equal(nf4.dequantize_packed(pack(codes), scales), nf4.dequantize_nf4(codes, scales))
