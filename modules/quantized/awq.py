@@ -35,9 +35,9 @@ def awq_scales(weight, inputs, round):
         round = lambda scaled: matrix(scaled[0])[None]  # noqa: E731
     inputs = [x.to(weight.dtype) for x in inputs]
     best, least = torch.ones_like(weight[0, 0]), float("inf")
-    means = torch.cat(inputs).abs().mean(dim=0)  # NaN without any input
+    means = torch.cat(inputs).abs().mean(dim=0)  # NaN without any input: alpha = 0 stays the best
     moments = torch.stack([x.T @ x for x in inputs])  # (E, in, in)
-    for alpha in GRID if means.isfinite().all() else ():
+    for alpha in GRID:
         scales = means.pow(alpha).clamp(min=1e-4)
         scales = scales / (scales.max() * scales.min()).sqrt()
         wrong = round(weight * scales) / scales - weight  # (E, out, in)
