@@ -102,13 +102,15 @@ def plot(rows: dict[str, tuple], png: str) -> None:
     """Draw the loss over the bits per weight; a line is the loss in full precision."""
     figure = Figure((8, 5), layout="constrained")
     axes = figure.subplots()
-    axes.axhline(rows["fp32"][3], color="grey", linestyle="--", label="fp32")
+    axes.axhline(rows["fp32"][3], color="grey", linestyle="--")
+    axes.annotate("fp32", (6, rows["fp32"][3]), xytext=(0, 4), textcoords="offset points", color="grey")
     for number, (name, (bits, _, _, bpb, _)) in enumerate(one for one in rows.items() if one[0] != "fp32"):
-        color, marker = COLORS[number % len(COLORS)], "os^"[number // len(COLORS) % 3]
-        axes.plot(bits, bpb, color=color, marker=marker, linestyle="none", label=name)
+        axes.plot(bits, bpb, color=COLORS[number % len(COLORS)], marker="o")
+        place = {"xytext": (-7, -3), "ha": "right"} if number % 2 else {"xytext": (7, -3)}
+        axes.annotate(name, (bits, bpb), textcoords="offset points", **place)
     axes.set(xlabel="bits per quantised weight, scales included", ylabel="held-out loss in bits per byte")
+    axes.set_xlim(3.5, 9)
     axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right")
     save_figure(figure, png)
 
 
