@@ -87,10 +87,11 @@ def compare(config, turns: int, machine) -> None:
     reference = None
     for name, quant in FORMATS.items():
         torch.manual_seed(0)
-        before, model = resident(), TinySeek(config).eval()
+        generator = contenders = None  # frees the one before
+        before, generator = resident(), Generator(TinySeek(config).eval())
         if quant:
-            quantize_weights(model, QuantConfig(**quant))
-        generator, loaded = Generator(model), resident()
+            quantize_weights(generator.model, QuantConfig(**quant))
+        loaded = resident()
         generator.fast_decoder()
         line = f"  {name:20s} {loaded - before:5.0f} MB, decoder {resident() - loaded:5.0f} MB"
         reference = reference or generator
