@@ -106,8 +106,9 @@ def plot(rows: dict[str, tuple], png: str) -> None:
     axes.annotate("fp32", (6, rows["fp32"][3]), xytext=(0, 4), textcoords="offset points", color="grey")
     for number, (name, (bits, _, _, bpb, _)) in enumerate(one for one in rows.items() if one[0] != "fp32"):
         axes.plot(bits, bpb, color=COLORS[number % len(COLORS)], marker="o")
-        place = {"xytext": (-7, -3), "ha": "right"} if number % 2 else {"xytext": (7, -3)}
-        axes.annotate(name, (bits, bpb), textcoords="offset points", **place)
+        left, height = bits < 4.4, 2 if number % 2 else -9  # so that few names overlap
+        axes.annotate(name, (bits, bpb), textcoords="offset points", ha="right" if left else "left",
+                      xytext=(-7 if left else 7, height))  # fmt: skip
     axes.set(xlabel="bits per quantised weight, scales included", ylabel="held-out loss in bits per byte")
     axes.set_xlim(3.5, 9)
     axes.grid(alpha=0.3)
