@@ -22,6 +22,7 @@ from load_data.chat.chat_template import ChatTemplate
 from modules.attention.quantized_cache import QuantizedKVCache
 from tests.inference.adapters import ADAPTED, MOE, write_adapter, write_base, write_gate
 from tests.inference.tools import byte_tokenizer, tiny_model, write_checkpoint
+from utils.checkpoint import load_checkpoint
 from utils.errors import run_main
 
 SCRIPT = Path(chat.__file__)
@@ -370,8 +371,8 @@ def test_wrong_combinations_are_one_line_and_exit_code_2(monkeypatch, capsys, fo
     lost = write_adapter(tmp_path / "lost.pkl", other, base={"digest": "0" * 16, "path": "gone/away.pkl"})
     damaged = tmp_path / "damaged.pkl"
     damaged.write_bytes(lora.read_bytes()[:-60])
-    flipped = bytearray(lora.read_bytes())
-    flipped[len(flipped) // 2] ^= 4
+    flipped, part = bytearray(lora.read_bytes()), next(iter(load_checkpoint(lora)["weights"].values()))
+    flipped[flipped.index(part.numpy().tobytes())] ^= 4  # in a tensor: padding between them may be anything
     (tmp_path / "flipped.pkl").write_bytes(flipped)
     gate = write_gate(tmp_path / "gate.pkl", base, ["base", lora])
     torn = write_gate(tmp_path / "torn.pkl", base, ["base", write_adapter(tmp_path / "c.pkl", base)])

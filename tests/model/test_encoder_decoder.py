@@ -144,7 +144,8 @@ def test_states_logits_gradients_of_transformers(shape, lengths, dtype=torch.flo
     for name, p in model.named_parameters():
         other = gradients[their_name(name)].grad
         if not pad and any(part in name for part in ("q_proj", "k_proj", "relative_bias", "cross_norm")):
-            assert not p.grad.any() and not other.any()  # one key has weight 1, whatever its score
+            rounding = 100 * torch.finfo(p.dtype).eps  # one key has weight 1, whatever its score
+            assert max(p.grad.abs().max(), other.abs().max()) < rounding
         else:
             close(p.grad, other, bound)
 
