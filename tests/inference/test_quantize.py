@@ -178,6 +178,8 @@ def test_the_command(source, tmp_path, call):
         (["--data", "skills"], "--data is for calibration, and --method rtn has none"),
         (["--method", "awq", "--group", 8, "--data", "gone.txt"], "gone.txt"),
         (["--rows", 0], "--rows 0 must be at least 1"),
+        (["--method", "gptq", "--group", 8, "--seed", -3], "--seed -3 must be at least 0"),
+        (["--to", "."], "--to . is a folder: name a file in it"),
         (["--method", "magic"], "--method: invalid choice: 'magic'"),
         (["--group", 1], "quant.group_size=1 must be at least 2"),
     ],

@@ -138,7 +138,7 @@ def inherited_sections(
     if isinstance(quant, dict) and quant.get("method", "none") != "none":
         raise UserError(
             f"{flag}{path}: its weights are codes of {quant['method']}, which cannot be trained; name "
-            f"the model in full precision that it was made from ({init.get('source', 'unknown')})"
+            f"a model in full precision instead ({init.get('source', 'the one that it was trained from')})"
         )
     if section not in accepted:
         raise UserError(
