@@ -208,6 +208,16 @@ def test_no_training_claims_to_be_quantised(tmp_path):
         parse_command("pre_train", "Pre", "", ["--out", str(tmp_path), "--set", "quant.method=rtn"])
 
 
+def test_rounded_training_is_for_one_stage_and_used_when_finished(source, tmp_path):
+    with pytest.raises(UserError, match="qat.bits=4 is for train/sft_train.py"):
+        parse_command("pre_train", "Pre", "", ["--out", str(tmp_path), "--set", "qat.bits=4"])
+    entries = load_checkpoint(source)
+    entries["config"] |= {"qat": {"bits": 4, "kind": "ste"}}  # without scales, the names are those of a model
+    save_checkpoint(tmp_path / "a.pkl", entries)
+    with pytest.raises(UserError, match="of an unfinished training with qat.bits=4: end it with --resume"):
+        load_full(tmp_path / "a.pkl")
+
+
 def test_chat_and_evaluate(tmp_path, monkeypatch, capsys, call):
     source = write_source(tmp_path, "SFT")
     small = write_quantized(tmp_path / "small.pkl", source, FORMATS["awq4"])

@@ -85,6 +85,8 @@ def parse_command(
             f"quant.method={config.quant.method} is for finished models: train without it, and quantise the "
             "result with python inference/quantize.py"
         )
+    if config.qat.bits and stage != "sft_train":
+        raise UserError(f"qat.bits={config.qat.bits} is for train/sft_train.py: leave it out")
     if adapted := lora(config):
         stage, short = f"{stage}_lora", f"{short}Lora"
     if not args.overwrite:

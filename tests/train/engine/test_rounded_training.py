@@ -111,7 +111,7 @@ def test_rounded_training_ends_in_codes(
     loaded = load_full(file)
     assert torch.equal(logits(loaded.model), logits(model))
     assert (logits(loaded.model) - logits(load_full(base).model)).abs().max() > 1e-2
-    with pytest.raises(UserError, match="codes of rtn, and training needs numbers"):
+    with pytest.raises(UserError, match="codes of rtn, which cannot be trained"):
         call(monkeypatch, sft_train, arguments(tmp_path / "next", dialogues, file))
 
 
