@@ -65,6 +65,8 @@ def parse_command():
     args = parser.parse_args()
     if args.rows < 1:
         raise UserError(f"--rows {args.rows} must be at least 1")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} must be at least 0")
     bits = BITS.get(args.method, 4) if args.bits is None else args.bits
     group = GROUP if args.group is None and bits == 4 and args.method != "nf4" else args.group or None
     quant = QuantConfig(args.method, bits, group, not args.asymmetric, args.double, head=args.head)
@@ -131,6 +133,8 @@ def main():
     if (was := loaded.config.quant).method != "none":
         raise UserError(f"{loaded.path} is quantised already ({was.method}): name the model it was made from")
     to = args.to or loaded.path.with_name(f"TinySeek_{loaded.about['short']}_{quant.method}{quant.bits}.pkl")
+    if to.is_dir():
+        raise UserError(f"--to {to} is a folder: name a file in it")
     if to.exists() and (not args.overwrite or to.samefile(loaded.path)):
         raise UserError(f"{to} is there already; --overwrite replaces it, --to FILE writes elsewhere")
     blank(partial(on_stores, quant), loaded.model.config, "meta")  # an error if the format does not fit

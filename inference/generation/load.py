@@ -159,6 +159,9 @@ def build(kind: Callable, about: dict, path: str | Path) -> tuple[torch.nn.Modul
         if kind is not TinySeek:
             raise UserError(f"{path}: quantised, which only whole models that write text can be")
         kind = partial(on_stores, config.quant)
+    elif config.qat.bits:  # whose exact weights are not what it computes with
+        bits = config.qat.bits
+        raise UserError(f"{path}: of an unfinished training with qat.bits={bits}: end it with --resume")
     layers = shape.num_hidden_layers + getattr(shape, "num_decoder_layers", 0)
     if layers > len(weights):
         raise UserError(f"{path}: it names {layers} layers and has {len(weights)} weights")

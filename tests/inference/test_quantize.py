@@ -178,6 +178,8 @@ def test_the_command(source, tmp_path, call):
         (["--data", "skills"], "--data is for calibration, and --method rtn has none"),
         (["--method", "awq", "--group", 8, "--data", "gone.txt"], "gone.txt"),
         (["--rows", 0], "--rows 0 must be at least 1"),
+        (["--method", "gptq", "--group", 8, "--seed", -3], "--seed -3 must be at least 0"),
+        (["--to", "."], "--to . is a folder: name a file in it"),
         (["--method", "magic"], "--method: invalid choice: 'magic'"),
         (["--group", 1], "quant.group_size=1 must be at least 2"),
     ],
@@ -204,6 +206,16 @@ def test_quantised_once_only(source, tmp_path, call):
 def test_no_training_claims_to_be_quantised(tmp_path):
     with pytest.raises(UserError, match="quant.method=rtn is for finished models: .* inference/quantize.py"):
         parse_command("pre_train", "Pre", "", ["--out", str(tmp_path), "--set", "quant.method=rtn"])
+
+
+def test_rounded_training_is_for_one_stage_and_used_when_finished(source, tmp_path):
+    with pytest.raises(UserError, match="qat.bits=4 is for train/sft_train.py"):
+        parse_command("pre_train", "Pre", "", ["--out", str(tmp_path), "--set", "qat.bits=4"])
+    entries = load_checkpoint(source)
+    entries["config"] |= {"qat": {"bits": 4, "kind": "ste"}}  # without scales, the names are those of a model
+    save_checkpoint(tmp_path / "a.pkl", entries)
+    with pytest.raises(UserError, match="of an unfinished training with qat.bits=4: end it with --resume"):
+        load_full(tmp_path / "a.pkl")
 
 
 def test_chat_and_evaluate(tmp_path, monkeypatch, capsys, call):

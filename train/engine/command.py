@@ -85,6 +85,8 @@ def parse_command(
             f"quant.method={config.quant.method} is for finished models: train without it, and quantise the "
             "result with python inference/quantize.py"
         )
+    if config.qat.bits and stage != "sft_train":
+        raise UserError(f"qat.bits={config.qat.bits} is for train/sft_train.py: leave it out")
     if adapted := lora(config):
         stage, short = f"{stage}_lora", f"{short}Lora"
     if not args.overwrite:
@@ -138,7 +140,7 @@ def inherited_sections(
     if isinstance(quant, dict) and quant.get("method", "none") != "none":
         raise UserError(
             f"{flag}{path}: its weights are codes of {quant['method']}, which cannot be trained; name "
-            f"the model in full precision that it was made from ({init.get('source', 'unknown')})"
+            f"a model in full precision instead ({init.get('source', 'the one that it was trained from')})"
         )
     if section not in accepted:
         raise UserError(

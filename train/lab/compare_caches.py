@@ -24,7 +24,7 @@ from load_data.packing import prepare_pretraining
 from load_data.skills import SFT_SKILLS, scored_items
 from model.caches import KV_KINDS, make_cache
 from utils.device import set_threads
-from utils.errors import Parser, run_main
+from utils.errors import Parser, UserError, run_main
 
 PROMPT, NEW, BATCH = 64, 64, 50  # tokens of a piece of text, and after it; rows of a batch
 
@@ -48,6 +48,8 @@ def main():
     parser.add_argument("--checkpoint", metavar="FILE", help="the model (default: the latest stage in out/)")
     parser.add_argument("--count", type=int, default=200, metavar="N", help="texts (default: %(default)s)")
     args = parser.parse_args()
+    if args.count < 1:
+        raise UserError(f"--count {args.count} must be at least 1")
     set_threads()
     loaded = load_base(args.checkpoint, torch.device("cpu"), DEFAULT_OUT)
     model, prompts, texts, sizes = loaded.model.eval(), pick_prompts(loaded, args.count), {}, {}

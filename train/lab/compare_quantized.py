@@ -128,8 +128,12 @@ def main():
     names = args.methods.split(",")
     if unknown := [name for name in names if name not in FORMATS]:
         raise UserError(f"--methods {unknown[0]}: known are {', '.join(FORMATS)}")
+    if args.rows < 1 or args.count < 0:
+        raise UserError("--rows must be at least 1, and --count at least 0")
     set_threads()
     full = load_full(args.checkpoint)
+    if (was := full.config.quant).method != "none":
+        raise UserError(f"{full.path} is quantised already ({was.method}): name the model it was made from")
     batches = training_rows(full, None, args.rows)
     held, *scores = measured(full, args.count)
     rows = {"fp32": (32.0, held, full.path.stat().st_size / MIB, *scores)}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from inference.generation.load import load_full
 from load_data.packing import prepare_pretraining
-from tests.inference.quantization.tools import write_source
+from tests.inference.quantization.tools import FORMATS, write_quantized, write_source
 from train.lab import compare_quantized
 from train.lab.compare_quantized import bits_per_byte
 from utils.errors import run_main
@@ -46,8 +46,16 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         assert float(row[4]) - float(rows[0][4]) == pytest.approx(float(row[5]), abs=2e-4)  # as printed
 
 
-def test_an_unknown_method_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["compare_quantized.py", "--methods", "rtn3"])
-    with pytest.raises(SystemExit) as ended:
-        run_main(compare_quantized.main)
-    assert ended.value.code == 2 and "--methods rtn3: known are rtn8" in capsys.readouterr().err
+def test_bad_calls_are_one_line(tmp_path, monkeypatch, capsys):
+    small = write_quantized(tmp_path / "small.pkl", write_source(tmp_path), FORMATS["rtn8"])
+    cases = {
+        ("--methods", "rtn3"): "--methods rtn3: known are rtn8",
+        ("--rows", "0"): "--rows must be at least 1",
+        ("--checkpoint", str(small)): "small.pkl is quantised already (rtn)",
+    }
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for arguments, words in cases.items():
+        monkeypatch.setattr(sys, "argv", ["compare_quantized.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            run_main(compare_quantized.main)
+        assert ended.value.code == 2 and words in capsys.readouterr().err
