@@ -75,7 +75,7 @@ def load_config(
     if config.data.val_fraction > (held_out := kept.get("val_fraction", 1.0)):
         raise UserError(
             f"data.val_fraction={config.data.val_fraction} is more than the {held_out} that the training of "
-            "--init held out: omit the setting, or train the base with this fraction too"
+            "--init, or of a teacher, held out: omit the setting, or train that model with this fraction too"
         )
     if config.data.same_question != (rule := kept.get("same_question", config.data.same_question)):
         raise UserError(f"data.same_question must stay {rule}, as in --init: omit the setting")

@@ -222,6 +222,12 @@ def test_a_student_with_experts_of_a_dense_teacher(call, home, tmp_path):
     ([], {"model.vocab_size": 5}, "model.vocab_size=5 is less than the "),
     ([], {"data.val_fraction": 0.5}, "val_fraction=0.5 is more than the 0.3"),
     (["--init", "letters.pkl"], {}, "or start from a model with the teacher's tokenizer"),
+    (["--init", "letters.pkl", "--config", "skills", "--data", "skills:expressions"],
+     {"distill.answers": "teacher"}, "or start from a model with the teacher's tokenizer"),
+    (["--config", "skills"], {"distill.on_policy": 0.5, "distill.teacher": "narrow.pkl",
+                              "data.sequence_length": 12}, "behind it are more than the 16 positions of the"),
+    (["--config", "skills"], {"distill.on_policy": 1, "model.mtp": "parallel", "distill.max_new_tokens": 8},
+     "distill.on_policy=1 leaves model.mtp=parallel nothing to learn"),
     (["--data", "skills"], {}, "--data skills: dialogues; set distill.task=dialogues too"),
     (["--config", "skills"], {}, "text.txt: plain text is for train/pre_train.py"),
 ], ids=str)  # fmt: skip

@@ -1,6 +1,6 @@
 """The loss of a student beside a teacher, by terms, each a mean over tokens of the whole step.
 
-    loss = ce_weight * CE + alpha * balance + beta * z
+    loss = ce_weight * CE + lambda * CE(token after the next) + alpha * balance + beta * z
          + logits_weight * divergence of the probabilities    over the tokens with a label
          + hidden_weight * distance of the projected states   over all real tokens
          + attention_weight * KL of maps or relations         over all real tokens
@@ -21,7 +21,7 @@ from load_data.loader import IGNORED
 from modules.distillation.divergence import logit_loss, top_logit_loss, top_outcomes, wide
 from modules.distillation.hidden import hidden_loss
 from modules.distillation.relations import attention_kl, relation_loss
-from train.engine.language_model_loss import LanguageModelLoss, real_tokens
+from train.engine.language_model_loss import LanguageModelLoss, about, real_tokens
 from train.engine.recorder import Recorder
 from train.engine.stage import Batch, within
 from utils.distributed import sum_scalars
@@ -147,5 +147,4 @@ class DistillLoss(LanguageModelLoss):
 
 def run(model, batch: Batch):
     """Run a decoder for its hidden states: of its logits, those of the last column only."""
-    about = {key: batch[key] for key in ("position_ids", "document_ids", "padding_mask") if key in batch}
-    return model(batch["input_ids"], last_only=True, **about)
+    return model(batch["input_ids"], last_only=True, **about(batch))

@@ -47,9 +47,16 @@ def open_teacher(command: Command, machine: Machine) -> Loaded:
 
 
 def open_student(command: Command, teacher: Loaded, machine: Machine) -> Base:
-    """Return the student: that of `--init`, or a new one with the teacher's tokenizer."""
-    if command.init:
-        return open_base(command, machine)
+    """Return the student: that of `--init`, or a new one with the teacher's tokenizer. Raises `UserError` if
+    it does not fit the teacher, before any data are read or written."""
+    student = open_base(command, machine) if command.init else new_student(command, teacher)
+    check_same_tokens(command.config.distill.kinds, student.tokenizer, teacher.tokenizer)
+    check_fit(command.config, student.model.config, teacher.model.config, teacher.tokenizer.vocab_size)
+    return student
+
+
+def new_student(command: Command, teacher: Loaded) -> Base:
+    """Return a student with random weights and the teacher's tokenizer."""
     model, needed = command.config.model, teacher.tokenizer.vocab_size
     model.vocab_size = model.vocab_size or needed
     if model.vocab_size < needed:
@@ -64,10 +71,12 @@ def open_student(command: Command, teacher: Loaded, machine: Machine) -> Base:
 def with_teacher(stage: Stage, teacher: Loaded, config: RunConfig, machine: Machine) -> Stage:
     """Return the stage of a student with a teacher beside it, and a projection for hidden states. The
     projection is trained and resumed with the student; what is saved as the result is the student."""
-    student, settings = stage.model, config.distill
-    check_same_tokens(settings.kinds, stage.tokenizer, teacher.tokenizer)
-    vocabulary = min(teacher.tokenizer.vocab_size, stage.tokenizer.vocab_size)
-    pairs = check_fit(config, student.config, teacher.model.config, vocabulary)
+    student, settings, vocabulary = stage.model, config.distill, teacher.tokenizer.vocab_size
+    pairs = layer_pairs(
+        student.config.num_hidden_layers, teacher.model.config.num_hidden_layers, settings.layer_map
+    )
+    if settings.layers:
+        pairs = list(enumerate(settings.layers))
     heads = settings.relation_heads or common_heads(*head_counts(student.config, teacher.model.config))
     parts = {STUDENT: student}
     if settings.hidden != "none":
@@ -107,22 +116,29 @@ def head_counts(*configs) -> list[int]:
     return [count for one in configs for count in (one.num_attention_heads, one.num_key_value_heads)]
 
 
-def check_fit(config: RunConfig, student, teacher, vocabulary: int) -> list[tuple[int, int]]:
-    """Return the pairs of layers that meet. Raise `UserError` where the two models do not fit together."""
-    settings, kinds = config.distill, config.distill.kinds
-    rules = *shared_rules(config, teacher, vocabulary), *inner_rules(config, student, teacher)
+def check_fit(config: RunConfig, student, teacher, vocabulary: int) -> None:
+    """Raise `UserError` where the two models do not fit together."""
+    rules = *shared_rules(config, student, teacher, vocabulary), *inner_rules(config, student, teacher)
     if broken := [message for wrong, message in rules if wrong]:
         raise UserError(broken[0])
-    if settings.layers and kinds != ["logits"]:
-        return list(enumerate(settings.layers))
-    return layer_pairs(student.num_hidden_layers, teacher.num_hidden_layers, settings.layer_map)
 
 
-def shared_rules(config: RunConfig, teacher, vocabulary: int):
+def shared_rules(config: RunConfig, student, teacher, vocabulary: int):
     """Yield for each rule whether it is broken, and the error."""
-    length, places, top = config.data.sequence_length, teacher.max_position_embeddings, config.distill.top_k
-    yield config.distill.kinds and length > places, (
+    length, places, settings = config.data.sequence_length, teacher.max_position_embeddings, config.distill
+    new, top = settings.max_new_tokens, settings.top_k
+    yield settings.kinds and length > places, (
         f"data.sequence_length={length} is more than the {places} positions of the teacher: lower it"
+    )
+    # A question may fill a row, and the student's answer follows it. Beyond its positions a teacher is no
+    # teacher, but gives numbers all the same.
+    yield settings.on_policy and min(length + new, student.max_position_embeddings) - 1 > places, (
+        f"data.sequence_length={length} and distill.max_new_tokens={new} of a sample behind it are more than "
+        f"the {places} positions of the teacher: lower one"
+    )
+    yield settings.on_policy == 1 and student.mtp != "none", (
+        f"distill.on_policy=1 leaves model.mtp={student.mtp} nothing to learn, since samples are no truth: "
+        "lower it"
     )
     yield top and top > vocabulary, (
         f"distill.top_k={top} is more than the {vocabulary} tokens of the vocabulary: lower it, or omit it"

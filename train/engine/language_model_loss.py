@@ -59,8 +59,7 @@ class LanguageModelLoss(Loss):
 
     def forward(self, model, batch: dict):
         """Run the model on a batch, with its positions, documents and padding."""
-        about = {key: batch[key] for key in ("position_ids", "document_ids", "padding_mask") if key in batch}
-        return model(batch["input_ids"], labels=batch["labels"], mtp=self.mtp, **about)
+        return model(batch["input_ids"], labels=batch["labels"], mtp=self.mtp, **about(batch))
 
     def __call__(self, model, batch: dict, step_tokens: float):
         """Return one micro-batch's share of the loss of the step."""
@@ -87,6 +86,11 @@ class LanguageModelLoss(Loss):
         for layer, loads in enumerate(self.balancer.loads.tolist()):
             values |= {f"L{layer}E{expert}": load for expert, load in enumerate(loads)}
         return values
+
+
+def about(batch: dict) -> dict:
+    """Return what a batch says about its tokens, for the model: positions, documents and padding."""
+    return {key: batch[key] for key in ("position_ids", "document_ids", "padding_mask") if key in batch}
 
 
 def real_tokens(batch: dict) -> torch.Tensor:

@@ -21,6 +21,7 @@ run and for other runs with the same teacher, questions and seed.
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 from tqdm import tqdm
@@ -80,8 +81,9 @@ def dialogues(config: RunConfig, teacher, device, notes: list[str]) -> Iterator[
             yield from ((VAL, [*asked, *form]) for form in forms(kind, name, answer))
     if kind != "labels":
         generator = Generator(teacher.model.to(device), teacher.tokenizer.eos_id)
-    for name in names:
-        items = list(questions(config, [name], TRAIN, -(-config.distill.questions // len(names))))
+    chosen = questions(config, names, TRAIN, config.distill.questions)
+    for name, items in groupby(chosen, key=lambda item: item.skill):
+        items = list(items)
         if kind == "labels":
             answers = ((item, message("assistant", item.expected)) for item in items)
         else:

@@ -122,6 +122,26 @@ def test_stored_probabilities_take_the_place_of_the_teacher(kind, monkeypatch):
         torch.testing.assert_close(found[name], value)
 
 
+def test_given_layers_meet_instead_of_those_of_a_map():
+    stage, (batch, *_) = make_stage(student_config("distill.hidden=mse", "distill.layers=[2,0]"),
+                                    make_teacher()), steps_of(1, 4)[0]  # fmt: skip
+    about = {key: batch[key] for key in ("document_ids", "padding_mask")}
+    student, teacher = stage.model["student"], stage.frozen["teacher"]
+    with Recorder(student, [0, 1]) as ours, Recorder(teacher, [2, 0]) as theirs:
+        student(batch["input_ids"], **about)
+        teacher(batch["input_ids"], **about)
+    real, projected = batch["padding_mask"], stage.model["projection"](ours.hidden)
+    expected = sum(F.mse_loss(a[real], b[real]) for a, b in zip(projected, theirs.hidden, strict=True)) / 2
+    torch.testing.assert_close(summed(stage, [batch])[0]["hidden"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_spare_ids_are_no_outcomes_of_the_best_tokens_either():
+    """With every token among the best, the loss is that of full logits: no tail holds the spare ids."""
+    terms = [summed(make_stage(student_config(*more), make_teacher()), steps_of()[0])[0]["logits"]
+             for more in ((), (f"distill.top_k={V}",))]  # fmt: skip
+    torch.testing.assert_close(*terms)
+
+
 # --- saboteurs ---------------------------------------------------------------------------------------------
 
 

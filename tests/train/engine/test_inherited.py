@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.engine.command import inherited_sections
+from train.engine.command import both_held_out, inherited_sections
 
 SECTIONS = {"model": {}, "tokenizer": {}}
 OLD, NEW = {"val_fraction": 0.1}, {"val_fraction": 0.1, "same_question": "folded"}
@@ -24,6 +24,14 @@ def test_the_split_is_inherited(short, data, expected):
     """The fraction and the rule of the split (D1); a checkpoint without a rule has the first one."""
     init = {"config": SECTIONS | {"data": data}, "weights": {}, "tokenizer": "", "short": short}
     assert inherited_sections(init, "a.pkl") == SECTIONS | {"data": expected}
+
+
+def test_two_models_have_held_out_what_both_have():
+    """Of what they disagree on otherwise, the first decides."""
+    first = {"model": {}, "tokenizer": {"kind": "bpe"}, "data": NEW | {"val_fraction": 0.3}}
+    second = {"tokenizer": {"kind": "char"}, "data": OLD | {"template": "chatml"}}
+    assert both_held_out(first, second) == first | {"data": NEW | {"template": "chatml"}}
+    assert both_held_out({}, second) == second
 
 
 def test_an_imported_model_has_held_nothing_out():

@@ -84,6 +84,13 @@ def test_the_teacher_may_be_wrong_but_not_unfinished(teacher, tmp_path, monkeypa
     assert found[0] != values[0][1] and found[0].endswith(values[0][1])
 
 
+def test_a_limit_is_that_of_all_skills(tmp_path):
+    settings = ("distill.answers=labels", "data.limit=6")
+    data = prepared(None, tmp_path, *settings, paths="skills:arithmetic,thought_sums")
+    assert len(data.train) == 6
+    assert data.summary[0].startswith("arithmetic: 3 questions")
+
+
 def test_no_held_out_question_is_asked(teacher, tmp_path, monkeypatch):
     """By the key of the sum in each question, which this test reads itself; those of validation are."""
     monkeypatch.setattr(teacher_answers, "written_answers", scripted)
