@@ -95,7 +95,7 @@ def show(model, pairs, tokenizer, command, scored: bool):
     share = 0 if scored else exact_share(answers, targets, sentinel_ids(tokenizer))
     spelled = lambda ids: tokenizer.decode(ids, skip_special=False)  # noqa: E731
     answers, targets = [*map(spelled, answers)], [*map(spelled, targets)]
-    for pair, answer, target in list(zip(pairs, answers, targets, strict=True))[:SHOWN]:
+    for pair, answer, target in [*zip(pairs, answers, targets, strict=True)][:: -(-len(pairs) // SHOWN)]:
         print(f"\n--- source ---\n{spelled(pair.source)}")
         print(f"--- target ---\n{target}\n--- written ---\n{answer}")
     if scored:
