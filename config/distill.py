@@ -35,7 +35,7 @@ class DistillConfig:
     on_policy: float = option(0.0, at_least=0, at_most=1)  # share of steps on the student's own samples
     answer_temperature: float | None = option(None, at_least=0)  # None: 0 for the teacher, 1 for own samples
     max_new_tokens: int = option(64, at_least=1)  # of an answer that either of them writes
-    store_logits: bool = False  # compute the teacher's top_k once, and keep them in --out
+    store_logits: bool = False  # compute the teacher's top_k once, and keep them in the cache
 
     @property
     def kinds(self) -> list[str]:

@@ -49,7 +49,7 @@ def main():
         data = prepare_dialogues(student, teacher, config, machine)
         stage = dialogue_stage(STAGE, SHORT, student, data, config, machine)
         stage = with_teacher(stage, teacher, config, machine)
-        stage.source = taught_source(stage.source, student, teacher, data, command, machine)
+        stage.source = taught_source(stage.source, student, teacher, data, config, machine)
         train_and_score(stage, data, command, machine)
     machine.say(f"\nnext: {chat_command(SHORT, command.out)}")
     finish()

@@ -64,7 +64,7 @@ def flags(files, out, *settings, data=None, steps=8):
 
 
 def test_own_samples_and_stored_logits_resume_exactly(files, tmp_path, monkeypatch):
-    """The log tells which steps were on own samples; a resumed run reads the logits in --out."""
+    """The log tells which steps were on own samples; a resumed run reads the logits in the cache."""
     words = {name: flags(files, tmp_path / name, *OWN, "train.save_every=3") for name in "ab"}
     call(monkeypatch, distill_train, words["a"])
     call_until(monkeypatch, distill_train, words["b"], 6)
@@ -78,7 +78,7 @@ def test_own_samples_and_stored_logits_resume_exactly(files, tmp_path, monkeypat
     own = [row["own"] for row in logs[0] if "own" in row]
     assert len(own) == 8 and set(own) == {0, 1}
     assert all("logits" in row for row in logs[0] if "own" in row)
-    assert len(list((tmp_path / "a").glob("teacher_logits_*"))) == 1
+    assert len(list((files / "cache").glob("teacher_logits_*"))) == 1
 
 
 def test_a_student_with_other_tokens_learns_the_text_of_its_teacher(files, tmp_path, monkeypatch, capsys):

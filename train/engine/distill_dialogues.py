@@ -3,7 +3,6 @@
 from inference.generation.load import Loaded
 from load_data.chat.chat_data import ChatData, prepare_chat
 from load_data.chat.chat_template import ChatTemplate
-from train.engine.command import Command
 from train.engine.fine_tuning import Base
 from train.engine.machine import Machine
 from train.engine.stage import LoaderSource, Source
@@ -21,12 +20,11 @@ def prepare_dialogues(student: Base, teacher: Loaded, config, machine: Machine) 
 
 
 def taught_source(
-    source: LoaderSource, student: Base, teacher: Loaded, data: ChatData, command: Command, machine: Machine
+    source: LoaderSource, student: Base, teacher: Loaded, data: ChatData, config, machine: Machine
 ) -> Source:
     """Return `source` with the teacher's stored logits, and with samples of the student, where set."""
-    config = command.config
     if config.distill.store_logits:
-        folder = store_logits(source, data, teacher, config, machine, command.out)
+        folder = store_logits(source, data, teacher, config, machine)
         machine.say(f"the teacher's logits: {folder}")
     if config.distill.on_policy:
         return StudentSamples(source, student.model, data.template, config, machine)

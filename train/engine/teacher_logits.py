@@ -13,8 +13,8 @@ token changes; logits stored for one window would be those of another context.
 fp16 rounds log p by at most 2^-11 of it, so p by at most 2^-11 p |log p| < 0.0002. Trap: K rounded
 probabilities may sum to more than 1, see modules/distillation/divergence.py.
 
-A folder `teacher_logits_<hash>` in --out holds them; the hash is of teacher, dialogues, K and temperature. A
-checksum finds a damaged one.
+A folder `teacher_logits_<hash>` of the cache holds them, for a resumed run and for other students; the hash
+is of teacher, dialogues, K and temperature. A checksum finds a damaged one.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from inference.generation.load import Loaded
 from load_data.chat.chat_data import ChatData, Samples
 from load_data.chat.chat_loader import DialogueRows
 from load_data.loader import IGNORED
-from load_data.packing import prepared_folder
+from load_data.packing import REPOSITORY, prepared_folder
 from modules.distillation.divergence import top_outcomes
 from utils.errors import UserError
 
@@ -59,13 +59,14 @@ class StoredLogits(DialogueRows):
         return batch
 
 
-def store_logits(source, data: ChatData, teacher: Loaded, config, machine, out: Path) -> Path:
+def store_logits(source, data: ChatData, teacher: Loaded, config, machine) -> Path:
     """Give the batches of `source`, a `LoaderSource` of dialogues, the teacher's logits, computed now or
-    found in `out`; return their folder."""
+    found in the cache; return their folder."""
     settings, rows = config.distill, source.loader.rows
     decides = [teacher.digest, data.digest, settings.top_k, settings.temperature]
     given = (write_folder, rows, teacher, config, machine)
-    folder = machine.read(prepared_folder, out, "teacher_logits", decides, *given)
+    cache = REPOSITORY / config.data.cache_dir
+    folder = machine.read(prepared_folder, cache, "teacher_logits", decides, *given)
     count = int(rows.samples.targets.sum())
     source.loader.rows = StoredLogits(rows, *read_folder(folder, count, settings.top_k))
     return folder

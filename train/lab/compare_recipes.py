@@ -48,7 +48,7 @@ def main():
         raise UserError("--seconds must be at least 1, and --seeds at least 0")
     if not args.init.is_file():
         raise UserError(f"--init {args.init}: no such file; train/sft_train.py --config align makes one")
-    check_settings(args)
+    check_settings(args, "init", "data", "seconds")
     runs = [(seed, recipe) for seed in args.seeds for recipe in args.recipes]
     for number, (seed, recipe) in enumerate(runs, start=1):
         where = f"[{number}/{len(runs)}] {recipe}, seed {seed}"
@@ -61,13 +61,15 @@ def main():
     print(f"\n{table(logs)}\nsaved {args.out / 'table.md'}, and right.png beside it")
 
 
-def check_settings(args, bound: str = "seconds") -> None:
-    """Note what all runs share, with the flag that bounds them. Raise `UserError` if `--out` holds runs of
-    other settings: they are not trained again, and would be compared as if they had these."""
+def check_settings(args, *flags: str) -> None:
+    """Note what all runs share: the values of `flags`, and of --set. Raise `UserError` if `--out` holds runs
+    of others: they are not trained again, and would be compared as if they had these."""
     if args.out.is_file():
         raise UserError(f"--out {args.out} is a file; name a folder")
-    note, shared = args.out / "settings.txt", ["--init", args.init.resolve(), "--data", args.data]
-    words = shlex.join(map(str, [*shared, f"--{bound}", getattr(args, bound), *args.settings])) + "\n"
+    note, shared = args.out / "settings.txt", {flag: getattr(args, flag) for flag in flags}
+    words = [part for flag, value in shared.items() if value
+             for part in (f"--{flag}", value.resolve() if isinstance(value, Path) else value)]  # fmt: skip
+    words = shlex.join(map(str, [*words, *args.settings])) + "\n"
     if note.exists() and (was := note.read_text(encoding="utf-8")) != words:
         raise UserError(f"--out {args.out} holds runs of {was.strip()}; name another folder")
     args.out.mkdir(parents=True, exist_ok=True)

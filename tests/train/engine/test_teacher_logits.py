@@ -31,10 +31,11 @@ def dialogues(*more):
 def stored(out, model, *settings, data=None, digest="a teacher"):
     """A source with stored logits of `model`, and their folder."""
     teacher = SimpleNamespace(model=model, tokenizer=byte_tokenizer(), digest=digest)
-    config = small_config("data.sequence_length=40", "train.batch_size=2", "distill.top_k=5", *settings)
+    config = small_config("data.sequence_length=40", "train.batch_size=2", "distill.top_k=5",
+                          f"data.cache_dir={out}", *settings)  # fmt: skip
     data = data or dialogues()
     source = chat_source(data.train, byte_tokenizer(), config, machine())
-    return source, store_logits(source, data, teacher, config, machine(), out)
+    return source, store_logits(source, data, teacher, config, machine())
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
