@@ -3,12 +3,16 @@
     y = product(x * factor)        factor (in,): the input's own scale times the gain of the norm before
 
 A full matrix has the gain of the norm multiplied in; codes cannot, so the input is multiplied. A matrix with
-fewer than `SMALL` numbers is dequantised to fp32: it stays in the caches, where no operator is faster.
+fewer than `SMALL` numbers is dequantised to fp32: it stays in the caches, where no operator is faster. Where
+inputs are rounded (W8A8), they are before a small matrix too, so that all paths compute the same.
 """
 
-import torch
+from functools import partial
 
-from modules.quantized.kernels import SMALL, fast_product
+import torch
+import torch.nn.functional as F
+
+from modules.quantized.kernels import SMALL, fast_product, numbers
 from modules.quantized.layers import QuantExperts, QuantLinear, rounded
 
 
@@ -37,8 +41,11 @@ def both(scale, gain):
 
 def quantized_linears(linears, dtype, gain=None) -> QuantMatrix | None:
     """Return linear layers with the same input as one matrix, or None for those that are better in fp32."""
-    numbers = sum(linear.in_features * linear.out_features for linear in linears)
-    if dtype != torch.float32 or numbers < SMALL or any(type(one) is not QuantLinear for one in linears):
+    if any(type(linear) is not QuantLinear for linear in linears):
+        return None
+    large = sum(linear.in_features * linear.out_features for linear in linears) >= SMALL
+    packed = large and dtype == torch.float32
+    if not packed and not linears[0].activations:
         return None
     scales = [linear.input_scale for linear in linears]
     alike = all(scale is scales[0] or torch.equal(scale, scales[0]) for scale in scales)
@@ -46,7 +53,8 @@ def quantized_linears(linears, dtype, gain=None) -> QuantMatrix | None:
     parts = []
     for first, *rest in groups:
         stores = [linear.store for linear in (first, *rest)]
-        parts.append((fast_product(stores), both(first.input_scale, gain), first.activations))
+        multiply = fast_product(stores) if packed else partial(F.linear, weight=numbers(stores).to(dtype))
+        parts.append((multiply, both(first.input_scale, gain), first.activations))
     return QuantMatrix(parts)
 
 

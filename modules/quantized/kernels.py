@@ -120,7 +120,7 @@ class PlainProduct:
         return F.linear(x, numbers(self.stores, self.expert))
 
 
-def numbers(stores, expert: int | None):
+def numbers(stores, expert: int | None = None):
     """Return the matrices of the stores, or of one expert of their stacks, as one (sum of outs, in)."""
     matrices = [store.dequantize() for store in stores]
     return torch.cat(matrices if expert is None else [stack[expert] for stack in matrices])

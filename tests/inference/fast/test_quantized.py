@@ -75,6 +75,20 @@ def test_same_logits(name, experts):
         assert differences[-1] <= TOLERANCE[name]
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("small", [0, 2**20])
+def test_inputs_are_rounded_before_matrices_of_any_size(monkeypatch, small):
+    """In fp64 both paths round the same numbers, so they agree as closely as fp32's scales let them."""
+    monkeypatch.setattr(quantized, "SMALL", small)
+    model = build("smoothquant", **DENSE).double()
+    tokens, caches = some_tokens(8), [make_cache(model, 1, 8) for _ in range(2)]
+    fast = FastDecoder(model)
+    for token in tokens:
+        expected = model(torch.tensor([[token]]), cache=caches[0]).logits[0, 0]
+        found = fast.step([token], caches[1])[0][0]
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def texts(model, fast, prompts):
     """The greedy answers to some prompts, and the engine."""
     generator = Generator(model, fast=fast)
