@@ -1,11 +1,11 @@
 """Measure decoding with quantised weights against fp32: tokens per second and memory, on a CPU.
 
     python train/lab/benchmark_formats.py                   the default model, and 1,024 wide with 8 layers
-    python train/lab/benchmark_formats.py --only large --turns 10
+    python train/lab/benchmark_formats.py --only large --turns 10 --png formats.png
 
 Weights are random. Each format and fp32 take turns, and the ratio is the median over turns (shared machines
 are noisy). A turn is 16 tokens in each of 1 and of 16 rows. Memory is what the process grew by, in MB: first
-by the model, then by the fast decoder's own form of it.
+by the model, then by the fast decoder's own form of it. The picture shows both against each other.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root
@@ -13,6 +13,7 @@ import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().par
 import ctypes
 import gc
 import statistics
+from pathlib import Path
 
 import utils  # noqa: F401  sets how threads wait; must precede torch
 import torch
@@ -26,6 +27,7 @@ from model.tinyseek import TinySeek
 from train.engine.machine import start_machine
 from train.lab.benchmark import ratio, take_turns
 from utils.errors import Parser, UserError, run_main
+from utils.plot import COLORS, make_panels, save_figure
 
 FORMATS = {
     "fp32": {},
@@ -46,15 +48,19 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--only", choices=SHAPES, help="one shape")
     parser.add_argument("--turns", type=int, default=5, help="of each format (default 5)")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw gain over memory")
     args = parser.parse_args()
     if args.turns < 1:
         raise UserError("--turns must be at least 1")
+    found = {}
     for name, shape in SHAPES.items():
         if args.only in (None, name):
             changes = [f"model.{key}={value}" for key, value in shape.items()]
             config = load_config("laptop", ["train.dtype=fp32", "train.device=cpu", *changes])
             config.model.vocab_size = config.tokenizer.vocab_size
-            compare(config.model, args.turns, start_machine(config))
+            found[name] = compare(config.model, args.turns, start_machine(config))
+    if args.png:
+        plot(found, args.png)
 
 
 def resident() -> float:
@@ -81,10 +87,10 @@ def decoding(generator: Generator, rows: int):
     return call
 
 
-def compare(config, turns: int, machine) -> None:
-    """Print the memory of each format, its speed, and the ratio to fp32."""
+def compare(config, turns: int, machine) -> dict[str, tuple[float, list[float]]]:
+    """Print the memory of each format, its speed, and the ratio to fp32; return MB and ratios of each."""
     print(f"{config.hidden_size} wide, {config.num_hidden_layers} layers")
-    reference = None
+    reference, points = None, {}
     for name, quant in FORMATS.items():
         torch.manual_seed(0)
         generator = contenders = None  # frees the one before
@@ -94,14 +100,31 @@ def compare(config, turns: int, machine) -> None:
         loaded = resident()
         generator.fast_decoder()
         line = f"  {name:20s} {loaded - before:5.0f} MB, decoder {resident() - loaded:5.0f} MB"
-        reference = reference or generator
+        reference, points[name] = reference or generator, (loaded - before, [])
         for rows in ROWS:
             contenders = {"ours": decoding(generator, rows), "fp32": decoding(reference, rows)}
             times = take_turns(contenders, turns, machine)
             speed = rows * NEW_TOKENS / statistics.median(times["ours"])
             gain = ratio(times["ours"], times["fp32"])
+            points[name][1].append(gain)
             line += f"   {rows:2d} rows: {speed:7,.1f} tokens/s, ratio {gain:.2f}"
         print(line, flush=True)
+    return points
+
+
+def plot(found: dict[str, dict[str, tuple[float, list[float]]]], png: Path) -> None:
+    """Draw for each shape the speed of each format against fp32 over the memory of the model."""
+    figure, panels = make_panels(len(found), 5.5, 4.0)
+    for axes, (shape, points) in zip(panels, found.items(), strict=True):
+        for color, (name, (size, gains)) in zip(COLORS, points.items(), strict=False):
+            for marker, gain in zip("os", gains, strict=True):
+                axes.plot(size, gain, marker, color=color, label=name if marker == "o" else None)
+        axes.axhline(1.0, color="gray", linewidth=0.8)
+        axes.set(xlabel="MB of the model", ylabel="tokens/s against fp32",
+                 title=f"{shape} shape: 1 row (circles), 16 rows (squares)")  # fmt: skip
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    save_figure(figure, png)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ def words_of(capsys, monkeypatch, *arguments, **settings):
 @pytest.mark.parametrize(
     ("preset", "changes", "names"),
     [
-        slow("benchmark", {}, {"TinySeek (auto)", "TinySeek (sdpa)", "Qwen3ForCausalLM (sdpa)"}),
-        slow("benchmark_moe", EXPERTS, {"TinySeek, dense, as wide", "Qwen3MoeForCausalLM (sdpa)"}),
+        slow("benchmark_moe", EXPERTS, {"TinySeek, dense, as wide", "TinySeek (auto)", "TinySeek (sdpa)",
+                                        "Qwen3MoeForCausalLM (sdpa)"}),
         slow("laptop", EXPERTS, {"TinySeek, dense, as wide", "Dots1ForCausalLM (eager)"}),
         ("laptop", MLA, {"TinySeek, dense, as wide", "TinySeek (auto)"}),
     ],
