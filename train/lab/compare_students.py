@@ -167,8 +167,8 @@ def finals(args, run: Run) -> list[dict]:
 
 
 def size_of(final: dict) -> int:
-    """Return the number of parameters in a checkpoint."""
-    return sum(weight.numel() for weight in final["weights"].values())
+    """Return the number of parameters in a checkpoint; a tied head is the embedding under another name."""
+    return sum({weight.data_ptr(): weight.numel() for weight in final["weights"].values()}.values())
 
 
 def table(args, runs: list[Run]) -> str:
