@@ -220,6 +220,9 @@ def plot(args, runs: list[Run], png: Path) -> None:
     timed = runs[0].seconds is not None
     axes.set(xlabel="seconds of training" if timed else "steps", ylabel="bits per byte on held-out data",
              xscale="log" if timed else "linear", title=f"students of {args.task}")  # fmt: skip
+    budgets = sorted({run.seconds or run.steps for run in runs})
+    axes.set_xticks(budgets, map(str, budgets))
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     save_figure(figure, png)
