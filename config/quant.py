@@ -41,5 +41,5 @@ class QATConfig:
     """Quantisation-aware training (modules/quantized/fake.py): what is trained is what rounding leaves."""
 
     bits: int | None = option(None, choices=(4, 8))  # None: train in full precision
-    group_size: int | None = option(32, at_least=2)  # numbers that share a scale; None: a whole row
+    group_size: int | None = option(None, at_least=2)  # numbers that share a scale; None: a whole row
     kind: str = option("lsq", choices=("ste", "lsq"))  # scales from the largest numbers, or learned

@@ -6,8 +6,8 @@
 
 What makes this stage: its data are dialogues, packed into rows in which they do not see each other; its loss
 is the cross-entropy of the answers alone (the questions are given); all parameters are trainable; it saves
-the weights that did best on held-out dialogues. With --set qat.bits=4 (or 8) it computes with rounded weights
-and saves a model on codes of that many bits, which computes what training computed.
+the weights that did best on held-out dialogues. With `--config qat` it computes with weights rounded to
+4 bits, and saves a model on codes, which computes what training computed.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # repository root
