@@ -42,10 +42,10 @@ from utils.plot import save_figure
 SHORT = "Distill"
 BEST = ["distill.temperature=2", "distill.ce_weight=0"]
 INSIDE = {"hidden": ["distill.hidden=cosine"], "relations": ["distill.attention=relations"]}
-STORED = [*BEST, "distill.store_logits=true", "distill.top_k=32"]
+STORED = ["distill.store_logits=true", "distill.top_k=32"]
 KINDS = {
     "alone": ["distill.logits=none"],
-    "logits": [],  # forward KL beside the cross-entropy
+    "logits": [],  # forward KL beside the cross-entropy; `stored`: the same, the teacher asked beforehand
     "soft": BEST,  # at temperature 2, without the cross-entropy
     **{kind: ["distill.logits=none", *settings] for kind, settings in INSIDE.items()},
     "all": [*BEST, *INSIDE["hidden"], *INSIDE["relations"]],
