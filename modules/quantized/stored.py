@@ -100,7 +100,7 @@ class StoredNF4(nn.Module):
         """Return the matrix (.., out, in) in fp32."""
         double = self.double_quant
         scales = nf4.dequantize_scales(self.scales, self.steps, self.mean) if double else self.scales
-        return nf4.dequantize_packed(self.codes, scales).view(self.shape)
+        return nf4.dequantize_nf4(self.codes, scales).view(self.shape)
 
 
 def empty_store(shape, quant) -> StoredIntegers | StoredNF4:
