@@ -173,7 +173,7 @@ def dequantize(codes, low, scale, bits: int, out=None):
 
 
 def lesson():
-    """Print how far rounded keys are off, per channel and per token, and the memory of a cache."""
+    """Print the error of attention scores if keys are rounded with one scale per channel or per token."""
     torch.manual_seed(0)
     keys = torch.randn(4, BLOCK, 64)
     keys[..., ::16] += 8  # a few channels are large for every token, as in trained models
@@ -183,15 +183,6 @@ def lesson():
         for name, dims in zip(("channel", "token"), SHARED):
             off = (queries @ (dequantize(*quantize(keys, dims, bits), bits) - keys).mT).abs().mean()
             print(f"  {bits} bits, one scale per {name:7}: {off:.4f}")
-    print("Memory of one row, against fp32, 4 heads of 32 and 8 of 128")
-    print("   tokens   int8        int4")
-    for tokens in (64, 256, 512, 4096):
-        shares = []
-        for bits in (8, 4):
-            for sizes in ((4, 32), (8, 128)):
-                sizes = (1, 1, tokens, *sizes, torch.float32, "cpu")
-                shares.append(QuantizedKVCache(*sizes, bits).bytes / KVCache(*sizes).bytes)
-        print(f"  {tokens:7,d}", *(f"{share:6.3f}" for share in shares))
 
 
 if __name__ == "__main__":

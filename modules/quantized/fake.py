@@ -51,8 +51,8 @@ class FakeQuantize(torch.autograd.Function):
         return grad * inside, (grad * slope).sum(dim=-1) * factor, None
 
 
-class Stored(torch.autograd.Function):
-    """Scales as a store keeps them, rounded to its dtype; the gradient is that of the identity, unrounded."""
+class RoundScales(torch.autograd.Function):
+    """Round scales to the dtype of a store. The gradient is that of the identity and is not rounded."""
 
     @staticmethod
     def forward(ctx, scales, dtype):
@@ -77,7 +77,7 @@ class FakeLayer(nn.Module):
         self._parameters.update(layer._parameters)
         for matrix in self.MATRICES:
             groups = grouped(getattr(layer, matrix).detach(), group_size)  # (.., out, groups, g)
-            self.scale_dtype = self.empty_store(matrix).scale_dtype
+            self.scale_dtype = self.blank_store(matrix).scale_dtype
             if kind == "lsq":
                 start, _ = scales_and_zeros(groups, bits, symmetric=True)
                 self.register_parameter(f"{matrix}_log_scale", nn.Parameter(start.log().flatten()))
@@ -90,15 +90,15 @@ class FakeLayer(nn.Module):
             found, _ = scales_and_zeros(groups.detach(), self.bits, True, self.scale_dtype)
             return found.to(groups.dtype)
         learned = getattr(self, f"{matrix}_log_scale").exp().view(groups.shape[:-1])
-        return Stored.apply(learned, self.scale_dtype)
+        return RoundScales.apply(learned, self.scale_dtype)
 
     def rounded(self, matrix: str):
         """Return w' of one matrix (.., out, in)."""
         groups = grouped(getattr(self, matrix), self.group_size)
         return FakeQuantize.apply(groups, self.scales(matrix), self.bits).flatten(-2)
 
-    def empty_store(self, matrix: str) -> StoredIntegers:
-        """Return a store for one matrix. Raise `ValueError` for a group size that does not fit."""
+    def blank_store(self, matrix: str) -> StoredIntegers:
+        """Return an empty store for one matrix. Raise `ValueError` for a group size that does not fit."""
         return StoredIntegers(getattr(self, matrix).shape, self.bits, self.group_size)
 
     @torch.no_grad()
@@ -106,7 +106,7 @@ class FakeLayer(nn.Module):
         """Return one matrix as codes, those of training."""
         groups, scales = grouped(getattr(self, matrix), self.group_size), self.scales(matrix)
         codes = codes_of(groups, scales, None, self.bits).flatten(-2)
-        return self.empty_store(matrix).to(codes.device).put(codes, scales.to(self.scale_dtype))
+        return self.blank_store(matrix).to(codes.device).put(codes, scales.to(self.scale_dtype))
 
 
 class FakeLinear(FakeLayer):

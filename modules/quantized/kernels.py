@@ -172,7 +172,7 @@ def sound(kind) -> bool:
 
 
 def lesson():
-    """Time one token of an exact product with each format against fp32, and show what digits are."""
+    """Print the time and the error of one token's product in each format, beside fp32."""
     from time import perf_counter
 
     from modules.quantized.stored import StoredNF4
