@@ -76,6 +76,12 @@ def parse_command():
     return args, quant
 
 
+def refuse_quantized(loaded: Loaded) -> None:
+    """Raise `UserError` if the model is quantised already: its exact weights are gone."""
+    if (was := loaded.config.quant).method != "none":
+        raise UserError(f"{loaded.path} is quantised already ({was.method}): name the model it was made from")
+
+
 def quantized(loaded: Loaded, quant: QuantConfig, batches: list[dict]) -> list[Row]:
     """Quantise the model in place, with a bar of progress; return the rows of the table."""
     layers = loaded.model.config.num_hidden_layers
@@ -107,10 +113,11 @@ def table(rows: list[Row], model: TinySeek, quant: QuantConfig) -> list[str]:
     wide = max(map(len, (form, *kinds, *names.values())))
     lines = [f"{form:{wide}} layers  bits per weight  MiB before    after  error of weights  of outputs"]
     for kind, group in kinds.items():
-        numbers, before, after = (sum(row[place] for row in group) for place in (1, 2, 3))
+        before, after = sum(row.before for row in group), sum(row.after for row in group)  # bytes
+        bits = 8 * after / sum(row.numbers for row in group)
         outputs = [row.output_error for row in group if row.output_error is not None]
-        line = f"{kind:{wide}} {len(group):6} {8 * after / numbers:16.3f} {before / MIB:11.3f} "
-        line += f"{after / MIB:8.3f} {mean(row.weight_error for row in group):17.2%} "
+        line = f"{kind:{wide}} {len(group):6} {bits:16.3f} {before / MIB:11.3f} {after / MIB:8.3f} "
+        line += f"{mean(row.weight_error for row in group):17.2%} "
         line += f"{mean(outputs):11.2%}" if outputs else f"{'-':>11}"
         if unseen := sum(row.unseen for row in group):
             line += f"   {unseen} experts saw no token: rounded to nearest"
@@ -130,8 +137,7 @@ def main():
     end_cleanly()
     set_threads()
     loaded = load_base(args.checkpoint, "cpu", args.out, tell=tell)
-    if (was := loaded.config.quant).method != "none":
-        raise UserError(f"{loaded.path} is quantised already ({was.method}): name the model it was made from")
+    refuse_quantized(loaded)
     to = args.to or loaded.path.with_name(f"TinySeek_{loaded.about['short']}_{quant.method}{quant.bits}.pkl")
     if to.is_dir():
         raise UserError(f"--to {to} is a folder: name a file in it")
