@@ -1,6 +1,6 @@
 """Quantise a model in place: find the codes of each layer by a method, and report what that changed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -45,7 +45,8 @@ def quantize_model(
             for path, seen in inputs.items():
                 new = fitted(path, plain[path], seen, quant)
                 model.set_submodule(path, new)
-                found[path] = errors(plain[path], new, seen)
+                unseen = sum(read.count == 0 for read in seen[0])
+                found[path] = relative(output_errors(plain[path], new, seen)), unseen
     quantize_weights(model, quant)  # the others
     if model.config.tie_word_embeddings:
         plain.pop(HEAD, None)  # the embedding's row counts it
@@ -85,24 +86,26 @@ def put_gptq(store: nn.Module, weight: torch.Tensor, inputs: list[Inputs], quant
     store.put(*(part if part is None else part.view(*weight.shape[:-1], -1) for part in parts))
 
 
-def errors(layer: nn.Module, new: nn.Module, seen: list[list[Inputs]]) -> tuple[float, int]:
-    """Return the error of a layer's outputs for the inputs that were kept, all its matrices together, and the
-    number of experts that no token has reached."""
+def relative(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Return |error| / |true| over all `pairs` (error, true) together; 0 if all that is true is 0."""
     wrong = size = 0.0
+    for error, true in pairs:
+        wrong += error.square().sum().item()
+        size += true.square().sum().item()
+    return (wrong / size) ** 0.5 if size else 0.0
+
+
+def output_errors(layer: nn.Module, new: nn.Module, seen: list[list[Inputs]]):
+    """Yield for each matrix of a layer, for the inputs that were kept, the error of its outputs (n, out) and
+    the outputs."""
     for old, now, inputs in zip(matrices(layer), matrices(new), seen, strict=True):
         for one, other, read in zip(stack_of(old), stack_of(now), inputs, strict=True):
-            x = read.sample
-            wrong += (x @ (other - one).T).square().sum().item()
-            size += (x @ one.T).square().sum().item()
-    unseen = sum(read.count == 0 for read in seen[0])
-    return (wrong / size) ** 0.5 if size else 0.0, unseen
+            yield read.sample @ (other - one).T, read.sample @ one.T
 
 
 def row_of(path: str, layer: nn.Module, new: nn.Module, output_error: float | None, unseen: int) -> Row:
     """Return the row of a layer, its memory measured."""
     old, now = matrices(layer), matrices(new)
-    wrong = sum((one - other).square().sum().item() for one, other in zip(now, old, strict=True))
-    size = sum(one.square().sum().item() for one in old)
+    error = relative((other - one, one) for one, other in zip(old, now, strict=True))
     numbers = sum(one.numel() for one in old)
-    error = (wrong / size) ** 0.5 if size else 0.0
     return Row(path, numbers, held_bytes(layer), held_bytes(new), error, output_error, unseen)
