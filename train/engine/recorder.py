@@ -1,8 +1,7 @@
-"""A recorder of what happens inside a decoder: states after layers, and the attention of one layer.
+"""Record what a decoder computes inside: hidden states after layers, and the attention of one layer.
 
-Forward hooks note it while the recorder is open and are removed afterwards, so that the model does not know
-of it: its code, its weights and its speed elsewhere stay as they are. A model that is compiled would skip the
-hooks.
+Forward hooks record it while the recorder is open, and are removed afterwards. The model itself needs no code
+for it. Trap: a compiled model skips the hooks.
 """
 
 import torch
@@ -17,8 +16,8 @@ class Recorder:
 
     Args:
         model: a `TinySeek`; for `attention`, with grouped-query attention.
-        layers: numbers of the layers after which to note the hidden states.
-        attention: the number of the layer whose queries, keys and values to note, or None.
+        layers: numbers of the layers whose outputs to record.
+        attention: the number of the layer whose queries, keys and values to record, or None.
     """
 
     def __init__(self, model: torch.nn.Module, layers: list[int], attention: int | None = None):
@@ -29,18 +28,18 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         """Add the hooks."""
         for layer, part in self.parts.items():
-            self.note(part, layer, lambda output: output[0])
+            self.record(part, layer, lambda output: output[0])
         if self.attention is not None:
             D = self.attention.head_dim
             for name in ("q_norm", "k_norm", "v_proj"):
                 split = lambda output: output.view(*output.shape[:2], -1, D)  # noqa: E731  (B, T, H or G, D)
-                self.note(getattr(self.attention, name), name, split)
+                self.record(getattr(self.attention, name), name, split)
             hook = lambda part, given: self.found.update(context=given[1], rotary=given[2])  # noqa: E731
             self.handles.append(self.attention.register_forward_pre_hook(hook))
         return self
 
-    def note(self, part: torch.nn.Module, key, read) -> None:
-        """Note `read(output)` of a part of the model under `key`."""
+    def record(self, part: torch.nn.Module, key, read) -> None:
+        """Record `read(output)` of a part of the model under `key`."""
         hook = lambda part, given, output: self.found.update({key: read(output)})  # noqa: E731
         self.handles.append(part.register_forward_hook(hook))
 
