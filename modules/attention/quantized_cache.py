@@ -13,8 +13,8 @@ it is full. Later tokens are kept in a ring, in two bytes per number (token t in
 Attention reads the past decoded and the new tokens exactly. Methods as in `modules/attention/cache.py`.
 
 Crop: a forward over at most `margin` tokens codes only blocks that were full before it, so taking back its
-tokens, rejected drafts, leaves no trace. A deeper cut decodes the block that it hits, back into the ring: its
-tokens stay as they were last read, and are rounded a second time when their block is full again.
+tokens, rejected drafts, leaves no trace. A deeper crop decodes the block that it cuts, and writes it back
+into the ring. Its tokens are rounded a second time when the block is full again.
 
 Trap: codes are computed from low and scale as they are stored. Those of the exact numbers would be decoded
 with others.

@@ -2,10 +2,11 @@
 
     y = W x = (W s)(x / s)      s_j = m_j^alpha / sqrt(max * min of those)      m_j = mean over tokens |x_j|
 
-A rounded weight is off by up to half a step of its group, large or small. Times s_j and back, column j is
-off by 1 / s_j of that, as long as the group's largest weight stays the same: the inputs that matter most are
-protected, without more bits. alpha is searched from 0 (no scaling) to 0.95 by the error of the output: with
-an error e of the weight, that is the sum over tokens of |e x|^2 = sum of e * (e X^T X), whatever the tokens.
+The error of a rounded weight is up to half a step of its group, whether the weight is large or small. If
+column j is multiplied by s_j before rounding and divided afterwards, its error is 1 / s_j of that, as long as
+the group's largest weight stays the same. So the columns that matter most are protected without more bits.
+alpha is searched from 0 (no scaling) to 0.95 by the error of the output. For an error e of the weight that is
+the sum over tokens of |e x|^2 = sum of e * (e X^T X): the tokens are needed only once, for X^T X.
 
     weight (out, in) or a stack of experts (E, out, in), inputs (tokens, in) of each matrix  ->  s (in,),
     which is one for all experts
