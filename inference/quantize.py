@@ -68,7 +68,9 @@ def parse_command():
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} must be at least 0")
     bits = BITS.get(args.method, 4) if args.bits is None else args.bits
-    group = GROUP if args.group is None and bits == 4 and args.method != "nf4" else args.group or None
+    group = args.group or None  # 0 is the whole row
+    if args.group is None and bits == 4 and args.method != "nf4":
+        group = GROUP
     quant = QuantConfig(args.method, bits, group, not args.asymmetric, args.double, head=args.head)
     validate_section("quant", quant)
     if args.data and quant.method not in CALIBRATED:
@@ -101,8 +103,10 @@ def contents(loaded: Loaded) -> dict:
 
 def table(rows: list[Row], model: TinySeek, quant: QuantConfig) -> list[str]:
     """Return the lines of the report: kinds of layers, and what stays as it is."""
-    form = f"{quant.method}, {quant.bits} bits" + f", groups of {quant.group_size}" * bool(quant.group_size)
-    form += ", zero points" * (not quant.symmetric) + ", scales in 8 bits" * quant.double_quant
+    form = f"{quant.method}, {quant.bits} bits"
+    form += f", groups of {quant.group_size}" if quant.group_size else ""
+    form += ", zero points" if not quant.symmetric else ""
+    form += ", scales in 8 bits" if quant.double_quant else ""
     kinds, stay = defaultdict(list), defaultdict(list)
     for row in rows:
         kinds[re.sub(r"\.\d+\.", ".*.", row.path)].append(row)

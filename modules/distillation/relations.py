@@ -71,7 +71,7 @@ def lesson():
         "a half of the teacher's channels": 2**0.5 * teacher.view(1, T, 2, 24)[..., :12],
     }.items():
         loss = attention_kl(relation_scores(x, 2), relation_scores(teacher, 2), bias, real) / T
-        print(f"  student: {name:32s} {loss.abs():.3f} nats per token")
+        print(f"  student: {name:33s} {loss.abs():.3f} nats per token")
 
 
 if __name__ == "__main__":
