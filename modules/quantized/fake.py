@@ -17,7 +17,7 @@ here s begins as in ste.
 What is trained is log s: s stays above zero, and a step of Adam changes it in proportion to its size.
 
 Papers: straight-through, Bengio et al., arXiv 1308.3432; LSQ, Esser et al., arXiv 1902.08153; log s: Jain et
-al., arXiv 1903.08066. Trap: scales are stored in fp16, so training rounds them too.
+al., arXiv 1903.08066. Trap: scales of groups are stored in fp16, so training rounds them too.
 """
 
 import torch
@@ -83,19 +83,19 @@ class FakeLayer(nn.Module):
                 self.register_parameter(f"{matrix}_log_scale", nn.Parameter(start.log().flatten()))
         self.train(layer.training)
 
-    def scales(self, matrix: str):
-        """Return the scales of one matrix (.., out, groups) as they will be stored."""
+    def groups_and_scales(self, matrix: str):
+        """Return one exact matrix in groups (.., out, groups, g), and their scales (.., out, groups) as they
+        will be stored."""
         groups = grouped(getattr(self, matrix), self.group_size)
         if self.kind == "ste":
-            found, _ = scales_and_zeros(groups.detach(), self.bits, True, self.scale_dtype)
-            return found.to(groups.dtype)
+            scales, _ = scales_and_zeros(groups.detach(), self.bits, True, self.scale_dtype)
+            return groups, scales.to(groups.dtype)
         learned = getattr(self, f"{matrix}_log_scale").exp().view(groups.shape[:-1])
-        return RoundScales.apply(learned, self.scale_dtype)
+        return groups, RoundScales.apply(learned, self.scale_dtype)
 
     def rounded(self, matrix: str):
         """Return w' of one matrix (.., out, in)."""
-        groups = grouped(getattr(self, matrix), self.group_size)
-        return FakeQuantize.apply(groups, self.scales(matrix), self.bits).flatten(-2)
+        return FakeQuantize.apply(*self.groups_and_scales(matrix), self.bits).flatten(-2)
 
     def blank_store(self, matrix: str) -> StoredIntegers:
         """Return an empty store for one matrix. Raise `ValueError` for a group size that does not fit."""
@@ -104,7 +104,7 @@ class FakeLayer(nn.Module):
     @torch.no_grad()
     def store(self, matrix: str) -> StoredIntegers:
         """Return one matrix as codes, those of training."""
-        groups, scales = grouped(getattr(self, matrix), self.group_size), self.scales(matrix)
+        groups, scales = self.groups_and_scales(matrix)
         codes = codes_of(groups, scales, None, self.bits).flatten(-2)
         return self.blank_store(matrix).to(codes.device).put(codes, scales.to(self.scale_dtype))
 

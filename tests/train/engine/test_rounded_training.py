@@ -169,8 +169,13 @@ def through_torch_round(monkeypatch):
 
 def scales_that_are_not_trained(monkeypatch):
     """The gradient ends before the learned scales."""
-    plain = FakeLayer.scales
-    monkeypatch.setattr(FakeLayer, "scales", lambda layer, matrix: plain(layer, matrix).detach())
+    plain = FakeLayer.groups_and_scales
+
+    def cut(layer, matrix):
+        groups, scales = plain(layer, matrix)
+        return groups, scales.detach()
+
+    monkeypatch.setattr(FakeLayer, "groups_and_scales", cut)
 
 
 @pytest.mark.parametrize(("plant", "kind", "words"), [
