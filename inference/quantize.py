@@ -68,12 +68,20 @@ def parse_command():
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} must be at least 0")
     bits = BITS.get(args.method, 4) if args.bits is None else args.bits
-    group = GROUP if args.group is None and bits == 4 and args.method != "nf4" else args.group or None
+    group = args.group or None  # 0 is the whole row
+    if args.group is None and bits == 4 and args.method != "nf4":
+        group = GROUP
     quant = QuantConfig(args.method, bits, group, not args.asymmetric, args.double, head=args.head)
     validate_section("quant", quant)
     if args.data and quant.method not in CALIBRATED:
         raise UserError(f"--data is for calibration, and --method {quant.method} has none: leave it out")
     return args, quant
+
+
+def refuse_quantized(loaded: Loaded) -> None:
+    """Raise `UserError` if the model is quantised already: its exact weights are gone."""
+    if (was := loaded.config.quant).method != "none":
+        raise UserError(f"{loaded.path} is quantised already ({was.method}): name the model it was made from")
 
 
 def quantized(loaded: Loaded, quant: QuantConfig, batches: list[dict]) -> list[Row]:
@@ -95,8 +103,10 @@ def contents(loaded: Loaded) -> dict:
 
 def table(rows: list[Row], model: TinySeek, quant: QuantConfig) -> list[str]:
     """Return the lines of the report: kinds of layers, and what stays as it is."""
-    form = f"{quant.method}, {quant.bits} bits" + f", groups of {quant.group_size}" * bool(quant.group_size)
-    form += ", zero points" * (not quant.symmetric) + ", scales in 8 bits" * quant.double_quant
+    form = f"{quant.method}, {quant.bits} bits"
+    form += f", groups of {quant.group_size}" if quant.group_size else ""
+    form += ", zero points" if not quant.symmetric else ""
+    form += ", scales in 8 bits" if quant.double_quant else ""
     kinds, stay = defaultdict(list), defaultdict(list)
     for row in rows:
         kinds[re.sub(r"\.\d+\.", ".*.", row.path)].append(row)
@@ -107,10 +117,11 @@ def table(rows: list[Row], model: TinySeek, quant: QuantConfig) -> list[str]:
     wide = max(map(len, (form, *kinds, *names.values())))
     lines = [f"{form:{wide}} layers  bits per weight  MiB before    after  error of weights  of outputs"]
     for kind, group in kinds.items():
-        numbers, before, after = (sum(row[place] for row in group) for place in (1, 2, 3))
+        before, after = sum(row.before for row in group), sum(row.after for row in group)  # bytes
+        bits = 8 * after / sum(row.numbers for row in group)
         outputs = [row.output_error for row in group if row.output_error is not None]
-        line = f"{kind:{wide}} {len(group):6} {8 * after / numbers:16.3f} {before / MIB:11.3f} "
-        line += f"{after / MIB:8.3f} {mean(row.weight_error for row in group):17.2%} "
+        line = f"{kind:{wide}} {len(group):6} {bits:16.3f} {before / MIB:11.3f} {after / MIB:8.3f} "
+        line += f"{mean(row.weight_error for row in group):17.2%} "
         line += f"{mean(outputs):11.2%}" if outputs else f"{'-':>11}"
         if unseen := sum(row.unseen for row in group):
             line += f"   {unseen} experts saw no token: rounded to nearest"
@@ -130,8 +141,7 @@ def main():
     end_cleanly()
     set_threads()
     loaded = load_base(args.checkpoint, "cpu", args.out, tell=tell)
-    if (was := loaded.config.quant).method != "none":
-        raise UserError(f"{loaded.path} is quantised already ({was.method}): name the model it was made from")
+    refuse_quantized(loaded)
     to = args.to or loaded.path.with_name(f"TinySeek_{loaded.about['short']}_{quant.method}{quant.bits}.pkl")
     if to.is_dir():
         raise UserError(f"--to {to} is a folder: name a file in it")

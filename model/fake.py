@@ -1,4 +1,4 @@
-"""A TinySeek that computes with rounded matrices while it trains (QAT), and the same on codes at the end.
+"""A TinySeek that computes with rounded matrices during training (QAT) and is stored as codes at its end.
 
 The layers are those that a quantised model has on codes (model/quantized.py).
 """
@@ -24,7 +24,7 @@ def format_of(qat: QATConfig) -> QuantConfig:
 
 
 def round_in_training(model: TinySeek, qat: QATConfig) -> Callable[[nn.Module, RunConfig], dict]:
-    """Make `model` compute with rounded weights; the names of its weights stay. Return `on_codes`.
+    """Make `model` compute with rounded weights, whose names stay. Return `coded_result`, for its end.
 
     Raises `UserError` for a matrix that the groups do not fit, naming it.
     """
@@ -34,12 +34,12 @@ def round_in_training(model: TinySeek, qat: QATConfig) -> Callable[[nn.Module, R
             model.set_submodule(path, kind(layer, qat.bits, qat.group_size, qat.kind))
         except ValueError as error:
             raise UserError(f"qat: {path}: {error}; choose another qat.group_size") from None
-    return on_codes
+    return coded_result
 
 
-def on_codes(model: nn.Module, config: RunConfig) -> dict:
-    """Return the weights and the settings of a trained model on codes, for its final checkpoint: it computes
-    what it computed in training."""
+def coded_result(model: nn.Module, config: RunConfig) -> dict:
+    """Return the entries `weights` and `config` of the final checkpoint. Its model is on codes, and computes
+    what the trained one computed."""
     weights = model.state_dict()
     for path, layer in model.named_modules():
         if isinstance(layer, FakeLayer):

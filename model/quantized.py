@@ -57,12 +57,12 @@ def quantized_paths(model: TinySeek, quant: QuantConfig) -> dict[str, nn.Module]
     }
 
 
-def with_stores(model: TinySeek, quant: QuantConfig, only: dict[str, nn.Module] | None = None) -> TinySeek:
-    """Replace the layers in place by empty quantised ones, or `only` some of them; return the model.
+def with_stores(model: TinySeek, quant: QuantConfig) -> TinySeek:
+    """Replace the layers in place by empty quantised ones; return the model.
 
     Raises `UserError` for a matrix that the format does not fit, naming it.
     """
-    found = quantized_paths(model, quant) if only is None else only
+    found = quantized_paths(model, quant)
     for path, layer in found.items():
         try:
             new = empty_layer(layer, ROWS if path in (EMBEDDING, HEAD) else quant)
@@ -112,11 +112,13 @@ def fitting(layers: list[nn.Module]) -> str:
 
 
 @torch.no_grad()
-def quantize_weights(model: TinySeek, quant: QuantConfig, only=None) -> TinySeek:
-    """Round the weights of `model` in place to the nearest codes (`rtn` and `nf4`), or those of `only` some
-    layers; return the model."""
-    plain = quantized_paths(model, quant) if only is None else only
-    with_stores(model, quant, plain)
+def quantize_weights(model: TinySeek, quant: QuantConfig) -> TinySeek:
+    """Round the weights of the layers that `quant` replaces to the nearest codes, in place; return the model.
+
+    A calibrated method has replaced the layers that it fits before (inference/quantization/fit.py).
+    """
+    plain = quantized_paths(model, quant)
+    with_stores(model, quant)
     for path, layer in plain.items():
         for store, weight in zip(stores_of(model.get_submodule(path)), matrices(layer), strict=True):
             store.round(weight)

@@ -2,9 +2,10 @@
 
     y = product(x * factor)        factor (in,): the input's own scale times the gain of the norm before
 
-A full matrix has the gain of the norm multiplied in; codes cannot, so the input is multiplied. A matrix with
-fewer than `SMALL` numbers is dequantised to fp32: it stays in the caches, where no operator is faster. Where
-inputs are rounded (W8A8), they are before a small matrix too, so that all paths compute the same.
+The gain of the norm is multiplied into a matrix in full precision, but not into codes: there it scales the
+input. A matrix with fewer than `SMALL` numbers is dequantised to fp32: it stays in the processor's caches,
+where no operator is faster. A model that rounds inputs (W8A8) rounds them before small matrices too, so that
+all paths compute the same.
 """
 
 from functools import partial

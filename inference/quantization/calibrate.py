@@ -23,7 +23,7 @@ from load_data.chat.chat_loader import ChatLoader
 from load_data.loader import TokenLoader
 from load_data.packing import prepare_pretraining
 from model.quantized import matrices
-from model.tinyseek import Decoder
+from model.tinyseek import Decoder, TinySeek
 from modules.experts.moe import Experts
 from modules.quantized.gptq import add_inputs
 
@@ -95,6 +95,11 @@ def layer_inputs(decoder: Decoder, batch: dict) -> tuple[torch.Tensor, list[tupl
         decoder.layers = layers
 
 
+def stack_of(weight: torch.Tensor) -> torch.Tensor:
+    """Return one matrix (out, in), or a stack of experts, as a stack (E, out, in); E = 1 for one matrix."""
+    return weight.reshape(-1, *weight.shape[-2:])
+
+
 def watch(layer: nn.Module, parts: list[list[Inputs]], current: dict) -> torch.utils.hooks.RemovableHandle:
     """Count what `layer`, linear or experts, reads from now on in `parts`: for each of its stacks of matrices
     the `Inputs` of each. `current["real"]` says which tokens (N,) are no padding."""
@@ -114,21 +119,22 @@ def watch(layer: nn.Module, parts: list[list[Inputs]], current: dict) -> torch.u
 
 @torch.no_grad()
 def calibrated(
-    decoder: Decoder, batches: list[dict], wanted: Callable, hessians: bool, tick: Callable = lambda: None
-) -> Iterator[tuple[int, dict[str, list[list[Inputs]]]]]:
-    """Yield the number of each layer and what its matrices read; the caller may replace them before it takes
-    the next layer.
-
-    wanted(number) -> {path: layer}, those to watch. `tick()` is called after each batch of each layer, twice.
+    model: TinySeek, plain: dict[str, nn.Module], batches: list[dict], hessians: bool, tick: Callable
+) -> Iterator[dict[str, list[list[Inputs]]]]:
+    """Yield for each decoder layer, by path, what those of the `plain` layers read that are inside it. The
+    caller may replace them before it takes the next item. `tick()` is called after each batch of each layer,
+    twice.
     """
-    steps = [layer_inputs(decoder, batch) for batch in batches]
+    steps = [layer_inputs(model.model, batch) for batch in batches]
     hidden, contexts = [step[0] for step in steps], [step[1] for step in steps]
     masks = [batch["padding_mask"].flatten() for batch in batches]
-    for number, layer in enumerate(decoder.layers):
+    for number, layer in enumerate(model.model.layers):
         seen, current, hooks = {}, {}, []
-        for path, part in wanted(number).items():
+        for path, part in plain.items():
+            if not path.startswith(f"model.layers.{number}."):
+                continue
             seen[path] = [
-                [Inputs(weight.shape[-1], len(batches), hessians) for _ in range(weight[..., 0, 0].numel())]
+                [Inputs(weight.shape[-1], len(batches), hessians) for _ in stack_of(weight)]
                 for weight in matrices(part)
             ]
             hooks.append(watch(part, seen[path], current))
@@ -138,7 +144,7 @@ def calibrated(
             tick()
         for hook in hooks:
             hook.remove()
-        yield number, seen
+        yield seen
         for step in range(len(batches)):
             hidden[step] = layer(hidden[step], *contexts[step][number])[0]
             tick()

@@ -38,7 +38,7 @@ class LoraQuantLinear(LoraLinear):
 
 
 def lesson():
-    """Train an adapter on rounded matrices of two sizes of step; print the memory, and what is corrected."""
+    """Print the memory of a rounded matrix, and the error before and after training adapters beside it."""
     from config.adapters import LoraConfig
     from modules.adapters.lora_model import add_lora
     from modules.quantized.stored import StoredNF4

@@ -7,14 +7,14 @@ its own; values have none, and each token gets its own, for all heads (KIVI, arX
 channel need several tokens at once: a row is cut into blocks of N = 32 tokens, and a block becomes codes when
 it is full. Later tokens are kept in a ring, in two bytes per number (token t in slot t mod ring).
 
-    codes (L, 2, B, G, S/N, N, D) bytes, N/2 rows of them with 4 bits: token i and token i + N/2 share a byte
+    codes (L, 2, B, G, S/N, N, D) bytes; with 4 bits (.., N/2, D): token i and token i + N/2 share a byte
     low and scale of keys (L, B, G, S/N, 1, D), of values (L, B, 1, S/N, N, 1), in fp16
 
 Attention reads the past decoded and the new tokens exactly. Methods as in `modules/attention/cache.py`.
 
 Crop: a forward over at most `margin` tokens codes only blocks that were full before it, so taking back its
-tokens, rejected drafts, leaves no trace. A deeper cut decodes the block that it hits, back into the ring: its
-tokens stay as they were last read, and are rounded a second time when their block is full again.
+tokens, rejected drafts, leaves no trace. A deeper crop decodes the block that it cuts, and writes it back
+into the ring. Its tokens are rounded a second time when the block is full again.
 
 Trap: codes are computed from low and scale as they are stored. Those of the exact numbers would be decoded
 with others.
@@ -61,11 +61,13 @@ class QuantizedKVCache(KVCache):
         self._coded = [max(old, (end - 1) // BLOCK * BLOCK) for old, end in zip(known, ends, strict=True)]
         self._blocks = max(known) // BLOCK  # of the longest row, to decode
         spans = [*enumerate(zip(known, self._past, self._coded, strict=True))]
+        # (row, token) to read from the ring, (row, block) to turn into codes
         held = [(row, token) for row, (old, past, _) in spans for token in range(old, past)]
         due = [(row, start // BLOCK) for row, (old, _, to) in spans for start in range(old, to, BLOCK)]
         self._held, self._due = (
             torch.tensor(pairs, dtype=torch.long).view(-1, 2).T.to(self.device) for pairs in (held, due)
         )
+        # the tokens to read from the ring, if they are the same in every row
         self._run = slice(known[0], self._past[0]) if self._uniform and len({*known}) == 1 else None
         self._kept = self._writes(self.ring)
 
@@ -96,7 +98,7 @@ class QuantizedKVCache(KVCache):
                 parts = (self.codes[layer, part], low[layer], scale[layer])
                 dequantize(*(one[:, :, : self._blocks] for one in parts), self.bits, out=blocks[part])
         row, token = self._held
-        if self._run is not None:  # the same tokens in every row: quicker
+        if self._run is not None:  # quicker
             slots = torch.arange(self._run.start, self._run.stop, device=self.device) % self.ring
             read[:, :, :, self._run] = self.store[layer].index_select(3, slots)
         else:
@@ -173,7 +175,7 @@ def dequantize(codes, low, scale, bits: int, out=None):
 
 
 def lesson():
-    """Print how far rounded keys are off, per channel and per token, and the memory of a cache."""
+    """Print the error of attention scores if keys are rounded with one scale per channel or per token."""
     torch.manual_seed(0)
     keys = torch.randn(4, BLOCK, 64)
     keys[..., ::16] += 8  # a few channels are large for every token, as in trained models
@@ -183,15 +185,6 @@ def lesson():
         for name, dims in zip(("channel", "token"), SHARED):
             off = (queries @ (dequantize(*quantize(keys, dims, bits), bits) - keys).mT).abs().mean()
             print(f"  {bits} bits, one scale per {name:7}: {off:.4f}")
-    print("Memory of one row, against fp32, 4 heads of 32 and 8 of 128")
-    print("   tokens   int8        int4")
-    for tokens in (64, 256, 512, 4096):
-        shares = []
-        for bits in (8, 4):
-            for sizes in ((4, 32), (8, 128)):
-                sizes = (1, 1, tokens, *sizes, torch.float32, "cpu")
-                shares.append(QuantizedKVCache(*sizes, bits).bytes / KVCache(*sizes).bytes)
-        print(f"  {tokens:7,d}", *(f"{share:6.3f}" for share in shares))
 
 
 if __name__ == "__main__":

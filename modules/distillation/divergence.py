@@ -1,8 +1,8 @@
 """Distillation of logits: a student learns the probabilities that a teacher gives to every next token.
 
     p = softmax(teacher / T)    q = softmax(student / T)         T: temperature, the same on both sides
-    forward    KL(p, q) = sum p log(p / q)           covers all that the teacher holds possible
-    reverse    KL(q, p) = sum q log(q / p)           keeps to what the teacher finds likely
+    forward    KL(p, q) = sum p log(p / q)           q covers every token that the teacher holds possible
+    reverse    KL(q, p) = sum q log(q / p)           q keeps to tokens that the teacher finds likely
     jsd        b KL(p, m) + (1 - b) KL(q, m),  m = b p + (1 - b) q          between the two
     loss     = T^2 * divergence, summed over tokens
 
@@ -11,15 +11,16 @@
 T^2 (Hinton et al., arXiv 1503.02531): the gradient of softened logits shrinks by 1 / T twice, and would
 otherwise lose weight against the cross-entropy. jsd: Agarwal et al., "GKD", arXiv 2306.13649.
 
-A teacher may be known by its K most likely tokens alone. All others are one outcome more, the tail, with the
-mass that is left, of teacher and student alike:
+If only the K most likely tokens of a teacher are kept, all others count as one more outcome, the tail, with
+the probability that is left. The student is treated alike:
 
     ids, logprobs (N, K), at temperature T   ->   distributions over K + 1 outcomes
 
-Without a tail, with both sides renormalised over the K tokens, a student may give any mass to other tokens.
+Without a tail both sides would be renormalised over the K tokens, and nothing would keep the student from
+giving most of its probability to other tokens.
 
-Traps: probabilities are in fp32 or wider; rows without a label (padding, questions) are left out before;
-`F.kl_div(.., reduction="batchmean")` on (B, T, V) divides by B, not by the number of tokens.
+Traps: compute probabilities in fp32 or wider. Leave out rows without a label (padding, questions) before the
+call. `F.kl_div(.., reduction="batchmean")` on (B, T, V) divides by B, not by the number of tokens.
 """
 
 import torch
@@ -81,7 +82,7 @@ def top_logit_loss(student, ids, logprobs, kind, beta=0.5, temperature=1.0):
 
 
 def lesson():
-    """Print the best student of each divergence for two peaks, and its mass with and without a tail."""
+    """Print the student that each divergence likes best if it can have only one of two peaks."""
     places = torch.arange(24.0)
     peaks = [height - ((places - centre) / 2).square() for centre, height in ((6.0, 0.0), (17.0, -0.3))]
     teacher = torch.logaddexp(*peaks)[None]  # (1, 24)
@@ -92,20 +93,6 @@ def lesson():
         losses = [logit_loss(student, teacher, kind).item() for student in students]
         (centre, width), loss = min(zip(grid, losses, strict=True), key=lambda found: found[1])
         print(f"  {kind:8s} centre {centre:5.2f}  width {width:.1f}  {loss:.3f} nats")
-    torch.manual_seed(0)
-    teacher = 2 * torch.randn(1, 500)
-    ids, logprobs = top_outcomes(teacher, 8)
-    print(f"a teacher that gives {logprobs.exp().sum():.1%} to its 8 likeliest of 500 tokens; a student that")
-    for tail in (True, False):
-        student = torch.zeros(1, 500, requires_grad=True)
-        for _ in range(150):
-            if tail:
-                loss = top_logit_loss(student, ids, logprobs, "forward")
-            else:  # both renormalised over these 8
-                loss = logit_loss(student.gather(1, ids), logprobs, "forward")
-            student.data -= 2 * torch.autograd.grad(loss, student)[0]
-        mass = student.softmax(-1).gather(1, ids).sum()
-        print(f"  learns from {'these 8 and a tail' if tail else 'these 8, renormalised'} gives {mass:.1%}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Distillation of hidden states: each layer of a student learns to say what a layer of the teacher says.
+"""Distillation of hidden states: each layer of a student learns the output of a layer of the teacher.
 
     mse       |P_i s_i - t_m(i)|^2 / C'        (TinyBERT, arXiv 1909.10351)
-    cosine    1 - cos(P_i s_i, t_m(i))         (DistilBERT, arXiv 1910.01108): the direction, not the size
+    cosine    1 - cos(P_i s_i, t_m(i))         (DistilBERT, arXiv 1910.01108): direction without length
 
     s_i: (B, T, C), after layer i of the student      t: (B, T, C'), after a layer of the teacher
     P_i: (C', C), learned, no bias                    loss: (), summed over real tokens, the mean of layers
 
-The projection is there only while learning: no checkpoint of the student holds it. It may be any matrix, so
-the student must keep what the teacher knows in some basis, not in the teacher's.
+The projection exists only during training: the student's checkpoint does not contain it. Since it may be any
+matrix, the student need not use the teacher's basis.
 
-The map m says which layers meet, of S and S' layers. `uniform`: (i + 1) S' // S - 1, the last of each block
-of S' / S layers (4 of 12: 2, 5, 8, 11). `last`: the last layers alone.
+The map m pairs the S layers of the student with S' of the teacher. `uniform`: (i + 1) S' // S - 1, the last
+of each block of S' / S layers (4 of 12: 2, 5, 8, 11). `last`: the last layers alone.
 """
 
 import torch
@@ -21,7 +21,7 @@ KINDS = ("mse", "cosine")
 
 
 def layer_pairs(student_layers, teacher_layers, kind):
-    """Return which layers meet, counted from 0: a list of (student's, teacher's)."""
+    """Return the pairs of layers that are compared, (student's, teacher's), counted from 0."""
     if kind == "last":
         return [(student_layers - 1, teacher_layers - 1)]
     return [(i, (i + 1) * teacher_layers // student_layers - 1) for i in range(student_layers)]
@@ -55,11 +55,7 @@ def hidden_loss(projected, teacher, real, kind):
 
 
 def lesson():
-    """Print the maps, and how well a narrow state can say what a wide one says."""
-    print("which layer of the teacher each layer of the student meets, counted from 0")
-    for ours, theirs in ((4, 12), (2, 4), (3, 7)):
-        met = ", ".join(str(teacher) for _, teacher in layer_pairs(ours, theirs, "uniform"))
-        print(f"  {ours} of {theirs:2d} layers: {met}")
+    """Print how well the best narrow states can be projected to wide ones."""
     torch.manual_seed(0)
     teacher = torch.randn(512, 12) @ torch.randn(12, 48) / 12**0.5  # (N, C'): 48 channels of rank 12
     teacher = (teacher + 0.1 * torch.randn(512, 48))[None]

@@ -2,13 +2,14 @@
 
     y = W x = (W s)(x / s)      s_j = m_j^alpha / sqrt(max * min of those)      m_j = mean over tokens |x_j|
 
-A rounded weight is off by up to half a step of its group, large or small. Times s_j and back, column j is
-off by 1 / s_j of that, as long as the group's largest weight stays the same: the inputs that matter most are
-protected, without more bits. alpha is searched from 0 (no scaling) to 0.95 by the error of the output: with
-an error e of the weight, that is the sum over tokens of |e x|^2 = sum of e * (e X^T X), whatever the tokens.
+The error of a rounded weight is up to half a step of its group, whether the weight is large or small. If
+column j is multiplied by s_j before rounding and divided afterwards, its error is 1 / s_j of that, as long as
+the group's largest weight stays the same. So the columns that matter most are protected without more bits.
+alpha is searched from 0 (no scaling) to 0.95 by the error of the output. For an error e of the weight that is
+the sum over tokens of |e x|^2 = sum of e * (e X^T X): the tokens are needed only once, for X^T X.
 
-    weight (out, in), inputs (tokens, in)  ->  s (in,)
-    stack of experts (E, out, in), E inputs (tokens, in)  ->  one s (in,) for all of them
+    weight (out, in) or a stack of experts (E, out, in), inputs (tokens, in) of each matrix  ->  s (in,),
+    which is one for all experts
 
 A layer stores the codes of W s, and multiplies its input by a = 1 / s.
 
@@ -27,21 +28,18 @@ def awq_scales(weight, inputs, round):
 
     Args:
         weight: (out, in), or a stack (E, out, in).
-        inputs: (tokens, in), or for a stack a list of E of them, whose numbers of tokens may differ.
+        inputs: (tokens, in) of each of its matrices, a list of 1 or E; numbers of tokens may differ.
         round: a function from a weight to the rounded weight, of the same shape.
     """
-    if weight.dim() == 2:
-        weight, inputs, matrix = weight[None], [inputs], round
-        round = lambda scaled: matrix(scaled[0])[None]  # noqa: E731
     inputs = [x.to(weight.dtype) for x in inputs]
-    best, least = torch.ones_like(weight[0, 0]), float("inf")
+    best, least = weight.new_ones(weight.shape[-1]), float("inf")
     means = torch.cat(inputs).abs().mean(dim=0)  # NaN without any input: alpha = 0 stays the best
     moments = torch.stack([x.T @ x for x in inputs])  # (E, in, in)
     for alpha in GRID:
         scales = means.pow(alpha).clamp(min=1e-4)
         scales = scales / (scales.max() * scales.min()).sqrt()
-        wrong = round(weight * scales) / scales - weight  # (E, out, in)
-        error = float((wrong * (wrong @ moments)).sum())
+        wrong = round(weight * scales) / scales - weight  # as weight
+        error = float((wrong * (wrong @ moments)).sum())  # (out, in) @ (1, in, in) is a stack too
         if error < least:
             best, least = scales, error
     return best
@@ -56,7 +54,7 @@ def lesson():
     x = torch.randn(512, 128) * (1 + 29 * (torch.arange(128) % 32 == 5))  # 4 of 128 inputs are large
     round = lambda matrix: dequantize(*quantize(matrix, 4, 32))  # noqa: E731
     for name, inputs in (("4 large inputs", x), ("none", torch.randn(512, 128))):
-        scales = awq_scales(weight, inputs, round)
+        scales = awq_scales(weight, [inputs], round)
         true, errors = inputs @ weight.T, []
         for s in (torch.ones(128), scales):
             errors.append(float((inputs @ (round(weight * s) / s).T - true).norm() / true.norm()))

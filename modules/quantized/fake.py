@@ -17,7 +17,7 @@ here s begins as in ste.
 What is trained is log s: s stays above zero, and a step of Adam changes it in proportion to its size.
 
 Papers: straight-through, Bengio et al., arXiv 1308.3432; LSQ, Esser et al., arXiv 1902.08153; log s: Jain et
-al., arXiv 1903.08066. Trap: scales are stored in fp16, so training rounds them too.
+al., arXiv 1903.08066. Trap: scales of groups are stored in fp16, so training rounds them too.
 """
 
 import torch
@@ -51,8 +51,8 @@ class FakeQuantize(torch.autograd.Function):
         return grad * inside, (grad * slope).sum(dim=-1) * factor, None
 
 
-class Stored(torch.autograd.Function):
-    """Scales as a store keeps them, rounded to its dtype; the gradient is that of the identity, unrounded."""
+class RoundScales(torch.autograd.Function):
+    """Round scales to the dtype of a store. The gradient is that of the identity and is not rounded."""
 
     @staticmethod
     def forward(ctx, scales, dtype):
@@ -77,36 +77,36 @@ class FakeLayer(nn.Module):
         self._parameters.update(layer._parameters)
         for matrix in self.MATRICES:
             groups = grouped(getattr(layer, matrix).detach(), group_size)  # (.., out, groups, g)
-            self.scale_dtype = self.empty_store(matrix).scale_dtype
+            self.scale_dtype = self.blank_store(matrix).scale_dtype
             if kind == "lsq":
                 start, _ = scales_and_zeros(groups, bits, symmetric=True)
                 self.register_parameter(f"{matrix}_log_scale", nn.Parameter(start.log().flatten()))
         self.train(layer.training)
 
-    def scales(self, matrix: str):
-        """Return the scales of one matrix (.., out, groups) as they will be stored."""
+    def groups_and_scales(self, matrix: str):
+        """Return one exact matrix in groups (.., out, groups, g), and their scales (.., out, groups) as they
+        will be stored."""
         groups = grouped(getattr(self, matrix), self.group_size)
         if self.kind == "ste":
-            found, _ = scales_and_zeros(groups.detach(), self.bits, True, self.scale_dtype)
-            return found.to(groups.dtype)
+            scales, _ = scales_and_zeros(groups.detach(), self.bits, True, self.scale_dtype)
+            return groups, scales.to(groups.dtype)
         learned = getattr(self, f"{matrix}_log_scale").exp().view(groups.shape[:-1])
-        return Stored.apply(learned, self.scale_dtype)
+        return groups, RoundScales.apply(learned, self.scale_dtype)
 
     def rounded(self, matrix: str):
         """Return w' of one matrix (.., out, in)."""
-        groups = grouped(getattr(self, matrix), self.group_size)
-        return FakeQuantize.apply(groups, self.scales(matrix), self.bits).flatten(-2)
+        return FakeQuantize.apply(*self.groups_and_scales(matrix), self.bits).flatten(-2)
 
-    def empty_store(self, matrix: str) -> StoredIntegers:
-        """Return a store for one matrix. Raise `ValueError` for a group size that does not fit."""
+    def blank_store(self, matrix: str) -> StoredIntegers:
+        """Return an empty store for one matrix. Raise `ValueError` for a group size that does not fit."""
         return StoredIntegers(getattr(self, matrix).shape, self.bits, self.group_size)
 
     @torch.no_grad()
     def store(self, matrix: str) -> StoredIntegers:
         """Return one matrix as codes, those of training."""
-        groups, scales = grouped(getattr(self, matrix), self.group_size), self.scales(matrix)
+        groups, scales = self.groups_and_scales(matrix)
         codes = codes_of(groups, scales, None, self.bits).flatten(-2)
-        return self.empty_store(matrix).to(codes.device).put(codes, scales.to(self.scale_dtype))
+        return self.blank_store(matrix).to(codes.device).put(codes, scales.to(self.scale_dtype))
 
 
 class FakeLinear(FakeLayer):

@@ -1,18 +1,18 @@
-"""GPTQ: round a matrix column by column, and let the columns to come make up for each error.
+"""GPTQ: round a matrix column by column, and correct the columns to come for each error.
 
     the output's error      sum over tokens of |(w - w') x|^2 = 1/2 (w - w') H (w - w')^T        H = 2 X^T X
     column i rounded to q   err = (w_i - q) / U_ii        w_j -= err U_ij  for all j > i         H^-1 = U^T U
 
-The second line is the least squares solution: of all values of the columns to come, those that make the error
-smallest while the columns up to i stay as they are. U is the upper Cholesky factor. Plain rounding is the
-case of inputs without correlation, where H and U are diagonal.
+The second line is the least squares solution: the values of the columns to come that make the error smallest
+while the columns up to i stay as they are. U is the upper Cholesky factor. Without correlation between inputs
+H and U are diagonal, and GPTQ is plain rounding.
 
     weight (out, in), H (in, in), inputs x (tokens, in)  ->  `Codes` of (out, in), columns in their own order
 
-Act order: columns with large inputs go first, when most others can still make up for them. A group's scale
-is then found before, in the original weights, since its columns come at different times ("static groups":
-no index of groups has to be stored). Without act order it is found when its first column comes, in weights
-that have been moved by then.
+Act order: columns with large inputs go first, while most others can still be corrected. The columns of a
+group then come at different times, so its scale is found at the start, in the original weights ("static
+groups": no index of groups has to be stored). Without act order it is found when the group's first column
+comes, in the weights as corrected by then.
 Lazy batches: an error is passed on at once within a batch of columns, and to the rest by one product per
 batch. The result is the same but for the last bits.
 

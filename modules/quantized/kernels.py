@@ -20,8 +20,8 @@ read from memory, M = 1, 4 and 16: Int8Product 1.8, 2.8, 1.1; Int4Product 1.4, 2
 `_int_mm` (0.1), `_dyn_quant_matmul_4bit` (0.1), `onednn.qlinear_pointwise` (0.7), and any of them on a matrix
 that stays in the caches (`SMALL`).
 
-Trap: without VNNI, fbgemm adds two products of 8 x 8 bits in 16 bits, and what does not fit is cut off
-without a word: all inputs at their maximum give half the result. Digits of 7 bits always fit.
+Trap: without VNNI, fbgemm adds two products of 8 x 8 bits in 16 bits, which saturates silently: with all
+inputs at their maximum, the result is half of what it should be. Digits of 7 bits always fit.
 """
 
 import functools
@@ -127,14 +127,14 @@ def numbers(stores, expert: int | None = None):
 
 
 def joined_codes(stores, expert: int | None) -> Codes:
-    """Return the same as codes, from `StoredIntegers` of one format."""
+    """Return what `numbers` returns as `Codes`, from `StoredIntegers` of one format."""
     parts = zip(*[(store.unpacked(), store.scales, store.zeros) for store in stores], strict=True)
     pick = slice(None) if expert is None else expert
     return Codes(*(None if each[0] is None else torch.cat([one[pick] for one in each]) for each in parts))
 
 
 def kind_of(stores):
-    """Return the class for these stores, which have the same input (in)."""
+    """Return the class of product for these stores, which have the same input (in)."""
     if any(type(store) is not StoredIntegers for store in stores):
         return HalfProduct
     formats = {(store.bits, store.group_size, store.symmetric) for store in stores}
@@ -172,7 +172,7 @@ def sound(kind) -> bool:
 
 
 def lesson():
-    """Time one token of an exact product with each format against fp32, and show what digits are."""
+    """Print the time and the error of one token's product in each format, beside fp32."""
     from time import perf_counter
 
     from modules.quantized.stored import StoredNF4

@@ -2,13 +2,13 @@
 
     y = F.linear(x * a, dequantize(codes)) + b
 
-`a` (in,) scales the input of a method that has scaled the columns of the weight by 1 / a (AWQ, SmoothQuant);
-for other methods there is none. With `activations`, x is rounded too: each token to 8 bits with a scale of
-its own (W8A8), so that the product is one of integers.
+AWQ and SmoothQuant store the columns of the weight divided by a (in,), and multiply the input by it; other
+methods have no a. With `activations`, x is rounded too, each token to 8 bits with a scale of its own (W8A8),
+so that the product is one of integers.
 
-The layers stand in the place of `nn.Linear` and `Experts`, and have what others read of those: `weight`, or
-`gate_up_proj` and `down_proj`, are computed on demand. Nothing in full precision is kept, not for the
-backward pass either: it dequantises once more.
+The layers replace `nn.Linear` and `Experts` and have the same attributes: `weight`, or `gate_up_proj` and
+`down_proj`, computed on demand. No matrix is kept in full precision, not even for the backward pass, which
+dequantises it again.
 
     x (.., in), codes (out, in)  ->  (.., out)
 """
@@ -38,8 +38,14 @@ class DequantizedLinear(torch.autograd.Function):
 
 
 def ones(size: int):
-    """Return ones (size,), which on a model without memory are a shape alone (model/blank.py)."""
+    """Return ones (size,). On the device `meta` only their shape exists (model/blank.py)."""
     return torch.empty(size).fill_(1.0)
+
+
+def acting(store, scale):
+    """Return the matrix (.., out, in) in fp32 that acts on the input x, given its `scale` a (in,) or None."""
+    weight = store.dequantize()
+    return weight if scale is None else weight * scale
 
 
 def rounded(x):
@@ -69,8 +75,7 @@ class QuantLinear(nn.Module):
     @property
     def weight(self):
         """The matrix (out, in) in fp32 that acts on the input x, computed now."""
-        weight = self.store.dequantize()
-        return weight if self.input_scale is None else weight * self.input_scale
+        return acting(self.store, self.input_scale)
 
     def forward(self, x):
         """x (.., in) -> (.., out)."""
@@ -82,8 +87,10 @@ class QuantLinear(nn.Module):
 
 
 class QuantExperts(nn.Module):
-    """`Experts` on two stores, (E, 2F, C) and (E, C, F). `scaled`: the input of all experts has one scale
-    (C,), and what they compute inside another (F,). Their inputs are never rounded."""
+    """`Experts` on two stores, (E, 2F, C) and (E, C, F), whose inputs are never rounded.
+
+    scaled: there is an `input_scale` (C,) and an `inner_scale` (F,), of the input of `down`, for all experts.
+    """
 
     def __init__(self, gate_up, down, implementation: str, scaled: bool = False):
         super().__init__()
@@ -94,14 +101,12 @@ class QuantExperts(nn.Module):
     @property
     def gate_up_proj(self):
         """(E, 2F, C) in fp32, computed now."""
-        weight = self.gate_up.dequantize()
-        return weight if self.input_scale is None else weight * self.input_scale
+        return acting(self.gate_up, self.input_scale)
 
     @property
     def down_proj(self):
         """(E, C, F) in fp32, computed now."""
-        weight = self.down.dequantize()
-        return weight if self.inner_scale is None else weight * self.inner_scale
+        return acting(self.down, self.inner_scale)
 
     def forward(self, x, indices, weights):
         """x (N, C), indices and weights (N, K) -> (N, C)."""

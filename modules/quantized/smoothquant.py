@@ -2,17 +2,17 @@
 
     y = W x = (W s)(x / s)        s_j = (max over tokens |x_j|)^alpha / (max over rows |W_j|)^(1 - alpha)
 
-A few channels of a transformer's activations are up to 100 times as large as the others, for all tokens. They
-leave a few codes to the rest of the token, which has one scale. Weights have no such channels, and a scale
-for each row. With alpha = 1/2 the largest input and the largest weight of a channel become equal.
+A few channels of a transformer's activations are up to 100 times as large as the others, for all tokens.
+Since a token has one scale, they leave only a few codes to its other channels. Weights have no such channels,
+and a scale for each row. With alpha = 1/2 the largest input and the largest weight of a channel become equal.
 
     largest_inputs (in,), weight (.., out, in)  ->  s (in,)      a stack has one s for all its matrices
 
 A layer stores the codes of W s, and multiplies its input by a = 1 / s (modules/quantized/layers.py).
 
 Paper: Xiao et al., arXiv 2211.10438. As in torchao, `EPSILON` is added to both maxima.
-Trap: a channel that was always zero in calibration has s near 0, and should it ever speak up, 1 / s makes it
-the outlier. It keeps s = 1 (in torchao it does not).
+Trap: a channel that was always zero in calibration would get s near 0, and 1 / s would make any later input
+an outlier. Here it keeps s = 1; in torchao it does not.
 """
 
 import torch

@@ -4,8 +4,8 @@
     NF4         codes of the flattened matrix, two in a byte; a scale for each block of 64
 
 `dequantize()` returns the matrix (.., out, in) in fp32. Buffers are part of the state dict, so a checkpoint
-of a quantised model is as small as the model. Each class can be made empty, to be filled from one: its memory
-is not touched until then.
+of a quantised model is as small as the model. A store starts empty, to be filled by `round` or from a
+checkpoint; its memory is not touched until then.
 """
 
 import math
@@ -100,7 +100,7 @@ class StoredNF4(nn.Module):
         """Return the matrix (.., out, in) in fp32."""
         double = self.double_quant
         scales = nf4.dequantize_scales(self.scales, self.steps, self.mean) if double else self.scales
-        return nf4.dequantize_packed(self.codes, scales).view(self.shape)
+        return nf4.dequantize_nf4(self.codes, scales).view(self.shape)
 
 
 def empty_store(shape, quant) -> StoredIntegers | StoredNF4:

@@ -5,11 +5,11 @@
          + hidden_weight * distance of the projected states   over all real tokens
          + attention_weight * KL of maps or relations         over all real tokens
 
-The pieces are in modules/distillation/. The log shows each term without its weight. The teacher is frozen, in
-evaluation mode and without gradient; its output head too runs only where there is a label, and not at all for
-a batch that carries its probabilities: `teacher_ids` and `teacher_logprobs`, (B, T, K) each, the
-`top_outcomes` at `distill.temperature`. A batch marked `own` is samples of the student (student_samples.py):
-their cross-entropy is logged with that of the data, and not learned.
+The terms are defined in modules/distillation/. The log shows each one without its weight. The teacher is
+frozen, in evaluation mode and without gradient, and computes logits only where there is a label. A batch may
+carry them, computed before (teacher_logits.py): `teacher_ids` and `teacher_logprobs`, (B, T, K) each, the
+`top_outcomes` at `distill.temperature`. A batch with the entry `own` holds samples of the student
+(student_samples.py): their cross-entropy is logged, but not learned.
 """
 
 import torch
@@ -28,7 +28,7 @@ from utils.distributed import sum_scalars
 from utils.errors import UserError
 
 STUDENT, PROJECTION = "student", "projection"
-ATTENTION = {"maps": ("q_proj", "k_proj"), "relations": ("q_proj", "k_proj", "v_proj")}  # learn in that layer
+ATTENTION = {"maps": ("q_proj", "k_proj"), "relations": ("q_proj", "k_proj", "v_proj")}  # what learns
 
 
 class DistillLoss(LanguageModelLoss):
@@ -36,9 +36,9 @@ class DistillLoss(LanguageModelLoss):
 
     Args:
         student, teacher: decoders; the teacher is not trained.
-        vocabulary: the number of tokens they share. Either may have more ids, which no token has.
-        pairs: of layers that meet, (student's, teacher's); attention is that of the last pair.
-        relation_heads: how the heads are cut again for `distill.attention=relations`.
+        vocabulary: the number of tokens that they share. Either model may have more ids, which are unused.
+        pairs: the layers that are compared, (student's, teacher's); attention only in the last pair.
+        relation_heads: the number of heads for `distill.attention=relations`.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class DistillLoss(LanguageModelLoss):
                 losses["attention"] = self.attention_term(ours, theirs, real_tokens(batch)) / self.real
         measures["ce"] = terms.pop("ce")
         main = {"ce": settings.ce_weight * measures["ce"]} if settings.ce_weight else {}
-        if "own" in batch:  # samples of the student are no truth, see student_samples.py
+        if "own" in batch:  # the student's samples are not the truth, see student_samples.py
             main = {}
             terms.pop("mtp", None)
         scaled = {name: getattr(settings, f"{name}_weight") * loss for name, loss in losses.items()}
@@ -112,8 +112,9 @@ class DistillLoss(LanguageModelLoss):
 
     @torch.no_grad()
     def ask_teacher(self, batch: Batch) -> tuple[tuple, Recorder | None]:
-        """Return the teacher's word on each label: its logits (N, V) alone, or ids and log-probabilities
-        (N, K) of its best tokens; and a recorder of its inside."""
+        """Return what the teacher predicts at each label, and the recorder of its layers. The prediction is
+        its logits (N, V) alone, or ids and log-probabilities (N, K) of its likeliest tokens; () if none is
+        compared. There is no recorder if the batch holds all that is needed."""
         if self.teacher.training:
             raise UserError("the teacher is in training mode: its dropout and noise would be learned as well")
         settings, keep, taught = self.settings, batch["labels"] != IGNORED, ()
@@ -146,5 +147,5 @@ class DistillLoss(LanguageModelLoss):
 
 
 def run(model, batch: Batch):
-    """Run a decoder for its hidden states: of its logits, those of the last column only."""
+    """Run a decoder for its hidden states; logits are computed for the last column only."""
     return model(batch["input_ids"], last_only=True, **about(batch))

@@ -1,5 +1,6 @@
 """The parts of distillation: the teacher, the student, and the stage of a student beside its teacher."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from inference.generation.load import CHAT_STAGES, Loaded, load_full
 from load_data.tokenization.tokenizer import Tokenizer
 from model.tinyseek import TinySeek
 from modules.distillation.hidden import HiddenProjection, layer_pairs
-from modules.distillation.relations import common_heads
 from train.engine.command import Command, default_base, inherited_sections
 from train.engine.distill_loss import PROJECTION, STUDENT, DistillLoss
 from train.engine.fine_tuning import Base, check_length, open_base
@@ -31,7 +31,7 @@ def teacher_path(config: RunConfig, out: Path) -> Path:
 
 
 def lent_sections(config: RunConfig, out: Path) -> dict:
-    """Return the settings that the teacher decides: the tokenizer of its student, and its held-out data."""
+    """Return the settings that a student takes from its teacher: the tokenizer, and the data held out."""
     path = teacher_path(config, out)
     sections = inherited_sections(load_checkpoint(path), str(path), flag=FLAG)
     return {name: sections[name] for name in ("tokenizer", "data")}
@@ -77,7 +77,7 @@ def with_teacher(stage: Stage, teacher: Loaded, config: RunConfig, machine: Mach
     )
     if settings.layers:
         pairs = list(enumerate(settings.layers))
-    heads = settings.relation_heads or common_heads(*head_counts(student.config, teacher.model.config))
+    heads = settings.relation_heads or math.gcd(*head_counts(student.config, teacher.model.config))
     parts = {STUDENT: student}
     if settings.hidden != "none":
         sizes = student.config.hidden_size, teacher.model.config.hidden_size
@@ -130,8 +130,8 @@ def shared_rules(config: RunConfig, student, teacher, vocabulary: int):
     yield settings.kinds and length > places, (
         f"data.sequence_length={length} is more than the {places} positions of the teacher: lower it"
     )
-    # A question may fill a row, and the student's answer follows it. Beyond its positions a teacher is no
-    # teacher, but gives numbers all the same.
+    # A question may fill a row, and the student's answer follows it. Beyond the positions that it was trained
+    # on, a teacher still computes logits, but they mean nothing.
     yield settings.on_policy and min(length + new, student.max_position_embeddings) - 1 > places, (
         f"data.sequence_length={length} and distill.max_new_tokens={new} of a sample behind it are more than "
         f"the {places} positions of the teacher: lower one"
@@ -146,7 +146,7 @@ def shared_rules(config: RunConfig, student, teacher, vocabulary: int):
 
 
 def inner_rules(config: RunConfig, student, teacher):
-    """Yield the same for the kinds that look into layers."""
+    """Yield the same for the kinds that compare hidden states or attention."""
     settings, inside = config.distill, [kind for kind in config.distill.kinds if kind != "logits"]
     if not inside:
         return

@@ -1,9 +1,10 @@
-"""A recorder of what happens inside a decoder: states after layers, and the attention of one layer.
+"""Record what a decoder computes inside: hidden states after layers, and the attention of one layer.
 
-Forward hooks note it while the recorder is open and are removed afterwards, so that the model does not know
-of it: its code, its weights and its speed elsewhere stay as they are. A model that is compiled would skip the
-hooks.
+Forward hooks record it while the recorder is open, and are removed afterwards. The model itself needs no code
+for it. Trap: a compiled model skips the hooks.
 """
+
+from functools import partial
 
 import torch
 
@@ -11,38 +12,40 @@ from modules.attention.grouped_query import scores_of
 from modules.distillation.divergence import wide
 from modules.rope import apply_rotary
 
+HEADS = ("q_norm", "k_norm", "v_proj")  # whose outputs are queries, keys and values before the rotation
+
 
 class Recorder:
     """`with Recorder(model, layers, attention) as seen: model(ids)`; then read `hidden`, `heads`, `scores()`.
 
     Args:
         model: a `TinySeek`; for `attention`, with grouped-query attention.
-        layers: numbers of the layers after which to note the hidden states.
-        attention: the number of the layer whose queries, keys and values to note, or None.
+        layers: numbers of the layers whose outputs to record.
+        attention: the number of the layer whose queries, keys and values to record, or None.
     """
 
     def __init__(self, model: torch.nn.Module, layers: list[int], attention: int | None = None):
-        self.layers, self.found, self.handles = layers, {}, []
-        self.parts = {layer: model.model.layers[layer] for layer in layers}
-        self.attention = None if attention is None else model.model.layers[attention].self_attn
+        self.layers, self.attention, self.found, self.handles = layers, None, {}, []
+        self.parts = {layer: model.model.layers[layer] for layer in layers}  # whose outputs are recorded
+        if attention is not None:
+            self.attention = model.model.layers[attention].self_attn
+            self.parts |= {name: getattr(self.attention, name) for name in HEADS}
 
     def __enter__(self) -> "Recorder":
         """Add the hooks."""
-        for layer, part in self.parts.items():
-            self.note(part, layer, lambda output: output[0])
+        for key, part in self.parts.items():
+            self.handles.append(part.register_forward_hook(partial(self.record, key)))
         if self.attention is not None:
-            D = self.attention.head_dim
-            for name in ("q_norm", "k_norm", "v_proj"):
-                split = lambda output: output.view(*output.shape[:2], -1, D)  # noqa: E731  (B, T, H or G, D)
-                self.note(getattr(self.attention, name), name, split)
-            hook = lambda part, given: self.found.update(context=given[1], rotary=given[2])  # noqa: E731
-            self.handles.append(self.attention.register_forward_pre_hook(hook))
+            self.handles.append(self.attention.register_forward_pre_hook(self.record_inputs))
         return self
 
-    def note(self, part: torch.nn.Module, key, read) -> None:
-        """Note `read(output)` of a part of the model under `key`."""
-        hook = lambda part, given, output: self.found.update({key: read(output)})  # noqa: E731
-        self.handles.append(part.register_forward_hook(hook))
+    def record(self, key: int | str, part: torch.nn.Module, given: tuple, output) -> None:
+        """Record the output of a part of the model under `key`."""
+        self.found[key] = output
+
+    def record_inputs(self, part: torch.nn.Module, given: tuple) -> None:
+        """Record the mask and the rotary tables that the attention is given."""
+        self.found["context"], self.found["rotary"] = given[1:3]
 
     def __exit__(self, *error) -> None:
         """Remove the hooks."""
@@ -52,12 +55,13 @@ class Recorder:
     @property
     def hidden(self) -> list[torch.Tensor]:
         """The states (B, T, C) after each of the layers, in fp32 or wider."""
-        return [wide(self.found[layer]) for layer in self.layers]
+        return [wide(self.found[layer][0]) for layer in self.layers]
 
     @property
     def heads(self) -> list[torch.Tensor]:
         """Queries (B, T, H, D), keys and values (B, T, G, D), not rotated; in fp32 or wider."""
-        return [wide(self.found[name]) for name in ("q_norm", "k_norm", "v_proj")]
+        found = [wide(self.found[name]) for name in HEADS]
+        return [part.view(*part.shape[:2], -1, self.attention.head_dim) for part in found]
 
     def scores(self) -> torch.Tensor:
         """Return the scores of the attention (B, H, T, T), before its mask."""

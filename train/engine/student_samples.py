@@ -1,20 +1,20 @@
 """On-policy distillation (GKD, arXiv 2306.13649): the student learns on what it writes itself.
 
-    data        question  the data's answer            the teacher scores both: the divergence of the two
-    own sample  question  what the student writes      models at each token of the answer
+    step on data        question  the data's answer          both: the divergence of student and teacher
+    step on samples     question  the student's answer       at each token of the answer
 
-A student that learns only from good answers never sees the mistakes it makes when it writes alone. With
-probability `distill.on_policy`, a step replaces the answers of its dialogues by samples of the student as it
-is at that step. Nothing flows back through the sampling, and the samples are no truth: they have labels, so
-that the divergence is measured there, and a mark, `own`, by which the loss leaves their cross-entropy out.
+A student that learns only from good answers never sees the mistakes that it makes when it writes alone. With
+probability `distill.on_policy`, a step replaces the answers of its dialogues by samples of the current
+student. No gradient flows through the sampling. Samples are not the truth: they have labels, which say where
+the divergence is measured, and the entry `own`, so that the loss leaves out their cross-entropy.
 
     micro-batch: input_ids (B, T), labels (B, T) on sampled tokens alone, padding_mask (B, T), own ()
 
-Of a dialogue of several turns, the last answer is sampled, after the true ones before it. Each answer has a
+In a dialogue of several turns the last answer is sampled, after the true ones before it. Each answer has a
 row of its own. A packed row gives as many questions as it has room for answers of `distill.max_new_tokens`:
-a student that does not stop in time would make a step many times as long, and the others wait for their next
-epoch. Which steps are sampled and each answer's random numbers depend on the seed, the step and the
-place of the dialogue in the step: a resumed run repeats them, and any number of processes samples the same.
+without this bound, a student that does not stop would make a step many times as long. The other questions
+wait for the next epoch. Which steps are sampled, and each answer's random numbers, depend on the seed, the
+step and the place of the dialogue in the step: a resumed run repeats them, with any number of processes.
 """
 
 import random
@@ -82,16 +82,16 @@ class StudentSamples:
         return self.given.state_dict() | {"steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue."""
+        """Continue at a saved position."""
         self.steps = state["steps"]
         self.given.load_state_dict(state)
 
 
 def prompts_of(ids: torch.Tensor, labels: torch.Tensor, documents: torch.Tensor) -> list[list[int]]:
     """Return the ids before the last answer of each dialogue of a row; ids, labels, documents (T,)."""
-    found = []
-    places = [place for place, document in enumerate(documents.tolist()) if document >= 0]
-    for _, part in groupby(places, key=documents.tolist().__getitem__):
+    found, numbers = [], documents.tolist()
+    places = [place for place, number in enumerate(numbers) if number >= 0]
+    for _, part in groupby(places, key=numbers.__getitem__):
         part = list(part)
         learned = [label != IGNORED for label in labels[part].tolist()]
         starts = [n for n, now in enumerate(learned) if now and not (n and learned[n - 1])]

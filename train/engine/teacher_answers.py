@@ -1,19 +1,19 @@
 """Distillation by text: the teacher writes answers to training questions, and the student learns them.
 
     teacher     whatever the teacher writes, right or wrong: sequence-level distillation (arXiv 1606.07947)
-    solutions   worked solutions that the verifier accepts, each as two tasks: the working and then the
-                value, or the value at once (distilling step by step, arXiv 2305.02301)
-    labels      no teacher: the bare value, of the data's own answers. What the others are compared with
+    solutions   worked solutions that the verifier accepts, each as two tasks: the working followed by the
+                value, and the value alone (distilling step by step, arXiv 2305.02301)
+    labels      no teacher: the value alone, from the data's own answers; the baseline of the others
 
     47 + 38   teacher writes   7,8=15 4,3,1=8: 85     ->   <think>7,8=15 4,3,1=8</think>85    asked to think
                                                            85                                 asked not to
 
-The request tells the two tasks apart, as in the skill `thought_sums`. A teacher that works within its answer
-is asked without thinking, one of a skill that thinks (`thought_sums`) with it.
+The request, with thinking or without, tells the two tasks apart. The teacher is asked with thinking for a
+skill that has thoughts (`thought_sums`), and otherwise shows its working within the answer.
 
-Text needs no common vocabulary: the teacher reads and writes by its own tokenizer, the student encodes the
-text by its own. Only training questions are asked; the held-out side has the skill's own answers, brought
-into the same form. An answer that was cut, or that spells out a sum reserved for scoring, is left out.
+Text needs no common vocabulary: teacher and student each use their own tokenizer. Only training questions are
+asked; the held-out side has the skill's own answers in the same form. An answer that was cut off, or that
+spells out a sum reserved for scoring, is left out.
 
 Answers are made once, by the first process, before training; a folder of the cache keeps them for a resumed
 run and for other runs with the same teacher, questions and seed.

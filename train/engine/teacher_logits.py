@@ -1,20 +1,20 @@
-"""The teacher's logits, computed once and kept on disk: of each supervised token the K likeliest next tokens.
+"""The teacher's logits, computed once and kept on disk: for each label, the K likeliest tokens.
 
     ids (N, K) uint16, logprobs (N, K) fp16 of N supervised tokens          4 N K bytes up to 65,536 tokens
     -> teacher_ids (B, T, K), teacher_logprobs (B, T, K) in each micro-batch, 0 where there is no label
 
-The teacher then reads the data once, not in every epoch, and need not run while the student trains. Of the
-rest of the distribution only the mass is known, as that of all other tokens together (`distill.top_k`).
+The teacher then reads the data once instead of in every epoch, and does not run while the student trains. All
+other tokens are known only by their common probability (`distill.top_k`).
 
-Dialogues only. They do not see each other, and each begins at position 0, so what the teacher says about one
-is the same in any row, order and epoch. Windows of text begin elsewhere in each epoch, and what precedes a
-token changes; logits stored for one window would be those of another context.
+This works for dialogues only. They do not attend to each other, and each begins at position 0, so the
+teacher's logits are the same in any row, order and epoch. Windows of text begin elsewhere in each epoch: the
+tokens before a label, and with them the logits, change.
 
 fp16 rounds log p by at most 2^-11 of it, so p by at most 2^-11 p |log p| < 0.0002. Trap: K rounded
 probabilities may sum to more than 1, see modules/distillation/divergence.py.
 
-A folder `teacher_logits_<hash>` of the cache holds them, for a resumed run and for other students; the hash
-is of teacher, dialogues, K and temperature. A checksum finds a damaged one.
+The folder `teacher_logits_<hash>` of the cache serves resumed runs and other students. The hash covers
+teacher, dialogues, K and temperature. A checksum finds damaged files.
 """
 
 import hashlib

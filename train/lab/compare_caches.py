@@ -3,9 +3,10 @@
     python train/lab/compare_caches.py --count 200         the latest model in out/
 
 A pre-trained model continues pieces of held-out text, a fine-tuned one answers held-out questions of all its
-skills. `texts` is the share of texts that are the same, `tokens` that of single choices, up to the first
-other one of a text, and `gap` the median and the largest distance of the two best logits there. Memory is
-that of one row of 64, 256 and 512 tokens, against the full cache, and tokens/s are those of the whole batch.
+skills. `texts` is the share of identical texts. `tokens` is the share of identical choices, counted up to the
+first difference in each text, and `gap` the median and the maximum distance of the two best logits there.
+Memory is that of one row of 64, 256 and 512 tokens, relative to the full cache; tokens/s are of the whole
+batch.
 """
 
 import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # repository root

@@ -13,7 +13,6 @@ import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).resolve().par
 
 import math
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -26,8 +25,7 @@ from inference.evaluate import score_skills
 from inference.generation.generator import Generator
 from inference.generation.load import DEFAULT_OUT, Loaded, load_full
 from inference.quantization.calibrate import training_rows
-from inference.quantization.fit import quantize_model
-from inference.quantize import MIB, contents
+from inference.quantize import MIB, contents, quantized, refuse_quantized
 from load_data.chat.chat_data import prepare_chat
 from load_data.chat.chat_loader import eval_chat_batches
 from load_data.loader import eval_windows
@@ -87,8 +85,7 @@ def measured(loaded: Loaded, count: int) -> tuple[float, float, float]:
 def quantized_row(path: Path, name: str, batches: list[dict], count: int) -> tuple:
     """Return the row of a method: bits per weight, MiB of weights and of the file, loss, and skills."""
     loaded, quant = load_full(path), FORMATS[name]
-    rows = quantize_model(loaded.model, quant, batches if quant.method in CALIBRATED else [])
-    loaded.config = replace(loaded.config, quant=quant)
+    rows = quantized(loaded, quant, batches if quant.method in CALIBRATED else [])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{name}.pkl"
         save_checkpoint(file, contents(loaded))
@@ -132,8 +129,7 @@ def main():
         raise UserError("--rows must be at least 1, and --count at least 0")
     set_threads()
     full = load_full(args.checkpoint)
-    if (was := full.config.quant).method != "none":
-        raise UserError(f"{full.path} is quantised already ({was.method}): name the model it was made from")
+    refuse_quantized(full)
     batches = training_rows(full, None, args.rows)
     held, *scores = measured(full, args.count)
     rows = {"fp32": (32.0, held, full.path.stat().st_size / MIB, *scores)}

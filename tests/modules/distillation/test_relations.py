@@ -2,11 +2,10 @@
 
 import math
 
-import pytest
 import torch
 
 from modules.attention.context import build_context
-from modules.distillation.relations import attention_kl, common_heads, relation_loss, relation_scores
+from modules.distillation.relations import attention_kl, relation_loss, relation_scores
 
 B, T = 2, 7
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]])
@@ -87,8 +86,3 @@ def test_padding_in_the_mean_would_be_seen():
     student, teacher = (relation_scores(x, 2) for x in heads((4, 2), (2, 4)))
     right = attention_kl(student, teacher, bias(), REAL)
     assert attention_kl(student, teacher, bias(), torch.ones_like(REAL)) > 1.05 * right
-
-
-@pytest.mark.parametrize(("counts", "most"), [((6, 3, 3, 3), 3), ((8, 2, 4, 4), 2), ((5, 5, 2, 1), 1)])
-def test_common_heads(counts, most):
-    assert common_heads(*counts) == most

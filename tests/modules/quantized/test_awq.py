@@ -36,7 +36,7 @@ def test_the_scales_are_those_of_torchao(symmetric, out, width, tokens):
         observer = core.AWQObserver(weight, None, config)
         observer(inputs, None)
         theirs = observer.calculate_qparams()
-        mine = awq_scales(weight, inputs, rounding(8, symmetric))
+        mine = awq_scales(weight, [inputs], rounding(8, symmetric))
         assert torch.equal(mine, theirs)
         chosen.add(float(mine.max() / mine.min()))
     assert len(chosen) > 1  # not one alpha for all
@@ -47,14 +47,14 @@ def test_a_stack_of_equal_experts_is_one_matrix():
     weight, inputs = case(0)
     parts = inputs.split([30, 0, 20])
     stack = awq_scales(weight.expand(3, -1, -1), list(parts), rounding(8, True))
-    assert torch.allclose(stack, awq_scales(weight, inputs, rounding(8, True)), rtol=1e-6)
+    assert torch.allclose(stack, awq_scales(weight, [inputs], rounding(8, True)), rtol=1e-6)
 
 
 def test_no_input_and_no_gain():
     """Without inputs, and where rounding is exact, nothing is scaled."""
     weight, inputs = case(0)
-    assert torch.equal(awq_scales(weight, inputs[:0], rounding(8, True)), torch.ones(32))
-    assert torch.equal(awq_scales(weight, inputs, lambda scaled: scaled + 0), torch.ones(32))
+    assert torch.equal(awq_scales(weight, [inputs[:0]], rounding(8, True)), torch.ones(32))
+    assert torch.equal(awq_scales(weight, [inputs], lambda scaled: scaled + 0), torch.ones(32))
     stack = weight.expand(2, -1, -1)
     assert torch.equal(awq_scales(stack, [inputs[:0]] * 2, rounding(8, True)), torch.ones(32))
 
@@ -63,7 +63,7 @@ def test_the_error_of_the_output_falls():
     """It cannot rise, since alpha = 0 is on the grid; with large inputs it falls."""
     for seed in range(4):
         weight, inputs = case(seed)
-        scales = awq_scales(weight, inputs, rounding(8, True))
+        scales = awq_scales(weight, [inputs], rounding(8, True))
         plain, scaled = (
             ((rounding(8, True)(weight * s) / s - weight) @ inputs.T).square().sum() for s in (1, scales)
         )

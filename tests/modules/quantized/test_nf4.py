@@ -39,7 +39,7 @@ def test_codes_scales_and_numbers(bitsandbytes, shape, dtype):
     codes, scales = nf4.quantize_nf4(weight)
     assert torch.equal(pack(codes), packed.flatten()) and torch.equal(scales, state.absmax)
     theirs = bitsandbytes.dequantize_4bit(packed, state).flatten()  # a single row comes back as a column
-    assert torch.equal(nf4.dequantize_nf4(codes, scales, dtype), theirs)
+    assert torch.equal(nf4.dequantize_nf4(pack(codes), scales).to(dtype), theirs)
 
 
 def test_zeros_and_middles(bitsandbytes):
@@ -53,7 +53,7 @@ def test_zeros_and_middles(bitsandbytes):
     codes, scales = nf4.quantize_nf4(weight)
     assert torch.equal(pack(codes), packed.flatten()) and torch.equal(scales, state.absmax)
     assert codes[65:80].tolist() == list(range(15)) and codes[80:95].tolist() == list(range(1, 16))
-    assert torch.equal(nf4.dequantize_nf4(codes, scales).view(3, 64)[[0, 2]], torch.zeros(2, 64))
+    assert torch.equal(nf4.dequantize_nf4(pack(codes), scales).view(3, 64)[[0, 2]], torch.zeros(2, 64))
 
 
 def test_a_number_has_its_nearest_level():
@@ -84,7 +84,7 @@ def test_double_quantisation(bitsandbytes, blocks):
     assert (nearest <= near).all() or blocks == 1
     other = (short != state.absmax) & (steps.repeat_interleave(256)[:blocks] > 0)
     assert (near - nearest)[other].lt(1e-5).all() and other.sum() <= blocks // 300
-    rebuilt = nf4.dequantize_nf4(codes, nf4.dequantize_scales(short, steps, mean)).view(weight.shape)
+    rebuilt = nf4.dequantize_nf4(pack(codes), nf4.dequantize_scales(short, steps, mean)).view(weight.shape)
     theirs = bitsandbytes.dequantize_4bit(packed, state).view(weight.shape)
     assert torch.equal(rebuilt[~other], theirs[~other])
 
@@ -96,7 +96,8 @@ def test_equal_scales():
 
 
 @pytest.mark.parametrize("shape", [(3, 128), (1, 2), (5, 7, 6), (64, 1)])
-def test_the_fast_way_back_is_the_plain_one(shape):
+def test_each_number_is_its_level_times_its_scale(shape):
     """Bit for bit: blocks that end with the matrix, and those that do not."""
     codes, scales = nf4.quantize_nf4(torch.randn(shape))
-    assert torch.equal(nf4.dequantize_packed(pack(codes), scales), nf4.dequantize_nf4(codes, scales))
+    expected = torch.tensor(nf4.LEVELS)[codes.long()] * scales.repeat_interleave(64)[: len(codes)]
+    assert torch.equal(nf4.dequantize_nf4(pack(codes), scales), expected)

@@ -9,7 +9,7 @@ import torch
 from inference.fast.decoder import refusal
 from inference.generation.load import load_adapter, load_full
 from model.adapters import NF4, attach
-from model.fake import on_codes, round_in_training
+from model.fake import coded_result, round_in_training
 from model.quantized import quantize_weights
 from modules.adapters.qlora import LoraQuantLinear
 from modules.quantized.fake import FakeLayer, FakeQuantize
@@ -148,9 +148,9 @@ def rounded_run(out, kind):
 
 def test_a_healthy_rounded_run_passes(tmp_path, capsys):
     run = rounded_run(tmp_path, "lsq")
-    before = on_codes(copy.deepcopy(run.model), run.config)["weights"]
+    before = coded_result(copy.deepcopy(run.model), run.config)["weights"]
     run.run()
-    after = on_codes(run.model, run.config)["weights"]
+    after = coded_result(run.model, run.config)["weights"]
     changed = [name for name, part in before.items() if not torch.equal(part, after[name])]
     assert any("codes" in name for name in changed) and any("scales" in name for name in changed)
     assert "weights proven" in capsys.readouterr().out
@@ -169,8 +169,13 @@ def through_torch_round(monkeypatch):
 
 def scales_that_are_not_trained(monkeypatch):
     """The gradient ends before the learned scales."""
-    plain = FakeLayer.scales
-    monkeypatch.setattr(FakeLayer, "scales", lambda layer, matrix: plain(layer, matrix).detach())
+    plain = FakeLayer.groups_and_scales
+
+    def cut(layer, matrix):
+        groups, scales = plain(layer, matrix)
+        return groups, scales.detach()
+
+    monkeypatch.setattr(FakeLayer, "groups_and_scales", cut)
 
 
 @pytest.mark.parametrize(("plant", "kind", "words"), [
