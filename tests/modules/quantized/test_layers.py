@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from modules.experts.moe import Experts
+from modules.quantized import integers
 from modules.quantized.layers import QuantExperts, QuantLinear, rounded
 from modules.quantized.stored import StoredIntegers, StoredNF4
 
@@ -81,6 +82,17 @@ def test_rounded_inputs_are_products_of_integers():
             bound = 12 * 2**-23 * sum(map(abs, token)) * 128 * step * float(layer.store.scales[row])
             assert abs(float(found[t, row]) - exact) <= bound
     assert not found[1].any() and not found[:, 4].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_input_is_rounded_as_a_row_of_weights_is(dtype):
+    """Bit for bit. Awkward: one number, a token of zeros, an outlier, middles between two codes."""
+    for shape in ((1, 1), (1, 7), (2, 3, 33)):
+        x = normal(*shape, dtype=dtype)
+        x[0, 0], x[..., -1, 0] = 0, 300
+        x[..., -1, 1:] = torch.arange(shape[-1] - 1) * 300 / 255
+        expected = integers.dequantize(*integers.quantize(x.float(), 8)).to(dtype)
+        assert torch.equal(rounded(x), expected)
 
 
 def test_gradient_goes_straight_through_rounded_inputs():
