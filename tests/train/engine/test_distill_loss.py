@@ -208,3 +208,15 @@ def test_every_term_names_what_it_trains(tmp_path, capsys):
     said = capsys.readouterr().out
     for term in ("ce", "logits", "hidden", "attention", "balance"):
         assert f"{term} trains " in said
+
+
+@pytest.mark.parametrize(("ours", "theirs", "heads"), [
+    ((4, 4), (6, 6), 2), ((4, 2), (4, 4), 2), ((3, 1), (4, 2), 1), ((4, 4), (4, 4), 4),
+])  # fmt: skip
+def test_relations_have_the_most_heads_that_divide_those_of_both_models(ours, theirs, heads):
+    """Query heads and key/value heads of both, so that every width can be cut again."""
+    names = ("num_attention_heads", "num_key_value_heads")
+    student = [f"model.{name}={count}" for name, count in zip(names, ours, strict=True)]
+    config = student_config("model.hidden_size=48", *student, *ALL)
+    teacher = make_teacher(hidden_size=48, **dict(zip(names, theirs, strict=True)))
+    assert make_stage(config, teacher).loss.relation_heads == heads
