@@ -71,14 +71,15 @@ def top_logit_loss(student, ids, logprobs, kind, beta=0.5, temperature=1.0):
 
     student (N, V), ids and logprobs (N, K) -> (), summed over tokens.
     """
-    student = log_probs(student, temperature)
+    student = wide(student) / temperature
     chosen, teacher = student.gather(1, ids), logprobs.to(student.dtype)  # (N, K)
     if ids.shape[1] < student.shape[1]:
         rest = student.scatter(1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
         # Rounded probabilities may sum to 1 or more, and the log of an empty tail is no number.
         mass = teacher.exp().sum(dim=-1, keepdim=True).clamp(max=1 - torch.finfo(teacher.dtype).eps)
         chosen, teacher = torch.cat([chosen, rest], 1), torch.cat([teacher, torch.log1p(-mass)], 1)
-    return temperature**2 * divergence(chosen, teacher, kind, beta)
+    # The softmax of these K + 1 scores is that of all V, with less work.
+    return temperature**2 * divergence(chosen.log_softmax(dim=-1), teacher, kind, beta)
 
 
 def lesson():
