@@ -38,7 +38,7 @@ class EmbedConfig:
     """A text-embedding model: how tokens become one vector, and how pairs are told apart."""
 
     base: str = option("encoder", choices=("encoder", "decoder"))  # the body; decided by --init
-    pooling: str = option("mean", choices=("mean", "last", "cls"))
+    pooling: str = option("mean", choices=("mean", "last", "cls", "attention"))
     words: bool = False  # read words alone: identifiers split, lower case, no punctuation
     matryoshka: list[int] | None = None  # smaller widths that must work too (arXiv 2205.13147)
     temperature: float = option(0.05, above=0)  # scores are cosines divided by it

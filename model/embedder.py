@@ -4,7 +4,7 @@
 
 The parameters are those of the body, under `body.`: the encoder of model/encoder.py, or the decoder of
 model/tinyseek.py without its output head. In a decoder only the last token has seen the whole text, so it is
-the one to take (`pooling` "last").
+the one to take (`pooling` "last"). The pooling "attention" adds one vector, `query`.
 """
 
 import torch
@@ -26,6 +26,8 @@ class Embedder(nn.Module):
     def __init__(self, body: nn.Module, pooling: str, config: EncoderConfig | ModelConfig):
         super().__init__()
         self.body, self.pooling, self.config = body, pooling, config
+        # Zeros weigh all tokens alike: training starts from the mean.
+        self.query = nn.Parameter(torch.zeros(config.hidden_size)) if pooling == "attention" else None
 
     @classmethod
     def from_config(cls, embed: EmbedConfig, config: EncoderConfig | ModelConfig) -> "Embedder":
@@ -39,7 +41,7 @@ class Embedder(nn.Module):
             padding_mask = torch.ones_like(input_ids, dtype=torch.bool)
         hidden = self.body(input_ids, padding_mask=padding_mask)
         hidden = hidden if isinstance(hidden, torch.Tensor) else hidden.hidden  # of a decoder
-        return pool(hidden, padding_mask, self.pooling)
+        return pool(hidden, padding_mask, self.pooling, self.query)
 
 
 def embed_by_length(model, input_ids, padding_mask):

@@ -90,6 +90,8 @@ def build_model(command, tokenizer: Tokenizer) -> Embedder:
         names = ((name.removeprefix("body.").removeprefix("model."), name) for name in init["weights"])
         own = model.state_dict()
         weights = {f"body.{new}": init["weights"][name] for new, name in names if f"body.{new}" in own}
+        if model.query is not None:  # that of another embedding model, or zeros
+            weights["query"] = init["weights"].get("query", model.query.detach())
         load_weights(model, weights, str(command.init_path))
     return model
 

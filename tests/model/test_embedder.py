@@ -17,7 +17,8 @@ from utils.errors import UserError
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 TEXTS = [[7], [7, 8, 9, 10, 11, 12, 13], [20, 21, 22], list(range(30, 41)), [7, 8]]
-WAYS = [(base, pooling) for base in ("encoder", "decoder") for pooling in ("mean", "cls", "last")]
+POOLINGS = ("mean", "cls", "last", "attention")
+WAYS = [(base, pooling) for base in ("encoder", "decoder") for pooling in POOLINGS]
 
 
 def settings(base, pooling, vocabulary=64):

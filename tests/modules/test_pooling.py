@@ -1,11 +1,14 @@
 """Pooling against an obvious loop, with padding on either side, full of NaN, and rows of nothing else."""
 
+import math
+
 import pytest
 import torch
 
 from modules.pooling import pool, unit
 
-KINDS = ("mean", "last", "cls")
+KINDS = ("mean", "last", "cls", "attention")
+QUERY = 2 * torch.randn(5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 MASKS = [[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
 
 
@@ -21,7 +24,9 @@ def obvious(row, mask, kind):
     real = [token for token, one in zip(row, mask) if one]
     if not real:
         return torch.zeros_like(row[0])
-    one = {"mean": sum(real) / len(real), "last": real[-1], "cls": real[0]}[kind]
+    shares = [math.exp(token @ QUERY) for token in real]
+    attention = sum(share * token for share, token in zip(shares, real)) / sum(shares)
+    one = {"mean": sum(real) / len(real), "last": real[-1], "cls": real[0], "attention": attention}[kind]
     return one / one.pow(2).sum().sqrt()
 
 
@@ -30,16 +35,17 @@ def check(pool, kind):
     hidden, mask = material()
     hidden = hidden.nan_to_num(3.0)
     expected = torch.stack([obvious(row, one, kind) for row, one in zip(hidden, mask)])
-    torch.testing.assert_close(pool(hidden, mask, kind), expected)
+    torch.testing.assert_close(pool(hidden, mask, kind, QUERY), expected)
 
 
-def counting_padding(hidden, mask, kind):
-    places = {"mean": hidden.mean(1), "last": hidden[:, -1], "cls": hidden[:, 0]}
+def counting_padding(hidden, mask, kind, query):
+    everything = pool(hidden, torch.ones_like(mask), "attention", query)
+    places = {"mean": hidden.mean(1), "last": hidden[:, -1], "cls": hidden[:, 0], "attention": everything}
     return torch.where(mask.any(1, keepdim=True), unit(places[kind]), 0)
 
 
-def dividing_by_all(hidden, mask, kind):
-    return pool(hidden, mask, kind) * mask.double().mean(1, keepdim=True)
+def dividing_by_all(hidden, mask, kind, query):
+    return pool(hidden, mask, kind, query) * mask.double().mean(1, keepdim=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,8 +60,9 @@ def test_a_saboteur_is_noticed(kind):
 def test_pooling_equals_the_obvious_loop(kind):
     hidden, mask = material()
     expected = torch.stack([obvious(row, one, kind) for row, one in zip(hidden, mask)])
-    torch.testing.assert_close(pool(hidden, mask, kind), expected)
-    torch.testing.assert_close(pool(hidden[:, :1], mask[:, :1], kind)[0], unit(hidden[0, 0]))  # one token
+    torch.testing.assert_close(pool(hidden, mask, kind, QUERY), expected)
+    one_token = pool(hidden[:, :1], mask[:, :1], kind, QUERY)
+    torch.testing.assert_close(one_token[0], unit(hidden[0, 0]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,11 +70,21 @@ def test_padding_gets_no_gradient_and_no_row_a_nan(kind):
     hidden, mask = material()
     hidden = hidden.nan_to_num(3.0).requires_grad_()
     weights = torch.randn(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (pool(hidden, mask, kind) * weights).sum().backward()
+    (pool(hidden, mask, kind, QUERY) * weights).sum().backward()
     assert hidden.grad.isfinite().all() and not hidden.grad[mask == 0].any()
     assert hidden.grad[:5].flatten(1).any(1).all()
     rows = hidden.detach()[:5].requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: pool(x, mask[:5], kind), rows)
+    assert torch.autograd.gradcheck(lambda x: pool(x, mask[:5], kind, QUERY), rows)
+
+
+def test_the_query_learns_and_zeros_are_the_mean():
+    hidden, mask = material()
+    torch.testing.assert_close(pool(hidden, mask, "attention", 0 * QUERY), pool(hidden, mask, "mean"))
+    hidden, query = hidden.nan_to_num(3.0), QUERY.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: pool(hidden, mask, "attention", x), query)
+    huge = pool(hidden, mask, "attention", 1e6 * QUERY)[:5]  # the best token alone, and no overflow
+    best = (hidden @ QUERY).masked_fill(mask == 0, -torch.inf).argmax(1)[:5]
+    torch.testing.assert_close(huge, unit(hidden[torch.arange(5), best]))
 
 
 def test_zeros_stay_zeros_and_pass_on_no_huge_gradient():

@@ -257,7 +257,7 @@ def run(monkeypatch, pairs, out, *words, steps=3, small=SMALL):
 
 def test_a_run_from_nothing_is_resumed_and_continued(pairs, tmp_path, monkeypatch, capsys):
     """An encoder from nothing, more steps, and a run from its weights, which keeps how texts are read."""
-    words = ["--set", "embed.words=false", "--set", "embed.pooling=cls"]
+    words = ["--set", "embed.words=false", "--set", "embed.pooling=attention"]
     first = run(monkeypatch, pairs, tmp_path / "a", *words, steps=2)
     more = run(monkeypatch, pairs, tmp_path / "a", *words, "--resume", steps=4)
     assert (first["step"], more["step"], more["short"]) == (2, 4, "Embed")
