@@ -29,10 +29,10 @@ def main():
     command = parse_command(STAGE, SHORT, __doc__, bases=("Pre",))
     config, machine = command.config, start_machine(command.config)
     base = open_base(command, machine)
-    on_codes = round_in_training(base.model, config.qat) if config.qat.bits else None
+    coded_result = round_in_training(base.model, config.qat) if config.qat.bits else None
     data = machine.read(prepare_chat, config, base.tokenizer)
     stage = dialogue_stage(STAGE, SHORT, base, data, config, machine)
-    stage.on_codes = on_codes or stage.on_codes
+    stage.final_entries = coded_result or stage.final_entries
     train_and_score(stage, data, command, machine)
     machine.say(f'\nnext: {chat_command(SHORT, command.out)} --prompt "你是谁？"')
     finish()

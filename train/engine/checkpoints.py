@@ -80,7 +80,7 @@ class Checkpoints:
         """Write the result: the next stage starts from it, and chat loads it."""
         path = self.out / files.final_name(self.short)
         run = self.run
-        own = run.stage.on_codes(run.model, run.config)
+        own = run.stage.final_entries(run.model, run.config)
         files.save_checkpoint(path, {**self.contents(), "evaluation": run.held_out.last, **own})
         self.run.machine.say(f"saved {path}")
 

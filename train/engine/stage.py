@@ -90,8 +90,8 @@ class Stage:
         keep_best: a metric; keep the weights with its highest value after an epoch, not the last weights.
         frozen: models that are used but not trained (a teacher, a reference policy), by name. The engine
             places them on the device and proves at the end that they have not changed.
-        on_codes: returns entries of the final checkpoint, from the trained model and the settings of the run;
-            it replaces those of the run, where the result is not what was trained (QAT).
+        final_entries: returns, from the trained model and the settings, entries of the final checkpoint that
+            replace those of the run, where the result is not what was trained (QAT).
         optim: optimizer settings of parts of a `ModuleDict`, by name, where they differ from `config.optim`.
     """
 
@@ -109,7 +109,7 @@ class Stage:
     result: str | None = None
     keep_best: str | None = None
     frozen: dict[str, torch.nn.Module] = field(default_factory=dict)
-    on_codes: Callable[[torch.nn.Module, RunConfig], dict] = lambda model, config: {}
+    final_entries: Callable[[torch.nn.Module, RunConfig], dict] = lambda model, config: {}
     optim: dict[str, OptimConfig] = field(default_factory=dict)
 
     @property
