@@ -317,6 +317,9 @@ def test_a_decoder_becomes_a_model_of_embeddings(pairs, tmp_path, monkeypatch):
             if name.startswith("model.")}  # fmt: skip
     assert largest_difference(saved["weights"], body) < 2e-4
     assert not load_embedder(tmp_path / "a" / "TinySeek_Embed_final.pkl")[0].training
+    weighted = run(monkeypatch, pairs, tmp_path / "c", *words, "--set", "embed.pooling=attention", steps=1)
+    assert weighted["weights"].keys() - body.keys() == {"query"}
+    assert 0 < weighted["weights"]["query"].abs().max() < 2e-4  # one step of Adam from zeros
     with pytest.raises(UserError, match="set embed.pooling=last"):
         run(monkeypatch, pairs, tmp_path / "b", *words, "--set", "embed.pooling=cls")
     with pytest.raises(UserError, match="model.max_position_embeddings=256 is less than the 300 tokens"):
