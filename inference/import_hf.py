@@ -45,7 +45,7 @@ CHAT = "python inference/chat.py --checkpoint"
 INPUTS = {  # for a model of each kind; a chat needs none
     "MLM": ' "Paris is the [MASK] of France."',
     "Span": ' --prompt "Thank you <extra_id_0> me to your party."',
-    "Embed": ' "how are gradients clipped" train/engine',
+    "Embed": ' "how are checkpoints written" train/engine',
 }
 LONGEST_ROW = 512  # of later training, unless it is set: the model's own maximum is for much larger machines
 

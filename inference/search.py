@@ -1,8 +1,8 @@
 """Search a folder of text or code by meaning, offline.
 
-    python inference/search.py "how are gradients clipped"                    in the working directory
+    python inference/search.py "how are checkpoints written"                    in the working directory
     python inference/search.py "which games can two play" ~/notes --top 3
-    python inference/search.py "how are gradients clipped" --model minilm     a trained model from a package
+    python inference/search.py "how are checkpoints written" --model minilm     a trained model from a package
 
 The first search in a folder embeds its passages: functions and methods, sections of Markdown, blocks of
 lines. Later ones embed what changed since. The index is kept in cache/search/ under --out, one for each

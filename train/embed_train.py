@@ -4,7 +4,7 @@
     python train/embed_train.py --data pairs.jsonl       {"query", "positive"}, with "negatives" or without
     python train/embed_train.py --init out/TinySeek_MLM_final.pkl --set embed.words=false
     python train/embed_train.py --config decoder --init out/TinySeek_Pre_final.pkl --out out/decoder
-    python inference/search.py "how are gradients clipped"
+    python inference/search.py "how are checkpoints written"
 
 What makes this stage: its data are pairs of a query and its document (load_data/embed_data.py); its loss is
 InfoNCE over all pairs of a step (train/engine/contrastive_loss.py); its model is an encoder, or the decoder
@@ -60,7 +60,7 @@ def main():
     found = Trainer(stage, config, machine, command.out, command.resume).run()
     machine.say(f"of {len(data.val.queries):,} held-out queries, {found['val_recall10']:.1%} find their "
                 f"document among the first ten; mean reciprocal rank {found['val_mrr']:.3f}")  # fmt: skip
-    machine.say(f'\nnext: {chat_command(SHORT, command.out)} "how are gradients clipped" train/engine')
+    machine.say(f'\nnext: {chat_command(SHORT, command.out)} "how are checkpoints written" train/engine')
     finish()
 
 

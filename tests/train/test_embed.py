@@ -266,7 +266,7 @@ def test_a_run_from_nothing_is_resumed_and_continued(pairs, tmp_path, monkeypatc
     path = tmp_path / "a" / "TinySeek_Embed_final.pkl"
     model, tokenizer, config = load_embedder(path)
     assert not config.embed.words and same_bits(model.state_dict(), more["weights"])
-    search = f'next: python inference/search.py --model {path} "how are gradients clipped" train/engine'
+    search = f'next: python inference/search.py --model {path} "how are checkpoints written" train/engine'
     assert said.splitlines()[-1] == search
     later = run(monkeypatch, pairs, tmp_path / "b", "--init", path, "--set", "optim.lr=1e-4", steps=1)
     assert later["tokenizer"] == more["tokenizer"] and later["config"]["embed"] == more["config"]["embed"]
