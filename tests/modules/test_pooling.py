@@ -82,9 +82,10 @@ def test_the_query_learns_and_zeros_are_the_mean():
     torch.testing.assert_close(pool(hidden, mask, "attention", 0 * QUERY), pool(hidden, mask, "mean"))
     hidden, query = hidden.nan_to_num(3.0), QUERY.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: pool(hidden, mask, "attention", x), query)
-    huge = pool(hidden, mask, "attention", 1e6 * QUERY)[:5]  # the best token alone, and no overflow
-    best = (hidden @ QUERY).masked_fill(mask == 0, -torch.inf).argmax(1)[:5]
-    torch.testing.assert_close(huge, unit(hidden[torch.arange(5), best]))
+    for huge in (1e6 * QUERY, -1e6 * QUERY):  # the best token alone, without overflow, never padding
+        best = (hidden @ huge).masked_fill(mask == 0, -torch.inf).argmax(1)[:5]
+        found = pool(hidden, mask, "attention", huge)[:5]
+        torch.testing.assert_close(found, unit(hidden[torch.arange(5), best]))
 
 
 def test_zeros_stay_zeros_and_pass_on_no_huge_gradient():
