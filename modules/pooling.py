@@ -22,15 +22,19 @@ import torch
 
 
 def pool(hidden, padding_mask, kind: str, query=None):
-    """Return the vector of each row, in fp32 or wider: (B, T, C), (B, T) and a query (C,) -> (B, C)."""
+    """Return the vector of each row, in fp32 or wider: (B, T, C), (B, T) -> (B, C).
+
+    `query` (C,) is for the kind `attention` alone.
+    """
     real = padding_mask.bool()
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     hidden = hidden.masked_fill(~real[..., None], 0)  # not a product: padding may hold NaN
     if kind == "mean":
         return unit(hidden.sum(1) / real.sum(1, keepdim=True).clamp(min=1))
     if kind == "attention":
-        scores = (hidden * query.to(hidden.dtype)).sum(-1)  # (B, T)
-        scores = scores.masked_fill(~real, torch.finfo(scores.dtype).min)  # -inf: NaN in empty rows
+        scores = (hidden * query.to(hidden.dtype)).sum(-1)  # (B, T); autocast would run `@` in bf16
+        # The least finite number: with -inf, softmax makes NaN of a row of padding only.
+        scores = scores.masked_fill(~real, torch.finfo(scores.dtype).min)
         return unit((hidden * scores.softmax(1)[..., None]).sum(1))
     first = real.int().argmax(1)  # (B,), of equal values the first; 0 if there is none
     last = real.shape[1] - 1 - real.flip(1).int().argmax(1)
