@@ -99,3 +99,12 @@ def test_half_precision_is_widened():
     expected = torch.nn.functional.normalize(hidden.double().mean(1), dim=-1)
     assert pool(hidden, mask, "mean").dtype == torch.float32
     torch.testing.assert_close(pool(hidden, mask, "mean").double(), expected, atol=1e-5, rtol=0)
+
+
+def test_autocast_leaves_the_scores_of_attention_in_fp32():
+    torch.manual_seed(0)
+    hidden, query, mask = torch.randn(2, 300, 64), torch.randn(64), torch.ones(2, 300)
+    expected = pool(hidden.double(), mask, "attention", query.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pool(hidden, mask, "attention", query)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=0)  # in bf16 0.008
